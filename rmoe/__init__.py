@@ -1,0 +1,28 @@
+"""Mixture-of-Experts language models whose router has a memory across layers (arXiv:2408.06793).
+
+Importing `rmoe` is cheap: nothing here imports torch until a name that needs it is used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module that defines it; resolved on first use so that `rmoe zoo` never pays for torch.
+_LAZY = {
+    "RMoEConfig": "rmoe.model",
+    "RMoEModel": "rmoe.model",
+    "RMoEForCausalLM": "rmoe.model",
+    "RMoEForSequenceClassification": "rmoe.model",
+    "RouterSpec": "rmoe.routing.spec",
+    "RequestError": "rmoe.errors",
+    "RunError": "rmoe.errors",
+}
+
+__all__ = ["__version__", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'rmoe' has no attribute {name!r}")
