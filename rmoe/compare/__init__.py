@@ -1,0 +1,1 @@
+"""A grid of (router, seed) runs, its typed results, and the statistics that judge them."""

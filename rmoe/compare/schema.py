@@ -1,0 +1,305 @@
+"""What a comparison writes: `results.jsonl` (one line per run) and `summary.json`, typed and versioned.
+
+`results.jsonl` is a log that is only ever appended to. A run is known by its key (router, seed, sweep point);
+when a later line has the same key (its test figure came later, or it was timed), the later line stands.
+
+Imports no torch, so reports can be made where no model can be run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from rmoe.errors import RequestError
+from rmoe.records import Record, Versioned
+
+RESULTS_VERSION = 1
+SUMMARY_VERSION = 1
+
+Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
+SweepValue: TypeAlias = float | int | str | bool
+
+
+class Corpus(Record, frozen=True, kw_only=True):
+    """The text a run was trained and judged on."""
+
+    name: str
+    sha256: str  # of the encoded text, so a renamed file is the same corpus and an edited one is not
+    unit: Unit
+
+
+class Hardware(Record, frozen=True, kw_only=True):
+    """What a run was computed on; `threads` is what torch was told, part of the run's configuration."""
+
+    cpu: str
+    cores: int
+    threads: int
+    memory_gib: float
+    accelerator: str | None = None
+
+
+class Versions(Record, frozen=True, kw_only=True):
+    """`code` is the package version plus the commit, when one is known; `libraries` maps name to version."""
+
+    code: str
+    python: str
+    libraries: dict[str, str]
+
+
+class Parameters(Record, frozen=True, kw_only=True):
+    """Counts. `router`: projectors, cells and scorers; `active`: what one token passes through."""
+
+    total: int
+    non_embedding: int
+    router: int
+    active: int
+
+
+class Curve(Record, frozen=True, kw_only=True):
+    """A figure over training: `value[j]` was measured after optimizer step `step[j]`."""
+
+    unit: str
+    step: list[int]
+    value: list[float]
+
+
+class Timing(Record, frozen=True, kw_only=True):
+    """Cost of training with nothing else running: medians over `rounds`, interleaved with other routers."""
+
+    seconds_per_1k_steps: float
+    peak_mib: float
+    steps: int
+    rounds: int
+
+
+class Histogram(Record, frozen=True, kw_only=True):
+    """`counts[j]` samples fell into `[edges[j], edges[j + 1])`; the last bin is closed."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class RoutingSummary(Record, frozen=True, kw_only=True):
+    """How the finished model routes the validation text, per layer; None where it was not recorded."""
+
+    tokens: int
+    entropy_nats: list[float] | None = None  # [L] mean gate entropy
+    entropy_histogram: list[Histogram] | None = None  # [L]
+    load: list[list[float]] | None = None  # [L][E] share of assignments
+    inner_balance: list[float] | None = None  # [L] median top-1 / top-2 score
+    outer_balance: list[float] | None = None  # [L] median sum of the selected scores
+
+
+class ResultRow(Record, frozen=True, kw_only=True):
+    """One line of `results.jsonl`: one trained model, or one that failed."""
+
+    schema_version: int = RESULTS_VERSION
+    router: str
+    router_spec: dict[str, Any]
+    seed: int
+    sweep: dict[str, SweepValue]
+    config: dict[str, Any]
+    versions: Versions
+    hardware: Hardware
+    corpus: Corpus
+    status: Literal["finished", "failed"]
+    error: str | None = None
+    steps: int = 0
+    tokens: int = 0
+    val: float | None = None  # in the corpus's unit, lower is better
+    test: float | None = None  # only for the sweep point chosen on validation
+    parameters: Parameters | None = None
+    curves: dict[str, Curve] = msgspec.field(default_factory=dict)
+    timing: Timing | None = None
+    routing: RoutingSummary | None = None
+
+    @property
+    def key(self) -> str:
+        """The run's name, also its folder's: `rmoe-seed0` or `rmoe-seed0-learning_rate=0.001`."""
+        return run_key(self.router, self.seed, self.sweep)
+
+
+def run_key(router: str, seed: int, sweep: dict[str, SweepValue]) -> str:
+    """The name of a run.
+
+    >>> run_key("rmoe", 0, {"learning_rate": 0.001})
+    'rmoe-seed0-learning_rate=0.001'
+    """
+    return "-".join([router, f"seed{seed}", *(f"{name}={value}" for name, value in sorted(sweep.items()))])
+
+
+class Spread(Record, frozen=True, kw_only=True):
+    """A figure over seeds: `values[j]` belongs to `seeds[j]`; `sd` is the sample's (n - 1)."""
+
+    seeds: list[int]
+    values: list[float]
+    mean: float
+    sd: float | None  # None with one seed
+
+
+class Interval(Record, frozen=True, kw_only=True):
+    """An interval at the summary's confidence level."""
+
+    low: float
+    high: float
+
+
+class Equivalence(Record, frozen=True, kw_only=True):
+    """Two one-sided t tests (TOST): is the difference inside (-margin, margin)?"""
+
+    margin: float
+    p: float
+    p_holm: float
+
+
+class Power(Record, frozen=True, kw_only=True):
+    """Paired seeds a two-sided t test needs to see `difference`, given the spread of the differences seen."""
+
+    difference: float
+    power: float
+    seeds: int | None  # None: more than the search went to
+
+
+class Bootstrap(Record, frozen=True, kw_only=True):
+    """Bootstrap interval, and how often such an interval covers a known normal difference at this n."""
+
+    interval: Interval
+    simulated_coverage: float
+
+
+Verdict: TypeAlias = Literal["better", "worse", "equivalent", "not decided", "one seed: no verdict"]
+
+
+class Difference(Record, frozen=True, kw_only=True):
+    """Router minus baseline over the seeds both finished, in bits (of perplexity: its log2)."""
+
+    split: Literal["val", "test"]
+    unit: Literal["bits_per_byte", "bits_per_token"]
+    seeds: list[int]
+    values: list[float]
+    mean: float
+    sd: float | None = None
+    interval: Interval | None = None  # paired t
+    bootstrap: Bootstrap | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    equivalence: Equivalence | None = None
+    power: Power | None = None
+    verdict: Verdict
+
+
+class Band(Record, frozen=True, kw_only=True):
+    """A curve over seeds: mean, lowest and highest at each step every seed has; `n` seeds."""
+
+    unit: str
+    n: int
+    step: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+class RouterSummary(Record, frozen=True, kw_only=True):
+    """One row of the table."""
+
+    router: str
+    summary: str  # what the router is, in a phrase
+    sweep: dict[str, SweepValue]  # the point chosen on validation; {} without a sweep
+    finished: int
+    failed: int
+    val: Spread | None
+    test: Spread | None
+    difference: Difference | None  # None for the baseline, or where no seed is shared
+    parameters: Parameters | None
+    timing: Timing | None
+    curves: dict[str, Band] = msgspec.field(default_factory=dict)
+
+
+class SweepPoint(Record, frozen=True, kw_only=True):
+    """Mean validation figure of one sweep point of one router, over the seeds that finished it."""
+
+    router: str
+    sweep: dict[str, SweepValue]
+    n: int
+    val: float
+    chosen: bool
+
+
+class Summary(Record, frozen=True, kw_only=True):
+    """`summary.json`: everything the table and the report's first part show."""
+
+    schema_version: int = SUMMARY_VERSION
+    preset: str
+    baseline: str
+    corpus: Corpus
+    confidence: float
+    verdict: str
+    notes: list[str]
+    routers: list[RouterSummary]
+    sweep_points: list[SweepPoint] = msgspec.field(default_factory=list)
+    hardware: Hardware
+    versions: Versions
+
+
+def append_row(path: Path, row: ResultRow) -> None:
+    """Append one row, by a single synced write: a kill leaves at most the last line short."""
+    line = msgspec.json.encode(row) + b"\n"
+    with open(path, "ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(-1, os.SEEK_END)
+            if (
+                file.read(1) != b"\n"
+            ):  # an earlier kill cut a line: close it, or this row would be lost with it
+                line = b"\n" + line
+        file.write(line)
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:
+    """Read `results.jsonl`.
+
+    Returns:
+        The rows, one per key (the last line of a key stands, in the order keys first appeared), and one line
+        for each problem that was passed over.
+
+    Raises:
+        RequestError: two schema versions, a version this code does not read, or two corpora in one file.
+    """
+    rows: dict[str, ResultRow] = msgspec.field(default_factory=dict)
+    problems: list[str] = msgspec.field(default_factory=list)
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            _check_version(line, path, number)
+            row = msgspec.json.decode(line, type=ResultRow)
+        except msgspec.DecodeError as error:
+            problems.append(f"{path.name} line {number} cannot be read and is left out: {error}")
+            continue
+        rows[row.key] = row
+    check_comparable(list(rows.values()), path.name)
+    return list(rows.values()), problems
+
+
+def _check_version(line: bytes, path: Path, number: int) -> None:
+    """Raises RequestError on a line of another schema version, DecodeError on one that is not JSON at all."""
+    version = msgspec.json.decode(line, type=Versioned).schema_version
+    if version != RESULTS_VERSION:
+        raise RequestError(f"{path.name} line {number}: schema_version", version, str(RESULTS_VERSION))
+
+
+def check_comparable(rows: list[ResultRow], where: str) -> None:
+    """Refuse rows that were judged on different text, or in different units.
+
+    Raises:
+        RequestError: naming both corpora.
+    """
+    corpora = {(row.corpus.sha256, row.corpus.unit): row.corpus for row in rows}
+    if len(corpora) > 1:
+        names = " and ".join(sorted(f"{c.name} ({c.unit}, sha256 {c.sha256[:12]})" for c in corpora.values()))
+        raise RequestError(f"{where}: corpus", names, "one corpus in one comparison")

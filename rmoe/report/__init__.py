@@ -1,0 +1,1 @@
+"""Numbers to tables, figures and one HTML page that opens from disk. Imports no torch."""

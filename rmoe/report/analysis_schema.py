@@ -1,0 +1,209 @@
+"""`analysis.json`: what `rmoe.analysis` measured, and the only place the report takes routing figures from.
+
+Written by `rmoe analyze` (one model) and `rmoe compare` (one model per router). Every measure is optional:
+the report shows a chart only when its data exist. `L` layers with a router, `E` experts, `k` chosen per
+token. Layers are numbered from 0, by position among the layers that have a router. Definitions stand in each
+field's comment; the tables and figures named are those of arXiv:2408.06793.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from rmoe.records import Record, read_record, write_record
+
+ANALYSIS_VERSION = 1
+
+Matrix: TypeAlias = list[list[float]]
+
+
+class Text(Record, frozen=True, kw_only=True):
+    """The text the routing was measured on."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+class PairMeasure(Record, frozen=True, kw_only=True):
+    """An L x L measure between layers, in nats, from `n` tokens; symmetric."""
+
+    values: Matrix  # [L][L]
+    n: int
+
+
+class LayerHistogram(Record, frozen=True, kw_only=True):
+    """One histogram per layer on shared edges: `counts[l][j]` tokens in `[edges[j], edges[j + 1])`."""
+
+    edges: list[float]  # [B + 1]
+    counts: list[list[int]]  # [L][B]
+    n: int
+
+
+class LayerMeasure(Record, frozen=True, kw_only=True):
+    """One figure per layer, and over all layers together, from `n` tokens."""
+
+    values: list[float]  # [L]
+    overall: float
+    n: int
+
+
+class DropRatio(Record, frozen=True, kw_only=True):
+    """Share of assignments beyond `capacity = capacity_factor * T * k / E` per expert (Table 11)."""
+
+    capacity_factor: list[float]  # [C]
+    values: Matrix  # [C][L]
+    overall: list[float]  # [C]
+    window_tokens: int  # T: the tokens that share one capacity
+
+
+class Similarity(Record, frozen=True, kw_only=True):
+    """Mean cosine over expert pairs (Fig. 5), and the same at random initialisation (the reference line)."""
+
+    values: list[float]  # [L]
+    random_init: list[float] | None  # [L]
+
+
+class RouterWeights(Record, frozen=True, kw_only=True):
+    """Frobenius norm and standard deviation of the scorer's matrix G_i (Fig. 11)."""
+
+    norm: list[float]  # [L]
+    std: list[float]  # [L]
+
+
+class GradientSplit(Record, frozen=True, kw_only=True):
+    """Gradient norm of the router's parameters, from each part of the loss alone (Table 11).
+
+    One entry per training step measured; a model analysed once has one entry.
+    """
+
+    step: list[int]  # [S]
+    language_model: Matrix  # [S][L] from the language-model loss alone
+    balance: Matrix | None  # [S][L] from the balance loss alone; None: the model has none
+    language_model_cut: Matrix | None  # [S][L] from the language-model loss with the recurrent path cut
+    shared: list[float] | None = (
+        None  # [S] norm over parameters shared by all layers (the cell), from both parts
+    )
+    tokens: int  # tokens in the batch each entry was measured on
+
+
+class Coactivation(Record, frozen=True, kw_only=True):
+    """How often two experts are chosen for one token, as a share of tokens.
+
+    `within[l][a][b]`: experts a and b both in layer l (diagonal: chosen at all).
+    `across[l][a][b]`: expert a in layer l and b in layer l + 1.
+    """
+
+    within: list[Matrix] | None  # [L][E][E]
+    across: list[Matrix] | None  # [L - 1][E][E]
+    n: int
+
+
+class ExpertPath(Record, frozen=True, kw_only=True):
+    """One path of first-choice experts through all layers, and the share of tokens that take it."""
+
+    experts: list[int]  # [L]
+    share: float
+
+
+class Paths(Record, frozen=True, kw_only=True):
+    """The most frequent paths, most frequent first, of `distinct` paths taken by `n` tokens."""
+
+    top: list[ExpertPath]
+    distinct: int
+    n: int
+
+
+class Saturation(Record, frozen=True, kw_only=True):
+    """Routing stability between checkpoints: mean share of a token's chosen experts that stay the same."""
+
+    from_step: list[int]  # [S]
+    to_step: list[int]  # [S]
+    values: Matrix  # [S][L]
+    n: int
+
+
+class Token(Record, frozen=True, kw_only=True):
+    """One token of the explored text; `experts` holds what was chosen, largest weight first."""
+
+    text: str  # as shown; bytes that are no text are written as \\xNN
+    experts: list[list[int]]  # [L][k]
+    weights: Matrix  # [L][k]
+
+
+class TopToken(Record, frozen=True, kw_only=True):
+    """A token an expert takes often: `count` assignments, `share` of all its assignments."""
+
+    text: str
+    count: int
+    share: float
+
+
+class OverTraining(Record, frozen=True, kw_only=True):
+    """A per-layer measure recorded on a schedule while training."""
+
+    name: str
+    unit: str
+    definition: str
+    step: list[int]  # [S]
+    values: Matrix  # [S][L]
+
+
+class ModelAnalysis(Record, frozen=True, kw_only=True):
+    """Everything measured on one model. `name` (a router's, or a folder's) is unique in the file."""
+
+    name: str
+    summary: str  # what it is, in a phrase
+    layers: int
+    experts: int
+    experts_per_token: int
+    layer_names: list[str]  # [L], as in the model
+    mi_digitised: PairMeasure | None = (
+        None  # the paper's: 100 equal bins on [0, 1], per token, averaged (Fig. 3)
+    )
+    mi_chosen: PairMeasure | None = None  # between the first-choice experts of two layers, bias-corrected
+    entropy: LayerHistogram | None = None  # gate entropy in nats (Fig. 4)
+    entropy_mean: LayerMeasure | None = None
+    inner_balance: LayerMeasure | None = None  # median top-1 / top-2 score (Table 8)
+    outer_balance: LayerMeasure | None = None  # median sum of the selected scores (Table 8)
+    frequency: Matrix | None = None  # [L][E] share of assignments (Fig. 12)
+    frequency_n: int = 0  # tokens behind `frequency`
+    load_imbalance: LayerMeasure | None = None  # largest share over mean share: E * max_n f_n
+    drop_ratio: DropRatio | None = None
+    similarity: Similarity | None = None
+    router_weights: RouterWeights | None = None
+    gradient_split: GradientSplit | None = None
+    coactivation: Coactivation | None = None
+    paths: Paths | None = None
+    saturation: Saturation | None = None
+    over_training: list[OverTraining] = msgspec.field(default_factory=list)
+    tokens: list[Token] | None = None  # consecutive, the same text for every model in the file
+    top_tokens: list[list[list[TopToken]]] | None = None  # [L][E][...], most taken first
+
+
+class Analysis(Record, frozen=True, kw_only=True):
+    """The file."""
+
+    schema_version: int = ANALYSIS_VERSION
+    text: Text
+    models: list[ModelAnalysis]
+    notes: list[str] = msgspec.field(default_factory=list)
+
+
+def write_analysis(path: Path, analysis: Analysis) -> None:
+    """Write `analysis.json`, whole or not at all."""
+    write_record(path, analysis)
+
+
+def read_analysis(path: Path) -> Analysis:
+    """Read `analysis.json`.
+
+    Raises:
+        RequestError: it is absent, of another version, or not such a file.
+    """
+    return read_record(path, Analysis, ANALYSIS_VERSION)
