@@ -1,0 +1,1 @@
+"""The `rmoe` command: one thin file per verb."""

@@ -1,0 +1,124 @@
+"""From a verb's typed function to its command line, with every mistake said in one line.
+
+`tyro` reads the signature and draws the help. Its errors are boxes of several lines; here they become one
+`RequestError`, because the exit contract of `rmoe` is one line and status 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import tyro
+
+from rmoe.errors import RequestError
+
+Verb = Callable[..., int | None]
+
+_BOX_EDGES = "╭╮╰╯│─ "
+
+
+class UsageError(RequestError):
+    """A command line that does not parse; the text is tyro's, on one line."""
+
+    def __init__(self, prog: str, said: str) -> None:
+        super().__init__("command line", said, f"see {prog} --help")
+        self.args = (f"{said} (see {prog} --help)",)
+
+
+def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None] | None:
+    """Bind `run` to a command line without calling it.
+
+    Args:
+        run: a typed function; its parameters become options, its docstring the help text. A parameter
+            `config` whose type has `from_preset(name)` and `preset_names()` adds the option `--preset NAME`.
+        argv: the arguments after the verb.
+        prog: the command as its user types it, `rmoe train`.
+
+    Returns:
+        `run` with all arguments bound, or None when `--help` was asked for and printed.
+
+    Raises:
+        RequestError: the command line is wrong: a configuration's own validation, or a `UsageError`.
+    """
+    parameters = _parameters(run, argv)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(_binder(run, parameters), args=list(argv), prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise _as_request_error(stop, errors.getvalue(), prog) from None
+
+
+def _parameters(run: Verb, argv: Sequence[str]) -> list[inspect.Parameter]:
+    """`run`'s parameters with resolved annotations; with a preset, `config` gets it as its default.
+
+    The preset's name has to be known before parsing, since the preset is what the other options override.
+    """
+    hints = get_type_hints(run, include_extras=True)
+    parameters = {
+        name: parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(run).parameters.items()
+    }
+    config_type: Any = hints.get("config")
+    if get_origin(config_type) is Annotated:
+        config_type = get_args(config_type)[0]
+    if hasattr(config_type, "from_preset"):
+        allowed = ", ".join(config_type.preset_names())
+        option = Annotated[str, tyro.conf.arg(help=f"Configuration the other options override: {allowed}.")]
+        default = parameters["config"].default.preset
+        parameters = {
+            "preset": inspect.Parameter(
+                "preset", inspect.Parameter.KEYWORD_ONLY, annotation=option, default=default
+            )
+        } | parameters
+        name = _preset_name(argv)
+        if name is not None:
+            parameters["config"] = parameters["config"].replace(default=config_type.from_preset(name))
+    return list(parameters.values())
+
+
+def _preset_name(argv: Sequence[str]) -> str | None:
+    """The value of the last `--preset`, None without one."""
+    name = None
+    for token, following in pairwise([*argv, None]):
+        if token == "--preset":
+            name = following
+        elif token and token.startswith("--preset="):
+            name = token.removeprefix("--preset=")
+    return name
+
+
+def _binder(run: Verb, parameters: list[inspect.Parameter]) -> Callable[..., Callable[[], int | None]]:
+    """A function with these parameters that returns `run` bound instead of calling it.
+
+    tyro calls what it parses for; `run` must be called outside, where its output and its errors are its own.
+    """
+    accepted = inspect.signature(run).parameters
+
+    def bind(**arguments: Any) -> Callable[[], int | None]:
+        return partial(run, **{name: value for name, value in arguments.items() if name in accepted})
+
+    bind.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    bind.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    bind.__doc__ = run.__doc__
+    return bind
+
+
+def _as_request_error(stop: SystemExit, box: str, prog: str) -> RequestError:
+    """The configuration's own `RequestError` if that is what stopped tyro, else tyro's box on one line."""
+    cause: BaseException | None = stop
+    while cause is not None:
+        if isinstance(cause, RequestError):
+            return cause
+        cause = cause.__context__
+    rows = [row.strip(_BOX_EDGES) for row in box.splitlines() if not row.startswith("╭")]
+    first_rule = rows.index("") if "" in rows else len(rows)
+    return UsageError(prog, " ".join(" ".join(rows[:first_rule]).split()))
