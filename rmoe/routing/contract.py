@@ -1,0 +1,114 @@
+"""What every router takes and gives: `(hidden, state) -> (Routing, state)`.
+
+All are plain tuples of tensors, so gradient checkpointing, `torch.compile`, pipelines and generation carry
+them without knowing what they are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rmoe.routing.noise import Noise
+
+State = tuple[Tensor, ...]
+"""What a token carries up the layers, each part `[T, *]`; `()` before the first layer and for routers without memory."""
+
+
+class RouterContext(NamedTuple):
+    """What a router may know besides the hidden states and its state.
+
+    Attributes:
+        batch, length: the `T = batch * length` tokens are this many sequences of this length, in order.
+        mask: `[T]` bool, False at padding; None means no padding.
+        token_ids: `[T]` int64; None when the model was given embeddings.
+        noise: the stream for routing noise; None outside training.
+    """
+
+    batch: int
+    length: int
+    mask: Tensor | None = None
+    token_ids: Tensor | None = None
+    noise: Noise | None = None
+
+
+class Routing(NamedTuple):
+    """One layer's decision for `T` tokens.
+
+    Attributes:
+        logits: `[T, C]`, raw scores before temperature, bias and noise; at least float32. `C` is `E`, or `E + 1`
+            with a skip class.
+        probs: `[T, C]`, the distribution the gate chose from; at least float32; rows sum to one.
+        weights: `[T, K]`, what each chosen expert's output is multiplied by; at least float32, 0 in an empty slot.
+        experts: `[T, K]` int64; the value `E` marks an empty slot (skipped, dropped, or not used).
+        passthrough: `[T]`, what the layer's input is multiplied by and added to its output; None is nothing.
+        penalty: scalar, the mechanism's own loss with its weight; None is nothing.
+        dropped: scalar int64, assignments lost to the capacity limit; None is nothing.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    weights: Tensor
+    experts: Tensor
+    passthrough: Tensor | None = None
+    penalty: Tensor | None = None
+    dropped: Tensor | None = None
+
+
+class RouterStats(NamedTuple):
+    """Sums over the real (unpadded) tokens of one or more forward passes; they add up over micro-batches and ranks.
+
+    Attributes:
+        counts: `[L, E]` int64, assignments per layer and expert.
+        tokens: scalar int64.
+        entropy: `[L]` float32, sum over tokens of the gate entropy in nats.
+        dropped: `[L]` int64, assignments lost to the capacity limit.
+    """
+
+    counts: Tensor
+    tokens: Tensor
+    entropy: Tensor
+    dropped: Tensor
+
+    def add(self, other: RouterStats) -> RouterStats:
+        """The sums over both."""
+        return RouterStats(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def count_assignments(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """Assignments per expert, without one-hot tensors or a host synchronisation.
+
+    Args:
+        experts: `[T, K]` int64, `num_experts` in empty slots.
+        mask: `[T]` bool, False where a token does not count.
+
+    Returns:
+        `[E]` int64.
+    """
+    if mask is not None:
+        experts = experts.masked_fill(~mask[:, None], num_experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
+    flat = experts.reshape(-1)
+    return counts.scatter_add(0, flat, torch.ones_like(flat))[:num_experts]
+
+
+def gate_entropy(probs: Tensor) -> Tensor:
+    """`-sum_n p_n ln p_n` in nats, `[T, C]` -> `[T]`; zero probabilities contribute zero (Fig. 4)."""
+    return torch.special.entr(probs).sum(-1)
+
+
+def router_stats(routings: tuple[Routing, ...], num_experts: int, mask: Tensor | None) -> RouterStats:
+    """The sums of one forward pass, layer by layer. No gradient flows into them."""
+    with torch.no_grad():
+        counts = torch.stack([count_assignments(r.experts, num_experts, mask) for r in routings])
+        entropies = torch.stack([gate_entropy(r.probs).float() for r in routings])
+        zero = torch.zeros((), dtype=torch.int64, device=counts.device)
+        dropped = torch.stack([zero if r.dropped is None else r.dropped for r in routings])
+        if mask is None:
+            tokens = zero + routings[0].experts.shape[0]
+        else:
+            tokens = mask.sum()
+            entropies = entropies * mask
+        return RouterStats(counts, tokens, entropies.sum(-1), dropped)

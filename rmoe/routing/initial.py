@@ -1,0 +1,68 @@
+"""Initial values as small functions of (tensor, generator).
+
+A module says how each of its own parameters starts in `initializers()`; who fills them decides the generator:
+transformers' `_init_weights` the default one, `rmoe.model.initialize` one keyed by (seed, parameter name).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+
+Initializer = Callable[[Tensor, Generator | None], None]
+
+
+def normal(std: float) -> Initializer:
+    return lambda tensor, generator: nn.init.normal_(tensor, 0.0, std, generator=generator) and None
+
+
+def uniform(bound: float) -> Initializer:
+    return lambda tensor, generator: nn.init.uniform_(tensor, -bound, bound, generator=generator) and None
+
+
+def constant(value: float) -> Initializer:
+    return lambda tensor, generator: nn.init.constant_(tensor, value) and None
+
+
+def orthogonal(gain: float) -> Initializer:
+    return lambda tensor, generator: nn.init.orthogonal_(tensor, gain, generator=generator) and None
+
+
+class Initialized(nn.Module):
+    """A module that knows how its own parameters (not its children's) start."""
+
+    def initializers(self) -> dict[str, Initializer]:
+        """Parameter name -> how it starts."""
+        return {}
+
+
+class ProjectionFP32(Initialized):
+    """A linear map computed in at least float32, whatever the input and the weight are stored in.
+
+    Router scores decide between experts, and bfloat16 has 8 bits to tell two of them apart.
+
+    Args:
+        in_features, out_features, bias: as of `torch.nn.Linear`.
+        weight_init: how the weight starts; a bias starts at zero.
+    """
+
+    def __init__(self, in_features: int, out_features: int, weight_init: Initializer, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.weight_init = weight_init
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"weight": self.weight_init, "bias": constant(0.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*, in]` of any floating dtype -> `[*, out]`, float32 or float64."""
+        return linear_fp32(x, self.weight, self.bias)
+
+
+def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` in float32, or in float64 when either side is."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

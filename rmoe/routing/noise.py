@@ -1,0 +1,95 @@
+"""Routing noise from a stream of its own.
+
+Dropout draws from torch's default generator. If routing noise did too, a router that uses it would change every
+dropout mask after it, and paired runs would no longer be paired. Here a number is a pure function of (key, layer,
+use, position): recomputation under gradient checkpointing sees the same noise, and nothing has to be stored.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# splitmix64 (Steele, Lea, Flood 2014), its three constants as two's-complement int64.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: int64's own is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """Mix int64 values to pseudo-random int64 values, elementwise; multiplication wraps."""
+    x = x + _GAMMA
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+class Noise(Protocol):
+    """A source of routing noise. Each call of a method is one use and draws new numbers."""
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """In (0, 1), shape and dtype of `like`."""
+        ...
+
+    def exponential(self, like: Tensor) -> Tensor:
+        """Exponential with rate 1, shape and dtype of `like`."""
+        ...
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, shape and dtype of `like`."""
+        ...
+
+    def for_layer(self, layer: int) -> Noise:
+        """An independent stream for one layer."""
+        ...
+
+
+class CounterNoise:
+    """Noise keyed by a tensor, so that advancing the key recompiles nothing.
+
+    Args:
+        key: scalar int64, a new one each forward pass.
+        layer: index of the layer.
+    """
+
+    def __init__(self, key: Tensor, layer: int = 0) -> None:
+        self.key, self.layer, self.uses = key, layer, 0
+
+    def for_layer(self, layer: int) -> CounterNoise:
+        return CounterNoise(self.key, layer)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        stream = splitmix64(splitmix64(self.key) + (self.layer << 8) + self.uses)
+        self.uses += 1
+        position = torch.arange(like.numel(), device=like.device)
+        bits = _shift(splitmix64(stream + position), 40)  # 24 bits: exact in float32
+        return ((bits.to(like.dtype) + 0.5) * 2**-24).view(like.shape)
+
+    def exponential(self, like: Tensor) -> Tensor:
+        return -self.uniform(like).log()
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.special.ndtri(self.uniform(like))
+
+
+class TorchNoise:
+    """Noise from torch's default generator, in the order other implementations draw it: for equality tests."""
+
+    def for_layer(self, layer: int) -> TorchNoise:
+        return self
+
+    def uniform(self, like: Tensor) -> Tensor:
+        return torch.rand_like(like)
+
+    def exponential(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like).exponential_()
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.randn_like(like)

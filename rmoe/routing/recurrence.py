@@ -1,0 +1,179 @@
+"""Stage 1: `features, state = recurrence(hidden, state, shared)`, Eq. 4 and 5.
+
+The recurrence runs over depth. A token's state meets no other token's, so neither the sequence nor the key-value
+cache has any part in it. What all layers share (the cell, in S-proj the projector) belongs to the model and comes
+in as `shared`; what is a layer's own belongs to the layer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmoe.routing.contract import State
+from rmoe.routing.initial import Initialized, Initializer, ProjectionFP32, constant, linear_fp32, normal, uniform
+from rmoe.routing.mechanisms import NoRecurrence as NoRecurrenceSpec
+from rmoe.routing.mechanisms import Recurrence as RecurrenceOptions
+from rmoe.routing.spec import Geometry
+
+
+class GatedCell(Initialized):
+    """Weights of a recurrent cell, named and laid out as torch's: `gates` blocks of `[p, p]` on each side."""
+
+    gates: int
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight_ih = nn.Parameter(torch.empty(self.gates * width, width))
+        self.weight_hh = nn.Parameter(torch.empty(self.gates * width, width))
+        self.bias_ih = nn.Parameter(torch.empty(self.gates * width))
+        self.bias_hh = nn.Parameter(torch.empty(self.gates * width))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """Torch's own: U(-1/sqrt(p), 1/sqrt(p)), "standard GRU init" in the paper."""
+        start = uniform(1 / math.sqrt(self.width))
+        return dict.fromkeys(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), start)
+
+    def products(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """All gates' input and hidden terms, one matrix product each: `[T, p]` -> `[T, gates * p]` twice."""
+        return linear_fp32(x, self.weight_ih, self.bias_ih), linear_fp32(h, self.weight_hh, self.bias_hh)
+
+    def initial(self, x: Tensor) -> State:
+        """`h_0 = 0`."""
+        return (torch.zeros_like(x),)
+
+
+class GRU(GatedCell):
+    """Eq. 2 and 3 with two matrices and biases for the candidate, as in the public code and `torch.nn.GRUCell`.
+
+    `s = sig(W_s x + U_s h)`, `z = sig(W_z x + U_z h)`, `n = tanh(W_n x + s * (U_n h))`, `h' = (1-z) * n + z * h`.
+    """
+
+    gates = 3
+
+    def forward(self, x: Tensor, state: State) -> State:
+        (h,) = state
+        inputs, hiddens = self.products(x, h)
+        s_x, z_x, n_x = inputs.chunk(3, -1)
+        s_h, z_h, n_h = hiddens.chunk(3, -1)
+        s, z = torch.sigmoid(s_x + s_h), torch.sigmoid(z_x + z_h)
+        n = torch.tanh(n_x + s * n_h)
+        return (n + z * (h - n),)
+
+
+class RNN(GatedCell):
+    """`h' = tanh(W x + U h)` (Table 6)."""
+
+    gates = 1
+
+    def forward(self, x: Tensor, state: State) -> State:
+        inputs, hiddens = self.products(x, state[0])
+        return (torch.tanh(inputs + hiddens),)
+
+
+class LSTM(GatedCell):
+    """`torch.nn.LSTMCell`'s equations (Table 6). The state is `(h, c)`; the scorer reads `h`."""
+
+    gates = 4
+
+    def forward(self, x: Tensor, state: State) -> State:
+        h, c = state
+        inputs, hiddens = self.products(x, h)
+        i, f, g, o = (inputs + hiddens).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    def initial(self, x: Tensor) -> State:
+        return torch.zeros_like(x), torch.zeros_like(x)
+
+
+class Decay(Initialized):
+    """`r_l = x'_l + a_l * r_{l-1}`, a vector `a` per layer, ones at the start; none in the first (ZAYA1's EDA)."""
+
+    def __init__(self, width: int, layer_index: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width)) if layer_index > 0 else None
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"scale": constant(1.0)}
+
+    def forward(self, x: Tensor, state: State) -> State:
+        return (x if self.scale is None else torch.addcmul(x, self.scale.to(x.dtype), state[0]),)
+
+    def initial(self, x: Tensor) -> State:
+        return (torch.zeros_like(x),)
+
+
+class Identity(Initialized):
+    """`h = x'`: the low-rank linear router, what the bottleneck alone does."""
+
+    def forward(self, x: Tensor, state: State) -> State:
+        return (x,)
+
+    def initial(self, x: Tensor) -> State:
+        return ()
+
+
+SHARED_CELLS: dict[str, type[GatedCell]] = {"gru": GRU, "rnn": RNN, "lstm": LSTM}
+
+
+def _projector(spec: RecurrenceOptions, geometry: Geometry) -> ProjectionFP32:
+    return ProjectionFP32(geometry.hidden_size, spec.width, normal(geometry.initializer_range), spec.projector_bias)
+
+
+class SharedRecurrence(nn.Module):
+    """The part of the recurrence that belongs to the model: the cell, and in S-proj the projector."""
+
+    def __init__(self, spec: RecurrenceOptions, geometry: Geometry) -> None:
+        super().__init__()
+        self.cell = SHARED_CELLS[spec.cell](spec.width) if spec.cell_is_shared else None
+        self.projector = _projector(spec, geometry) if spec.projector == "shared" else None
+
+
+class Recurrence(nn.Module):
+    """Eq. 4 and 5 for one layer.
+
+    Shapes: hidden `[T, d]`, any floating dtype -> features `[T, p]` (`[T, d + p]` with `concat_hidden`), at least
+    float32, and the state, each part `[T, p]`.
+    """
+
+    def __init__(self, spec: RecurrenceOptions, geometry: Geometry) -> None:
+        super().__init__()
+        self.spec = spec
+        self.projector = _projector(spec, geometry) if spec.projector == "layer" else None
+        self.cell: nn.Module | None = None
+        if spec.cell == "decay":
+            self.cell = Decay(spec.width, geometry.layer_index)
+        elif spec.cell == "identity":
+            self.cell = Identity()
+        self.norm = nn.RMSNorm(spec.width, eps=1e-5) if spec.normalize else None
+
+    def forward(self, hidden: Tensor, state: State, shared: nn.Module | None) -> tuple[Tensor, State]:
+        projector = self.projector if self.projector is not None else shared.projector  # type: ignore[union-attr]
+        cell = self.cell if self.cell is not None else shared.cell  # type: ignore[union-attr]
+        x = projector(hidden)  # [T, p]
+        if not state or self.spec.carry == "zero":
+            state = cell.initial(x)
+        elif self.spec.carry == "detached":
+            state = tuple(part.detach() for part in state)
+        state = cell(x, state)
+        features = state[0] if state else x
+        if self.norm is not None:
+            features = F.rms_norm(features, self.norm.normalized_shape, self.norm.weight.to(features.dtype), self.norm.eps)
+        if self.spec.concat_hidden:
+            features = torch.cat((hidden.to(features.dtype), features), -1)
+        return features, state
+
+
+class NoRecurrence(nn.Module):
+    """Features are the hidden states; the state stays empty."""
+
+    def __init__(self, spec: NoRecurrenceSpec, geometry: Geometry) -> None:
+        super().__init__()
+
+    def forward(self, hidden: Tensor, state: State, shared: nn.Module | None) -> tuple[Tensor, State]:
+        return hidden, state
