@@ -1,0 +1,76 @@
+# `make demo` and `make test` work as the first command on a fresh machine with Python 3.11, 3.12 or 3.13:
+# they make .venv, install into it with pip, and run. Nothing outside this folder is written but caches.
+
+# The first interpreter that runs and is new enough; `make PYTHON=/path/to/python` overrides.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
+# For example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for a CPU-only torch.
+PIP_ARGS ?=
+# Test processes. Each runs torch on one thread: on two cores that beats one process with two threads.
+JOBS ?= 2
+DEMO_OUT ?= runs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: help install demo test test-all check lint format bench torture clean
+
+help:
+	@echo "make demo      train and compare three routers on two seeds (about 6 minutes on two cores)"
+	@echo "make test      the quick tests and doctests"
+	@echo "make test-all  every test, the slow ones too"
+	@echo "make check     lint, formatting, types, security, then the quick tests (what CI runs)"
+	@echo "make format    rewrite the code as the formatter wants it"
+	@echo "make bench     every registered benchmark"
+	@echo "make torture   kill runs at random and see that resume is bit-exact"
+	@echo "make clean     remove .venv and the tools' caches"
+
+# --- installation: a stamp per set of extras, renewed when pyproject.toml changes ---------------------------------
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; give one with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e ".[dev,data]"
+	@touch $@
+
+install: $(VENV)/.installed-dev
+
+# --- what it is for ------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.installed
+	$(BIN)/rmoe compare --preset quick --routers smoe,rmoe,rmoe-np --seeds 2 --out $(DEMO_OUT)
+	@cat $(DEMO_OUT)/summary.md
+	@echo "report: $(abspath $(DEMO_OUT))/report/index.html"
+
+test: $(VENV)/.installed-dev
+	$(PYTEST)
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST) -m ""
+
+check: lint test
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml rmoe
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks
+
+torture: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m torture tests
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

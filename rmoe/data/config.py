@@ -1,0 +1,66 @@
+"""What to read and how to cut it: the data part of a run's configuration. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rmoe.errors import RequestError
+
+SplitRule = Literal["auto", "enwik8", "wikitext-103", "whole"]
+SplitName = Literal["train", "valid", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """One corpus: text, tokenizer, split.
+
+    Attributes:
+        path: a text file, a `.gz` of one, a `.jsonl`, a folder of such files, a published archive (`enwik8.zip`,
+            `wikitext-103-v1.zip`), or a HuggingFace dataset as `hf:NAME` or `hf:NAME:CONFIG` (NAME may be a folder
+            written by `save_to_disk`; needs the extra `data`). None is the Python standard library's own source, or
+            with `split` "enwik8" or "wikitext-103" that corpus.
+        tokenizer: `bytes`, `words`, or the folder or hub name of a HuggingFace tokenizer.
+        split: `auto` takes the splits a corpus comes with, else the first 90 %, next 5 % and last 5 % of the bytes,
+            each cut moved on to the next line's start; `enwik8` the first 90, next 5 and last 5 million bytes of a
+            text of exactly 100,000,000; `wikitext-103` the published files; `whole` puts all text in `test`.
+        text_field: the field of a `.jsonl` line or dataset row that holds the text.
+        max_vocab: words only: keep this many entries, the most frequent; None keeps all.
+        min_count: words only: a word seen less often in the training split becomes `<unk>`.
+        max_bytes: read only the first so many bytes of the text; None reads all.
+        download: fetch a published corpus into the cache when `path` is None.
+        cache_dir: where prepared corpora are kept; None is `$RMOE_CACHE`, else `$XDG_CACHE_HOME/rmoe`, else
+            `~/.cache/rmoe`.
+    """
+
+    path: str | None = None
+    tokenizer: str = "bytes"
+    split: SplitRule = "auto"
+    text_field: str = "text"
+    max_vocab: int | None = None
+    min_count: int = 1
+    max_bytes: int | None = None
+    download: bool = False
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.split not in ("auto", "enwik8", "wikitext-103", "whole"):
+            raise RequestError("data.split", self.split, "auto, enwik8, wikitext-103 or whole")
+        for name, least in (("max_vocab", 2), ("min_count", 1), ("max_bytes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RequestError(f"data.{name}", value, f"at least {least}")
+        if self.max_bytes is not None and self.split in ("enwik8", "wikitext-103"):
+            raise RequestError("data.max_bytes", self.max_bytes, f"unset with the published split {self.split}")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where prepared corpora and downloads of this configuration are kept."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        if "RMOE_CACHE" in os.environ:
+            return Path(os.environ["RMOE_CACHE"])
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rmoe"
