@@ -21,6 +21,7 @@ RESULTS_VERSION = 1
 SUMMARY_VERSION = 1
 
 Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
+Split: TypeAlias = Literal["val", "test"]
 SweepValue: TypeAlias = float | int | str | bool
 
 
@@ -171,13 +172,21 @@ class Bootstrap(Record, frozen=True, kw_only=True):
     simulated_coverage: float
 
 
-Verdict: TypeAlias = Literal["better", "worse", "equivalent", "not decided", "one seed: no verdict"]
+Verdict: TypeAlias = Literal[
+    "better",
+    "worse",
+    "better by less than the margin",
+    "worse by less than the margin",
+    "equivalent",
+    "not decided",
+    "one seed: no verdict",
+]
 
 
 class Difference(Record, frozen=True, kw_only=True):
     """Router minus baseline over the seeds both finished, in bits (of perplexity: its log2)."""
 
-    split: Literal["val", "test"]
+    split: Split
     unit: Literal["bits_per_byte", "bits_per_token"]
     seeds: list[int]
     values: list[float]
@@ -270,8 +279,8 @@ def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:
     Raises:
         RequestError: two schema versions, a version this code does not read, or two corpora in one file.
     """
-    rows: dict[str, ResultRow] = msgspec.field(default_factory=dict)
-    problems: list[str] = msgspec.field(default_factory=list)
+    rows: dict[str, ResultRow] = {}
+    problems: list[str] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue

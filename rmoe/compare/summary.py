@@ -1,0 +1,245 @@
+"""From result rows to `summary.json`: choose sweep points, take spreads, judge differences, say what was found.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rmoe.compare import statistics
+from rmoe.compare.schema import (
+    Band,
+    Curve,
+    Difference,
+    Interval,
+    ResultRow,
+    RouterSummary,
+    Split,
+    Summary,
+    SweepPoint,
+    SweepValue,
+    Timing,
+    Unit,
+    check_comparable,
+)
+from rmoe.errors import RequestError
+
+UNIT_NAMES = {
+    "bits_per_byte": "bits per byte",
+    "bits_per_token": "bits per token",
+    "perplexity": "perplexity",
+}
+SPLIT_NAMES: dict[Split, str] = {"val": "validation", "test": "test"}
+
+
+def sweep_points(rows: Sequence[ResultRow]) -> list[SweepPoint]:
+    """Mean validation figure of every sweep point, and which one each router is judged at.
+
+    The point with the lowest mean is chosen among those that finished the most seeds: a learning rate that
+    loses a run is not chosen for the runs it did not lose.
+    """
+    grouped: dict[str, dict[str, list[ResultRow]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.status == "finished" and row.val is not None:
+            grouped[row.router][repr(sorted(row.sweep.items()))].append(row)
+    found = []
+    for router, points in grouped.items():
+        means = {name: float(np.mean([row.val for row in group])) for name, group in points.items()}
+        most = max(len(group) for group in points.values())
+        best = min((name for name, group in points.items() if len(group) == most), key=means.__getitem__)
+        found += [
+            SweepPoint(
+                router=router, sweep=group[0].sweep, n=len(group), val=means[name], chosen=name == best
+            )
+            for name, group in points.items()
+        ]
+    return found
+
+
+def chosen_sweep(points: Sequence[SweepPoint]) -> dict[str, dict[str, SweepValue]]:
+    """Router -> the sweep point it is judged at."""
+    return {point.router: point.sweep for point in points if point.chosen}
+
+
+def band(curves: Sequence[Curve]) -> Band | None:
+    """Mean and range over seeds, at the steps that all curves have; None when they share no step."""
+    shared = sorted(set.intersection(*(set(curve.step) for curve in curves)))
+    if not shared:
+        return None
+    values = np.array([[dict(zip(c.step, c.value, strict=True))[step] for step in shared] for c in curves])
+    return Band(
+        unit=curves[0].unit,
+        n=len(curves),
+        step=shared,
+        mean=values.mean(axis=0).tolist(),
+        low=values.min(axis=0).tolist(),
+        high=values.max(axis=0).tolist(),
+    )
+
+
+def summarise(
+    rows: Sequence[ResultRow],
+    preset: str,
+    baseline: str,
+    descriptions: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    margin: float = statistics.MARGIN_BITS,
+    confidence: float = statistics.CONFIDENCE,
+) -> Summary:
+    """Judge a comparison.
+
+    Args:
+        rows: one per run, of one corpus.
+        baseline: the router the others are judged against.
+        descriptions: router -> what it is, in a phrase.
+        notes: said beside the verdict: problems met, what to expect.
+        margin: half-width of "equivalent", in bits.
+
+    Raises:
+        RequestError: no row finished, two corpora, or no run of the baseline.
+    """
+    check_comparable(list(rows), "results")
+    points = sweep_points(rows)
+    chosen = chosen_sweep(points)
+    if not chosen:
+        raise RequestError("results", f"{len(rows)} runs, none finished", "at least one finished run")
+    if baseline not in {row.router for row in rows}:
+        raise RequestError("--baseline", baseline, ", ".join(sorted(chosen)))
+    judged = [row for row in rows if row.status == "finished" and row.sweep == chosen.get(row.router)]
+    split: Split = "test" if all(row.test is not None for row in judged) else "val"
+    figures: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in judged:
+        figure = row.test if split == "test" else row.val
+        assert figure is not None
+        figures[row.router][row.seed] = figure
+    unit = rows[0].corpus.unit
+    differences = statistics.compare_to_baseline(figures, baseline, unit, split, margin, confidence)
+    routers = [
+        _router(name, rows, chosen.get(name, {}), differences.get(name), (descriptions or {}).get(name, ""))
+        for name in dict.fromkeys(row.router for row in rows)
+    ]
+    return Summary(
+        preset=preset,
+        baseline=baseline,
+        corpus=rows[0].corpus,
+        confidence=confidence,
+        verdict=verdict_sentence(differences, baseline, margin, confidence),
+        notes=[*_notes(rows, differences, confidence), *notes],
+        routers=sorted(routers, key=lambda r: _rank(r, split)),
+        sweep_points=points if any(point.sweep for point in points) else [],
+        hardware=rows[0].hardware,
+        versions=rows[0].versions,
+    )
+
+
+def _rank(router: RouterSummary, split: Split) -> float:
+    figure = router.test if split == "test" else router.val
+    return figure.mean if figure else float("inf")
+
+
+def _router(
+    name: str,
+    rows: Sequence[ResultRow],
+    sweep: dict[str, SweepValue],
+    difference: Difference | None,
+    description: str,
+) -> RouterSummary:
+    mine = [row for row in rows if row.router == name]
+    finished = sorted(
+        (row for row in mine if row.status == "finished" and row.sweep == sweep), key=lambda r: r.seed
+    )
+    curves = {}
+    for curve in finished[0].curves if finished else {}:
+        if all(curve in row.curves for row in finished):
+            joined = band([row.curves[curve] for row in finished])
+            if joined:
+                curves[curve] = joined
+    timed: list[Timing] = [row.timing for row in finished if row.timing]
+    return RouterSummary(
+        router=name,
+        summary=description,
+        sweep=sweep,
+        finished=len(finished),
+        failed=sum(row.status == "failed" for row in mine),
+        val=statistics.spread({row.seed: row.val for row in finished if row.val is not None}),
+        test=statistics.spread({row.seed: row.test for row in finished if row.test is not None}),
+        difference=difference,
+        parameters=finished[0].parameters if finished else None,
+        timing=timed[0] if timed else None,
+        curves=curves,
+    )
+
+
+def signed(value: float) -> str:
+    """A difference in bits, with its sign.
+
+    >>> signed(-0.01234)
+    '−0.0123'
+    """
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def interval_phrase(interval: Interval) -> str:
+    return f"{signed(interval.low)} to {signed(interval.high)}"
+
+
+def verdict_sentence(
+    differences: Mapping[str, Difference], baseline: str, margin: float, confidence: float
+) -> str:
+    """The finding in one sentence, with its interval.
+
+    With several routers, the one that leads is named, and how many were judged which way.
+    """
+    if not differences:
+        return f"Nothing to compare: no router shares a finished seed with the baseline {baseline}."
+    name, best = min(differences.items(), key=lambda item: item[1].mean)
+    where = f"{UNIT_NAMES[best.unit]} on the {SPLIT_NAMES[best.split]} split"
+    if best.interval is None:
+        return (
+            f"One seed gives no verdict: {name} minus {baseline} is {signed(best.mean)} {where}, "
+            "and nothing says how much of that is chance."
+        )
+    figure = (
+        f"{signed(best.mean)} {where} ({confidence:.0%} interval {interval_phrase(best.interval)}, "
+        f"{len(best.values)} paired seeds)"
+    )
+    if len(differences) == 1:
+        return f"{name} minus {baseline} is {figure}: {_spoken(best.verdict, margin)}."
+    counts = ", ".join(
+        f"{sum(d.verdict == verdict for d in differences.values())} {_spoken(verdict, margin)}"
+        for verdict in dict.fromkeys(d.verdict for d in differences.values())
+    )
+    return (
+        f"Of {len(differences)} routers against {baseline}: {counts}; "
+        f"the lowest is {name} with {figure}, {_spoken(best.verdict, margin)}."
+    )
+
+
+def _spoken(verdict: str, margin: float) -> str:
+    if verdict == "equivalent":
+        return f"equivalent within {margin:g} bits"
+    return "one seed, no verdict" if verdict.startswith("one seed") else verdict
+
+
+def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], confidence: float) -> list[str]:
+    notes = []
+    if any(difference.interval is None for difference in differences.values()):
+        notes.append("A router with one seed is listed, not ranked: one seed ranks nothing.")
+    if sum(difference.p is not None for difference in differences.values()) > 1:
+        notes.append(
+            f"Verdicts use p values corrected over all routers (Holm); intervals are {confidence:.0%} each, "
+            "not corrected."
+        )
+    for row in rows:
+        if row.status == "failed":
+            notes.append(f"{row.key} failed and is left out: {row.error}")
+    return notes
+
+
+def bits_unit(unit: Unit) -> str:
+    """The scale differences are given on, in words."""
+    return UNIT_NAMES["bits_per_byte" if unit == "bits_per_byte" else "bits_per_token"]

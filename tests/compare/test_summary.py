@@ -1,0 +1,112 @@
+"""Rows to summary: which sweep point is judged, what the sentence says, what is kept out."""
+
+from __future__ import annotations
+
+import pytest
+
+from rmoe.compare.schema import Curve, Timing
+from rmoe.compare.summary import band, chosen_sweep, summarise, sweep_points
+from rmoe.errors import RequestError
+from tests.compare.rows import row
+
+
+def grid(offset: float, seeds: int = 3):
+    base = [1.70, 1.74, 1.69, 1.72][:seeds]
+    wobble = [0.0003, -0.0002, 0.0001, 0.0][:seeds]
+    return [row("smoe", s, b, test=b) for s, b in enumerate(base)] + [
+        row("rmoe", s, b + offset + w, test=b + offset + w)
+        for s, (b, w) in enumerate(zip(base, wobble, strict=True))
+    ]
+
+
+def test_the_verdict_names_difference_interval_and_seeds():
+    summary = summarise(grid(-0.03), preset="small", baseline="smoe")
+    assert summary.verdict.startswith(
+        "rmoe minus smoe is −0.0299 bits per byte on the test split (95% interval −0.0306 to −0.0293"
+    )
+    assert summary.verdict.endswith("3 paired seeds): better.")
+    assert [r.router for r in summary.routers] == ["rmoe", "smoe"]  # best first
+    assert summary.routers[1].difference is None
+
+
+def test_one_seed_gives_no_verdict_and_says_so():
+    summary = summarise(grid(-0.03, seeds=1), preset="small", baseline="smoe")
+    assert summary.verdict.startswith("One seed gives no verdict: rmoe minus smoe is −0.0297")
+    assert summary.routers[0].difference.verdict == "one seed: no verdict"
+    assert any("one seed ranks nothing" in note for note in summary.notes)
+    assert summary.routers[0].test.sd is None
+
+
+def test_each_router_is_judged_at_its_own_learning_rate():
+    rows = []
+    for seed in (0, 1):
+        for lr, smoe, rmoe in ((1e-3, 1.70, 1.80), (3e-3, 1.75, 1.68)):
+            test = {"smoe": 1.9 if lr == 1e-3 else None, "rmoe": 1.85 if lr == 3e-3 else None}
+            rows += [
+                row("smoe", seed, smoe + seed / 100, test=test["smoe"], sweep={"learning_rate": lr}),
+                row("rmoe", seed, rmoe + seed / 100, test=test["rmoe"], sweep={"learning_rate": lr}),
+            ]
+    assert chosen_sweep(sweep_points(rows)) == {
+        "smoe": {"learning_rate": 1e-3},
+        "rmoe": {"learning_rate": 3e-3},
+    }
+    summary = summarise(rows, preset="small", baseline="smoe")
+    judged = next(r for r in summary.routers if r.router == "rmoe")
+    assert judged.difference.split == "test"
+    assert judged.difference.mean == pytest.approx(-0.05)
+    assert len(summary.sweep_points) == 4
+
+
+def test_a_learning_rate_that_loses_a_run_is_not_chosen():
+    rows = [
+        row("smoe", 0, 1.5, sweep={"learning_rate": 1e-2}),
+        row("smoe", 1, None, sweep={"learning_rate": 1e-2}, status="failed"),
+        row("smoe", 0, 1.7, sweep={"learning_rate": 1e-3}),
+        row("smoe", 1, 1.7, sweep={"learning_rate": 1e-3}),
+    ]
+    assert chosen_sweep(sweep_points(rows)) == {"smoe": {"learning_rate": 1e-3}}
+
+
+def test_without_every_test_figure_validation_is_compared():
+    rows = grid(-0.03)
+    rows[0] = row("smoe", 0, 1.70, test=None)
+    summary = summarise(rows, preset="small", baseline="smoe")
+    assert "on the validation split" in summary.verdict
+
+
+def test_failed_runs_are_left_out_and_named():
+    rows = [*grid(-0.03), row("rmoe", 3, None, status="failed")]
+    summary = summarise(rows, preset="small", baseline="smoe")
+    rmoe = next(r for r in summary.routers if r.router == "rmoe")
+    assert (rmoe.finished, rmoe.failed) == (3, 1)
+    assert "rmoe-seed3 failed and is left out: loss is NaN at step 3" in summary.notes
+
+
+def test_two_corpora_and_nothing_finished_are_refused():
+    with pytest.raises(RequestError, match="one corpus"):
+        summarise([row("smoe", 0, 1.7), row("rmoe", 0, 1.7, corpus_sha256="b" * 64)], "small", "smoe")
+    with pytest.raises(RequestError, match="none finished"):
+        summarise([row("smoe", 0, None, status="failed")], "small", "smoe")
+    with pytest.raises(RequestError, match="--baseline is 'xmoe'; allowed: rmoe, smoe"):
+        summarise([row("smoe", 0, 1.7), row("rmoe", 0, 1.6)], "small", "xmoe")
+
+
+def test_bands_hold_the_steps_all_seeds_share():
+    one = Curve(unit="nats", step=[1, 2, 3], value=[3.0, 2.0, 1.0])
+    two = Curve(unit="nats", step=[2, 3], value=[4.0, 2.0])
+    joined = band([one, two])
+    assert (joined.step, joined.mean, joined.low, joined.high, joined.n) == (
+        [2, 3],
+        [3.0, 1.5],
+        [2.0, 1.0],
+        [4.0, 2.0],
+        2,
+    )
+
+
+def test_timing_is_blank_unless_a_run_was_timed_alone():
+    rows = grid(-0.03)
+    assert all(r.timing is None for r in summarise(rows, "small", "smoe").routers)
+    timing = Timing(seconds_per_1k_steps=30.0, peak_mib=400.0, steps=20, rounds=3)
+    rows[0] = row("smoe", 0, 1.70, test=1.70, timing=timing)
+    assert next(r.timing for r in summarise(rows, "small", "smoe").routers if r.router == "smoe") == timing
