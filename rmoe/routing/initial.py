@@ -11,23 +11,23 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-Initializer = Callable[[Tensor, Generator | None], None]
+Initializer = Callable[[Tensor, Generator | None], object]
 
 
 def normal(std: float) -> Initializer:
-    return lambda tensor, generator: nn.init.normal_(tensor, 0.0, std, generator=generator) and None
+    return lambda tensor, generator: nn.init.normal_(tensor, 0.0, std, generator=generator)
 
 
 def uniform(bound: float) -> Initializer:
-    return lambda tensor, generator: nn.init.uniform_(tensor, -bound, bound, generator=generator) and None
+    return lambda tensor, generator: nn.init.uniform_(tensor, -bound, bound, generator=generator)
 
 
 def constant(value: float) -> Initializer:
-    return lambda tensor, generator: nn.init.constant_(tensor, value) and None
+    return lambda tensor, generator: nn.init.constant_(tensor, value)
 
 
 def orthogonal(gain: float) -> Initializer:
-    return lambda tensor, generator: nn.init.orthogonal_(tensor, gain, generator=generator) and None
+    return lambda tensor, generator: nn.init.orthogonal_(tensor, gain, generator=generator)
 
 
 class Initialized(nn.Module):
