@@ -16,56 +16,22 @@ import msgspec
 
 from rmoe.errors import RequestError
 from rmoe.records import Record, Versioned
+from rmoe.training.result import (
+    Corpus as Corpus,
+    Curve as Curve,
+    Hardware as Hardware,
+    Histogram as Histogram,
+    Parameters as Parameters,
+    RoutingSummary as RoutingSummary,
+    Unit as Unit,
+    Versions as Versions,
+)
 
 RESULTS_VERSION = 1
 SUMMARY_VERSION = 1
 
-Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
 Split: TypeAlias = Literal["val", "test"]
 SweepValue: TypeAlias = float | int | str | bool
-
-
-class Corpus(Record, frozen=True, kw_only=True):
-    """The text a run was trained and judged on."""
-
-    name: str
-    sha256: str  # of the encoded text, so a renamed file is the same corpus and an edited one is not
-    unit: Unit
-
-
-class Hardware(Record, frozen=True, kw_only=True):
-    """What a run was computed on; `threads` is what torch was told, part of the run's configuration."""
-
-    cpu: str
-    cores: int
-    threads: int
-    memory_gib: float
-    accelerator: str | None = None
-
-
-class Versions(Record, frozen=True, kw_only=True):
-    """`code` is the package version plus the commit, when one is known; `libraries` maps name to version."""
-
-    code: str
-    python: str
-    libraries: dict[str, str]
-
-
-class Parameters(Record, frozen=True, kw_only=True):
-    """Counts. `router`: projectors, cells and scorers; `active`: what one token passes through."""
-
-    total: int
-    non_embedding: int
-    router: int
-    active: int
-
-
-class Curve(Record, frozen=True, kw_only=True):
-    """A figure over training: `value[j]` was measured after optimizer step `step[j]`."""
-
-    unit: str
-    step: list[int]
-    value: list[float]
 
 
 class Timing(Record, frozen=True, kw_only=True):
@@ -75,24 +41,6 @@ class Timing(Record, frozen=True, kw_only=True):
     peak_mib: float
     steps: int
     rounds: int
-
-
-class Histogram(Record, frozen=True, kw_only=True):
-    """`counts[j]` samples fell into `[edges[j], edges[j + 1])`; the last bin is closed."""
-
-    edges: list[float]
-    counts: list[int]
-
-
-class RoutingSummary(Record, frozen=True, kw_only=True):
-    """How the finished model routes the validation text, per layer; None where it was not recorded."""
-
-    tokens: int
-    entropy_nats: list[float] | None = None  # [L] mean gate entropy
-    entropy_histogram: list[Histogram] | None = None  # [L]
-    load: list[list[float]] | None = None  # [L][E] share of assignments
-    inner_balance: list[float] | None = None  # [L] median top-1 / top-2 score
-    outer_balance: list[float] | None = None  # [L] median sum of the selected scores
 
 
 class ResultRow(Record, frozen=True, kw_only=True):

@@ -1,0 +1,1 @@
+"""Training: `train(config, out)`, the trainer, checkpoints that survive anything, metrics."""

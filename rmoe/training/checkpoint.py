@@ -1,0 +1,263 @@
+"""Checkpoint folders that are either whole or not there: staged, synced, renamed, sealed, checked, rotated.
+
+A run keeps its checkpoints in `DIR/checkpoints/checkpoint-<step>`. Each is first written to `DIR/staging/`,
+its files are synced to disk, a manifest with the sha256 of every file is added, and one `rename` makes it
+visible. So a kill at any moment leaves either the new checkpoint whole or none, and a bit that flips later is noticed.
+What the files contain is `rmoe.training.state`'s business; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError
+
+from rmoe.errors import RunError
+from rmoe.records import Record
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_CHUNK = 1 << 20
+
+
+class Seal(Record, frozen=True, kw_only=True):
+    """What one file must be."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Record, frozen=True, kw_only=True):
+    """`manifest.json`: the step, the run it belongs to, and every other file of the folder."""
+
+    schema_version: int = MANIFEST_VERSION
+    step: int
+    run: str  # fingerprint of the run's configuration: a checkpoint moved in from another run is refused
+    files: dict[str, Seal]
+
+
+class SealedManifest(Record, frozen=True, kw_only=True):
+    """The manifest with its own sha256, so that a flipped bit in it is noticed too."""
+
+    manifest: Manifest
+    sha256: str
+
+
+class Damaged(Exception):
+    """A checkpoint that must not be used; the text says why, in a phrase."""
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Attributes:
+        folder: the run's folder, `DIR`.
+        run: the run's fingerprint, written into each manifest.
+        keep: how many of the newest valid checkpoints rotation leaves; at least 2.
+    """
+
+    folder: Path
+    run: str
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.keep < 2:
+            raise ValueError(f"keep is {self.keep}: with fewer than 2, one damaged file could cost the run")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Holds whole checkpoints and nothing else."""
+        return self.folder / "checkpoints"
+
+    @property
+    def staging(self) -> Path:
+        """Holds what is being written or deleted; its content is never read."""
+        return self.folder / "staging"
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Write, seal and publish one checkpoint, then rotate.
+
+        Args:
+            step: optimizer steps done.
+            write: fills the folder it is given with plain files.
+
+        Returns:
+            The published folder.
+
+        Raises:
+            RunError: it could not be written (disk full, for one); earlier checkpoints are untouched.
+        """
+        target = self.checkpoints / f"checkpoint-{step}"
+        staged = self.staging / target.name
+        try:
+            _remove(staged)
+            staged.mkdir(parents=True)
+            write(staged)
+            seal(staged, step, self.run)
+            self.checkpoints.mkdir(exist_ok=True)
+            self._discard(target)  # one of the same step can only be there if it was found damaged
+            staged.rename(target)
+            sync(self.checkpoints)
+        except (OSError, SafetensorError) as error:
+            _remove(staged)
+            raise RunError(
+                f"could not save {target.name}: {_phrase(error)}",
+                self.saved(),
+                "free disk space, then --resume",
+            ) from error
+        self.rotate()
+        return target
+
+    def newest_valid(self, check: Callable[[Path], None] = lambda _: None) -> Path | None:
+        """The newest checkpoint that is whole, saying on stderr which were skipped and why.
+
+        Args:
+            check: a further look into a folder whose files are as sealed; raises `Damaged` to refuse it.
+        """
+        for step, path in reversed(self.found()):
+            try:
+                verify(path, step, self.run)
+                check(path)
+            except Damaged as reason:
+                # One unwrapped line whatever the terminal's width: scripts read it.
+                print(f"skipped {path.name}: {reason}", file=sys.stderr, flush=True)
+            else:
+                return path
+        return None
+
+    def found(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every checkpoint, whole or not, oldest first."""
+        folders = []
+        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
+                folders.append((int(match[1]), path))
+        return sorted(folders)
+
+    def rotate(self) -> None:
+        """Delete checkpoints older than the `keep` newest valid ones.
+
+        Validity is checked by hashing, not assumed: if the newer ones have been damaged, the old one stays.
+        """
+        valid = 0
+        for step, path in reversed(self.found()):
+            if valid >= self.keep:
+                self._discard(path)
+                continue
+            try:
+                verify(path, step, self.run)
+            except Damaged:
+                continue  # left for its owner to look at; it takes no valid one's place
+            valid += 1
+
+    def clear_staging(self) -> None:
+        """Remove what a killed process left half written or half deleted."""
+        _remove(self.staging)
+
+    def saved(self) -> str:
+        """What is safe on disk, for an error's text."""
+        folders = self.found()
+        return f"{folders[-1][1].name} in {self.checkpoints}" if folders else "no checkpoint yet"
+
+    def _discard(self, path: Path) -> None:
+        """Delete a checkpoint; it leaves `checkpoints/` in one step, so no part of one is ever seen there."""
+        if not path.exists():
+            return
+        doomed = self.staging / f"deleted-{path.name}"
+        self.staging.mkdir(exist_ok=True)
+        _remove(doomed)
+        path.rename(doomed)
+        _remove(doomed)
+
+
+def seal(folder: Path, step: int, run: str) -> None:
+    """Sync every file of a folder to disk, then add the manifest and sync that."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync(path)
+        files[path.name] = Seal(bytes=path.stat().st_size, sha256=sha256(path))
+    manifest = Manifest(step=step, run=run, files=files)
+    sealed = SealedManifest(manifest=manifest, sha256=_own_sha256(manifest))
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n")
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def verify(folder: Path, step: int, run: str) -> None:
+    """Check a folder against its manifest.
+
+    Raises:
+        Damaged: a file is missing, added, cut short or changed; or it is another step's or another run's.
+    """
+    try:
+        sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=SealedManifest)
+    except FileNotFoundError:
+        raise Damaged(f"no {MANIFEST}") from None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Damaged(f"unreadable {MANIFEST}: {_phrase(error)}") from None
+    manifest = sealed.manifest
+    if _own_sha256(manifest) != sealed.sha256:
+        raise Damaged(f"sha256 mismatch: {MANIFEST}")
+    if manifest.schema_version != MANIFEST_VERSION:
+        raise Damaged(f"manifest version {manifest.schema_version}, not {MANIFEST_VERSION}")
+    if manifest.step != step:
+        raise Damaged(f"its manifest is of step {manifest.step}")
+    if manifest.run != run:
+        raise Damaged("it belongs to another run")
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name in sorted(manifest.files.keys() - present):
+        raise Damaged(f"missing file: {name}")
+    for name in sorted(present - manifest.files.keys()):
+        raise Damaged(f"file not in the manifest: {name}")
+    for name, expected in sorted(manifest.files.items()):
+        path = folder / name  # a plain name: it is one of `present`
+        if path.is_symlink() or not path.is_file():
+            raise Damaged(f"not a plain file: {name}")
+        if path.stat().st_size != expected.bytes:
+            raise Damaged(f"size mismatch: {name}")
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise Damaged(f"unreadable {name}: {_phrase(error)}") from None
+        if found != expected.sha256:
+            raise Damaged(f"sha256 mismatch: {name}")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _own_sha256(manifest: Manifest) -> str:
+    return hashlib.sha256(msgspec.json.encode(manifest, order="sorted")).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _phrase(error: Exception) -> str:
+    return " ".join(str(error).split())

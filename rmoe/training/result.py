@@ -1,0 +1,118 @@
+"""What a finished run says: typed, versioned, `DIR/result.json`. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from rmoe.records import Record
+
+RESULT_VERSION = 1
+
+Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
+
+
+class Corpus(Record, frozen=True, kw_only=True):
+    """The text a run was trained and judged on."""
+
+    name: str
+    sha256: str  # of the encoded text, so a renamed file is the same corpus and an edited one is not
+    unit: Unit
+
+
+class Hardware(Record, frozen=True, kw_only=True):
+    """What a run was computed on; `threads` is what torch was told, part of the run's configuration."""
+
+    cpu: str
+    cores: int
+    threads: int
+    memory_gib: float
+    accelerator: str | None = None
+
+
+class Versions(Record, frozen=True, kw_only=True):
+    """`code` is the package version plus the commit, when one is known; `libraries` maps name to version."""
+
+    code: str
+    python: str
+    libraries: dict[str, str]
+
+
+class Parameters(Record, frozen=True, kw_only=True):
+    """Counts. `router`: projectors, cells and scorers; `active`: what one token passes through."""
+
+    total: int
+    non_embedding: int
+    router: int
+    active: int
+
+
+class Curve(Record, frozen=True, kw_only=True):
+    """A figure over training: `value[j]` was measured after optimizer step `step[j]`."""
+
+    unit: str
+    step: list[int]
+    value: list[float]
+
+
+class Histogram(Record, frozen=True, kw_only=True):
+    """`counts[j]` samples fell into `[edges[j], edges[j + 1])`; the last bin is closed."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class RoutingSummary(Record, frozen=True, kw_only=True):
+    """How the finished model routes the validation text, per layer; None where it was not recorded."""
+
+    tokens: int
+    entropy_nats: list[float] | None = None  # [L] mean gate entropy
+    entropy_histogram: list[Histogram] | None = None  # [L]
+    load: list[list[float]] | None = None  # [L][E] share of assignments
+    inner_balance: list[float] | None = None  # [L] median top-1 / top-2 score
+    outer_balance: list[float] | None = None  # [L] median sum of the selected scores
+
+
+class RunResult(Record, frozen=True, kw_only=True):
+    """A finished run.
+
+    Attributes:
+        router, router_spec: the zoo row and its three stages spelled out.
+        seed: of the initial weights, the order of the data, dropout and routing noise.
+        config: the resolved `RunConfig`.
+        steps, tokens: optimizer steps done and training tokens seen.
+        skipped_batches: steps left out because a loss or gradient was not finite.
+        val, test: the finished model's figure over the whole split, in `corpus.unit`, lower is better; None
+            where it was not asked for or the corpus has no such split.
+        context: tokens of context the figures were measured with, in words.
+        parameters: counts.
+        curves: by the name of a metrics field: `train`, `val`, `lm_loss`, `balance_loss`, ...
+        seconds_per_1k_steps: wall clock of the training steps alone, without evaluation and saving. Other runs
+            may have shared the machine: compare it only between runs timed alone.
+        peak_mib: the process's peak memory: the allocator's on a GPU, resident size on a CPU.
+        routing: how the finished model routes the validation text.
+        folder, model: where the run and its final model are.
+    """
+
+    schema_version: int = RESULT_VERSION
+    router: str
+    router_spec: dict[str, Any]
+    seed: int
+    config: dict[str, Any]
+    versions: Versions
+    hardware: Hardware
+    corpus: Corpus
+    steps: int
+    tokens: int
+    skipped_batches: int
+    val: float | None
+    test: float | None
+    context: str
+    parameters: Parameters
+    curves: dict[str, Curve] = msgspec.field(default_factory=dict)
+    seconds_per_1k_steps: float
+    peak_mib: float
+    routing: RoutingSummary | None = None
+    folder: str
+    model: str

@@ -1,0 +1,149 @@
+"""One run, one folder: who may write in it, and what was asked for in it.
+
+    DIR/config.json     the resolved configuration, written first
+    DIR/run.lock        held (flock) by the process that writes here; the kernel frees it when that dies
+    DIR/metrics.jsonl   see `rmoe.training.metrics`
+    DIR/checkpoints/    see `rmoe.training.checkpoint`
+    DIR/staging/        what is being written
+    DIR/model/          the final model
+    DIR/result.json     written last: a run with one is finished
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rmoe.errors import RequestError
+from rmoe.records import Record, read_record, write_record
+from rmoe.training.result import Hardware, Versions
+
+CONFIG_VERSION = 1
+CONFIG, LOCK, METRICS, MODEL, RESULT = "config.json", "run.lock", "metrics.jsonl", "model", "result.json"
+
+
+class RunRecord(Record, frozen=True, kw_only=True):
+    """`config.json`: what was asked for, resolved, and what it ran on.
+
+    Attributes:
+        config: the `RunConfig`; equal settings give equal bits on equal hardware.
+        router_spec: the router's three stages, spelled out.
+        model: the model's own configuration, with sizes that came from the data.
+        data_sha256: identity of the encoded corpus.
+    """
+
+    schema_version: int = CONFIG_VERSION
+    config: dict[str, Any]
+    router_spec: dict[str, Any]
+    model: dict[str, Any]
+    data_sha256: str
+    versions: Versions
+    hardware: Hardware
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The configuration of the run in a folder.
+
+    Raises:
+        RequestError: there is none, or it is not one.
+    """
+    return read_record(folder / CONFIG, RunRecord, CONFIG_VERSION)
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse to start a new run in a folder that holds anything.
+
+    Raises:
+        RequestError: it is a file, or it is not empty.
+    """
+    if folder.is_dir():
+        if any(path.name != LOCK for path in folder.iterdir()):
+            holds = "another run" if (folder / CONFIG).exists() else "other files"
+            raise RequestError(
+                "--out",
+                str(folder),
+                f"a new or empty folder (this one holds {holds}; --resume goes on with a run)",
+            )
+    elif folder.exists():
+        raise RequestError("--out", str(folder), "a folder")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if needed and hold its lock; the lock of a process that was killed is free again.
+
+    Raises:
+        RequestError: another process is writing there, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RequestError(
+            "--out", str(folder), f"a folder that can be written ({error.strerror})"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise RequestError(
+                "--out", str(folder), f"a folder no other run is writing to ({holder} is)"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def begin(folder: Path, record: RunRecord) -> None:
+    """Write the configuration of a new run."""
+    write_record(folder / CONFIG, record)
+
+
+def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) -> None:
+    """Check that what is asked for now is the run that is in the folder.
+
+    Args:
+        record: what is asked for.
+        may_differ: dotted names below `config` that change no result, `checkpoints.keep` for one.
+
+    Raises:
+        RequestError: naming the first setting that differs.
+    """
+    stored = read_run(folder)
+    for part in ("config", "model", "data_sha256"):
+        was, now = _flat(getattr(stored, part)), _flat(getattr(record, part))
+        for name in sorted(was.keys() | now.keys()):
+            if was.get(name) == now.get(name) or (part == "config" and name in may_differ):
+                continue
+            field = name if part == "config" else ".".join(filter(None, (part, name)))
+            raise RequestError(
+                field, now.get(name), f"{was.get(name)!r}, as the run in {folder} was started with"
+            )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names, the way JSON would give them back.
+
+    >>> _flat({"data": {"path": None, "words": (1, 2)}})
+    {'data.path': None, 'data.words': [1, 2]}
+    """
+    value = msgspec.to_builtins(value)
+    if not isinstance(value, dict):
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+    return {
+        name: leaf
+        for key, inner in value.items()
+        for name, leaf in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
