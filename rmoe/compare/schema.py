@@ -16,15 +16,15 @@ import msgspec
 
 from rmoe.errors import RequestError
 from rmoe.records import Record, Versioned
-from rmoe.training.result import (
-    Corpus as Corpus,
-    Curve as Curve,
-    Hardware as Hardware,
-    Histogram as Histogram,
-    Parameters as Parameters,
-    RoutingSummary as RoutingSummary,
-    Unit as Unit,
-    Versions as Versions,
+from rmoe.training.result import (  # noqa: F401  re-exported: a row is read with what it is made of
+    Corpus,
+    Curve,
+    Hardware,
+    Histogram,
+    Parameters,
+    RoutingSummary,
+    Unit,
+    Versions,
 )
 
 RESULTS_VERSION = 1

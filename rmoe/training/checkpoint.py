@@ -2,8 +2,8 @@
 
 A run keeps its checkpoints in `DIR/checkpoints/checkpoint-<step>`. Each is first written to `DIR/staging/`,
 its files are synced to disk, a manifest with the sha256 of every file is added, and one `rename` makes it
-visible. So a kill at any moment leaves either the new checkpoint whole or none, and a bit that flips later is noticed.
-What the files contain is `rmoe.training.state`'s business; nothing here imports torch.
+visible. So a kill at any moment leaves either the new checkpoint whole or none, and a bit that flips later is
+noticed. What the files contain is `rmoe.training.state`'s business; nothing here imports torch.
 """
 
 from __future__ import annotations
