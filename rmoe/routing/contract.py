@@ -42,10 +42,10 @@ class Routing(NamedTuple):
             with a skip class.
         probs: `[T, C]`, the distribution the gate chose from; at least float32; rows sum to one.
         weights: `[T, K]`, what each chosen expert's output is multiplied by; at least float32, 0 in an empty slot.
-        experts: `[T, K]` int64; the value `E` marks an empty slot (skipped, dropped, or not used).
+        experts: `[T, K]` int64, the choice; the value `E` marks an empty slot (skipped or not used).
         passthrough: `[T]`, what the layer's input is multiplied by and added to its output; None is nothing.
         penalty: scalar, the mechanism's own loss with its weight; None is nothing.
-        dropped: scalar int64, assignments lost to the capacity limit; None is nothing.
+        dropped: `[T, K]` bool, choices lost to the capacity limit (their weight is 0); None is none.
     """
 
     logits: Tensor
@@ -94,6 +94,13 @@ def count_assignments(experts: Tensor, num_experts: int, mask: Tensor | None = N
     return counts.scatter_add(0, flat, torch.ones_like(flat))[:num_experts]
 
 
+def dispatched_experts(routing: Routing, num_experts: int) -> Tensor:
+    """`[T, K]` experts that really compute: the choice, with `num_experts` in empty and in dropped slots."""
+    if routing.dropped is None:
+        return routing.experts
+    return routing.experts.masked_fill(routing.dropped, num_experts)
+
+
 def gate_entropy(probs: Tensor) -> Tensor:
     """`-sum_n p_n ln p_n` in nats, `[T, C]` -> `[T]`; zero probabilities contribute zero (Fig. 4)."""
     return torch.special.entr(probs).sum(-1)
@@ -105,7 +112,7 @@ def router_stats(routings: tuple[Routing, ...], num_experts: int, mask: Tensor |
         counts = torch.stack([count_assignments(r.experts, num_experts, mask) for r in routings])
         entropies = torch.stack([gate_entropy(r.probs).float() for r in routings])
         zero = torch.zeros((), dtype=torch.int64, device=counts.device)
-        dropped = torch.stack([zero if r.dropped is None else r.dropped for r in routings])
+        dropped = torch.stack([zero if r.dropped is None else r.dropped.sum() for r in routings])
         if mask is None:
             tokens = zero + routings[0].experts.shape[0]
         else:

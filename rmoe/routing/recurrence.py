@@ -161,12 +161,12 @@ class Recurrence(nn.Module):
         elif self.spec.carry == "detached":
             state = tuple(part.detach() for part in state)
         state = cell(x, state)
-        features = state[0] if state else x
+        features = state[0]
         if self.norm is not None:
             features = F.rms_norm(features, self.norm.normalized_shape, self.norm.weight.to(features.dtype), self.norm.eps)
         if self.spec.concat_hidden:
             features = torch.cat((hidden.to(features.dtype), features), -1)
-        return features, state
+        return features, () if self.spec.carry == "zero" else state
 
 
 class NoRecurrence(nn.Module):

@@ -120,10 +120,10 @@ class StageSpec:
     def check_geometry(self, geometry: Geometry) -> None:
         """Refuse option values that cannot work in a model of this geometry."""
 
-    def build(self, geometry: Geometry) -> nn.Module:
-        """The module that carries this mechanism out."""
+    def load_implementation(self) -> Any:
+        """The class or function that carries this mechanism out, imported now."""
         module, _, name = self.implementation.partition(":")
-        return getattr(import_module(module), name)(self, geometry)
+        return getattr(import_module(module), name)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
@@ -152,17 +152,35 @@ class RecurrenceSpec(StageSpec):
 
     stage = "recurrence"
 
+    def features(self, geometry: Geometry) -> int:
+        """Width of the features it gives the scorer."""
+        raise NotImplementedError
+
+    def build(self, geometry: Geometry) -> nn.Module:
+        """One layer's module: `(hidden [T, d], state, shared) -> (features [T, f], state)`."""
+        return self.load_implementation()(self, geometry)
+
 
 class ScorerSpec(StageSpec):
     """Stage 2, Eq. 6: features -> raw logits `[T, C]`."""
 
     stage = "scorer"
 
+    def build(self, geometry: Geometry, features: int) -> nn.Module:
+        """One layer's module: `(features [T, features], shared, noise) -> logits [T, C]`."""
+        return self.load_implementation()(self, geometry, features)
+
 
 class GateSpec(StageSpec):
     """Stage 3, Eq. 1: logits -> weights and experts `[T, K]`."""
 
     stage = "gate"
+    takes_bias: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = True
+
+    def build(self, geometry: Geometry) -> nn.Module:
+        """One layer's module: `(logits [T, C], bias, context) -> Routing`."""
+        return self.load_implementation()(self, geometry)
 
 
 class RouterKind(StageSpec):
@@ -172,6 +190,10 @@ class RouterKind(StageSpec):
     uses_scorer: ClassVar[bool] = True
     uses_gate: ClassVar[bool] = True
     needs_token_ids: ClassVar[bool] = False
+
+    def build(self, spec: RouterSpec, geometry: Geometry) -> nn.Module:
+        """One layer's router, a `rmoe.routing.router.BaseRouter`."""
+        return self.load_implementation()(self, spec, geometry)
 
 
 class LossSpec(StageSpec):
@@ -298,6 +320,17 @@ class RouterSpec:
         for stage, used in (("scorer", self.router.uses_scorer), ("gate", self.router.uses_gate)):
             value, allowed = getattr(self, stage), "set" if used else f"null with router {self.router.kind}"
             require((value is not None) == used, f"router.{stage}", value, allowed)
+        rate = self.balance.bias_update_rate
+        takes_bias = self.gate is not None and self.gate.takes_bias
+        require(rate == 0 or takes_bias, "balance.bias_update_rate", rate, "0 with a gate that takes no bias")
+        skips = bool(getattr(self.scorer, "skip_class", False))
+        gate = self.gate.kind if self.gate is not None else None
+        require(not skips or takes_bias, "router.gate", gate, "a gate that takes a bias, with a skip class")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token's routing depends on a later token's."""
+        return self.gate is None or self.gate.is_causal
 
     def stages(self) -> list[StageSpec]:
         """Every mechanism in use, in the order a token meets them."""
