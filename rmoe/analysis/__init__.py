@@ -1,0 +1,1 @@
+"""Recorded routing -> numbers: what a Mixture-of-Experts model's routers do, measured."""

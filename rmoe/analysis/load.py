@@ -1,0 +1,98 @@
+"""Who gets the work: selection frequency (Fig. 12), imbalance, what a capacity limit drops (Table 11)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rmoe.analysis.histogram import add_counts
+from rmoe.analysis.record import RoutingBatch
+
+CAPACITY_FACTORS = (1.0, 1.25, 1.5, 2.0)
+WINDOW_TOKENS = 4096
+
+
+def frequency(counts: np.ndarray) -> np.ndarray:
+    """Share of a layer's assignments each expert takes, [..., E] -> [..., E]; zeros where there are none."""
+    return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+
+
+def load_imbalance(counts: np.ndarray) -> np.ndarray:
+    """Largest load over mean load, [..., E] -> [...]: 1 is perfect balance, E one expert doing all the work."""
+    return frequency(counts).max(axis=-1) * counts.shape[-1]
+
+
+def capacity(capacity_factor: float, num_tokens: int, experts_per_token: int, num_experts: int) -> int:
+    """`ceil(factor * T * k / E)`: what one expert accepts among T tokens; the rule of the gates here."""
+    return math.ceil(capacity_factor * num_tokens * experts_per_token / num_experts)
+
+
+class Load:
+    """Streams assignments per expert, and the drop ratio over windows of consecutive tokens.
+
+    A capacity limit applies to the tokens that are routed together. Here they are windows of exactly
+    `min(window_tokens, total_tokens)` tokens in the order of the text, so the figure does not depend on the
+    batch size of the analysis; an incomplete last window is left out. Which of an expert's tokens would be
+    dropped depends on their order, how many does not. Memory is O(L E).
+
+    Args:
+        num_layers, num_experts, experts_per_token: L, E, k.
+        total_tokens: tokens that `update` will see in all.
+        capacity_factors: C factors.
+        window_tokens: T.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        experts_per_token: int,
+        total_tokens: int,
+        capacity_factors: Sequence[float] = CAPACITY_FACTORS,
+        window_tokens: int = WINDOW_TOKENS,
+    ) -> None:
+        self.window_tokens = min(window_tokens, total_tokens)
+        self.capacity_factors = list(capacity_factors)
+        self._capacity = torch.tensor(
+            [capacity(f, self.window_tokens, experts_per_token, num_experts) for f in capacity_factors]
+        )
+        self.counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+        self._window = torch.zeros(num_layers, num_experts + 1, dtype=torch.int64)  # last column: no expert
+        self._window_seen = 0
+        self._dropped = torch.zeros(len(self.capacity_factors), num_layers, dtype=torch.int64)
+        self._offered = torch.zeros(num_layers, dtype=torch.int64)
+        self._offset = torch.arange(num_layers)[:, None, None] * (num_experts + 1)
+        self.n = 0
+
+    def update(self, batch: RoutingBatch) -> None:
+        """Add the next tokens."""
+        start = 0
+        while start < batch.num_tokens:
+            taken = min(batch.num_tokens - start, self.window_tokens - self._window_seen)
+            add_counts(self._window, batch.experts[:, start : start + taken] + self._offset)
+            start += taken
+            self._window_seen += taken
+            if self._window_seen == self.window_tokens:
+                self._close_window()
+        self.n += batch.num_tokens
+
+    def _close_window(self) -> None:
+        load = self._window[:, :-1]
+        self._dropped += (load - self._capacity[:, None, None]).clamp(min=0).sum(-1)
+        self._offered += load.sum(-1)
+        self.counts += load
+        self._window.zero_()
+        self._window_seen = 0
+
+    def total_counts(self) -> np.ndarray:
+        """[L, E] int64, assignments of all tokens seen."""
+        return (self.counts + self._window[:, :-1]).numpy()
+
+    def drop_ratio(self) -> tuple[np.ndarray, np.ndarray]:
+        """Share of assignments beyond capacity: [C, L], and over all layers, [C]."""
+        offered = self._offered.clamp(min=1).numpy()
+        dropped = self._dropped.numpy()
+        return dropped / offered, dropped.sum(axis=-1) / offered.sum()
