@@ -1,0 +1,20 @@
+"""A recurrent router on a pretrained MoE. Importing this makes grafted folders known to transformers' Auto classes."""
+
+from rmoe.graft.attach import attach, graft
+from rmoe.graft.auto import GraftConfig
+from rmoe.graft.discover import RoutedStack, find_routed_stack
+from rmoe.graft.modules import GraftedGate, GraftedLayer, RecurrentOffset, RouterStream
+from rmoe.graft.spec import GraftSpec
+
+__all__ = [
+    "GraftConfig",
+    "GraftSpec",
+    "GraftedGate",
+    "GraftedLayer",
+    "RecurrentOffset",
+    "RoutedStack",
+    "RouterStream",
+    "attach",
+    "find_routed_stack",
+    "graft",
+]

@@ -1,0 +1,131 @@
+"""Put a recurrent router onto a model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rmoe.errors import RequestError
+from rmoe.graft.discover import RoutedStack, find_routed_stack
+from rmoe.graft.modules import (
+    GraftedGate,
+    RecurrentOffset,
+    grafted_gate_class,
+    grafted_layer_class,
+)
+from rmoe.graft.spec import GraftSpec
+from rmoe.routing.initial import Initialized
+from rmoe.routing.recurrence import SharedRecurrence
+from rmoe.routing.spec import Geometry
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+CELL = "router_cell"
+OFFSET = "offset"
+
+
+def graft(
+    model: Model, router: str | GraftSpec = "rmoe", *, width: int | None = None, pure: bool = False
+) -> Model:
+    """Put a recurrent router onto a pretrained MoE, in place, without changing its function.
+
+    Each gate is called with `x + B_i h_i`, `B_i = 0`; its weights and all that its family does with its scores
+    stay as they are, and the experts still read `x`. The model's class becomes a subclass of its own, whose
+    `save_pretrained` writes a folder that `rmoe.load` and, after `import rmoe.graft`, transformers' Auto classes
+    read. Like the layers' and gates' new classes it is made at run time: models can be deep-copied, not pickled.
+
+    Args:
+        model: any transformers MoE whose layers pass hidden states on one by one; see `rmoe graft --list`.
+        router: a zoo row, whose recurrence is taken, or the whole graft.
+        width: `p`, if it is to differ from the row's.
+        pure: the gate reads `B_i h_i` alone.
+
+    Returns:
+        The same object.
+
+    Raises:
+        RequestError: a dense model, no gate beside the experts, already grafted, a row without recurrence, p <= 0.
+    """
+    from rmoe.graft.auto import GRAFT_SECTION, adopt
+
+    if hasattr(model.config, GRAFT_SECTION):
+        raise RequestError("model", model.config.model_type, "a model without a graft")
+    spec = router if isinstance(router, GraftSpec) else GraftSpec.from_router(router, width=width, pure=pure)
+    attach(model, spec)
+    return adopt(model, spec)
+
+
+def attach(model: PreTrainedModel, spec: GraftSpec) -> RoutedStack:
+    """Add the cell, projectors and `B`s of `spec` and change the classes of layers and gates.
+
+    Parameters take the model's dtype and each gate's device; on the meta device they stay uninitialised.
+    """
+    stack = find_routed_stack(model)
+    backbone = model.get_submodule(stack.backbone)
+    layers = model.get_submodule(stack.layers)
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    geometry = Geometry(
+        hidden_size=stack.hidden_size,
+        num_experts=1,  # the family's gate knows; a recurrence has no use for it
+        top_k=1,
+        num_layers=len(stack.gates),
+        initializer_range=stack.initializer_range,
+    )
+    cell = SharedRecurrence(spec.recurrence, geometry) if spec.recurrence.has_shared else None
+    setattr(backbone, CELL, cell if cell is None else cell.to(like.device, model.dtype))
+    for index in range(min(stack.gates), max(stack.gates) + 1):
+        _attach_layer(layers[index], index, stack, spec, geometry, backbone, model.dtype)
+    backbone.register_forward_pre_hook(_rebind_replica)
+    initialize_graft(model, spec.seed)
+    return stack
+
+
+def _attach_layer(
+    layer: Any,
+    index: int,
+    stack: RoutedStack,
+    spec: GraftSpec,
+    geometry: Geometry,
+    backbone: nn.Module,
+    dtype: torch.dtype,
+) -> None:
+    layer.__class__ = grafted_layer_class(type(layer))
+    layer.gate_path = stack.gates.get(index)
+    layer.ends_stream = index == max(stack.gates)
+    if layer.gate_path is None:
+        return
+    gate: Any = layer.get_submodule(layer.gate_path)
+    device = next(gate.parameters()).device
+    gate.__class__ = grafted_gate_class(type(gate))
+    of_layer = Geometry(**{**vars(geometry), "layer_index": list(stack.gates).index(index)})
+    gate.add_module(OFFSET, RecurrentOffset(spec, of_layer).to(device, dtype))
+    gate.pure = spec.pure
+    gate.__dict__["backbone"] = backbone  # not a submodule: the cell is the backbone's
+
+
+def _rebind_replica(backbone: nn.Module, args: Any) -> None:
+    """In a replica of `nn.DataParallel`, point the gates at the replica's own cell."""
+    if getattr(backbone, "_is_replica", False):
+        for module in backbone.modules():
+            if isinstance(module, GraftedGate):
+                module.__dict__["backbone"] = backbone
+
+
+def initialize_graft(model: nn.Module, seed: int) -> None:
+    """Start values of the graft's parameters, each drawn in float32 from a generator keyed by (seed, its name)."""
+    for path, module in model.named_modules():
+        if not isinstance(module, Initialized):
+            continue
+        for name, start in module.initializers().items():
+            parameter = getattr(module, name)
+            if parameter is None or parameter.is_meta:
+                continue
+            key = hashlib.sha256(f"{seed}/{path}.{name}".encode()).digest()[:8]
+            value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            start(value, torch.Generator().manual_seed(int.from_bytes(key) >> 1))
+            with torch.no_grad():
+                parameter.copy_(value)

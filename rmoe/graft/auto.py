@@ -1,0 +1,121 @@
+"""A grafted model as transformers knows models: its configuration, its class, and the Auto classes.
+
+On disk a grafted model has `model_type: "rmoe_graft"`, so a program that knows no grafts refuses it instead of
+loading the family without its router; the family's own fields stay where every tool looks for them. In memory
+the configuration is of a subclass of the family's and keeps the family's `model_type`, which is what transformers
+chooses weight conversions and parallel plans by.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any, TypeVar
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from rmoe.errors import RequestError
+from rmoe.graft.spec import GraftSpec
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+GRAFT_MODEL_TYPE = "rmoe_graft"
+GRAFT_SECTION = "rmoe_graft"
+CLASS_PREFIX = "Grafted"
+
+
+class GraftConfig(PreTrainedConfig):
+    """What `AutoConfig` finds under `rmoe_graft`; `from_dict` gives the family's configuration with the graft."""
+
+    model_type = GRAFT_MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        base_type = config_dict.get(GRAFT_SECTION, {}).get("base_model_type")
+        if base_type not in CONFIG_MAPPING:
+            raise RequestError(f"{GRAFT_SECTION}.base_model_type", base_type, "a model type of transformers")
+        return grafted_config_class(CONFIG_MAPPING[base_type]).from_dict(config_dict, **kwargs)
+
+
+@cache
+def grafted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """A family's configuration that writes itself as `rmoe_graft`; its models are registered with the Auto classes."""
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        return base.to_dict(self) | {"model_type": GRAFT_MODEL_TYPE}
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        family = {key: value for key, value in config_dict.items() if key not in ("model_type", "auto_map")}
+        return base.from_dict.__func__(cls, family, **kwargs)  # type: ignore[attr-defined]
+
+    body = {"__module__": base.__module__, "to_dict": to_dict, "from_dict": classmethod(from_dict)}
+    config_class = type(CLASS_PREFIX + base.__name__, (base,), body)
+    for auto, base_model in _family_models(base):
+        auto.register(config_class, grafted_model_class(base_model, config_class), exist_ok=True)
+    return config_class
+
+
+def _family_models(base: type[PreTrainedConfig]) -> list[tuple[Any, type[PreTrainedModel]]]:
+    """(Auto class, model class) for every task the family has a model for."""
+    found = []
+    for name in modeling_auto.__all__:
+        auto = getattr(transformers, name)
+        mapping = auto._model_mapping if name.startswith("AutoModel") else None
+        if mapping is not None and base in mapping:
+            models = mapping[base]
+            found.append((auto, models[0] if isinstance(models, tuple) else models))
+    return found
+
+
+@cache
+def grafted_model_class(
+    base: type[PreTrainedModel], config_class: type[PreTrainedConfig]
+) -> type[PreTrainedModel]:
+    """A family's model class that puts the graft of its configuration on when it is made."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        from rmoe.graft.attach import attach
+
+        base.__init__(self, config, *args, **kwargs)
+        attach(self, GraftSpec.from_dict(getattr(config, GRAFT_SECTION)))
+
+    body = {
+        # The family's module: by it transformers tells its own models, whose weights it converts, from others.
+        "__module__": base.__module__,
+        "__init__": __init__,
+        "config_class": config_class,
+    }
+    return type(CLASS_PREFIX + base.__name__, (base,), body)
+
+
+def adopt(model: Model, spec: GraftSpec) -> Model:
+    """Give a model that `attach` has changed the class and configuration that save and load it.
+
+    The configuration is a copy: another model may have been made from the same object.
+    """
+    old = model.config
+    config = copy.deepcopy(old)
+    config.__class__ = grafted_config_class(type(old))
+    setattr(config, GRAFT_SECTION, graft_section(spec, old.model_type, type(model).__name__))
+    for module in model.modules():
+        if module.__dict__.get("config") is old:
+            module.config = config
+    model.__class__ = grafted_model_class(type(model), type(config))
+    _CAN_RECORD_REGISTRY[model] = (
+        model._can_record_outputs
+    )  # keyed by class name: router logits stay recorded
+    return model
+
+
+def graft_section(
+    spec: GraftSpec, base_model_type: str, base_architecture: str, **more: Any
+) -> dict[str, Any]:
+    """The `rmoe_graft` object of a configuration."""
+    origin = {"base_model_type": base_model_type, "base_architecture": base_architecture}
+    return spec.to_dict() | origin | more
+
+
+AutoConfig.register(GRAFT_MODEL_TYPE, GraftConfig, exist_ok=True)

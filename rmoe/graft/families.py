@@ -1,0 +1,251 @@
+"""Which of transformers' MoE model types take a graft: tried, not claimed, on tiny random configurations.
+
+A tiny configuration comes from the family's own configuration class. Sizes are set by the names of its fields,
+the same for every family; a field it does not have is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from rmoe.errors import RequestError
+from rmoe.graft.attach import graft
+from rmoe.graft.discover import find_routed_stack
+from rmoe.graft.spec import GraftSpec
+from rmoe.routing.mechanisms import Recurrence
+
+# The families the graft is promised for; `rmoe graft --list` tries every other one too.
+PROMISED = (
+    "olmoe",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "phimoe",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+    "minimax",
+    "jamba",
+    "llama4_text",
+    "lfm2_moe",
+    "dots1",
+)
+
+_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "moe_num_primary_experts",
+)
+
+# Field name -> tiny value, for whichever of these a configuration has.
+_TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "kv_channels": 8,
+    "n_shared_experts": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    **dict.fromkeys(_EXPERTS, 8),
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "moe_top_k": 2,
+    "top_k_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    # dense layers before, and between, the routed ones
+    "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1,
+    "num_dense_layers": 1,
+    "decoder_sparse_step": 1,
+    "interleave_moe_layer_step": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    # multi-head latent attention
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+    # linear attention, state space and convolution layers
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "use_mamba_kernels": False,
+    "block_size": 8,
+    "enable_moe_block": True,
+    # token ids have to lie in the tiny vocabulary
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# Tried in this order, all families alike, until a model runs: not every family can have every size or layer.
+_VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_key_value_heads": 4},
+    {"layer_types": ["linear_attention", "full_attention"] * 2},
+    {"layer_types": ["linear_attention", "full_attention"] * 2, "num_key_value_heads": 4},
+    {"layer_types": ["conv", "full_attention"] * 2},
+    {"num_experts_per_tok": 1, "num_key_value_heads": 4},
+    {"num_experts_per_tok": 1},
+)
+
+# The last one, a model without a head, is for text models whose heads belong to a larger, multimodal model.
+_TASKS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+
+TOKENS = torch.arange(3, 25).view(2, 11)
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyResult:
+    """One row of `rmoe graft --list`."""
+
+    model_type: str
+    works: bool
+    reason: str
+
+
+def moe_model_types() -> list[str]:
+    """Every model type of the installed transformers whose configuration counts experts, promised ones first."""
+    others = [t for t in CONFIG_MAPPING if t not in PROMISED and _expert_fields(CONFIG_MAPPING[t])]
+    return [*PROMISED, *sorted(others)]
+
+
+def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    return {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+
+
+def _expert_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    return _fields(config_class) & set(_EXPERTS)
+
+
+def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model of a family at a few thousand parameters, gates and their biases random too, in evaluation mode.
+
+    Raises:
+        RequestError: no variant of the tiny sizes gives a model that runs; says what the first one failed with.
+    """
+    failures = []
+    for variant in _VARIANTS:
+        try:
+            model = _random_model(_tiny_config(model_type, variant), seed).to(dtype).eval()
+            with torch.no_grad():
+                model(**tiny_inputs(model))
+        except RequestError:
+            raise
+        except Exception as error:  # whatever a family's own code says to sizes it cannot have
+            failures.append(" ".join(f"{type(error).__name__}: {error}".split()))
+        else:
+            return model
+    raise RequestError(
+        "model_type", model_type, f"a family whose tiny model runs; this one: {failures[0]:.160}"
+    )
+
+
+def tiny_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Token ids, `[2, 11]`."""
+    return {"input_ids": TOKENS} | ({"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {})
+
+
+def _tiny_config(model_type: str, variant: dict[str, Any]) -> PreTrainedConfig:
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class(**{k: v for k, v in (_TINY | variant).items() if k in _fields(config_class)})
+
+
+def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    model_class = next((mapping[type(config)] for mapping in _TASKS if type(config) in mapping), None)
+    if model_class is None:
+        raise RequestError("model_type", config.model_type, "a model type with a model of its own")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
+        with (
+            torch.no_grad()
+        ):  # some families leave their gates at zero, where every token takes the same experts
+            for path in find_routed_stack(model).gate_paths():
+                for tensor in model.get_submodule(path).state_dict(keep_vars=True).values():
+                    if tensor.is_floating_point():
+                        tensor.normal_(0.0, 0.5)
+    return model
+
+
+def try_family(model_type: str) -> FamilyResult:
+    """Graft a tiny random model of a family and compare: outputs bit for bit in float32 and bfloat16, and the
+    gradient at `B`."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for dtype in (torch.float32, torch.bfloat16):
+                reason = _differs(tiny_model(model_type, dtype=dtype))
+                if reason:
+                    return FamilyResult(model_type, False, f"{reason} ({dtype})")
+    except RequestError as error:
+        return FamilyResult(model_type, False, f"needs {error.allowed}")
+    except Exception as error:  # a family may fail in any way of its own; the list goes on and says how
+        return FamilyResult(model_type, False, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+    finally:
+        logging.set_verbosity(verbosity)
+    return FamilyResult(model_type, True, "")
+
+
+def _differs(model: PreTrainedModel) -> str:
+    """What a graft changed that it should not have, or left undone; empty if nothing."""
+    grafted = graft(copy.deepcopy(model), GraftSpec(recurrence=Recurrence(width=8)))
+    with torch.no_grad():
+        before = model(**tiny_inputs(model))[0]
+    after = grafted(**tiny_inputs(model))[0]
+    if not torch.equal(before, after):
+        return f"outputs differ by {(before - after).abs().max().item():.3g}"
+    after.float().square().mean().backward()
+    silent = [n for n, p in grafted.named_parameters() if n.endswith("offset.B") and not _has_gradient(p)]
+    return f"no gradient reaches {', '.join(silent)}" if silent else ""
+
+
+def _has_gradient(parameter: torch.nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+
+
+def try_families() -> list[FamilyResult]:
+    """`try_family` for every MoE model type found."""
+    return [try_family(model_type) for model_type in moe_model_types()]

@@ -1,0 +1,85 @@
+"""What a graft is, as data. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rmoe.errors import RequestError
+from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.spec import RecurrenceSpec, RouterSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraftSpec:
+    """A recurrent router on a family's gate: the gate reads `x + B h`, or `B h` alone.
+
+    Attributes:
+        recurrence: how `h` comes about (Eq. 4, 5). The family's gate takes the place of scorer and gate.
+        pure: leave `x` out of what the gate reads. For training from scratch: the function changes at once.
+        seed: the projectors and the cell start from generators keyed by (seed, parameter name).
+
+    Raises:
+        RequestError: the recurrence has no state of its own to add, or a field has the wrong type.
+    """
+
+    recurrence: Recurrence = dataclasses.field(default_factory=Recurrence)
+    pure: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        recurrence = self.recurrence
+        if not isinstance(recurrence, Recurrence):
+            raise RequestError(
+                "--router", recurrence.kind, "a router with a recurrence; `rmoe zoo` lists them"
+            )
+        if recurrence.concat_hidden:
+            raise RequestError(
+                "recurrence.concat_hidden", True, "false: the gate reads x beside the state already"
+            )
+        for name, kind in (("pure", bool), ("seed", int)):
+            if type(getattr(self, name)) is not kind:
+                raise RequestError(f"graft.{name}", getattr(self, name), kind.__name__)
+
+    @classmethod
+    def from_router(
+        cls, router: str | RouterSpec = "rmoe", *, width: int | None = None, pure: bool = False, seed: int = 0
+    ) -> GraftSpec:
+        """The graft of a zoo row's recurrence; its scorer, gate and balance stay with the family.
+
+        Args:
+            router: a name in the zoo, or a spec.
+            width: `p`, if it is to differ from the row's.
+
+        Raises:
+            RequestError: unknown row, a row without recurrence, `p` <= 0.
+        """
+        from rmoe.routing.zoo import resolve
+
+        recurrence = (resolve(router) if isinstance(router, str) else router).recurrence
+        if not isinstance(recurrence, Recurrence):
+            raise RequestError(
+                "--router", router if isinstance(router, str) else recurrence.kind, _with_recurrence()
+            )
+        if width is not None:
+            if width <= 0:
+                raise RequestError("--width", width, "1 or more")
+            recurrence = dataclasses.replace(recurrence, width=width)
+        return cls(recurrence=recurrence, pure=pure, seed=seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"recurrence": self.recurrence.to_dict(), "pure": self.pure, "seed": self.seed}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> GraftSpec:
+        """Read `to_dict`'s form; keys of the folder's own (`base_*`) are not the spec's and are passed over."""
+        recurrence = RecurrenceSpec.from_dict(data["recurrence"])
+        return cls(recurrence=recurrence, pure=data["pure"], seed=data["seed"])  # type: ignore[arg-type]
+
+
+def _with_recurrence() -> str:
+    from rmoe.routing.zoo import ZOO
+
+    rows = [name for name, row in ZOO.items() if isinstance(row.spec.recurrence, Recurrence)]
+    return f"a router with a recurrence: {', '.join(rows)}"
