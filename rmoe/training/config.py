@@ -1,0 +1,339 @@
+"""A run's configuration: nested frozen dataclasses, presets in TOML, strict about names, types and values.
+
+The same names are TOML keys, command-line options (`--training.learning-rate`) and keys of `config.json`.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+import tyro
+
+from rmoe.data.config import DataConfig
+from rmoe.errors import RequestError
+
+PRESETS = Path(__file__).parents[1] / "presets"
+
+C = TypeVar("C")
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise the `RequestError` for `name` unless `ok`."""
+    if not ok:
+        raise RequestError(name, value, allowed)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model, by the names of `RMoEConfig`; the vocabulary's comes from the data.
+
+    Attributes:
+        hidden_size: `d`, width of the residual stream.
+        num_hidden_layers: layers in all.
+        num_attention_heads: query heads.
+        num_key_value_heads: heads of keys and values; None is as many as query heads.
+        num_experts: routed experts of a layer.
+        num_experts_per_tok: `k`, experts each token is sent to.
+        moe_intermediate_size: width of one expert.
+        num_shared_experts: experts every token passes through.
+        first_k_dense_replace: so many first layers have a dense MLP instead of experts.
+        intermediate_size: width of the dense MLPs; None without any.
+        mlp_gated: SwiGLU-like experts with a gate matrix, or plain two-matrix ones.
+        hidden_act: activation of the experts.
+        norm_position: RMSNorm before each block (`pre`) or after the residual sum (`post`).
+        hidden_dropout: dropout of embeddings and of each block's output.
+        attention_dropout: dropout of attention weights.
+        tie_word_embeddings: output layer and embedding are one matrix.
+        router_aux_loss_coef: weight of the balance losses that do not name their own.
+        initializer_range: standard deviation of the normal initialisation.
+        rope_theta: base of the rotary position embedding.
+    """
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 128
+    num_shared_experts: int = 0
+    first_k_dense_replace: int = 0
+    intermediate_size: int | None = None
+    mlp_gated: bool = True
+    hidden_act: str = "silu"
+    norm_position: Literal["pre", "post"] = "pre"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    router_aux_loss_coef: float = 0.01
+    initializer_range: float = 0.02
+    rope_theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the model is trained. AdamW; without weight decay that is Adam.
+
+    Attributes:
+        max_steps: optimizer steps.
+        batch_size: sequences per optimizer step, over all devices and micro-batches.
+        micro_batch_size: sequences of one forward pass on one device; None is the whole share of a device.
+        sequence_length: tokens per sequence.
+        learning_rate: the peak.
+        min_learning_rate: where `cosine` and `linear` end.
+        schedule: after the warm-up.
+        warmup_steps: steps of linear growth from 0.
+        weight_decay: on matrices; never on norms and biases.
+        adam_beta1, adam_beta2, adam_epsilon: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        seed: of the initial weights, the order of the data, dropout, and routing noise (a stream each).
+        threads: CPU threads of torch; None is torch's own choice. Another number can give other last bits.
+        device: `auto` takes a GPU where there is one.
+        precision: `auto` is bfloat16 mixed precision on a GPU that has it, float32 elsewhere.
+        deterministic: only kernels that give the same bits every time.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        compile: run the model through `torch.compile`.
+        max_skipped_batches: how many batches with a NaN or infinite loss or gradient may be left out before
+            the run saves everything and stops.
+    """
+
+    max_steps: int = 200
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    sequence_length: int = 256
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    threads: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    deterministic: bool = True
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    max_skipped_batches: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "sequence_length"):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
+        for name in (
+            "min_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "max_skipped_batches",
+        ):
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 to below 1")
+        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
+        require(0 <= self.seed < 2**32, "training.seed", self.seed, "0 to 2**32 - 1")
+        require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "1 or more")
+        micro = self.micro_batch_size
+        divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
+        require(divides, "training.micro_batch_size", micro, f"a divisor of batch_size ({self.batch_size})")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is measured while training, and how often.
+
+    Attributes:
+        every: steps between rows of `metrics.jsonl`.
+        evaluate_every: steps between evaluations on the validation split; None is a tenth of the run.
+        evaluate_blocks: blocks of the validation split used while training; None is the whole split.
+            The finished model is always judged on the whole split.
+        test: judge the finished model on the test split too.
+        report_to: also log through these, by transformers' names: tensorboard, trackio, wandb, mlflow.
+    """
+
+    every: int = 10
+    evaluate_every: int | None = None
+    evaluate_blocks: int | None = None
+    test: bool = True
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("every", "evaluate_every", "evaluate_blocks"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"logging.{name}", value, "1 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay.
+
+    Attributes:
+        every: steps between checkpoints; None is a tenth of the run. At least ten are written in a run.
+        keep: how many of the newest valid ones stay.
+    """
+
+    every: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every is None or self.every >= 1, "checkpoints.every", self.every, "1 or more")
+        require(self.keep >= 2, "checkpoints.keep", self.keep, "2 or more: one could be damaged")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes.
+
+    Attributes:
+        router: a name from `rmoe zoo`, or one that a plugin registers.
+        router_option: changes to that router, `stage.option=value`: `recurrence.width=256`.
+        plugin: modules (`package.module`) or files (`my_router.py`) that register routers.
+        preset: where the defaults came from.
+    """
+
+    router: str = "rmoe"
+    router_option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preset: Annotated[str, tyro.conf.Suppress] = "quick"
+
+    def __post_init__(self) -> None:
+        tenth = max(1, self.training.max_steps // 10)
+        every = self.checkpoints.every
+        allowed = f"1 to {tenth}, so that a run of {self.training.max_steps} steps writes at least ten"
+        require(every is None or every <= tenth, "checkpoints.every", every, allowed)
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Steps between checkpoints."""
+        return self.checkpoints.every or max(1, self.training.max_steps // 10)
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between evaluations."""
+        return self.logging.evaluate_every or max(1, self.training.max_steps // 10)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` gives an equal configuration back."""
+        values: dict[str, Any] = msgspec.to_builtins(dataclasses.asdict(self))
+        return values
+
+    @classmethod
+    def from_dict(cls, data: object) -> RunConfig:
+        """Read `to_dict`'s form; what is left out has its default.
+
+        Raises:
+            RequestError: an unknown name, or a value of the wrong type or out of range.
+        """
+        return _build(cls, data, "")
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        """The presets that come with the package."""
+        return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+    @classmethod
+    def from_preset(cls, name: str) -> RunConfig:
+        """The configuration of a preset, or of a `.toml` file of the same form.
+
+        Raises:
+            RequestError: no such preset, not TOML, or not a configuration.
+        """
+        path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+        known = path.suffix == ".toml" and (name.endswith(".toml") or name in cls.preset_names())
+        require(
+            known and path.is_file(), "--preset", name, f"{', '.join(cls.preset_names())}, or a .toml file"
+        )
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise RequestError("--preset", name, f"TOML ({error})") from None
+        return cls.from_dict({**data, "preset": name})
+
+    def with_setting(self, name: str, value: object) -> RunConfig:
+        """This configuration with one setting changed.
+
+        Args:
+            name: dotted, `training.learning_rate`, or the last part alone where no other setting has it.
+            value: of the setting's type, or text to be read as it.
+
+        Raises:
+            RequestError: no such setting, an ambiguous name, or a value that is not allowed.
+        """
+        data = self.to_dict()
+        tables = {"": data} | {key: table for key, table in data.items() if isinstance(table, dict)}
+        homes = [table for table, values in tables.items() if name in (_dotted(table, key) for key in values)]
+        homes = homes or [table for table, values in tables.items() if name in values]
+        names = sorted(_dotted(table, key) for table, values in tables.items() for key in values)
+        leaf = name.rpartition(".")[2]
+        ambiguous = " or ".join(_dotted(home, leaf) for home in homes)
+        require(len(homes) > 0, "setting", name, ", ".join(names))
+        require(len(homes) == 1, "setting", name, ambiguous)
+        tables[homes[0]][leaf] = _Text(value) if isinstance(value, str) else value
+        return type(self).from_dict(data)
+
+
+class _Text(str):
+    """A value given as text, to be read as whatever type its setting has."""
+
+
+def _dotted(table: str, key: str) -> str:
+    return f"{table}.{key}" if table else key
+
+
+def _build(cls: type[C], data: object, prefix: str) -> C:
+    """A configuration dataclass from nested tables, checking every name and type on the way."""
+    hints = get_type_hints(cls, include_extras=False)
+    known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(data, dict):
+        raise RequestError(prefix or "configuration", data, "a table")
+    arguments = {}
+    for key, value in data.items():
+        name = _dotted(prefix, key)
+        require(key in known, name, value, f"one of {', '.join(sorted(known))}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = _build(hint, value, name)  # type: ignore[arg-type]
+        else:
+            arguments[key] = _read(hint, value, name)
+    return cls(**arguments)
+
+
+def _read(hint: Any, value: object, name: str) -> Any:
+    """One value, checked against its type; text is read as that type where that was asked for."""
+    try:
+        if isinstance(value, _Text):
+            text = None if value == "None" and type(None) in get_args(hint) else str(value)
+            return msgspec.convert(text, hint, strict=False)
+        return msgspec.convert(value, hint, strict=True)
+    except msgspec.ValidationError:
+        raise RequestError(name, value, _phrase(hint)) from None
+
+
+def _phrase(hint: Any) -> str:
+    """A type in words.
+
+    >>> _phrase(int | None), _phrase(Literal["pre", "post"]), _phrase(tuple[str, ...])
+    ('int or none', 'pre or post', 'a list of str')
+    """
+    if hint is type(None):
+        return "none"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list of {_phrase(get_args(hint)[0])}"
+    if get_args(hint):
+        return " or ".join(_phrase(option) for option in get_args(hint))
+    return str(getattr(hint, "__name__", hint))

@@ -1,0 +1,71 @@
+"""What a run ran on: code, libraries, machine. Imports torch only when asked for the hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rmoe import __version__
+from rmoe.training.result import Hardware, Versions
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def versions() -> Versions:
+    """Versions of this package (with the commit, in a checkout) and of the libraries that decide results."""
+    return Versions(
+        code=__version__ + _commit(),
+        python=platform.python_version(),
+        libraries={name: _version(name) for name in _LIBRARIES},
+    )
+
+
+def hardware(threads: int) -> Hardware:
+    """The machine; `threads` is what torch was told to use."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return Hardware(
+        cpu=_cpu_model(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=threads,
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        accelerator=accelerator,
+    )
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """`+g1a2b3c4`, with `.dirty` where files differ from the commit; empty outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+            ).stdout
+            for command in (["rev-parse", "--short=8", "HEAD"], ["status", "--porcelain", "--", "rmoe"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"+g{commit.strip()}" + (".dirty" if changed.strip() else "")
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

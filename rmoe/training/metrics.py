@@ -1,0 +1,79 @@
+"""`metrics.jsonl`: one JSON object per line, appended as training goes. Imports no torch.
+
+Rows have `kind` and `step` (optimizer steps done) and then, for `"kind": "train"`, means over the steps since
+the row before:
+
+    loss             training loss, nats per token: lm_loss + balance_loss
+    lm_loss          cross-entropy, nats per token
+    balance_loss     the weighted balance losses, as added
+    bits_per_byte    or `perplexity`: lm_loss in the corpus's unit
+    gate_entropy     [L] mean entropy of the gate's probabilities, nats
+    load_imbalance   [L] assignments of the busiest expert over the mean; 1 is perfect balance
+    dropped          share of assignments dropped at capacity
+    router_grad_norm, grad_norm   before clipping, of the last step
+    lr               of the last step
+    tokens           training tokens so far
+    tokens_per_s     over training steps alone
+    peak_mib         peak memory so far
+
+and for `"kind": "eval"`: `split`, `loss` (nats per token), the figure in the corpus's unit, `tokens`
+(judged), `context`. A `"kind": "skipped"` row says which step was left out and why.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends rows to a file, each by one write, so that a kill costs at most the last line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Row) -> None:
+        """Add a row. NaN and infinity are written as null: JSON has neither."""
+        line = msgspec.json.encode(_finite(row)) + b"\n"
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line)
+
+    def sync(self) -> None:
+        """Force the rows to disk."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def truncate(self, step: int) -> None:
+        """Keep the rows up to a step: those after it are about to be measured again."""
+        if not self.path.exists():
+            return
+        staged = self.path.with_name(self.path.name + ".part")
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
+        os.replace(staged, self.path)
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`; a last line cut by a kill is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            rows.append(msgspec.json.decode(line, type=Row))
+        except msgspec.DecodeError:
+            continue
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,297 @@
+"""What a checkpoint holds, and putting it back: all of it or nothing.
+
+    model.safetensors       every parameter and persistent buffer (router biases and schedules are buffers)
+    config.json             the model's configuration, so the folder loads like any model
+    optimizer.safetensors   `<parameter>/<slot>`: exp_avg, exp_avg_sq, step
+    rng.safetensors         torch's generators, one set per rank
+    training_state.json     step, position in the data, schedule, identity of the run, sums not yet logged
+    trainer_state.json      what transformers.Trainer itself keeps
+
+No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rmoe.records import Record
+from rmoe.training.checkpoint import Damaged
+
+MODEL, OPTIMIZER, RNG, STATE = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "training_state.json",
+)
+STATE_VERSION = 1
+
+
+class HostRandom(Record, frozen=True, kw_only=True):
+    """Python's and numpy's generators of one rank (torch's are tensors and live in `rng.safetensors`)."""
+
+    python: tuple[int, list[int], float | None]
+    numpy: tuple[str, list[int], int, int, float]
+
+
+class TrainingState(Record, frozen=True, kw_only=True):
+    """`training_state.json`.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included; sequences seen are `step * batch_size`, which
+            is the position in the data.
+        seed, data_sha256, batch_size, sequence_length: what has to be the same for the run to go on.
+        skipped_batches: steps left out because of NaN or infinity.
+        train_seconds: wall clock of training steps so far.
+        pending: sums that the next metrics row will need.
+        scheduler: the learning-rate scheduler's state.
+        param_groups: the optimizer's groups; `params` holds parameter names.
+        host_random: one per rank.
+    """
+
+    schema_version: int = STATE_VERSION
+    step: int
+    seed: int
+    data_sha256: str
+    batch_size: int
+    sequence_length: int
+    skipped_batches: int
+    train_seconds: float
+    pending: dict[str, Any]
+    scheduler: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    host_random: list[HostRandom]
+
+
+def read_state(folder: Path) -> TrainingState:
+    """Read `training_state.json`.
+
+    Raises:
+        Damaged: it is not one.
+    """
+    try:
+        state = msgspec.json.decode((folder / STATE).read_bytes(), type=TrainingState)
+    except (OSError, msgspec.DecodeError) as error:
+        raise Damaged(f"{STATE}: {' '.join(str(error).split())}") from None
+    if state.schema_version != STATE_VERSION:
+        raise Damaged(f"{STATE} has version {state.schema_version}, not {STATE_VERSION}")
+    return state
+
+
+def write_state(folder: Path, state: TrainingState) -> None:
+    """Write `training_state.json`."""
+    (folder / STATE).write_bytes(msgspec.json.encode(state))
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without second names of tied tensors; of each set the first name stays."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        tensors[name] = tensor
+    return tensors
+
+
+def save_model(folder: Path, model: nn.Module) -> None:
+    """Write `model.safetensors`, under the names the model itself uses."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in unique_tensors(model).items()}
+    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+
+
+def check_model(folder: Path, model: nn.Module) -> None:
+    """Compare names, shapes and dtypes with the model's, reading headers only.
+
+    Raises:
+        Damaged: anything is missing, added, or different.
+    """
+    _check_tensors(folder / MODEL, unique_tensors(model))
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Load `model.safetensors`; nothing is missing and nothing is left over, or nothing is loaded.
+
+    Raises:
+        Damaged: see `check_model`.
+    """
+    check_model(folder, model)
+    model.load_state_dict(load_file(folder / MODEL), strict=False)  # strict by the check; ties have one name
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+
+def group_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """The names of the parameters of each of the optimizer's groups."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
+    """Write `optimizer.safetensors`; returns the groups, with names for parameters, for `TrainingState`."""
+    tensors = {}
+    names = group_names(optimizer, model)
+    for group, members in zip(optimizer.param_groups, names, strict=True):
+        for parameter, name in zip(group["params"], members, strict=True):
+            for slot, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}/{slot}"] = torch.as_tensor(value).detach().contiguous().cpu()
+    save_file(tensors, folder / OPTIMIZER)
+    return [
+        {key: _plain(value) for key, value in group.items() if key != "params"} | {"params": members}
+        for group, members in zip(optimizer.param_groups, names, strict=True)
+    ]
+
+
+def check_optimizer(folder: Path, state: TrainingState, model: nn.Module) -> None:
+    """Check that the optimizer's tensors belong to this model's parameters, before anything is loaded.
+
+    Raises:
+        Damaged: a parameter the model lacks, or a moment of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    grouped = {name for group in state.param_groups for name in group.get("params", ())}
+    for name in sorted(grouped ^ trained):
+        raise Damaged(
+            f"{STATE}: {name} is {'not trained here' if name in grouped else 'without optimizer state'}"
+        )
+    for key, shape in _headers(folder / OPTIMIZER).items():
+        name, _, slot = key.rpartition("/")
+        if name not in grouped:
+            raise Damaged(f"{OPTIMIZER}: {name or key} is no trained parameter of this model")
+        if slot != "step" and shape[0] != list(parameters[name].shape):
+            raise Damaged(f"{OPTIMIZER}: {key} has shape {shape[0]}, not {list(parameters[name].shape)}")
+
+
+def load_optimizer(
+    folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> None:
+    """Load `optimizer.safetensors` and the groups' settings.
+
+    Raises:
+        Damaged: the groups are not the optimizer's.
+    """
+    names = group_names(optimizer, model)
+    if names != [group["params"] for group in state.param_groups]:
+        raise Damaged(f"{STATE}: its parameter groups are not this optimizer's")
+    index = {name: position for position, name in enumerate(name for group in names for name in group)}
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / OPTIMIZER).items():
+        name, _, slot = key.rpartition("/")
+        slots.setdefault(index[name], {})[slot] = tensor
+    groups = []
+    for stored, current in zip(state.param_groups, optimizer.param_groups, strict=True):
+        settings = {key: tuple(v) if isinstance(current.get(key), tuple) else v for key, v in stored.items()}
+        groups.append(settings | {"params": [index[name] for name in stored["params"]]})
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def capture_random(device: torch.device) -> tuple[HostRandom, dict[str, Tensor]]:
+    """The generators of this process: (Python's and numpy's, torch's by device)."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    host = HostRandom(
+        python=(version, list(internal), gauss),
+        numpy=(str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)),
+    )
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    return host, tensors
+
+
+def restore_random(host: HostRandom, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what `capture_random` gave."""
+    version, internal, gauss = host.python
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = host.numpy
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def save_random(folder: Path, ranks: list[dict[str, Tensor]]) -> None:
+    """Write `rng.safetensors`: torch's generators, one set per rank."""
+    save_file(
+        {f"{rank}/{name}": t for rank, tensors in enumerate(ranks) for name, t in tensors.items()},
+        folder / RNG,
+    )
+
+
+def load_random(folder: Path, rank: int) -> dict[str, Tensor]:
+    """One rank's generators; empty when the checkpoint was written by fewer ranks."""
+    prefix = f"{rank}/"
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_file(folder / RNG).items()
+        if name.startswith(prefix)
+    }
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+def _headers(path: Path) -> dict[str, tuple[list[int], str]]:
+    """(shape, dtype) of every tensor in a file.
+
+    Raises:
+        Damaged: it is not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{path.name}: {' '.join(str(error).split())}") from None
+
+
+def _check_tensors(path: Path, expected: Mapping[str, Tensor]) -> None:
+    found = _headers(path)
+    for name in sorted(expected.keys() - found.keys()):
+        raise Damaged(f"{path.name}: {name} is missing")
+    for name in sorted(found.keys() - expected.keys()):
+        raise Damaged(f"{path.name}: {name} is not in this model")
+    for name, tensor in expected.items():
+        shape, dtype = found[name]
+        if shape != list(tensor.shape):
+            raise Damaged(f"{path.name}: {name} has shape {shape}, not {list(tensor.shape)}")
+        if dtype != _DTYPES.get(tensor.dtype):
+            raise Damaged(f"{path.name}: {name} is {dtype}, not {tensor.dtype}")
+
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _plain(value: Any) -> Any:
+    """An optimizer setting as JSON: a learning rate may be a tensor."""
+    return value.item() if isinstance(value, Tensor) else value
