@@ -72,7 +72,9 @@ def sequence_balance(spec: options.SequenceBalance, view: LayerView) -> Tensor:
     owner = torch.arange(batch, device=real.device).repeat_interleave(length)[:, None] * (experts + 1)
     chosen = (owner + view.routing.experts).reshape(-1)
     weights = real[:, None].expand_as(view.routing.experts).reshape(-1)
-    load = torch.zeros(batch * (experts + 1), dtype=real.dtype, device=real.device).scatter_add(0, chosen, weights)
+    load = torch.zeros(batch * (experts + 1), dtype=real.dtype, device=real.device).scatter_add(
+        0, chosen, weights
+    )
     load = load.view(batch, experts + 1)[:, :experts]
     share = load / load.sum(-1, keepdim=True).clamp(min=1)
     real = real.view(batch, length)

@@ -48,7 +48,9 @@ class ProjectionFP32(Initialized):
         weight_init: how the weight starts; a bias starts at zero.
     """
 
-    def __init__(self, in_features: int, out_features: int, weight_init: Initializer, bias: bool = False) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, weight_init: Initializer, bias: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None

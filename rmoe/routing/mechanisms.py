@@ -116,6 +116,10 @@ class MLP(ScorerSpec):
     width: int = 256
     dropout: float = 0.0
 
+    @property
+    def uses_noise(self) -> bool:
+        return self.dropout > 0
+
     def check(self) -> None:
         self.positive("width")
         require(0 <= self.dropout < 1, "scorer.dropout", self.dropout, "0 to below 1")
@@ -200,6 +204,10 @@ class Softmax(GateSpec):
     renormalize: bool = True
     start_k: int | None = None
 
+    @property
+    def leaves_empty_slots(self) -> bool:  # type: ignore[override]
+        return self.start_k is not None
+
     def check(self) -> None:
         self.positive("start_k")
 
@@ -223,6 +231,7 @@ class Sigmoid(GateSpec):
     kind = "sigmoid"
     implementation = "rmoe.routing.gate:Sigmoid"
     takes_bias: ClassVar[bool] = True
+    leaves_empty_slots: ClassVar[bool] = False
 
     renormalize: bool = True
     scale: float = 1.0
@@ -231,11 +240,15 @@ class Sigmoid(GateSpec):
 
     def check(self) -> None:
         self.positive("scale", "groups", "top_groups")
-        require(self.top_groups <= self.groups, "gate.top_groups", self.top_groups, f"1 to groups ({self.groups})")
+        require(
+            self.top_groups <= self.groups, "gate.top_groups", self.top_groups, f"1 to groups ({self.groups})"
+        )
 
     def check_geometry(self, geometry: Geometry) -> None:
         experts, k = geometry.num_experts, geometry.top_k
-        require(experts % self.groups == 0, "gate.groups", self.groups, f"a divisor of num_experts ({experts})")
+        require(
+            experts % self.groups == 0, "gate.groups", self.groups, f"a divisor of num_experts ({experts})"
+        )
         per_group = experts // self.groups
         wide = self.groups == 1 or per_group >= 2
         require(wide, "gate.groups", self.groups, f"at most num_experts / 2 ({experts // 2})")
@@ -254,7 +267,7 @@ class SecondExpert(GateSpec):
 
     kind = "second_expert"
     implementation = "rmoe.routing.gate:SecondExpert"
-    takes_bias: ClassVar[bool] = False
+    uses_noise = True
 
     policy: Literal["random", "sampled"] = "random"
 
@@ -268,7 +281,6 @@ class ExpertChoice(GateSpec):
 
     kind = "expert_choice"
     implementation = "rmoe.routing.gate:ExpertChoice"
-    takes_bias: ClassVar[bool] = False
     is_causal: ClassVar[bool] = False
 
 
@@ -283,7 +295,6 @@ class ReLU(GateSpec):
 
     kind = "relu"
     implementation = "rmoe.routing.gate:ReLU"
-    takes_bias: ClassVar[bool] = False
 
     start_weight: float = 1e-8
     growth: float = 1.2
@@ -299,7 +310,8 @@ class SparseMixer(GateSpec):
 
     kind = "sparsemixer"
     implementation = "rmoe.routing.gate:SparseMixer"
-    takes_bias: ClassVar[bool] = False
+    uses_noise = True
+    leaves_empty_slots: ClassVar[bool] = False
 
     jitter: float = 0.01
 
@@ -326,6 +338,10 @@ class Staged(RouterKind):
 
     input_jitter: float = 0.0
 
+    @property
+    def uses_noise(self) -> bool:
+        return self.input_jitter > 0
+
     def check(self) -> None:
         require(0 <= self.input_jitter < 1, "router.input_jitter", self.input_jitter, "0 to below 1")
 
@@ -347,6 +363,7 @@ class NoisyTopK(Staged):
 
     kind = "noisy_topk"
     implementation = "rmoe.routing.router:NoisyTopK"
+    uses_noise = True
 
     importance_weight: float = 0.1
     load_weight: float = 0.1
@@ -365,7 +382,12 @@ class Hash(RouterKind):
     table_seed: int = 0
 
     def check_geometry(self, geometry: Geometry) -> None:
-        require(geometry.vocab_size > 0, "router.kind", self.kind, "a model that knows its token ids (vocab_size > 0)")
+        require(
+            geometry.vocab_size > 0,
+            "router.kind",
+            self.kind,
+            "a model that knows its token ids (vocab_size > 0)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,14 +417,21 @@ class Stable(RouterKind):
 
     def check_geometry(self, geometry: Geometry) -> None:
         require(geometry.top_k == 1, "num_experts_per_tok", geometry.top_k, "1 with router stable")
-        require(geometry.vocab_size > 0, "router.kind", self.kind, "a model that knows its token ids (vocab_size > 0)")
+        require(
+            geometry.vocab_size > 0,
+            "router.kind",
+            self.kind,
+            "a model that knows its token ids (vocab_size > 0)",
+        )
 
 
 # ---- losses ----------------------------------------------------------------------------------------------
 
 
 def _weight_or_none(self: Any) -> None:
-    require(self.weight is None or self.weight >= 0, f"loss.{self.kind}.weight", self.weight, "0 or more, or null")
+    require(
+        self.weight is None or self.weight >= 0, f"loss.{self.kind}.weight", self.weight, "0 or more, or null"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

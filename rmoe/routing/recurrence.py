@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmoe.routing.contract import State
-from rmoe.routing.initial import Initialized, Initializer, ProjectionFP32, constant, linear_fp32, normal, uniform
+from rmoe.routing.initial import (
+    Initialized,
+    Initializer,
+    ProjectionFP32,
+    constant,
+    linear_fp32,
+    normal,
+    uniform,
+)
 from rmoe.routing.mechanisms import NoRecurrence as NoRecurrenceSpec
 from rmoe.routing.mechanisms import Recurrence as RecurrenceOptions
 from rmoe.routing.spec import Geometry
@@ -122,7 +130,9 @@ SHARED_CELLS: dict[str, type[GatedCell]] = {"gru": GRU, "rnn": RNN, "lstm": LSTM
 
 
 def _projector(spec: RecurrenceOptions, geometry: Geometry) -> ProjectionFP32:
-    return ProjectionFP32(geometry.hidden_size, spec.width, normal(geometry.initializer_range), spec.projector_bias)
+    return ProjectionFP32(
+        geometry.hidden_size, spec.width, normal(geometry.initializer_range), spec.projector_bias
+    )
 
 
 class SharedRecurrence(nn.Module):
@@ -163,7 +173,9 @@ class Recurrence(nn.Module):
         state = cell(x, state)
         features = state[0]
         if self.norm is not None:
-            features = F.rms_norm(features, self.norm.normalized_shape, self.norm.weight.to(features.dtype), self.norm.eps)
+            features = F.rms_norm(
+                features, self.norm.normalized_shape, self.norm.weight.to(features.dtype), self.norm.eps
+            )
         if self.spec.concat_hidden:
             features = torch.cat((hidden.to(features.dtype), features), -1)
         return features, () if self.spec.carry == "zero" else state

@@ -108,7 +108,9 @@ def limit_capacity(routing: Routing, spec: BalanceSpec, geometry: Geometry, mask
     flat = flat.reshape(-1)
     ordered, order = torch.sort(flat, stable=True)
     first = torch.searchsorted(ordered, ordered)  # where each one's queue begins
-    position = torch.empty_like(flat).scatter(0, order, torch.arange(flat.numel(), device=flat.device) - first)
+    position = torch.empty_like(flat).scatter(
+        0, order, torch.arange(flat.numel(), device=flat.device) - first
+    )
     tokens = routing.experts.shape[0] if mask is None else mask.sum()
     factor = spec.capacity_factor or 0.0
     capacity = torch.ceil(torch.as_tensor(tokens, dtype=torch.float64) * (factor * geometry.top_k / experts))
@@ -207,7 +209,9 @@ class NoisyTopK(Router):
         std = F.softplus(self.noise_map(features)) + 1e-2
         noisy = clean + std * context.noise.normal(clean)
         routing = self.decide(noisy, context)
-        return routing._replace(logits=clean, penalty=self._penalty(clean, noisy, std, routing, context)), state
+        return routing._replace(
+            logits=clean, penalty=self._penalty(clean, noisy, std, routing, context)
+        ), state
 
     def _penalty(
         self, clean: Tensor, noisy: Tensor, std: Tensor, routing: Routing, context: RouterContext

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmoe.routing import mechanisms as options
-from rmoe.routing.initial import Initialized, Initializer, ProjectionFP32, constant, linear_fp32, normal, orthogonal
+from rmoe.routing.initial import (
+    Initialized,
+    Initializer,
+    ProjectionFP32,
+    constant,
+    linear_fp32,
+    normal,
+    orthogonal,
+)
 from rmoe.routing.noise import Noise
 from rmoe.routing.spec import Geometry
 
@@ -123,7 +131,10 @@ class Cosine(Scorer):
 
     def initializers(self) -> dict[str, Initializer]:
         embeddings = orthogonal(0.32) if self.spec.embedding_init == "orthogonal" else normal(0.01)
-        return {"embeddings": embeddings, "log_inverse_temperature": constant(-math.log(self.spec.temperature))}
+        return {
+            "embeddings": embeddings,
+            "log_inverse_temperature": constant(-math.log(self.spec.temperature)),
+        }
 
     def experts_matrix(self, shared: nn.Module | None) -> Tensor:
         return self.embeddings

@@ -87,13 +87,21 @@ class StageSpec:
     implementation: ClassVar[str] = ""  # "module:Class", imported only when a router is built
     mechanisms: ClassVar[dict[str, type[StageSpec]]] = {}
 
+    @property
+    def uses_noise(self) -> bool:
+        """Whether it draws routing noise in training."""
+        return False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "stage" in cls.__dict__:  # a stage's base class: it gets a table of its own
             cls.mechanisms = {}
         if "kind" in cls.__dict__:
             known = cls.mechanisms.get(cls.kind)
-            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            if known is not None and (known.__module__, known.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):
                 raise RequestError(f"{cls.stage}.kind", cls.kind, f"a name not taken by {known.__module__}")
             cls.mechanisms[cls.kind] = cls
 
@@ -101,7 +109,9 @@ class StageSpec:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            require(_matches(value, hints[item.name]), self.name_of(item.name), value, _phrase(hints[item.name]))
+            require(
+                _matches(value, hints[item.name]), self.name_of(item.name), value, _phrase(hints[item.name])
+            )
         self.check()
 
     def name_of(self, option: str) -> str:
@@ -177,6 +187,7 @@ class GateSpec(StageSpec):
     stage = "gate"
     takes_bias: ClassVar[bool] = False
     is_causal: ClassVar[bool] = True
+    leaves_empty_slots: ClassVar[bool] = True  # False lets the experts' kernels skip the check for them
 
     def build(self, geometry: Geometry) -> nn.Module:
         """One layer's module: `(logits [T, C], bias, context) -> Routing`."""
@@ -316,7 +327,9 @@ class RouterSpec:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            require(_matches(value, hints[item.name]), f"router.{item.name}", value, _phrase(hints[item.name]))
+            require(
+                _matches(value, hints[item.name]), f"router.{item.name}", value, _phrase(hints[item.name])
+            )
         for stage, used in (("scorer", self.router.uses_scorer), ("gate", self.router.uses_gate)):
             value, allowed = getattr(self, stage), "set" if used else f"null with router {self.router.kind}"
             require((value is not None) == used, f"router.{stage}", value, allowed)
@@ -326,6 +339,17 @@ class RouterSpec:
         skips = bool(getattr(self.scorer, "skip_class", False))
         gate = self.gate.kind if self.gate is not None else None
         require(not skips or takes_bias, "router.gate", gate, "a gate that takes a bias, with a skip class")
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether any mechanism draws routing noise in training."""
+        return any(stage.uses_noise for stage in self.stages())
+
+    @property
+    def leaves_empty_slots(self) -> bool:
+        """Whether a token may come with fewer than K experts."""
+        dropping = self.balance.capacity_factor is not None or bool(getattr(self.scorer, "skip_class", False))
+        return dropping or (self.gate is not None and self.gate.leaves_empty_slots)
 
     @property
     def is_causal(self) -> bool:

@@ -16,7 +16,9 @@ from rmoe.routing.spec import Geometry, RouterSpec
 
 def _token_ids(context: RouterContext, router: str) -> Tensor:
     if context.token_ids is None:
-        raise ValueError(f"router {router!r} reads token ids: call the model with input_ids, not inputs_embeds")
+        raise ValueError(
+            f"router {router!r} reads token ids: call the model with input_ids, not inputs_embeds"
+        )
     return context.token_ids
 
 
@@ -90,7 +92,12 @@ class Stable(BaseRouter):
         penalty = learning * self._penalty(scores, student, greedy, context.mask)
         decided = torch.where(self.stage == 1, scores, student.detach())
         return Routing(
-            decided, F.softmax(decided, -1), strength, experts, passthrough=1 - strength[:, 0], penalty=penalty
+            decided,
+            F.softmax(decided, -1),
+            strength,
+            experts,
+            passthrough=1 - strength[:, 0],
+            penalty=penalty,
         ), state
 
     def _penalty(self, scores: Tensor, student: Tensor, greedy: Tensor, mask: Tensor | None) -> Tensor:

@@ -42,7 +42,9 @@ class SelectionBias(TrainingState):
 
     bias: Tensor
 
-    def __init__(self, spec: BalanceSpec, geometry: Geometry, skip_class: bool, skip_bias: float = -1.0) -> None:
+    def __init__(
+        self, spec: BalanceSpec, geometry: Geometry, skip_class: bool, skip_bias: float = -1.0
+    ) -> None:
         super().__init__()
         self.spec, self.num_experts = spec, geometry.num_experts
         bias = torch.zeros(geometry.num_experts + skip_class, dtype=torch.float32)

@@ -1,0 +1,182 @@
+"""`RMoEConfig`: transformers' standard names, and the router as one nested key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from rmoe.errors import RequestError
+from rmoe.routing.spec import Geometry, RouterSpec
+from rmoe.routing.zoo import resolve
+
+
+def _expert_parallel_plan() -> dict[str, str]:
+    """transformers 5.17 dispatches at the router, 5.23 at the experts, and each refuses the other's name."""
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    known = set(ALL_PARALLEL_STYLES.keys())
+    projections = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    }
+    dispatch = "ep_dispatch_experts" if "ep_dispatch_experts" in known else "moe_tp_experts"
+    return projections | {"layers.*.mlp.experts": dispatch}
+
+
+@strict
+class RMoEConfig(PreTrainedConfig):
+    """Configuration of an RMoE model.
+
+    The published architectures are both configurations of it. Pre-training (0.91B): `norm_position="pre"`,
+    `norm_type="rmsnorm"`, `hidden_act="silu"`, `mlp_gated=True`. enwik8 and WikiText-103: `norm_position="post"`,
+    `norm_type="layernorm"`, `hidden_act="relu"`, `mlp_gated=False`; RoPE stands in for that model's learned
+    relative positions and there are no cached segments: a deviation.
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: `d`.
+        intermediate_size: width of dense layers; None is `num_experts_per_tok * moe_intermediate_size`.
+        moe_intermediate_size: width of one expert.
+        num_hidden_layers: layers, dense ones included.
+        first_k_dense_replace: how many of the first layers are dense.
+        num_attention_heads, num_key_value_heads, head_dim: attention; None means as many key-value heads as heads,
+            and `hidden_size / num_attention_heads`.
+        num_experts, num_experts_per_tok: `E` and `k`.
+        num_shared_experts: experts of `moe_intermediate_size` that every token visits, unweighted.
+        hidden_act, mlp_gated: `W_down (act(W_gate x) * W_up x)`, or `W_down act(W_up x)` when not gated.
+        norm_position: "pre" or "post" the residual addition. norm_type: "rmsnorm" or "layernorm".
+        hidden_dropout: on the embedding and on what attention and MLP add to the stream.
+        attention_dropout: on attention weights.
+        router: name of a zoo row, or a `RouterSpec` as a dict; stored as the dict.
+        norm_topk_prob: whether the k weights are divided by their sum. None lets the router decide; a value is
+            written into the router's gate, where that gate has the option, so the two cannot disagree.
+        router_aux_loss_coef: weight of those balance losses that name none (the load-balance loss).
+        output_router_logits: return each layer's raw logits. The balance loss does not depend on it.
+
+    Raises:
+        RequestError: sizes or router that cannot work, naming the field.
+    """
+
+    model_type = "rmoe"
+    keys_to_ignore_at_inference = ("past_key_values", "router_stats", "routing")
+    attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012 (transformers' own form)
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.up_proj": "colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+
+    vocab_size: int = 256
+    hidden_size: int = 128
+    intermediate_size: int | None = None
+    moe_intermediate_size: int = 128
+    num_hidden_layers: int = 4
+    first_k_dense_replace: int = 0
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    mlp_gated: bool = True
+    norm_position: str = "pre"
+    norm_type: str = "rmsnorm"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    num_shared_experts: int = 0
+    router: str | dict | None = "rmoe"
+    norm_topk_prob: bool | None = None
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.01
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.intermediate_size is None:
+            self.intermediate_size = self.num_experts_per_tok * self.moe_intermediate_size
+        self._check_sizes()
+        self._resolve_router()
+        super().__post_init__(**kwargs)
+
+    def _check_sizes(self) -> None:
+        positive = (
+            "vocab_size",
+            "hidden_size",
+            "moe_intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+        for name in (*positive, "head_dim", "num_key_value_heads", "num_experts", "num_experts_per_tok"):
+            if getattr(self, name) <= 0:
+                raise RequestError(name, getattr(self, name), "1 or more")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if groups is None or heads % groups:
+            raise RequestError("num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
+        if self.head_dim is None or self.head_dim % 2:
+            raise RequestError("head_dim", self.head_dim, "an even number (rotary embeddings come in pairs)")
+        dense, layers = self.first_k_dense_replace, self.num_hidden_layers
+        if not 0 <= dense < layers:
+            raise RequestError("first_k_dense_replace", dense, f"0 to below num_hidden_layers ({layers})")
+        for name, allowed in (("norm_position", ("pre", "post")), ("norm_type", ("rmsnorm", "layernorm"))):
+            if getattr(self, name) not in allowed:
+                raise RequestError(name, getattr(self, name), " or ".join(map(repr, allowed)))
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RequestError(name, getattr(self, name), "0 to below 1")
+
+    def _resolve_router(self) -> None:
+        spec = resolve(self.router) if isinstance(self.router, str) else RouterSpec.from_dict(self.router)
+        router = spec.to_dict()
+        gate = router["gate"]
+        if self.norm_topk_prob is not None and gate is not None and "renormalize" in gate:
+            gate["renormalize"] = self.norm_topk_prob
+            spec = RouterSpec.from_dict(router)
+        if gate is not None:
+            self.norm_topk_prob = gate.get("renormalize", self.norm_topk_prob)
+        self.router = router
+        spec.check_geometry(self.router_geometry(0))
+
+    @property
+    def router_spec(self) -> RouterSpec:
+        """The router as a spec."""
+        return RouterSpec.from_dict(self.router)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """`L`: layers that route."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    def router_geometry(self, layer_index: int) -> Geometry:
+        """The sizes that the router of the `layer_index`-th routing layer is built for."""
+        return Geometry(
+            hidden_size=self.hidden_size,
+            num_experts=self.num_experts,
+            top_k=self.num_experts_per_tok,
+            num_layers=self.num_moe_layers,
+            layer_index=layer_index,
+            vocab_size=self.vocab_size,
+            initializer_range=self.initializer_range,
+        )
+
+
+RMoEConfig.base_model_ep_plan = _expert_parallel_plan()

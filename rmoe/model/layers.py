@@ -1,0 +1,163 @@
+"""The decoder layer: attention, router, experts. Attention, RoPE and RMSNorm are transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+
+from rmoe.model.configuration_rmoe import RMoEConfig
+from rmoe.routing.contract import RouterContext, Routing, State, dispatched_experts
+from rmoe.routing.initial import Initialized, Initializer, normal
+from rmoe.routing.router import SharedRouter, build_router
+
+
+def build_norm(config: RMoEConfig) -> nn.Module:
+    if config.norm_type == "layernorm":
+        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class _Experts(Initialized):
+    """Weights of all experts as 3-D tensors, and the plain path: a loop over the experts that were hit.
+
+    The decorated classes below let transformers put grouped_mm, batched_mm or a vendor's kernel in its place.
+    """
+
+    gated: bool
+
+    def __init__(self, config: RMoEConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
+        self.initializer_range = config.initializer_range
+        first = 2 * self.intermediate_dim if self.gated else self.intermediate_dim
+        weight = nn.Parameter(torch.empty(self.num_experts, first, self.hidden_dim))
+        self.register_parameter("gate_up_proj" if self.gated else "up_proj", weight)
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def initializers(self) -> dict[str, Initializer]:
+        start = normal(self.initializer_range)
+        return dict.fromkeys(("gate_up_proj", "up_proj", "down_proj"), start)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`sum_n g_n E_n(x)`: `[T, d]`, `[T, K]` int64, `[T, K]` -> `[T, d]`; index `E` is an empty slot."""
+        first = self.gate_up_proj if self.gated else self.up_proj
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            inner = nn.functional.linear(hidden_states[token], first[expert])
+            inner = self._apply_gate(inner) if self.gated else self.act_fn(inner)
+            inner = nn.functional.linear(inner, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, inner.to(out.dtype))
+        return out
+
+
+@use_experts_implementation(has_gate=True)
+class GatedExperts(_Experts):
+    """`W_down (act(W_gate x) * W_up x)` (SwiGLU with silu)."""
+
+    gated = True
+
+
+@use_experts_implementation(has_gate=False)
+class UngatedExperts(_Experts):
+    """`W_down act(W_up x)` (the enwik8 model, with ReLU)."""
+
+    gated = False
+
+
+class DenseMLP(nn.Module):
+    """A dense layer's MLP, or the shared experts as one MLP of their joint width."""
+
+    def __init__(self, config: RMoEConfig, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False) if config.mlp_gated else None
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class RMoESparseMoeBlock(nn.Module):
+    """Experts, their shared companions, and the layer's router as `gate`, which the decoder layer calls."""
+
+    def __init__(self, config: RMoEConfig, layer_index: int) -> None:
+        super().__init__()
+        spec = config.router_spec
+        self.gate = build_router(spec, config.router_geometry(layer_index))
+        self.experts = (GatedExperts if config.mlp_gated else UngatedExperts)(config)
+        if spec.leaves_empty_slots:
+            self.experts._is_expert_parallel = True  # transformers' name for "index E is an empty slot"
+        width = config.num_shared_experts * config.moe_intermediate_size
+        self.shared_experts = DenseMLP(config, width) if width else None
+
+    def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """`[B, S, d]` and the decision for its tokens -> `[B, S, d]` (Eq. 1, 6: experts read `x`, not the state)."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, d]
+        experts = dispatched_experts(routing, self.experts.num_experts)
+        out = self.experts(flat, experts, routing.weights.to(flat.dtype))
+        if routing.passthrough is not None:
+            out = out + routing.passthrough[:, None].to(flat.dtype) * flat
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(flat)
+        return out.view_as(hidden_states)
+
+
+class RMoEDecoderLayer(GradientCheckpointingLayer):
+    """One layer. The router's state comes in beside the hidden states and leaves beside them."""
+
+    def __init__(self, config: RMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer_idx)  # type: ignore[arg-type]
+        self.is_dense = layer_idx < config.first_k_dense_replace
+        if self.is_dense:
+            assert config.intermediate_size is not None  # __post_init__ has set it
+            self.mlp: nn.Module = DenseMLP(config, config.intermediate_size)
+        else:
+            self.mlp = RMoESparseMoeBlock(config, layer_idx - config.first_k_dense_replace)
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
+        self.pre_norm = config.norm_position == "pre"
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_state: State,
+        shared: SharedRouter | None = None,
+        context: RouterContext | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, State, Routing | None, Tensor | None]:
+        """`[B, S, d]` and the state from below -> the same for above, the decision, attention weights if computed.
+
+        Pre-norm: `x + f(norm(x))`. Post-norm: `norm(x + f(x))`. `kwargs` are attention's, passed down as they are.
+        """
+        attention_input = self.input_layernorm(hidden_states) if self.pre_norm else hidden_states
+        attended, attention = self.self_attn(hidden_states=attention_input, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states if self.pre_norm else self.input_layernorm(hidden_states)
+
+        x = self.post_attention_layernorm(hidden_states) if self.pre_norm else hidden_states
+        routing = None
+        if self.is_dense:
+            mixed = self.mlp(x)
+        else:
+            flat = x.reshape(-1, x.shape[-1])
+            routing, router_state = self.mlp.gate(flat, router_state, shared, context)
+            mixed = self.mlp(x, routing)
+        hidden_states = hidden_states + self.dropout(mixed)
+        hidden_states = hidden_states if self.pre_norm else self.post_attention_layernorm(hidden_states)
+        return hidden_states, router_state, routing, attention

@@ -1,0 +1,55 @@
+"""What an RMoE model returns: transformers' MoE outputs and the routing beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+
+from rmoe.routing.contract import RouterContext, RouterStats, Routing
+
+
+@dataclass
+class RMoEModelOutputWithPast(MoeModelOutputWithPast):
+    """Output of the trunk.
+
+    Attributes:
+        routing: one `Routing` per routing layer.
+        router_stats: sums over this call's real tokens.
+        context: mask and shape the routing was done under.
+    """
+
+    routing: tuple[Routing, ...] | None = None
+    router_stats: RouterStats | None = None
+    context: RouterContext | None = None
+
+
+@dataclass
+class RMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """Output of the language model; `loss = lm_loss + aux_loss`.
+
+    Attributes:
+        lm_loss: mean cross-entropy in nats, or its sum over `num_items_in_batch`.
+        aux_loss: all balance losses with their weights: exactly what is added to `lm_loss`.
+        routing: one `Routing` per routing layer, when asked for.
+        router_stats: sums over this call's real tokens, always.
+    """
+
+    lm_loss: Tensor | None = None
+    routing: tuple[Routing, ...] | None = None
+    router_stats: RouterStats | None = None
+
+
+@dataclass
+class RMoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """Output of the classifier; `loss = task_loss + aux_loss`."""
+
+    task_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    routing: tuple[Routing, ...] | None = None
+    router_stats: RouterStats | None = None

@@ -1,0 +1,34 @@
+"""How a saved folder finds this package again.
+
+The folder gets two small files and an `auto_map` that names them. They only import `rmoe`: where it is installed,
+`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` works without importing anything first, and
+where it is not, transformers reads their imports and says `pip install rmoe`. After `import rmoe.model` the classes
+are registered and no remote code is involved.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_rmoe.RMoEConfig",
+    "AutoModel": "modeling_rmoe.RMoEModel",
+    "AutoModelForCausalLM": "modeling_rmoe.RMoEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_rmoe.RMoEForSequenceClassification",
+}
+
+_FILES = {
+    "configuration_rmoe.py": "from rmoe.model import RMoEConfig\n",
+    "modeling_rmoe.py": "from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, RMoEModel\n",
+}
+
+
+def write_auto_code(folder: Path) -> None:
+    """Write the two files beside a saved model and name them in its `config.json`."""
+    for name, text in _FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = AUTO_MAP
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
