@@ -15,7 +15,7 @@ from rmoe.routing.initial import Initialized, Initializer, constant, normal
 
 
 def initializers_of(module: nn.Module, std: float) -> dict[str, Initializer]:
-    """How a module's own parameters start: as it says itself, else by its kind (weights normal, biases zero, norms one)."""
+    """How a module's own parameters start: as it says, else by its kind (weights normal, biases 0, norms 1)."""
     if isinstance(module, Initialized) or hasattr(module, "initializers"):
         return module.initializers()  # type: ignore[operator,union-attr]
     if isinstance(module, nn.Linear | nn.Embedding):

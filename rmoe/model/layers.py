@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class _Experts(Initialized):
     """
 
     gated: bool
+    _is_expert_parallel: bool
+    _apply_gate: Callable[[Tensor], Tensor]
 
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class _Experts(Initialized):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`sum_n g_n E_n(x)`: `[T, d]`, `[T, K]` int64, `[T, K]` -> `[T, d]`; index `E` is an empty slot."""
-        first = self.gate_up_proj if self.gated else self.up_proj
+        first = self.get_parameter("gate_up_proj" if self.gated else "up_proj")
         out = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:
@@ -98,7 +101,7 @@ class RMoESparseMoeBlock(nn.Module):
         super().__init__()
         spec = config.router_spec
         self.gate = build_router(spec, config.router_geometry(layer_index))
-        self.experts = (GatedExperts if config.mlp_gated else UngatedExperts)(config)
+        self.experts: Any = (GatedExperts if config.mlp_gated else UngatedExperts)(config)
         if spec.leaves_empty_slots:
             self.experts._is_expert_parallel = True  # transformers' name for "index E is an empty slot"
         width = config.num_shared_experts * config.moe_intermediate_size
@@ -125,7 +128,7 @@ class RMoEDecoderLayer(GradientCheckpointingLayer):
         self.is_dense = layer_idx < config.first_k_dense_replace
         if self.is_dense:
             assert config.intermediate_size is not None  # __post_init__ has set it
-            self.mlp: nn.Module = DenseMLP(config, config.intermediate_size)
+            self.mlp: Any = DenseMLP(config, config.intermediate_size)
         else:
             self.mlp = RMoESparseMoeBlock(config, layer_idx - config.first_k_dense_replace)
         self.input_layernorm = build_norm(config)

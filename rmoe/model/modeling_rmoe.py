@@ -88,7 +88,8 @@ class RMoEPreTrainedModel(PreTrainedModel):
     @property
     def routers(self) -> list[BaseRouter]:
         """The routing layers' routers, lowest first."""
-        return [layer.mlp.gate for layer in self.trunk.layers if not layer.is_dense]
+        layers: list[Any] = list(self.trunk.layers)
+        return [layer.mlp.gate for layer in layers if not layer.is_dense]
 
     @torch.no_grad()
     def update_routers(self, stats: RouterStats, step: int, total_steps: int) -> None:

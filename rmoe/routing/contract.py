@@ -14,7 +14,7 @@ from torch import Tensor
 from rmoe.routing.noise import Noise
 
 State = tuple[Tensor, ...]
-"""What a token carries up the layers, each part `[T, *]`; `()` before the first layer and for routers without memory."""
+"""What a token carries up the layers, each part `[T, *]`; `()` before the first layer, and without memory."""
 
 
 class RouterContext(NamedTuple):

@@ -59,20 +59,20 @@ class Softmax(Gate):
         if self.spec.order == "topk_softmax":
             chosen = logits.gather(-1, experts)
             if self.current_k is not None:
-                chosen = chosen.masked_fill(self._unused(logits), -torch.inf)
+                chosen = chosen.masked_fill(self._unused(logits, self.current_k), -torch.inf)
             weights = F.softmax(chosen, -1)
         else:
             weights = probs.gather(-1, experts)
         if self.current_k is not None:
-            experts = torch.where(self._unused(logits), self.num_experts, experts)
+            experts = torch.where(self._unused(logits, self.current_k), self.num_experts, experts)
         experts, weights = self.without_skipped(experts, weights)
         if self.spec.renormalize:
             # A token whose every slot is empty keeps zero weights: the floor only avoids 0 / 0.
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         return Routing(logits, probs, weights, experts)
 
-    def _unused(self, like: Tensor) -> Tensor:
-        return torch.arange(self.top_k, device=like.device).expand(like.shape[0], -1) >= self.current_k
+    def _unused(self, like: Tensor, current_k: Tensor) -> Tensor:
+        return torch.arange(self.top_k, device=like.device).expand(like.shape[0], -1) >= current_k
 
     @torch.no_grad()
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:

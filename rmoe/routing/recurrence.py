@@ -8,6 +8,7 @@ in as `shared`; what is a layer's own belongs to the layer.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,8 +164,8 @@ class Recurrence(nn.Module):
         self.norm = nn.RMSNorm(spec.width, eps=1e-5) if spec.normalize else None
 
     def forward(self, hidden: Tensor, state: State, shared: nn.Module | None) -> tuple[Tensor, State]:
-        projector = self.projector if self.projector is not None else shared.projector  # type: ignore[union-attr]
-        cell = self.cell if self.cell is not None else shared.cell  # type: ignore[union-attr]
+        projector: Any = self.projector if self.projector is not None else _of(shared).projector
+        cell: Any = self.cell if self.cell is not None else _of(shared).cell
         x = projector(hidden)  # [T, p]
         if not state or self.spec.carry == "zero":
             state = cell.initial(x)
@@ -179,6 +180,12 @@ class Recurrence(nn.Module):
         if self.spec.concat_hidden:
             features = torch.cat((hidden.to(features.dtype), features), -1)
         return features, () if self.spec.carry == "zero" else state
+
+
+def _of(shared: nn.Module | None) -> nn.Module:
+    if shared is None:
+        raise ValueError("this recurrence shares its cell or projector: pass the model's `router_shared`")
+    return shared
 
 
 class NoRecurrence(nn.Module):

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +48,9 @@ def build_router(spec: RouterSpec, geometry: Geometry) -> BaseRouter:
         RequestError: the spec cannot work at these sizes.
     """
     spec.check_geometry(geometry)
-    return spec.router.build(spec, geometry)
+    router = spec.router.build(spec, geometry)
+    assert isinstance(router, BaseRouter), f"{spec.router.kind} builds no BaseRouter"
+    return router
 
 
 class BaseRouter(TrainingState):
@@ -129,13 +133,13 @@ class Router(BaseRouter):
         assert spec.gate is not None
         self.input_jitter = kind.input_jitter
         features = spec.recurrence.features(geometry)
-        self.recurrence = spec.recurrence.build(geometry)
-        self.scorer = spec.scorer.build(geometry, features)
+        self.recurrence: Any = spec.recurrence.build(geometry)
+        self.scorer: Any = spec.scorer.build(geometry, features)
         self.temperature = None if spec.temperature.is_off else Temperature(spec.temperature)
         skip_class = bool(getattr(spec.scorer, "skip_class", False))
         biased = skip_class or spec.balance.bias_update_rate > 0
         self.selection_bias = SelectionBias(spec.balance, geometry, skip_class) if biased else None
-        self.gate = spec.gate.build(geometry)
+        self.gate: Any = spec.gate.build(geometry)
 
     def experts_matrix(self, shared: SharedRouter | None) -> Tensor | None:
         return self.scorer.experts_matrix(shared.scorer if shared is not None else None)

@@ -45,7 +45,7 @@ class Geometry:
 
 
 def _matches(value: object, annotation: Any) -> bool:
-    """Whether a value, as it would come from JSON, fits a field's annotation. An int fits a float; a bool fits neither."""
+    """Whether a value, as it comes from JSON, fits an annotation. An int fits a float; a bool fits neither."""
     origin = typing.get_origin(annotation)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in typing.get_args(annotation))
@@ -316,10 +316,10 @@ class RouterSpec:
         RequestError: a stage is missing, superfluous, or of the wrong type.
     """
 
-    router: RouterKind = _default(RouterKind, "staged")
-    recurrence: RecurrenceSpec = _default(RecurrenceSpec, "none")
-    scorer: ScorerSpec | None = _default(ScorerSpec, "linear")
-    gate: GateSpec | None = _default(GateSpec, "softmax")
+    router: RouterKind = _default(RouterKind, "staged")  # noqa: RUF009
+    recurrence: RecurrenceSpec = _default(RecurrenceSpec, "none")  # noqa: RUF009
+    scorer: ScorerSpec | None = _default(ScorerSpec, "linear")  # noqa: RUF009
+    gate: GateSpec | None = _default(GateSpec, "softmax")  # noqa: RUF009
     temperature: TemperatureSpec = field(default_factory=TemperatureSpec)
     balance: BalanceSpec = field(default_factory=BalanceSpec)
 
