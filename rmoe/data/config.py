@@ -24,9 +24,10 @@ class DataConfig:
             written by `save_to_disk`; needs the extra `data`). None is the Python standard library's own source, or
             with `split` "enwik8" or "wikitext-103" that corpus.
         tokenizer: `bytes`, `words`, or the folder or hub name of a HuggingFace tokenizer.
-        split: `auto` takes the splits a corpus comes with, else the first 90 %, next 5 % and last 5 % of the bytes,
-            each cut moved on to the next line's start; `enwik8` the first 90, next 5 and last 5 million bytes of a
-            text of exactly 100,000,000; `wikitext-103` the published files; `whole` puts all text in `test`.
+        split: `auto` takes the splits a HuggingFace dataset comes with, else the first 90 %, next 5 % and last 5 % of
+            the bytes, each cut moved on to the next line's start; `enwik8` the first 90, next 5 and last 5 million
+            bytes of a text of exactly 100,000,000; `wikitext-103` the published files; `whole` puts all in `test`, for
+            measuring only.
         text_field: the field of a `.jsonl` line or dataset row that holds the text.
         max_vocab: words only: keep this many entries, the most frequent; None keeps all.
         min_count: words only: a word seen less often in the training split becomes `<unk>`.
@@ -49,12 +50,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.split not in ("auto", "enwik8", "wikitext-103", "whole"):
             raise RequestError("data.split", self.split, "auto, enwik8, wikitext-103 or whole")
-        for name, least in (("max_vocab", 2), ("min_count", 1), ("max_bytes", 1)):
+        for name, least in (("max_vocab", 4), ("min_count", 1), ("max_bytes", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RequestError(f"data.{name}", value, f"at least {least}")
         if self.max_bytes is not None and self.split in ("enwik8", "wikitext-103"):
-            raise RequestError("data.max_bytes", self.max_bytes, f"unset with the published split {self.split}")
+            raise RequestError(
+                "data.max_bytes", self.max_bytes, f"unset with the published split {self.split}"
+            )
 
     @property
     def cache_folder(self) -> Path:

@@ -1,0 +1,275 @@
+"""From a request to token files: read, cut, encode, and keep. Imports no torch.
+
+A prepared corpus is a folder of the cache, named by a hash of (text, split rule, tokenizer):
+
+    manifest.json   what it holds
+    train.bin ...   one file of token ids per split, little-endian uint8, uint16 or uint32
+    tokenizer/      as `AutoTokenizer` loads it
+    SHA256SUMS      of all of these, in the format of sha256sum
+
+It is written beside its place and renamed, checked whole each time it is used, and made again when it is damaged. The
+text is hashed each time too, so a file that has changed is another corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from rmoe.data.config import SPLITS, DataConfig, SplitName
+from rmoe.data.corpus import Corpus
+from rmoe.data.encode import Choice, Encoder, decoded, folder_sha256, words
+from rmoe.data.hub import PREFIX, open_dataset
+from rmoe.data.manifest import MANIFEST_VERSION, Manifest, Source, SplitEntry, TokenizerEntry, Unit
+from rmoe.data.published import enwik8_text, wikitext103_texts
+from rmoe.data.split import RULES, Range, cut, pieces
+from rmoe.data.text import SplitTexts, Text, open_text, standard_library
+from rmoe.errors import RequestError, RunError
+from rmoe.records import read_record, write_record
+
+log = logging.getLogger(__name__)
+
+
+def prepare(config: DataConfig, sequence_length: int) -> Corpus:
+    """The corpus of a request, from the cache when it is there.
+
+    Args:
+        config: text, tokenizer and split.
+        sequence_length: tokens per block, at least 2. It does not change the token files.
+
+    Raises:
+        RequestError: the text is missing, unreadable, damaged, empty or shorter than one block in some split; the
+            tokenizer cannot be loaded or does not take this text; nothing is written then.
+        RunError: the cache cannot be written.
+    """
+    if sequence_length < 2:
+        raise RequestError("sequence_length", sequence_length, "at least 2")
+    choice = Choice(config)
+    text = open_source(config)
+    source, sizes = measure(text)
+    request = [MANIFEST_VERSION, source.sha256, sizes, config.split, choice.key]
+    key = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+    entry = config.cache_folder / "corpora" / key[:32]
+    manifest = read_entry(entry, key) or build(entry, key, config, text, source, choice, sequence_length)
+    manifest.require(sequence_length)
+    # The same text under another name is the same entry, but goes by the name it was asked for.
+    return Corpus(entry, msgspec.structs.replace(manifest, source=source), sequence_length)
+
+
+def open_source(config: DataConfig) -> Text | SplitTexts:
+    """What `config.path` and `config.split` name, not read yet."""
+    text: Text | SplitTexts
+    if config.split == "enwik8":
+        return enwik8_text(config)
+    if config.split == "wikitext-103":
+        return wikitext103_texts(config)
+    if config.path is None:
+        text = standard_library()
+    elif config.path.startswith(PREFIX):
+        text = open_dataset(config.path, config.text_field)
+    else:
+        text = open_text(config.path, config.text_field)
+    if isinstance(text, Text):
+        return text.first(config.max_bytes)
+    if config.max_bytes is not None:
+        raise RequestError("data.max_bytes", config.max_bytes, "unset with a dataset that has its own splits")
+    if config.split == "whole":
+        return text.splits["test"]
+    return text
+
+
+def measure(text: Text | SplitTexts) -> tuple[Source, list[int]]:
+    """Read all of a text once: its name, size and sha256, and the sizes of the parts it comes in.
+
+    Raises:
+        RequestError: it is empty, or cannot be read.
+    """
+    digest, sizes = hashlib.sha256(), []
+    for part in parts(text):
+        sizes.append(0)
+        for chunk in part.read():
+            digest.update(chunk)
+            sizes[-1] += len(chunk)
+        if not sizes[-1]:
+            raise RequestError("data.path", part.name, "a text that is not empty")
+    return Source(name=text.name, bytes=sum(sizes), sha256=digest.hexdigest()), sizes
+
+
+def parts(text: Text | SplitTexts) -> list[Text]:
+    """The one text, or train, valid and test in this order."""
+    return [text] if isinstance(text, Text) else [text.splits[split] for split in SPLITS]
+
+
+def build(
+    entry: Path,
+    key: str,
+    config: DataConfig,
+    text: Text | SplitTexts,
+    source: Source,
+    choice: Choice,
+    sequence_length: int,
+) -> Manifest:
+    """Make a cache entry: whole in its place, or not at all."""
+    staging: Path | None = None
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=entry.parent))
+        manifest = encode_into(staging, key, config, text, source, choice)
+        manifest.require(sequence_length)
+        write_record(staging / "manifest.json", manifest)
+        (staging / "SHA256SUMS").write_text(
+            "".join(f"{h}  {file}\n" for file, h in checksums(staging).items())
+        )
+        publish(staging, entry)
+    except OSError as error:
+        what = f"the corpus cache {entry.parent} cannot be written ({error})"
+        raise RunError(what, "nothing", "give another folder with data.cache_dir") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def encode_into(
+    folder: Path, key: str, config: DataConfig, text: Text | SplitTexts, source: Source, choice: Choice
+) -> Manifest:
+    """Write the token files and the tokenizer of a text into a folder."""
+    raw = folder / "text"
+    ranges = copy_text(text, source, raw)
+    with raw.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if isinstance(text, Text):
+            ranges = cut(data, config.split)
+        encoder = choice.fit(data, ranges.get("train"))
+        dtype = smallest_dtype(encoder.num_ids)
+        unit: Unit = (
+            "perplexity" if encoder.counts_words or config.split == "wikitext-103" else "bits_per_byte"
+        )
+        count = unit == "perplexity"
+        splits = {
+            name: write_split(folder / f"{name}.bin", data, span, encoder, dtype, count)
+            for name, span in ranges.items()
+        }
+    raw.unlink()
+    encoder.tokenizer.save_pretrained(folder / "tokenizer")
+    vocab_size = max(encoder.tokenizer.get_vocab().values()) + 1
+    return Manifest(
+        schema_version=MANIFEST_VERSION,
+        key=key,
+        source=source,
+        split_rule=RULES[config.split] if isinstance(text, Text) else RULES["wikitext-103"],
+        tokenizer=TokenizerEntry(
+            name=encoder.name,
+            sha256=folder_sha256(folder / "tokenizer"),
+            vocab_size=vocab_size,
+            padded_vocab_size=-(-vocab_size // 64) * 64,
+        ),
+        dtype=dtype,
+        unit=unit,
+        splits={str(name): split for name, split in splits.items()},
+    )
+
+
+def copy_text(text: Text | SplitTexts, source: Source, target: Path) -> dict[SplitName, Range]:
+    """Put the whole text into one file; the ranges are those of `parts`, by split where there are three.
+
+    Raises:
+        RunError: it is no longer what `measure` read.
+    """
+    digest, ends = hashlib.sha256(), [0]
+    with target.open("wb") as file:
+        for part in parts(text):
+            for chunk in part.read():
+                digest.update(chunk)
+                file.write(chunk)
+            ends.append(file.tell())
+    if digest.hexdigest() != source.sha256:
+        raise RunError(f"{source.name} changed while it was read", "nothing", "run again")
+    return {split: (ends[i], ends[i + 1]) for i, split in enumerate(SPLITS[: len(ends) - 1])}
+
+
+def smallest_dtype(num_ids: int) -> Literal["uint8", "uint16", "uint32"]:
+    """The smallest unsigned type that holds ids below `num_ids`."""
+    return "uint8" if num_ids <= 2**8 else "uint16" if num_ids <= 2**16 else "uint32"
+
+
+def write_split(
+    path: Path, text: mmap.mmap, span: Range, encoder: Encoder, dtype: str, count_words: bool
+) -> SplitEntry:
+    """Encode one split into a token file; a word vocabulary's tokens are its words."""
+    text_digest, digest, tokens = hashlib.sha256(), hashlib.sha256(), 0
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    with path.open("wb") as file:
+        for ids in encoder.encode(text, span):
+            data = ids.astype(little_endian).tobytes()
+            digest.update(data)
+            file.write(data)
+            tokens += len(ids)
+    for start, stop in pieces(text, span):
+        text_digest.update(text[start:stop])
+    num_words = None
+    if count_words:
+        num_words = (
+            tokens
+            if encoder.counts_words
+            else sum(len(words(piece)) for piece in decoded(text, span, "words"))
+        )
+    return SplitEntry(
+        file=path.name,
+        bytes=span[1] - span[0],
+        tokens=tokens,
+        words=num_words,
+        text_sha256=text_digest.hexdigest(),
+        sha256=digest.hexdigest(),
+    )
+
+
+def publish(staging: Path, entry: Path) -> None:
+    """Move a finished folder to its place. Another process may have been first with the same bytes, or a damaged
+    entry may stand there: what stands there is moved away, and stays readable to whoever has it open."""
+    if entry.exists():
+        os.rename(entry, staging.with_name(staging.name + "-old"))
+        shutil.rmtree(staging.with_name(staging.name + "-old"), ignore_errors=True)
+    try:
+        os.rename(staging, entry)
+    except OSError:
+        if not entry.exists():
+            raise
+
+
+def read_entry(entry: Path, key: str) -> Manifest | None:
+    """The manifest of a cache entry that is whole; None if there is none or it is damaged."""
+    if not entry.is_dir():
+        return None
+    try:
+        sums = (entry / "SHA256SUMS").read_text()
+        listed = {file: digest for digest, _, file in (line.partition("  ") for line in sums.splitlines())}
+        found = checksums(entry)
+        wrong = sorted(file for file in listed.keys() | found.keys() if listed.get(file) != found.get(file))
+        if wrong:
+            raise ValueError(f"sha256 mismatch: {', '.join(wrong)}")
+        manifest = read_record(entry / "manifest.json", Manifest, MANIFEST_VERSION)
+        if manifest.key != key:
+            raise ValueError("made for another request")
+        return manifest
+    except (OSError, ValueError) as error:  # RequestError is a ValueError
+        log.warning("corpus cache: %s is damaged (%s); preparing the text again", entry, error)
+        return None
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder but SHA256SUMS, by relative path."""
+    found: dict[str, str] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS"):
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
