@@ -86,6 +86,7 @@ class GradientSplit(Record, frozen=True, kw_only=True):
     language_model: Matrix  # [S][L] from the language-model loss alone
     balance: Matrix | None  # [S][L] from the balance loss alone; None: the model has none
     language_model_cut: Matrix | None  # [S][L] from the language-model loss with the recurrent path cut
+    recurrent: Matrix | None = None  # [S][L] norm of the difference of those two gradients
     shared: list[float] | None = (
         None  # [S] norm over parameters shared by all layers (the cell), from both parts
     )
