@@ -216,13 +216,15 @@ class SparseMixer(Gate):
         self.jitter = spec.jitter
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        first, weight_1 = self._pick(logits, logits, context)
+        first, weight_1 = self._pick(logits, logits, context, uniforms=1)
         rest = logits.scatter(-1, first, -torch.inf)
-        second, weight_2 = self._pick(logits, rest, context)
+        second, weight_2 = self._pick(logits, rest, context, uniforms=2)
         experts, weights = torch.cat((first, second), -1), torch.cat((weight_1, weight_2), -1)
         return Routing(logits, F.softmax(logits, -1), weights, experts)
 
-    def _pick(self, scores: Tensor, left: Tensor, context: RouterContext) -> tuple[Tensor, Tensor]:
+    def _pick(
+        self, scores: Tensor, left: Tensor, context: RouterContext, uniforms: int
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             best, best_index = left.max(-1, keepdim=True)
             far = (best - scores) / scores.abs().clamp(min=best) > 2 * self.jitter
@@ -233,6 +235,8 @@ class SparseMixer(Gate):
         expert = (near - context.noise.exponential(near).log()).argmax(-1, keepdim=True)
         weight = probs.gather(-1, expert)
         top = probs.max(-1, keepdim=True)
-        full = (expert == top.indices) | (context.noise.uniform(top.values) > 0.75)
+        for _ in range(uniforms):  # the source draws the second expert's twice and uses the last
+            draw = context.noise.uniform(top.values)
+        full = (expert == top.indices) | (draw > 0.75)
         heun = torch.add(0.3333, full, alpha=0.6667).type_as(probs)
         return expert, _SampledMultiplier.apply(scores, weight, expert, probs, heun)
