@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # name -> module that defines it; resolved on first use so that `rmoe zoo` never pays for torch.
 _LAZY = {
+    "load": "rmoe.model.loading",
     "RMoEConfig": "rmoe.model",
     "RMoEModel": "rmoe.model",
     "RMoEForCausalLM": "rmoe.model",

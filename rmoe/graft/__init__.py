@@ -1,20 +1,29 @@
-"""A recurrent router on a pretrained MoE. Importing this makes grafted folders known to transformers' Auto classes."""
+"""A recurrent router on a pretrained MoE.
+
+Importing this makes grafted folders known to transformers' Auto classes.
+"""
 
 from rmoe.graft.attach import attach, graft
 from rmoe.graft.auto import GraftConfig
 from rmoe.graft.discover import RoutedStack, find_routed_stack
+from rmoe.graft.folder import GraftReport, UndoReport, graft_folder, keep_originals, undo_folder
 from rmoe.graft.modules import GraftedGate, GraftedLayer, RecurrentOffset, RouterStream
 from rmoe.graft.spec import GraftSpec
 
 __all__ = [
     "GraftConfig",
+    "GraftReport",
     "GraftSpec",
     "GraftedGate",
     "GraftedLayer",
     "RecurrentOffset",
     "RoutedStack",
     "RouterStream",
+    "UndoReport",
     "attach",
     "find_routed_stack",
     "graft",
+    "graft_folder",
+    "keep_originals",
+    "undo_folder",
 ]

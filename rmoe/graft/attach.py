@@ -6,7 +6,7 @@ import hashlib
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError
@@ -25,7 +25,7 @@ from rmoe.routing.spec import Geometry
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 CELL = "router_cell"
-OFFSET = "offset"
+OFFSET = "router_offset"
 
 
 def graft(
@@ -62,12 +62,13 @@ def graft(
 def attach(model: PreTrainedModel, spec: GraftSpec) -> RoutedStack:
     """Add the cell, projectors and `B`s of `spec` and change the classes of layers and gates.
 
-    Parameters take the model's dtype and each gate's device; on the meta device they stay uninitialised.
+    Parameters take the model's dtype and each gate's device. On a model without weights (the meta device) they are
+    made where torch makes tensors at that moment: with values, or on the meta device too, to be loaded.
     """
     stack = find_routed_stack(model)
     backbone = model.get_submodule(stack.backbone)
     layers = model.get_submodule(stack.layers)
-    like = next(p for p in model.parameters() if p.is_floating_point())
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
     geometry = Geometry(
         hidden_size=stack.hidden_size,
         num_experts=1,  # the family's gate knows; a recurrence has no use for it
@@ -76,9 +77,9 @@ def attach(model: PreTrainedModel, spec: GraftSpec) -> RoutedStack:
         initializer_range=stack.initializer_range,
     )
     cell = SharedRecurrence(spec.recurrence, geometry) if spec.recurrence.has_shared else None
-    setattr(backbone, CELL, cell if cell is None else cell.to(like.device, model.dtype))
+    setattr(backbone, CELL, cell if cell is None else _placed(cell, like))
     for index in range(min(stack.gates), max(stack.gates) + 1):
-        _attach_layer(layers[index], index, stack, spec, geometry, backbone, model.dtype)
+        _attach_layer(layers[index], index, stack, spec, geometry, backbone, like)
     backbone.register_forward_pre_hook(_rebind_replica)
     initialize_graft(model, spec.seed)
     return stack
@@ -91,7 +92,7 @@ def _attach_layer(
     spec: GraftSpec,
     geometry: Geometry,
     backbone: nn.Module,
-    dtype: torch.dtype,
+    like: Tensor,
 ) -> None:
     layer.__class__ = grafted_layer_class(type(layer))
     layer.gate_path = stack.gates.get(index)
@@ -99,12 +100,16 @@ def _attach_layer(
     if layer.gate_path is None:
         return
     gate: Any = layer.get_submodule(layer.gate_path)
-    device = next(gate.parameters()).device
+    like = torch.empty(0, dtype=like.dtype, device=next(gate.parameters()).device)
     gate.__class__ = grafted_gate_class(type(gate))
     of_layer = Geometry(**{**vars(geometry), "layer_index": list(stack.gates).index(index)})
-    gate.add_module(OFFSET, RecurrentOffset(spec, of_layer).to(device, dtype))
+    gate.add_module(OFFSET, _placed(RecurrentOffset(spec, of_layer), like))
     gate.pure = spec.pure
     gate.__dict__["backbone"] = backbone  # not a submodule: the cell is the backbone's
+
+
+def _placed(module: nn.Module, like: Tensor) -> nn.Module:
+    return module.to(dtype=like.dtype, device=None if like.is_meta else like.device)
 
 
 def _rebind_replica(backbone: nn.Module, args: Any) -> None:

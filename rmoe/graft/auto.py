@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
@@ -19,12 +20,17 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from rmoe.errors import RequestError
 from rmoe.graft.spec import GraftSpec
+from rmoe.model.sharing import write_auto_code
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 GRAFT_MODEL_TYPE = "rmoe_graft"
 GRAFT_SECTION = "rmoe_graft"
 CLASS_PREFIX = "Grafted"
+
+# See `rmoe.model.sharing`. The configuration alone is enough: reading it registers the model classes.
+AUTO_MAP = {"AutoConfig": "configuration_rmoe_graft.GraftConfig"}
+CODE = {"configuration_rmoe_graft.py": "from rmoe.graft import GraftConfig\n"}
 
 
 class GraftConfig(PreTrainedConfig):
@@ -82,10 +88,16 @@ def grafted_model_class(
         base.__init__(self, config, *args, **kwargs)
         attach(self, GraftSpec.from_dict(getattr(config, GRAFT_SECTION)))
 
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        base.save_pretrained(self, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_auto_code(Path(save_directory), CODE, AUTO_MAP)
+
     body = {
         # The family's module: by it transformers tells its own models, whose weights it converts, from others.
         "__module__": base.__module__,
         "__init__": __init__,
+        "save_pretrained": save_pretrained,
         "config_class": config_class,
     }
     return type(CLASS_PREFIX + base.__name__, (base,), body)

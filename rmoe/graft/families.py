@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rmoe.errors import RequestError
-from rmoe.graft.attach import graft
+from rmoe.graft.attach import OFFSET, graft
 from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.routing.mechanisms import Recurrence
@@ -238,7 +238,7 @@ def _differs(model: PreTrainedModel) -> str:
     if not torch.equal(before, after):
         return f"outputs differ by {(before - after).abs().max().item():.3g}"
     after.float().square().mean().backward()
-    silent = [n for n, p in grafted.named_parameters() if n.endswith("offset.B") and not _has_gradient(p)]
+    silent = [n for n, p in grafted.named_parameters() if n.endswith(f"{OFFSET}.B") and not _has_gradient(p)]
     return f"no gradient reaches {', '.join(silent)}" if silent else ""
 
 
@@ -249,3 +249,10 @@ def _has_gradient(parameter: torch.nn.Parameter) -> bool:
 def try_families() -> list[FamilyResult]:
     """`try_family` for every MoE model type found."""
     return [try_family(model_type) for model_type in moe_model_types()]
+
+
+def markdown_table(rows: list[FamilyResult]) -> str:
+    """The rows as `docs/graft.md` has them, ending in a newline."""
+    lines = ["| model type | takes a graft | why not |", "|---|---|---|"]
+    lines += [f"| `{row.model_type}` | {'yes' if row.works else 'no'} | {row.reason.replace('|', '/')} |" for row in rows]
+    return "\n".join(lines) + "\n"

@@ -58,12 +58,12 @@ class GraftedGate(nn.Module):
     """Mixin of every grafted gate, and how one is recognised.
 
     Attributes:
-        offset: this layer's projector and `B`.
+        router_offset: this layer's projector and `B`.
         pure: read the offset alone.
         incoming, outgoing: the state during one call of the layer, set and cleared by it.
     """
 
-    offset: RecurrentOffset
+    router_offset: RecurrentOffset
     pure: bool
     incoming: State = ()
     outgoing: State | None = None
@@ -74,7 +74,7 @@ class GraftedGate(nn.Module):
 
     def steer(self, x: Tensor) -> Tensor:
         """`x + B h` (or `B h`), moving the state on; `x` is `[..., d]`."""
-        offset, self.outgoing = self.offset(x.reshape(-1, x.shape[-1]), self.incoming, self.shared())
+        offset, self.outgoing = self.router_offset(x.reshape(-1, x.shape[-1]), self.incoming, self.shared())
         offset = offset.view(x.shape)
         return offset if self.pure else x + offset
 

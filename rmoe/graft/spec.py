@@ -78,8 +78,13 @@ class GraftSpec:
         return cls(recurrence=recurrence, pure=data["pure"], seed=data["seed"])  # type: ignore[arg-type]
 
 
-def _with_recurrence() -> str:
+def _can_graft(recurrence: RecurrenceSpec) -> bool:
+    """Whether a row has a state `h` of its own, to be added to what the gate reads."""
+    return isinstance(recurrence, Recurrence) and not recurrence.concat_hidden
+
+
+def _graftable() -> str:
     from rmoe.routing.zoo import ZOO
 
-    rows = [name for name, row in ZOO.items() if isinstance(row.spec.recurrence, Recurrence)]
+    rows = [name for name, row in ZOO.items() if _can_graft(row.spec.recurrence)]
     return f"a router with a recurrence: {', '.join(rows)}"

@@ -9,7 +9,9 @@ are registered and no remote code is involved.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 AUTO_MAP = {
     "AutoConfig": "configuration_rmoe.RMoEConfig",
@@ -24,11 +26,13 @@ _FILES = {
 }
 
 
-def write_auto_code(folder: Path) -> None:
-    """Write the two files beside a saved model and name them in its `config.json`."""
-    for name, text in _FILES.items():
+def write_auto_code(
+    folder: Path, files: Mapping[str, str] = MappingProxyType(_FILES), auto_map: Mapping[str, str] = MappingProxyType(AUTO_MAP)
+) -> None:
+    """Write the files (name -> text) beside a saved model and name their classes in its `config.json`."""
+    for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = AUTO_MAP
+    config["auto_map"] = dict(auto_map)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

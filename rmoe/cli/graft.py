@@ -1,0 +1,69 @@
+"""`rmoe graft`: a recurrent router onto a pretrained MoE, off again, and which families take one."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict
+from pathlib import Path
+
+import tyro
+
+from rmoe.errors import RequestError
+
+
+def run(
+    model: tyro.conf.Positional[Path | None] = None,
+    *,
+    out: Path | None = None,
+    router: str = "rmoe",
+    width: int | None = None,
+    pure: bool = False,
+    seed: int = 0,
+    undo: bool = False,
+    keep_trained: bool = False,
+    list: bool = False,
+    json: bool = False,
+) -> None:
+    """Put a recurrent router onto a pretrained MoE without changing its function.
+
+    Args:
+        model: a model folder in safetensors; with --undo, a grafted one.
+        out: the folder to write, new or empty.
+        router: a row of `rmoe zoo`; its recurrence is taken, the family's own gate scores.
+        width: p, width of the router state; default the row's.
+        pure: the gate reads the state alone. For training from scratch: this does change the function.
+        seed: of the projectors' and the cell's initial values.
+        undo: write the model that MODEL was grafted from, and check that it is that, bit for bit.
+        keep_trained: with --undo, accept a base that training has changed.
+        list: try every MoE model type of the installed transformers and say which take a graft.
+        json: print JSON.
+    """
+    if list:
+        _list(json)
+        return
+    if model is None:
+        raise RequestError("model", None, "a model folder, or --list")
+    if out is None:
+        raise RequestError("--out", None, "a folder that is new or empty")
+
+    from rmoe.graft import GraftSpec, graft_folder, undo_folder
+
+    if undo:
+        undone = undo_folder(model, out, keep_trained=keep_trained)
+        checked = {True: "bit for bit the original", False: "base trained since", None: "original not known"}
+        said = f"{out}: {undone.model_type}, {undone.removed_tensors} tensors removed, {checked[undone.verified]}"
+        print(jsonlib.dumps(asdict(undone)) if json else said)
+        return
+    report = graft_folder(model, out, GraftSpec.from_router(router, width=width, pure=pure, seed=seed))
+    said = f"{out}: {report.model_type}, {len(report.gates)} gates, {report.added_parameters:,} parameters added"
+    print(jsonlib.dumps(asdict(report)) if json else said)
+
+
+def _list(json: bool) -> None:
+    from rmoe.graft.families import markdown_table, try_families
+
+    rows = try_families()
+    if json:
+        print(jsonlib.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print(markdown_table(rows), end="")

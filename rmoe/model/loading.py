@@ -1,0 +1,75 @@
+"""`rmoe.load`: a saved model of any kind this package writes or reads, every weight accounted for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+import rmoe.model  # noqa: F401 - registers RMoE with the Auto classes
+from rmoe.errors import RequestError
+from rmoe.model.weights import CONFIG, open_weights, read_json
+
+# model_type -> module whose import registers it
+_REGISTERED_BY = {"rmoe_graft": "rmoe.graft"}
+
+
+def load(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, **changes: Any
+) -> PreTrainedModel:
+    """Load a model folder: RMoE, grafted, or any other transformers model.
+
+    The class is the one that was saved. Weights come from safetensors only, keep the dtype they have on disk, and
+    must be exactly the model's: transformers itself fills a missing weight with random numbers and a warning.
+
+    Args:
+        path: a model folder, or an id of the Hugging Face Hub.
+        dtype: "auto" keeps the saved dtype.
+        device: where the model goes, default the CPU.
+        changes: fields of the configuration to change, as of `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        RequestError: no such folder, no weights, pickled weights, an unknown model type, weights that do not fit.
+    """
+    folder = Path(path)
+    if folder.exists():
+        open_weights(folder)
+        _register(read_json(folder / CONFIG).get("model_type"))
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from None
+    model, report = _model_class(config).from_pretrained(
+        path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **changes
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        wrong = sorted(map(str, report[kind]))
+        if wrong:
+            shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise RequestError("model", str(path), f"weights that fit its configuration; {kind}: {shown}")
+    return model.to(device).eval()
+
+
+def _register(model_type: object) -> None:
+    if isinstance(model_type, str) and model_type in _REGISTERED_BY:
+        import_module(_REGISTERED_BY[model_type])
+
+
+def _model_class(config: Any) -> Any:
+    """The class whose name was saved, among those any Auto class has for this configuration."""
+    name = (config.architectures or [None])[0]
+    for auto_name in modeling_auto.__all__:
+        mapping = getattr(getattr(transformers, auto_name), "_model_mapping", None)
+        found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
+        for model_class in found if isinstance(found, tuple) else (found,):
+            if model_class.__name__ == name:
+                return model_class
+    return AutoModelForCausalLM
