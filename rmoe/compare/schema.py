@@ -16,7 +16,7 @@ import msgspec
 
 from rmoe.errors import RequestError
 from rmoe.records import Record, Versioned
-from rmoe.training.result import (  # noqa: F401  re-exported: a row is read with what it is made of
+from rmoe.training.result import (  # noqa: F401  a row is read with what it is made of
     Corpus,
     Curve,
     Hardware,
@@ -174,6 +174,7 @@ class RouterSummary(Record, frozen=True, kw_only=True):
     parameters: Parameters | None
     timing: Timing | None
     curves: dict[str, Band] = msgspec.field(default_factory=dict)
+    val_difference: Band | None = None  # validation curve minus the baseline's, in bits, paired by seed
 
 
 class SweepPoint(Record, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""From result rows to `summary.json`: choose sweep points, take spreads, judge differences, say what was found.
+"""From result rows to `summary.json`: choose sweep points, take spreads, judge differences, say the finding.
 
 Imports no torch.
 """
@@ -22,7 +22,6 @@ from rmoe.compare.schema import (
     Summary,
     SweepPoint,
     SweepValue,
-    Timing,
     Unit,
     check_comparable,
 )
@@ -119,7 +118,14 @@ def summarise(
     unit = rows[0].corpus.unit
     differences = statistics.compare_to_baseline(figures, baseline, unit, split, margin, confidence)
     routers = [
-        _router(name, rows, chosen.get(name, {}), differences.get(name), (descriptions or {}).get(name, ""))
+        _router(
+            name,
+            [row for row in judged if row.router == name],
+            failed=sum(row.status == "failed" and row.router == name for row in rows),
+            against={row.seed: row for row in judged if row.router == baseline != name},
+            difference=differences.get(name),
+            description=(descriptions or {}).get(name, ""),
+        )
         for name in dict.fromkeys(row.router for row in rows)
     ]
     return Summary(
@@ -143,35 +149,50 @@ def _rank(router: RouterSummary, split: Split) -> float:
 
 def _router(
     name: str,
-    rows: Sequence[ResultRow],
-    sweep: dict[str, SweepValue],
+    judged: Sequence[ResultRow],
+    failed: int,
+    against: Mapping[int, ResultRow],
     difference: Difference | None,
     description: str,
 ) -> RouterSummary:
-    mine = [row for row in rows if row.router == name]
-    finished = sorted(
-        (row for row in mine if row.status == "finished" and row.sweep == sweep), key=lambda r: r.seed
-    )
-    curves = {}
-    for curve in finished[0].curves if finished else {}:
-        if all(curve in row.curves for row in finished):
-            joined = band([row.curves[curve] for row in finished])
-            if joined:
-                curves[curve] = joined
-    timed: list[Timing] = [row.timing for row in finished if row.timing]
+    """One row of the table, from a router's finished runs at its chosen sweep point."""
+    mine = sorted(judged, key=lambda row: row.seed)
+    shared = set.intersection(*(set(row.curves) for row in mine)) if mine else set()
+    curves = {name: band([row.curves[name] for row in mine]) for name in sorted(shared)}
     return RouterSummary(
         router=name,
         summary=description,
-        sweep=sweep,
-        finished=len(finished),
-        failed=sum(row.status == "failed" for row in mine),
-        val=statistics.spread({row.seed: row.val for row in finished if row.val is not None}),
-        test=statistics.spread({row.seed: row.test for row in finished if row.test is not None}),
+        sweep=mine[0].sweep if mine else {},
+        finished=len(mine),
+        failed=failed,
+        val=statistics.spread({row.seed: row.val for row in mine if row.val is not None}),
+        test=statistics.spread({row.seed: row.test for row in mine if row.test is not None}),
         difference=difference,
-        parameters=finished[0].parameters if finished else None,
-        timing=timed[0] if timed else None,
-        curves=curves,
+        parameters=mine[0].parameters if mine else None,
+        timing=next((row.timing for row in mine if row.timing), None),
+        curves={name: joined for name, joined in curves.items() if joined},
+        val_difference=_val_difference(mine, against),
     )
+
+
+def _val_difference(mine: Sequence[ResultRow], against: Mapping[int, ResultRow]) -> Band | None:
+    """The validation curve minus the baseline's, seed by seed, in bits."""
+    pairs = [
+        (row.curves["val"], against[row.seed].curves["val"], row.corpus.unit)
+        for row in mine
+        if row.seed in against and "val" in row.curves and "val" in against[row.seed].curves
+    ]
+    return band([_minus(ours, theirs, unit) for ours, theirs, unit in pairs]) if pairs else None
+
+
+def _minus(ours: Curve, theirs: Curve, unit: Unit) -> Curve:
+    at = dict(zip(theirs.step, theirs.value, strict=True))
+    points = [
+        (step, statistics.bits(value, unit) - statistics.bits(at[step], unit))
+        for step, value in zip(ours.step, ours.value, strict=True)
+        if step in at
+    ]
+    return Curve(unit=bits_unit(unit), step=[s for s, _ in points], value=[v for _, v in points])
 
 
 def signed(value: float) -> str:
@@ -184,6 +205,7 @@ def signed(value: float) -> str:
 
 
 def interval_phrase(interval: Interval) -> str:
+    """An interval in words."""
     return f"{signed(interval.low)} to {signed(interval.high)}"
 
 

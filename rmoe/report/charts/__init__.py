@@ -1,0 +1,1 @@
+"""The report's charts: one module per heading, one function per figure."""

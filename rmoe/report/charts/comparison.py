@@ -1,0 +1,287 @@
+"""Charts of a comparison, from `summary.json`: paired differences, curves over training, cost."""
+
+from __future__ import annotations
+
+from rmoe.compare.schema import Band, Difference, Summary
+from rmoe.report.charts.chart import SHOWN_AT_FIRST, Chart, Style, axis, counted, label
+
+UNITS = {"bits_per_byte": "bits per byte", "bits_per_token": "bits per token", "perplexity": "perplexity"}
+SPLITS = {"val": "validation", "test": "test"}
+
+# curve -> (section, title, definition). A curve that is not named here is drawn under its own name.
+CURVES = {
+    "val": ("Training", "Validation loss", "Mean loss over the whole validation split."),
+    "train_lm_loss": (
+        "Training",
+        "Training loss",
+        "Language-model part of the loss on the batch of that step; dropout on.",
+    ),
+    "aux_loss": (
+        "Training",
+        "Balance loss",
+        "The weighted load-balance loss, as it is added to the language-model loss.",
+    ),
+    "gate_entropy": (
+        "Training",
+        "Gate entropy over training",
+        "−Σ g ln g of the gate's probabilities, mean over layers and tokens.",
+    ),
+    "load_imbalance": (
+        "Training",
+        "Load imbalance over training",
+        "Share of the most-used expert times the number of experts, mean over layers; 1 is even.",
+    ),
+    "router_grad_norm": (
+        "Training",
+        "Router gradient norm",
+        "Euclidean norm of the gradient of all router parameters, before clipping.",
+    ),
+}
+
+
+def comparison_charts(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
+    """Every chart that the summary has data for."""
+    charts = [*_differences(summary, looks), *_sweep(summary, looks), *_val_difference(summary, looks)]
+    names = dict.fromkeys(curve for router in summary.routers for curve in router.curves)
+    for curve in sorted(names, key=lambda name: list(CURVES).index(name) if name in CURVES else len(CURVES)):
+        charts += _curve(summary, curve, looks)
+    return charts
+
+
+def _differences(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
+    judged = [(router.router, router.difference) for router in summary.routers if router.difference]
+    if not judged:
+        return []
+    unit, split = UNITS[judged[0][1].unit], SPLITS[judged[0][1].split]
+    equivalence = next((d.equivalence for _, d in judged if d.equivalence), None)
+    margin = equivalence.margin if equivalence else None
+    shapes = [{"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 1.5}}]
+    if margin is not None:
+        band = {"x0": -margin, "x1": margin, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 0}}
+        shapes.append({"type": "rect", "layer": "below", "fillcolor": "rgba(138,143,152,0.16)", **band})
+    seeds = sorted({len(d.values) for _, d in judged})
+    height = 150 + 46 * len(judged)
+    return [
+        Chart(
+            id="differences",
+            section="Verdict",
+            title=f"Difference to {summary.baseline}, pair by pair",
+            definition=f"Router minus {summary.baseline} on the {split} split, with the same seed: same "
+            "initial weights where "
+            "names and shapes agree, same batches. Dots are seeds, the bar is their mean with its "
+            f"{summary.confidence:.0%} t interval; left of zero is better than {summary.baseline}."
+            + (f" The grey band is ±{margin:g}, inside which a difference counts as none." if margin else ""),
+            unit=unit,
+            sample=counted(seeds, "paired seed"),
+            data=[trace for name, d in reversed(judged) for trace in _forest(name, d, looks[name])],
+            layout={
+                "xaxis": axis(f"difference ({unit})", zeroline=False),
+                "yaxis": {
+                    "automargin": True,
+                    "fixedrange": True,
+                    "showgrid": False,
+                    "range": [-0.6, len(judged) - 0.4],
+                },
+                "shapes": shapes,
+                "showlegend": False,
+                "margin": {"t": 16},
+            },
+            rows=[
+                ["router", "seed", "difference", "mean", "low", "high"],
+                *[
+                    [
+                        name,
+                        seed,
+                        value,
+                        d.mean,
+                        *([d.interval.low, d.interval.high] if d.interval else ["", ""]),
+                    ]
+                    for name, d in judged
+                    for seed, value in zip(d.seeds, d.values, strict=True)
+                ],
+            ],
+            height=height,
+            wide=True,
+        )
+    ]
+
+
+def _forest(name: str, difference: Difference, look: Style) -> list[dict]:
+    shown = label(name)
+    seeds = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": difference.values,
+        "y": [shown] * len(difference.values),
+        "text": [f"seed {seed}" for seed in difference.seeds],
+        "hovertemplate": "%{text}: %{x:+.4f}<extra></extra>",
+        "marker": {"color": look.colour, "size": 8, "opacity": 0.45},
+        "name": shown,
+    }
+    mean = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [difference.mean],
+        "y": [shown],
+        "hovertemplate": "mean %{x:+.4f}<extra></extra>",
+        "marker": {"color": look.colour, "size": 15, "symbol": "diamond"},
+        "name": shown,
+    }
+    if difference.interval:
+        mean["error_x"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": [difference.interval.high - difference.mean],
+            "arrayminus": [difference.mean - difference.interval.low],
+            "thickness": 2.5,
+            "width": 7,
+            "color": look.colour,
+        }
+    return [seeds, mean]
+
+
+def _curve(summary: Summary, curve: str, looks: dict[str, Style]) -> list[Chart]:
+    bands = {r.router: r.curves[curve] for r in summary.routers if curve in r.curves}
+    default = ("Training", curve.replace("_", " ").capitalize(), f"`{curve}` of each run's metrics.")
+    section, title, definition = CURVES.get(curve, default)
+    unit = next(iter(bands.values())).unit
+    chart = _band_chart(f"curve-{curve}", section, title, definition, UNITS.get(unit, unit), bands, looks)
+    if curve == "val":
+        chart.layout["yaxis"]["range"] = _settled_range(list(bands.values()))
+    return [chart]
+
+
+def _settled_range(bands: list[Band]) -> list[float]:
+    """A range for a loss that leaves its first fall, a fifth of the training, above the frame."""
+    start = max(band.step[-1] for band in bands) / 5
+    low = min(min(band.low) for band in bands)
+    settled = [v for b in bands for s, v in zip(b.step, b.high, strict=True) if s >= start]
+    high = max(settled, default=max(b.high[-1] for b in bands))
+    pad = 0.06 * (high - low) or 0.1
+    return [low - pad, high + pad]
+
+
+def _val_difference(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
+    bands = {r.router: r.val_difference for r in summary.routers if r.val_difference}
+    if not bands:
+        return []
+    chart = _band_chart(
+        "val-difference",
+        "Training",
+        f"Validation loss minus {summary.baseline}'s",
+        f"At each evaluation, router minus {summary.baseline} with the same seed; below zero is better.",
+        next(iter(bands.values())).unit,
+        bands,
+        looks,
+    )
+    zero = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": 0, "y1": 0, "line": {"width": 1.5}}
+    chart.layout["shapes"] = [zero]
+    return [chart]
+
+
+def _band_chart(
+    id: str,
+    section: str,
+    title: str,
+    definition: str,
+    unit: str,
+    bands: dict[str, Band],
+    looks: dict[str, Style],
+) -> Chart:
+    """Curves over training: a line per router and the range of its seeds behind it."""
+    seeds = sorted({band.n for band in bands.values()})
+    return Chart(
+        id=id,
+        section=section,
+        title=title,
+        definition=definition + " Line: mean over seeds; band: lowest to highest seed.",
+        unit=unit,
+        sample=counted(seeds, "seed"),
+        data=[
+            trace
+            for index, (name, band) in enumerate(bands.items())
+            for trace in _band(name, band, looks[name], index)
+        ],
+        layout={"xaxis": axis("optimizer step"), "yaxis": axis(unit), "hovermode": "x unified"},
+        rows=[
+            ["router", "step", "mean", "low", "high"],
+            *[
+                [name, *values]
+                for name, band in bands.items()
+                for values in zip(band.step, band.mean, band.low, band.high, strict=True)
+            ],
+        ],
+    )
+
+
+def _band(name: str, band: Band, look: Style, index: int) -> list[dict]:
+    """A mean line and, with more than one seed, the band behind it, which follows the line in the legend."""
+    shown = True if index < SHOWN_AT_FIRST else "legendonly"
+    line = {
+        "type": "scatter",
+        "mode": "lines" if len(band.step) > 1 else "markers",
+        "x": band.step,
+        "y": band.mean,
+        "name": label(name),
+        "legendgroup": label(name),
+        "visible": shown,
+        "line": {"color": look.colour, "dash": look.dash, "width": 2},
+    }
+    if band.n == 1:
+        return [line]
+    area = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [*band.step, *reversed(band.step)],
+        "y": [*band.high, *reversed(band.low)],
+        "fill": "toself",
+        "fillcolor": look.band,
+        "line": {"width": 0, "color": look.colour},
+        "hoverinfo": "skip",
+        "showlegend": False,
+        "name": f"{label(name)} range",
+        "legendgroup": label(name),
+        "visible": shown,
+    }
+    return [area, line]
+
+
+def _sweep(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
+    """Validation figure over the sweep, when one number was swept."""
+    points = [p for p in summary.sweep_points if len(p.sweep) == 1]
+    if not points or not all(isinstance(value, int | float) for p in points for value in p.sweep.values()):
+        return []
+    swept = next(iter(points[0].sweep))
+    unit = UNITS[summary.corpus.unit]
+    data = []
+    for index, name in enumerate(dict.fromkeys(p.router for p in points)):
+        mine = sorted((p for p in points if p.router == name), key=lambda p: float(p.sweep[swept]))
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": [p.sweep[swept] for p in mine],
+                "y": [p.val for p in mine],
+                "name": label(name),
+                "visible": True if index < SHOWN_AT_FIRST else "legendonly",
+                "line": {"color": looks[name].colour, "dash": looks[name].dash, "width": 2},
+                "marker": {"size": [13 if p.chosen else 7 for p in mine]},
+            }
+        )
+    return [
+        Chart(
+            id="sweep",
+            section="Verdict",
+            title=f"Choice of {swept.replace('_', ' ')}",
+            definition=f"Mean validation figure at each {swept.replace('_', ' ')}, with equal budgets. The "
+            "large mark is the one chosen for that router; the test split is evaluated for it alone.",
+            unit=unit,
+            sample=f"{min(p.n for p in points)} or more seeds a point",
+            data=data,
+            layout={"xaxis": axis(swept.replace("_", " "), type="log"), "yaxis": axis(unit)},
+            rows=[
+                ["router", swept, "validation", "seeds", "chosen"],
+                *[[p.router, p.sweep[swept], p.val, p.n, p.chosen] for p in points],
+            ],
+        )
+    ]

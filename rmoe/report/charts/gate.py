@@ -1,0 +1,111 @@
+"""How sure the gate is: entropy, inner and outer balance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rmoe.report.analysis_schema import ModelAnalysis
+from rmoe.report.charts.chart import Chart, Style, axis, panel_title, panels
+from rmoe.report.charts.shared import line, measure_chart, token_count
+
+SECTION = "How sure the gate is"
+
+
+def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    having = [(m.name, m.entropy) for m in models if m.entropy]
+    if not having:
+        return []
+    layers = max(len(histogram.counts) for _, histogram in having)
+    places = panels(layers, columns=4, gap_x=0.035)
+    layout: dict[str, Any] = {"annotations": [], "margin": {"t": 36}}
+    data: list[dict] = []
+    for layer, (suffix, x, y) in enumerate(places):
+        for index, (name, histogram) in enumerate(having):
+            if layer < len(histogram.counts):
+                middles = [(a + b) / 2 for a, b in zip(histogram.edges, histogram.edges[1:], strict=False)]
+                shares = _density(histogram.edges, histogram.counts[layer])
+                drawn = line(name, middles, shares, looks[name], index)
+                placed = {
+                    "xaxis": f"x{suffix}",
+                    "yaxis": f"y{suffix}",
+                    "showlegend": layer == 0,
+                    "mode": "lines",
+                }
+                data.append({**drawn, **placed})
+        layout[f"xaxis{suffix}"] = axis(
+            "nats" if y[0] == 0 else "", domain=x, anchor=f"y{suffix}", rangemode="tozero"
+        )
+        layout[f"yaxis{suffix}"] = axis(
+            "density" if x[0] == 0 else "",
+            domain=y,
+            anchor=f"x{suffix}",
+            showticklabels=False,
+            rangemode="tozero",
+        )
+        layout["annotations"].append(panel_title(f"layer {layer}", x, y))
+    rows = -(-layers // min(4, layers))
+    return [
+        Chart(
+            id="entropy",
+            section=SECTION,
+            title="Gate entropy, token by token",
+            definition="−Σ g ln g of a token's gate probabilities g over all experts, as a distribution over "
+            "tokens (Fig. 4). "
+            f"0: all on one expert; ln E = {math.log(models[0].experts):.2f}: no preference.",
+            unit="nats; each curve encloses area 1",
+            sample=token_count([histogram.n for _, histogram in having]),
+            data=data,
+            layout=layout,
+            rows=[
+                ["model", "layer", "from", "to", "tokens"],
+                *[
+                    [name, layer, histogram.edges[j], histogram.edges[j + 1], count]
+                    for name, histogram in having
+                    for layer, counts in enumerate(histogram.counts)
+                    for j, count in enumerate(counts)
+                ],
+            ],
+            height=100 + 190 * rows,
+            wide=True,
+        )
+    ]
+
+
+def _density(edges: Sequence[float], counts: Sequence[int]) -> list[float]:
+    total = max(sum(counts), 1)
+    return [count / total / (edges[j + 1] - edges[j]) for j, count in enumerate(counts)]
+
+
+def entropy_by_layer(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    return measure_chart(
+        models,
+        looks,
+        "entropy_mean",
+        SECTION,
+        "Mean gate entropy by layer",
+        "Mean of −Σ g ln g over tokens.",
+        "nats",
+    )
+
+
+def balance(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    return measure_chart(
+        models,
+        looks,
+        "inner_balance",
+        SECTION,
+        "Inner balance",
+        "Largest gate score over the second largest, median over tokens (Table 8). 1: the two first experts "
+        "share alike.",
+        "ratio",
+    ) + measure_chart(
+        models,
+        looks,
+        "outer_balance",
+        SECTION,
+        "Outer balance",
+        "Sum of the chosen experts' scores in the softmax over all experts, median over tokens (Table 8).",
+        "probability",
+    )

@@ -1,0 +1,134 @@
+"""Gradients, and what changes over training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rmoe.report.analysis_schema import Matrix, ModelAnalysis
+from rmoe.report.charts.chart import Chart, Style, axis, counted, layer_axis
+from rmoe.report.charts.shared import line, token_count
+
+SECTION = "Gradients and phases"
+
+
+def gradient_split(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """Over training where several steps were measured, else over layers."""
+    having = [(m.name, m.gradient_split) for m in models if m.gradient_split]
+    if not having:
+        return []
+    parts = (
+        ("language_model", "language model", "solid"),
+        ("balance", "balance loss", "dash"),
+        ("language_model_cut", "language model, recurrent path cut", "dot"),
+    )
+    over_steps = any(len(split.step) > 1 for _, split in having)
+    data, rows = [], [["model", "part", "step", "layer", "gradient norm"]]
+    for index, (name, split) in enumerate(having):
+        for field, said, dash in parts:
+            values: Matrix | None = getattr(split, field)
+            if values is None:
+                continue
+            if over_steps:
+                x, y = split.step, [math.sqrt(sum(v * v for v in row)) for row in values]
+            else:
+                x, y = list(range(len(values[0]))), values[0]
+            data.append(line(f"{name}, {said}", x, y, Style(looks[name].colour, dash), index))
+            rows += [
+                [name, said, str(step), str(layer), str(value)]
+                for step, row in zip(split.step, values, strict=True)
+                for layer, value in enumerate(row)
+            ]
+    layers = max(len(split.language_model[0]) for _, split in having)
+    return [
+        Chart(
+            id="gradient-split",
+            section=SECTION,
+            title="What pulls on the router",
+            definition="Gradient norm of the router's parameters from one part of the loss alone (Table 11): "
+            "language model, balance "
+            "loss, and language model with the path through earlier layers' router states cut; the distance "
+            "between the first and the last is what the recurrent path carries."
+            + (" Root of the sum of squares over layers." if over_steps else ""),
+            unit="gradient norm",
+            sample=token_count([split.tokens for _, split in having]) + " a batch",
+            data=data,
+            layout={
+                "xaxis": axis("optimizer step") if over_steps else layer_axis(layers),
+                "yaxis": axis("gradient norm", type="log", exponentformat="power"),
+            },
+            rows=rows,
+            height=440,
+            wide=True,
+        )
+    ]
+
+
+def saturation(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    having = [(m.name, m.saturation) for m in models if m.saturation]
+    if not having:
+        return []
+    data = []
+    for index, (name, saturation) in enumerate(having):
+        mean = [sum(row) / len(row) for row in saturation.values]
+        drawn = line(name, saturation.to_step, mean, looks[name], index)
+        data.append({**drawn, "text": [f"from step {step}" for step in saturation.from_step]})
+    return [
+        Chart(
+            id="saturation",
+            section=SECTION,
+            title="Routing stability between checkpoints",
+            definition="Share of a token's chosen experts that stay the same from one checkpoint to another, "
+            "mean over tokens and layers; 1: routing has settled. The CSV has every layer.",
+            unit="share of chosen experts kept",
+            sample=token_count([s.n for _, s in having]),
+            data=data,
+            layout={"xaxis": axis("optimizer step of the later checkpoint"), "yaxis": axis("share kept")},
+            rows=[
+                ["model", "from step", "to step", "layer", "share kept"],
+                *[
+                    [name, a, b, layer, value]
+                    for name, s in having
+                    for a, b, row in zip(s.from_step, s.to_step, s.values, strict=True)
+                    for layer, value in enumerate(row)
+                ],
+            ],
+        )
+    ]
+
+
+def over_training(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """One chart per measure that was recorded on a schedule: mean over layers; the CSV has every layer."""
+    measures = {measure.name: measure for model in models for measure in model.over_training}
+    charts = []
+    for name, measure in measures.items():
+        having = [(m.name, o) for m in models for o in m.over_training if o.name == name]
+        charts.append(
+            Chart(
+                id=f"over-training-{name.replace('_', '-')}",
+                section=SECTION,
+                title=f"{name.replace('_', ' ').capitalize()} over training",
+                definition=f"{measure.definition} Mean over layers; the CSV has every layer.",
+                unit=measure.unit,
+                sample=counted([len(o.step) for _, o in having], "measurement"),
+                data=[
+                    line(model, o.step, [sum(row) / len(row) for row in o.values], looks[model], index)
+                    for index, (model, o) in enumerate(having)
+                ],
+                layout={
+                    "xaxis": axis("optimizer step"),
+                    "yaxis": axis(measure.unit),
+                    "hovermode": "x unified",
+                },
+                rows=[
+                    ["model", "step", "layer", measure.unit],
+                    *[
+                        [model, step, layer, value]
+                        for model, o in having
+                        for step, row in zip(o.step, o.values, strict=True)
+                        for layer, value in enumerate(row)
+                    ],
+                ],
+            )
+        )
+    return charts

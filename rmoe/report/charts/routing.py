@@ -1,0 +1,30 @@
+"""Charts of how models route, from `analysis.json`: which there are, and in which order they are read."""
+
+from __future__ import annotations
+
+from rmoe.report.analysis_schema import Analysis
+from rmoe.report.charts import experts, gate, layers, load, phases
+from rmoe.report.charts.chart import Chart, Style
+
+# Each gives [] without its data.
+MAKERS = (
+    layers.mutual_information,
+    layers.coactivation,
+    layers.paths,
+    gate.entropy,
+    gate.entropy_by_layer,
+    gate.balance,
+    load.frequency,
+    load.imbalance,
+    load.drop_ratio,
+    experts.similarity,
+    experts.router_weights,
+    phases.gradient_split,
+    phases.saturation,
+    phases.over_training,
+)
+
+
+def routing_charts(analysis: Analysis, looks: dict[str, Style]) -> list[Chart]:
+    """Every chart that the analysis has data for, in reading order."""
+    return [chart for make in MAKERS for chart in make(analysis.models, looks)]

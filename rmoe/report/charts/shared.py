@@ -1,0 +1,147 @@
+"""What several routing charts share: lines over layers, heat maps on one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rmoe.report.analysis_schema import LayerMeasure, ModelAnalysis
+from rmoe.report.charts.chart import (
+    SEQUENTIAL,
+    SHOWN_AT_FIRST,
+    Chart,
+    Style,
+    axis,
+    counted,
+    label,
+    layer_axis,
+    panel_title,
+    panels,
+)
+
+
+def token_count(counts: Sequence[int]) -> str:
+    """`12,000 tokens`, or a range when models differ."""
+    return counted(counts, "token")
+
+
+def line(name: str, x: Sequence[Any], y: Sequence[Any], look: Style, index: int = 0) -> dict:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(x) < 40 else "lines",
+        "x": list(x),
+        "y": list(y),
+        "name": label(name),
+        "legendgroup": label(name),
+        "visible": True if index < SHOWN_AT_FIRST else "legendonly",
+        "line": {"color": look.colour, "dash": look.dash, "width": 2},
+        "marker": {"color": look.colour, "size": 6},
+    }
+
+
+def heat_maps(
+    titled: Sequence[tuple[str, Sequence[Sequence[float | None]]]],
+    columns: int,
+    across: dict[str, Any],
+    down: dict[str, Any],
+    colour: dict[str, Any],
+    hover: str,
+) -> tuple[list[dict], dict, int]:
+    """Heat maps side by side on one colour scale: traces, layout, height."""
+    places = panels(len(titled), columns, gap_y=0.2)
+    layout: dict[str, Any] = {
+        "annotations": [],
+        "coloraxis": {
+            "colorscale": SEQUENTIAL,
+            **colour,
+            "colorbar": {"outlinewidth": 0, "thickness": 14, **colour["colorbar"]},
+        },
+        "margin": {"t": 36},
+    }
+    data = []
+    for (title, values), (suffix, x, y) in zip(titled, places, strict=True):
+        data.append(
+            {
+                "type": "heatmap",
+                "z": values,
+                "name": label(title),
+                "xaxis": f"x{suffix}",
+                "yaxis": f"y{suffix}",
+                "coloraxis": "coloraxis",
+                "hovertemplate": hover + "<extra></extra>",
+                "xgap": 1,
+                "ygap": 1,
+            }
+        )
+        first_column = x[0] == 0
+        down_here = down if first_column else {**down, "title": {"text": ""}}
+        layout[f"xaxis{suffix}"] = {**across, "domain": x, "anchor": f"y{suffix}", "showgrid": False}
+        layout[f"yaxis{suffix}"] = {**down_here, "domain": y, "anchor": f"x{suffix}", "showgrid": False}
+        layout["annotations"].append(panel_title(title, x, y))
+    rows = -(-len(titled) // min(columns, len(titled)))
+    return data, layout, 90 + 280 * rows
+
+
+def layer_lines(
+    id: str,
+    section: str,
+    title: str,
+    definition: str,
+    unit: str,
+    sample: str,
+    series: Sequence[tuple[str, Sequence[float], Style, dict]],
+) -> Chart:
+    """One line per model over layers."""
+    layers = max(len(values) for _, values, _, _ in series)
+    return Chart(
+        id=id,
+        section=section,
+        title=title,
+        definition=definition,
+        unit=unit,
+        sample=sample,
+        data=[
+            {**line(name, range(len(values)), values, look, index), **more}
+            for index, (name, values, look, more) in enumerate(series)
+        ],
+        layout={"xaxis": layer_axis(layers), "yaxis": axis(unit), "hovermode": "x unified"},
+        rows=[
+            ["model", "layer", unit],
+            *[[name, layer, value] for name, values, _, _ in series for layer, value in enumerate(values)],
+        ],
+    )
+
+
+def measured(
+    models: Sequence[ModelAnalysis], looks: dict[str, Style], field: str
+) -> list[tuple[str, LayerMeasure, Style]]:
+    return [(m.name, getattr(m, field), looks[m.name]) for m in models if getattr(m, field) is not None]
+
+
+def measure_chart(
+    models: Sequence[ModelAnalysis],
+    looks: dict[str, Style],
+    field: str,
+    section: str,
+    title: str,
+    definition: str,
+    unit: str,
+) -> list[Chart]:
+    """A `LayerMeasure` of every model that has it; the legend gives the overall figure."""
+    having = measured(models, looks, field)
+    if not having:
+        return []
+    return [
+        layer_lines(
+            field.replace("_", "-"),
+            section,
+            title,
+            definition + " In brackets: over all layers.",
+            unit,
+            token_count([measure.n for _, measure, _ in having]),
+            [
+                (name, measure.values, look, {"name": f"{label(name)} ({measure.overall:.3f})"})
+                for name, measure, look in having
+            ],
+        )
+    ]

@@ -1,0 +1,182 @@
+"""One HTML page from `summary.json` and `analysis.json`, readable offline from disk.
+
+Everything that comes from outside (router names, notes, tokens) is escaped: Jinja's autoescape in markup, `<`
+as an escape inside the JSON that the scripts read, `textContent` in the scripts, `charts.chart.label` for
+plotly.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+from markupsafe import Markup
+
+from rmoe.compare.schema import Summary
+from rmoe.report import table
+from rmoe.report.analysis_schema import Analysis
+from rmoe.report.charts.chart import Chart, styles
+from rmoe.report.charts.comparison import comparison_charts
+from rmoe.report.charts.routing import routing_charts
+from rmoe.report.explorer import explorer_data
+
+PLOTLY = "plotly.min.js"
+EXPLORER = "Token explorer"
+VERDICT = "Verdict"
+
+
+def write_report(
+    folder: Path, summary: Summary | None, analysis: Analysis | None, single_file: bool = False
+) -> Path:
+    """Write `index.html` (and plotly beside it, unless `single_file`) into `folder`.
+
+    Args:
+        summary: of a comparison; None for the report of one model.
+        analysis: of its models; None when none was made.
+        single_file: inline plotly, 4.8 MB, so that the page can be sent alone.
+
+    Returns:
+        The page's path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    inlined = None
+    with as_file(files("plotly") / "package_data" / PLOTLY) as plotly:
+        if single_file:
+            inlined = plotly.read_text(encoding="utf-8")
+        else:
+            shutil.copyfile(plotly, folder / PLOTLY)
+    page = folder / "index.html"
+    staged = page.with_name("index.html.part")
+    staged.write_text(render(summary, analysis, inlined), encoding="utf-8")
+    staged.replace(page)
+    return page
+
+
+def render(summary: Summary | None, analysis: Analysis | None, plotly: str | None = None) -> str:
+    """The page's HTML.
+
+    Args:
+        plotly: the plotting library's source, to be inlined; None links to the file beside the page.
+    """
+    charts = all_charts(summary, analysis)
+    explorer = explorer_data(analysis) if analysis else None
+    sections = [name for name in dict.fromkeys(chart.section for chart in charts) if name != VERDICT]
+    data = {
+        "charts": {chart.id: {"data": chart.data, "layout": chart.layout} for chart in charts},
+        "explorer": explorer,
+    }
+    return _template().render(
+        title=_title(summary, analysis),
+        facts=_facts(summary, analysis),
+        summary=summary,
+        columns=table.columns(summary) if summary else [],
+        table=table.rows(summary) if summary else [],
+        verdict_charts=laid_out([chart for chart in charts if chart.section == VERDICT]),
+        sections=[(name, laid_out([c for c in charts if c.section == name])) for name in sections],
+        explorer_name=EXPLORER if explorer else None,
+        about=_about(summary, analysis),
+        data=json_for_script(data),
+        plotly_file=PLOTLY,
+        plotly_source=Markup(plotly) if plotly else None,  # our own dependency's file, not input
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rmoe.report", "assets"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["anchor"] = lambda name: name.lower().replace(" ", "-")
+    environment.filters["csv_uri"] = lambda chart: "data:text/csv;charset=utf-8," + quote(chart.csv())
+    environment.globals["asset"] = lambda name: Markup(  # our own files
+        (files("rmoe.report") / "assets" / name).read_text(encoding="utf-8")
+    )
+    return environment.get_template("page.html")
+
+
+def all_charts(summary: Summary | None, analysis: Analysis | None) -> list[Chart]:
+    """Every chart of the report, with one look per router throughout.
+
+    Colours follow the routers' names, not the rank that a run gave them.
+    """
+    names = sorted({r.router for r in summary.routers}) if summary else []
+    analysed = [model.name for model in analysis.models] if analysis else []
+    looks = styles(dict.fromkeys([*names, *analysed]), summary.baseline if summary else None)
+    charts = comparison_charts(summary, looks) if summary else []
+    return charts + (routing_charts(analysis, looks) if analysis else [])
+
+
+def laid_out(charts: Sequence[Chart]) -> list[tuple[Chart, bool]]:
+    """Each chart and whether it spans the page: wide ones, and a narrow one that would stand alone in its line."""
+    placed: list[tuple[Chart, bool]] = []
+    in_line = 0  # narrow charts since the last full line
+    for index, chart in enumerate(charts):
+        last = index + 1 == len(charts) or charts[index + 1].wide
+        wide = chart.wide or (last and in_line % 2 == 0)
+        in_line = 0 if wide else in_line + 1
+        placed.append((chart, wide))
+    return placed
+
+
+def json_for_script(data: object) -> Markup:
+    """JSON that cannot end the script element it stands in, nor open a comment or another script.
+
+    >>> print(json_for_script("</script>"))
+    "\\u003c/script>"
+    """
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _title(summary: Summary | None, analysis: Analysis | None) -> str:
+    if summary is None:
+        return "Routing of " + ", ".join(model.name for model in (analysis.models if analysis else []))
+    others = [router.router for router in summary.routers if router.router != summary.baseline]
+    if not 1 <= len(others) <= 3:
+        return f"{len(summary.routers)} routers compared"
+    return f"{' and '.join(filter(None, (', '.join(others[:-1]), others[-1])))} against {summary.baseline}"
+
+
+Facts = Sequence[tuple[str, str]]
+
+
+def _facts(summary: Summary | None, analysis: Analysis | None) -> Facts:
+    if summary:
+        return [
+            ("text", summary.corpus.name),
+            ("preset", summary.preset),
+            ("seeds", str(max(router.finished for router in summary.routers))),
+            ("unit", f"{table.UNITS[summary.corpus.unit]}, lower is better"),
+        ]
+    return [("text", analysis.text.name), ("tokens", f"{analysis.text.tokens:,}")] if analysis else []
+
+
+def _about(summary: Summary | None, analysis: Analysis | None) -> Facts:
+    lines: list[tuple[str, str]] = []
+    if summary:
+        hardware, versions = summary.hardware, summary.versions
+        libraries = ", ".join(f"{name} {version}" for name, version in versions.libraries.items())
+        machine = f"{hardware.accelerator or hardware.cpu}, {hardware.cores} cores"
+        lines = [
+            ("Computed on", f"{machine}, {hardware.memory_gib:.0f} GiB; {hardware.threads} threads a run"),
+            ("Code", f"rmoe {versions.code}, Python {versions.python}, {libraries}"),
+            ("Text", f"{summary.corpus.name}, sha256 {summary.corpus.sha256}"),
+            (
+                "Statistics",
+                "Paired t intervals over seeds; equivalence by two one-sided t tests (TOST); p values "
+                "corrected over routers by Holm's step-down; seeds needed from the power of the paired t "
+                "test.",
+            ),
+        ]
+    if analysis:
+        lines.append(("Routing measured on", f"{analysis.text.name}, {analysis.text.tokens:,} tokens"))
+        lines += [("Note", note) for note in analysis.notes]
+    return lines

@@ -1,0 +1,171 @@
+"""The comparison's table (Table 1's columns), as cells that HTML, Markdown and the terminal all print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rmoe.compare.schema import Difference, RouterSummary, Spread, Summary
+
+UNITS = {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, and the exact figure behind it where there is one."""
+
+    text: str
+    value: float | None = None
+    note: str = ""
+
+
+BLANK = Cell("–")
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    unit: str
+    numeric: bool = True
+
+
+def columns(summary: Summary) -> list[Column]:
+    unit = UNITS[summary.corpus.unit]
+    bits = "bits per byte" if summary.corpus.unit == "bits_per_byte" else "bits per token"
+    return [
+        Column("router", "", numeric=False),
+        Column("seeds", ""),
+        Column("validation", unit),
+        Column("test", unit),
+        Column(f"difference to {summary.baseline}", f"{bits}, {summary.confidence:.0%} interval"),
+        Column("verdict", "", numeric=False),
+        Column("seeds needed", "to see 0.01 bits"),
+        Column("parameters (router)", "non-embedding"),
+        Column("peak memory", "MiB"),
+        Column("time", "s per 1k steps"),
+    ]
+
+
+def rows(summary: Summary) -> list[list[Cell]]:
+    """One row per router, in the summary's order; a dash where something was not measured."""
+    return [_row(router, summary.baseline) for router in summary.routers]
+
+
+def _row(router: RouterSummary, baseline: str) -> list[Cell]:
+    difference, timing = router.difference, router.timing
+    swept = ", ".join(f"{name}={value}" for name, value in router.sweep.items())
+    return [
+        Cell(router.router, note="; ".join(part for part in (router.summary, swept) if part)),
+        Cell(
+            str(router.finished) + (f" ({router.failed} failed)" if router.failed else ""),
+            float(router.finished),
+        ),
+        _spread(router.val),
+        _spread(router.test),
+        _difference(difference),
+        Cell("baseline") if router.router == baseline else Cell(difference.verdict) if difference else BLANK,
+        _seeds_needed(difference),
+        _parameters(router),
+        Cell(f"{timing.peak_mib:,.0f}", timing.peak_mib) if timing else BLANK,
+        Cell(f"{timing.seconds_per_1k_steps:,.1f}", timing.seconds_per_1k_steps) if timing else BLANK,
+    ]
+
+
+def _spread(spread: Spread | None) -> Cell:
+    if spread is None:
+        return BLANK
+    sd = f" ± {spread.sd:.4f}" if spread.sd is not None else ""
+    return Cell(f"{spread.mean:.4f}{sd}", spread.mean)
+
+
+def signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _difference(difference: Difference | None) -> Cell:
+    if difference is None:
+        return BLANK
+    interval = difference.interval
+    shown = f" [{signed(interval.low)}, {signed(interval.high)}]" if interval else ""
+    notes = []
+    if difference.p_holm is not None:
+        notes.append(f"p {difference.p_holm:.2g} (Holm)")
+    if difference.equivalence is not None:
+        notes.append(
+            f"equivalent within ±{difference.equivalence.margin:g}: p {difference.equivalence.p_holm:.2g} "
+            "(TOST, Holm)"
+        )
+    if difference.bootstrap is not None:
+        boot = difference.bootstrap
+        notes.append(
+            f"bootstrap [{signed(boot.interval.low)}, {signed(boot.interval.high)}], "
+            f"simulated coverage {boot.simulated_coverage:.0%}"
+        )
+    return Cell(signed(difference.mean) + shown, difference.mean, "; ".join(notes))
+
+
+def _seeds_needed(difference: Difference | None) -> Cell:
+    if difference is None or difference.power is None:
+        return BLANK
+    seeds = difference.power.seeds
+    return Cell(str(seeds), float(seeds)) if seeds is not None else Cell("over 10,000")
+
+
+def _parameters(router: RouterSummary) -> Cell:
+    counts = router.parameters
+    if counts is None:
+        return BLANK
+    text = f"{count_text(counts.non_embedding)} ({count_text(counts.router)})"
+    return Cell(
+        text,
+        float(counts.non_embedding),
+        f"{count_text(counts.total)} in all, {count_text(counts.active)} active",
+    )
+
+
+def count_text(count: int) -> str:
+    """A parameter count as papers write it.
+
+    >>> count_text(475_904), count_text(36_080_000), count_text(912)
+    ('475.9k', '36.08M', '912')
+    """
+    if count >= 1_000_000:
+        return f"{count / 1e6:.2f}M"
+    return f"{count / 1e3:.1f}k" if count >= 1_000 else str(count)
+
+
+def markdown(summary: Summary) -> str:
+    """`summary.md`: the verdict, the table and what to keep in mind, for a pull request."""
+    heads = columns(summary)
+    lines = [
+        f"**{_plain(summary.verdict)}**",
+        "",
+        "| " + " | ".join(_plain(f"{c.title} ({c.unit})" if c.unit else c.title) for c in heads) + " |",
+        "|" + "|".join("---:" if c.numeric else "---" for c in heads) + "|",
+        *("| " + " | ".join(_plain(cell.text) for cell in row) + " |" for row in rows(summary)),
+        "",
+        f"Preset `{_plain(summary.preset)}`; text {_plain(summary.corpus.name)} (sha256 "
+        f"`{summary.corpus.sha256[:12]}`); "
+        f"{summary.hardware.accelerator or summary.hardware.cpu}, {summary.hardware.threads} threads a run; "
+        f"rmoe {summary.versions.code}. Mean ± standard deviation over seeds; lower is better. "
+        "A dash: not measured.",
+    ]
+    lines += ["", *(f"- {_plain(note)}" for note in summary.notes)] if summary.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that stays one Markdown cell."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def terminal(summary: Summary) -> str:
+    """The table for a terminal of any width: the columns that carry the finding."""
+    shown = (0, 1, 2, 3, 4, 5, 7)
+    heads = columns(summary)
+    body = [[row[i].text for i in shown] for row in rows(summary)]
+    cells = [[heads[i].title for i in shown], [heads[i].unit for i in shown], *body]
+    widths = [max(len(row[j]) for row in cells) for j in range(len(shown))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )

@@ -1,0 +1,165 @@
+"""A comparison and an analysis of invented models: every measure present, names and tokens hostile."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+
+from rmoe.compare.schema import Curve, ResultRow, Summary, Timing
+from rmoe.compare.summary import summarise
+from rmoe.report import analysis_schema as schema
+from tests.compare.rows import row
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>"
+LAYERS, EXPERTS, CHOSEN = 6, 8, 2
+
+
+def sample_rows(routers: tuple[str, ...] = ("smoe", "rmoe", "rmoe-np"), seeds: int = 3) -> list[ResultRow]:
+    """Result rows with curves, whose figures are drawn from a fixed generator."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in range(seeds):
+        common = 1.74 + rng.normal(0, 0.01)
+        for index, router in enumerate(routers):
+            final = common - 0.008 * index + rng.normal(0, 0.003)
+            one = row(router, seed, final, test=final + 0.02)
+            steps = list(range(0, 401, 20))
+            noise = rng.normal(0, 0.004, len(steps)).tolist()
+            curves = {
+                "val": Curve(
+                    unit="bits_per_byte",
+                    step=steps,
+                    value=[final + noise[s // 20] + 3.2 * math.exp(-s / 90) for s in steps],
+                ),
+                "aux_loss": Curve(unit="nats", step=steps, value=[0.012 - 1e-5 * s / 2 for s in steps]),
+            }
+            timing = Timing(seconds_per_1k_steps=88.0 + index, peak_mib=612.0 + index, steps=20, rounds=3)
+            rows.append(msgspec.structs.replace(one, curves=curves, timing=timing if seed == 0 else None))
+    return rows
+
+
+def sample_summary(**more) -> Summary:
+    return summarise(
+        sample_rows(**more),
+        preset="quick",
+        baseline="smoe",
+        descriptions={
+            "smoe": "linear router",
+            "rmoe": "GRU over layers",
+            "rmoe-np": f"state not passed {HOSTILE}",
+        },
+        notes=[f"a note {HOSTILE}"],
+    )
+
+
+TEXT = (
+    'def greet(name: str) -> None:\n    """Say hello."""\n    print(f"Hello, {name}!")\n\n\n'
+    "class Router:\n\tpass\n" + "for layer in layers:\n    state = layer(hidden, state)\n" * 4
+)
+
+
+def sample_model(name: str, seed: int, sharp: float) -> schema.ModelAnalysis:
+    rng = np.random.default_rng(seed)
+    n = 20_000
+    edges = np.linspace(0, math.log(EXPERTS), 41)
+    entropies = [rng.beta(4 + layer, sharp, n) * math.log(EXPERTS) for layer in range(LAYERS)]
+    mi = rng.uniform(0.02, 0.05, (LAYERS, LAYERS)) + 0.25 / (
+        1 + np.abs(np.subtract.outer(np.arange(LAYERS), np.arange(LAYERS)))
+    )
+    mi = (mi + mi.T) / 2
+    load = rng.dirichlet(np.full(EXPERTS, 20 / sharp), LAYERS)
+    tokens = [*TEXT, HOSTILE, "\\xff", "é"]
+    return schema.ModelAnalysis(
+        name=name,
+        summary="an invented model",
+        layers=LAYERS,
+        experts=EXPERTS,
+        experts_per_token=CHOSEN,
+        layer_names=[f"model.layers.{i}.mlp" for i in range(LAYERS)],
+        mi_digitised=schema.PairMeasure(values=(0.6 * mi).tolist(), n=n),
+        mi_chosen=schema.PairMeasure(values=mi.tolist(), n=n),
+        entropy=schema.LayerHistogram(
+            edges=edges.tolist(), counts=[np.histogram(e, edges)[0].tolist() for e in entropies], n=n
+        ),
+        entropy_mean=_measure([float(e.mean()) for e in entropies], n),
+        inner_balance=_measure(rng.uniform(1.1, 3.0, LAYERS), n),
+        outer_balance=_measure(rng.uniform(0.5, 0.9, LAYERS), n),
+        frequency=load.tolist(),
+        frequency_n=n,
+        load_imbalance=_measure((load.max(1) * EXPERTS), n),
+        drop_ratio=schema.DropRatio(
+            capacity_factor=[1.0, 1.25, 1.5, 2.0],
+            values=[[0.1 / f**3] * LAYERS for f in (1.0, 1.25, 1.5, 2.0)],
+            overall=[0.1 / f**3 for f in (1.0, 1.25, 1.5, 2.0)],
+            window_tokens=2048,
+        ),
+        similarity=schema.Similarity(
+            values=rng.uniform(0.1, 0.2, LAYERS).tolist(), random_init=[0.02] * LAYERS
+        ),
+        router_weights=schema.RouterWeights(
+            norm=rng.uniform(1, 2, LAYERS).tolist(), std=rng.uniform(0.02, 0.05, LAYERS).tolist()
+        ),
+        gradient_split=schema.GradientSplit(
+            step=[100, 200, 400],
+            language_model=rng.uniform(0.01, 0.02, (3, LAYERS)).tolist(),
+            balance=rng.uniform(0.001, 0.002, (3, LAYERS)).tolist(),
+            language_model_cut=rng.uniform(0.005, 0.01, (3, LAYERS)).tolist(),
+            tokens=2048,
+        ),
+        coactivation=schema.Coactivation(
+            within=None,
+            across=rng.dirichlet(np.ones(EXPERTS**2), LAYERS - 1).reshape(-1, EXPERTS, EXPERTS).tolist(),
+            n=n,
+        ),
+        paths=schema.Paths(
+            top=[
+                schema.ExpertPath(experts=rng.integers(0, EXPERTS, LAYERS).tolist(), share=0.02 / (r + 1))
+                for r in range(20)
+            ],
+            distinct=4321,
+            n=n,
+        ),
+        saturation=schema.Saturation(
+            from_step=[100, 200], to_step=[200, 400], values=rng.uniform(0.5, 0.9, (2, LAYERS)).tolist(), n=n
+        ),
+        over_training=[
+            schema.OverTraining(
+                name="gate_entropy",
+                unit="nats",
+                definition="Mean gate entropy on validation text.",
+                step=[100, 200, 400],
+                values=rng.uniform(0.8, 1.6, (3, LAYERS)).tolist(),
+            )
+        ],
+        tokens=[_token(text, rng) for text in tokens],
+        top_tokens=[
+            [
+                [
+                    schema.TopToken(text=t, count=100 - 9 * i, share=0.2 - 0.018 * i)
+                    for i, t in enumerate([HOSTILE, " ", "\n", "e", "(", "\\xe2", "self", "=", "\t", "0"])
+                ]
+                for _ in range(EXPERTS)
+            ]
+            for _ in range(LAYERS)
+        ],
+    )
+
+
+def _measure(values, n: int) -> schema.LayerMeasure:
+    return schema.LayerMeasure(values=[float(v) for v in values], overall=float(np.mean(values)), n=n)
+
+
+def _token(text: str, rng: np.random.Generator) -> schema.Token:
+    weights = np.sort(rng.dirichlet(np.ones(CHOSEN), LAYERS))[:, ::-1]
+    experts = [rng.permutation(EXPERTS)[:CHOSEN].tolist() for _ in range(LAYERS)]
+    return schema.Token(text=text, experts=experts, weights=weights.tolist())
+
+
+def sample_analysis() -> schema.Analysis:
+    return schema.Analysis(
+        text=schema.Text(name="some text", sha256="a" * 64, tokens=20_000),
+        models=[sample_model("smoe", 1, 4.0), sample_model("rmoe", 2, 2.0), sample_model("rmoe-np", 3, 3.0)],
+        notes=["Mutual information on 20,000 evenly spaced tokens."],
+    )

@@ -1,0 +1,105 @@
+"""The page and the table without a browser: what is written, what is escaped, what is left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+import msgspec
+import plotly.graph_objects as go
+import pytest
+
+from rmoe.report import table
+from rmoe.report.analysis_schema import Analysis, ModelAnalysis, read_analysis, write_analysis
+from rmoe.report.page import all_charts, json_for_script, render, write_report
+from tests.report.sample import HOSTILE, sample_analysis, sample_summary
+
+
+def test_no_address_outside_and_no_hostile_markup():
+    page = render(sample_summary(), sample_analysis())
+    allowed = {"http://www.w3.org/2000/svg"}  # the namespace's name, never fetched
+    assert set(re.findall(r"https?://[^\s\"'<>)]+", page)) <= allowed
+    assert "//cdn" not in page
+    assert "<script>window.hacked" not in page
+    assert "<img" not in page
+    assert page.count("</script>") == 4  # data, plotly, page, explorer
+    assert "&lt;/script&gt;" in page
+
+
+def test_json_survives_the_script_element():
+    text = json_for_script({"token": HOSTILE, "comment": "<!--"})
+    assert "<" not in text
+    assert msgspec.json.decode(text.encode()) == {"token": HOSTILE, "comment": "<!--"}
+
+
+def test_plotly_accepts_every_figure():
+    for chart in all_charts(sample_summary(), sample_analysis()):
+        go.Figure({"data": chart.data, "layout": chart.layout})  # validates every key and value
+
+
+def test_every_csv_is_rectangular_and_has_data():
+    for chart in all_charts(sample_summary(), sample_analysis()):
+        rows = list(csv.reader(io.StringIO(chart.csv())))
+        assert len(rows) > 1, chart.id
+        assert {len(row) for row in rows} == {len(rows[0])}, chart.id
+
+
+def test_charts_appear_only_with_their_data():
+    bare = ModelAnalysis(
+        name="bare", summary="", layers=2, experts=4, experts_per_token=1, layer_names=["a", "b"]
+    )
+    text = sample_analysis().text
+    assert all_charts(None, Analysis(text=text, models=[bare])) == []
+    assert 'id="explorer"' not in render(None, Analysis(text=text, models=[bare]))
+    mixed = Analysis(text=text, models=[bare, sample_analysis().models[0]])
+    assert {t["name"] for c in all_charts(None, mixed) if c.id == "mi-chosen" for t in c.data} == {"smoe"}
+
+
+def test_one_seed_has_no_interval_in_table_or_chart():
+    summary = sample_summary(seeds=1)
+    cells = table.rows(summary)
+    assert all("[" not in cell.text for row in cells for cell in row)
+    assert {row[5].text for row in cells} == {"baseline", "one seed: no verdict"}
+    forest = next(c for c in all_charts(summary, None) if c.id == "differences")
+    assert not any("error_x" in trace for trace in forest.data)
+
+
+def test_markdown_table_has_table_1s_columns():
+    text = table.markdown(sample_summary())
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 3
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    for column in ("validation", "test", "parameters (router)", "peak memory (MiB)", "time (s per 1k steps)"):
+        assert column in lines[0]
+    assert "<script" not in text
+    assert "88.0" in text  # the time measured alone
+
+
+def test_time_and_memory_are_blank_when_no_run_was_timed_alone():
+    summary = sample_summary()
+    untimed = msgspec.structs.replace(
+        summary, routers=[msgspec.structs.replace(r, timing=None) for r in summary.routers]
+    )
+    assert {row[8].text for row in table.rows(untimed)} == {"–"}
+    assert {row[9].text for row in table.rows(untimed)} == {"–"}
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_files_beside_the_page(tmp_path, single):
+    write_report(tmp_path / "report", sample_summary(), None, single_file=single)
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert names == ({"index.html"} if single else {"index.html", "plotly.min.js"})
+
+
+def test_analysis_round_trip(tmp_path):
+    write_analysis(tmp_path / "analysis.json", sample_analysis())
+    assert read_analysis(tmp_path / "analysis.json") == sample_analysis()
+
+
+def test_many_routers_get_distinct_looks():
+    names = (*(f"r{i:02d}" for i in range(24)), "smoe")
+    charts = all_charts(sample_summary(routers=names, seeds=1), None)
+    lines = next(c for c in charts if c.id == "curve-val").data
+    assert len({(t["line"]["color"], t["line"]["dash"]) for t in lines}) == len(names)
+    assert sum(t["visible"] is True for t in lines) == 8  # the rest wait in the legend
