@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rmoe.analysis.histogram import StreamingHistogram
 from rmoe.analysis.record import RoutingBatch
+from rmoe.routing.contract import gate_entropy
 
 ENTROPY_BINS = 100
 MAX_LOG_RATIO = 30.0  # inner balance beyond e^30 reads e^30: the second score has then all but vanished
@@ -16,15 +17,13 @@ LOG_RATIO_BINS = 60_000  # 5e-4 each: an inner balance is off by at most a facto
 MASS_BINS = 10_000  # 1e-4 each: an outer balance is off by at most 5e-5
 
 
-def gate_entropy(probs: Tensor) -> Tensor:
-    """`-sum_n p_n ln p_n` in nats, [..., C] -> [...]; a zero probability contributes zero (Fig. 4)."""
-    return torch.special.entr(probs).sum(-1)
-
-
 def log_inner_balance(probs: Tensor) -> Tensor:
-    """ln(largest / second largest probability), [..., C] -> [...], capped at `MAX_LOG_RATIO` (Table 8)."""
+    """ln(largest / second largest probability), [..., C] -> [...], capped at `MAX_LOG_RATIO` (Table 8).
+
+    0 for a token without any probability, which ReMoE's gate gives where no expert fires.
+    """
     first, second = probs.topk(2, dim=-1).values.unbind(-1)
-    return (first.log() - second.log()).clamp(max=MAX_LOG_RATIO)
+    return (first.log() - second.log()).clamp(max=MAX_LOG_RATIO).nan_to_num(nan=0.0)
 
 
 class GateConfidence:

@@ -126,33 +126,45 @@ def find_transformers_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
-def scorer_matrix(layer: MoELayer) -> Tensor:
-    """G of a transformers router, [C, p], detached."""
-    assert layer.family is not None
-    scorer = layer.router.get_submodule(layer.family.scorer)
-    return scorer.weight.detach()  # type: ignore[union-attr, operator]
+def scorer_matrix(layer: MoELayer, shared: nn.Module | None) -> Tensor | None:
+    """G, what a router compares tokens with, [C, p], detached; None for a router without such a matrix.
+
+    Args:
+        layer: whose router.
+        shared: an RMoE model's shared router parameters, where some routers keep their matrix.
+    """
+    if layer.family is None:
+        matrix = layer.router.experts_matrix(shared)  # type: ignore[operator]
+        return None if matrix is None else matrix.detach()
+    return layer.router.get_submodule(layer.family.scorer).weight.detach()  # type: ignore[union-attr, operator]
 
 
-def expert_matrices(layer: MoELayer) -> list[Tensor]:
-    """The matrices of all experts, each [E, hidden units, d]: gate and up (or up alone), and down."""
-    experts = layer.experts
-    transposed = layer.family is not None and layer.family.transposed
-    interleaved = layer.family is not None and layer.family.interleaved
-    down = experts.down_proj.detach()  # type: ignore[union-attr, operator]
-    inputs = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
-    inputs = inputs.detach()  # type: ignore[union-attr, operator]
-    if transposed:
-        inputs = inputs.transpose(1, 2)  # [E, 2 I, d]
+def expert_matrices(layer: MoELayer) -> list[Tensor] | None:
+    """The matrices of all experts, each [E, hidden units, d]: gate and up (or up alone), and down.
+
+    None where they are not stored as plain floating-point tensors (quantised checkpoints).
+    """
+    parameters = dict(layer.experts.named_parameters(recurse=False))
+    inputs, down = parameters.get("gate_up_proj", parameters.get("up_proj")), parameters.get("down_proj")
+    if inputs is None or down is None or not (inputs.is_floating_point() and down.is_floating_point()):
+        return None
+    first, last = inputs.detach(), down.detach()
+    if layer.family is not None and layer.family.transposed:
+        first = first.transpose(1, 2)  # [E, 2 I, d]
     else:
-        down = down.transpose(1, 2)  # [E, I, d]
-    if not hasattr(experts, "gate_up_proj"):
-        return [inputs, down]
-    gate, up = (inputs[:, 0::2], inputs[:, 1::2]) if interleaved else inputs.chunk(2, dim=1)
-    return [gate, up, down]
+        last = last.transpose(1, 2)  # [E, I, d]
+    if "gate_up_proj" not in parameters:
+        return [first, last]
+    if layer.family is not None and layer.family.interleaved:
+        return [first[:, 0::2], first[:, 1::2], last]
+    return [*first.chunk(2, dim=1), last]
 
 
 @torch.no_grad()
-def expert_vectors(layer: MoELayer) -> Tensor:
+def expert_vectors(layer: MoELayer) -> Tensor | None:
     """Per matrix the mean over hidden units, L2-normalised, joined: [E, 3 d] float32, 2 d without a gate (Fig. 5)."""
-    means = [matrix.mean(dim=1, dtype=torch.float32) for matrix in expert_matrices(layer)]
+    matrices = expert_matrices(layer)
+    if matrices is None:
+        return None
+    means = [matrix.mean(dim=1, dtype=torch.float32) for matrix in matrices]
     return torch.cat([nn.functional.normalize(mean, dim=-1) for mean in means], dim=-1)

@@ -60,4 +60,4 @@ class StreamingHistogram:
             return float("nan")
         lower, upper = np.searchsorted(counts.cumsum(), [(n - 1) // 2, n // 2], side="right")
         width = (self.high - self.low) / self.num_bins
-        return self.low + width * ((lower + upper) / 2 + 0.5)
+        return float(self.low + width * ((lower + upper) / 2 + 0.5))

@@ -27,7 +27,7 @@ def load_imbalance(counts: np.ndarray) -> np.ndarray:
 
 def capacity(capacity_factor: float, num_tokens: int, experts_per_token: int, num_experts: int) -> int:
     """`ceil(factor * T * k / E)`: what one expert accepts among T tokens; the rule of the gates here."""
-    return math.ceil(capacity_factor * num_tokens * experts_per_token / num_experts)
+    return math.ceil(num_tokens * (capacity_factor * experts_per_token / num_experts))
 
 
 class Load:

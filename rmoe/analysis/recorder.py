@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from rmoe.analysis.families import FAMILIES, MoELayer, find_transformers_layers
 from rmoe.analysis.record import RoutingBatch, RoutingRecord
 from rmoe.errors import RequestError
+from rmoe.graft.modules import GraftedGate
+from rmoe.model.modeling_rmoe import RMoEPreTrainedModel
 
 _EXPERT_ARGUMENTS = ((0, "hidden_states"), (1, "top_k_index"), (2, "top_k_weights"))
 
@@ -36,16 +38,22 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def _rmoe_layers(model: nn.Module) -> list[MoELayer]:
-    from rmoe.routing.router import BaseRouter
+    if not isinstance(model, RMoEPreTrainedModel):
+        return []
+    sizes = model.config.num_experts, model.config.num_experts_per_tok
+    blocks = {
+        id(block.gate): (name, block) for name, block in model.named_modules() if hasattr(block, "gate")
+    }
+    found = [(router, *blocks[id(router)]) for router in model.routers]
+    return [MoELayer(name, router, block.experts, *sizes, family=None) for router, name, block in found]
 
-    config = getattr(model, "config", None)
-    layers = []
-    for name, block in model.named_modules():
-        router, experts = getattr(block, "gate", None), getattr(block, "experts", None)
-        if isinstance(router, BaseRouter) and isinstance(experts, nn.Module):
-            sizes = config.num_experts, config.num_experts_per_tok  # type: ignore[union-attr]
-            layers.append(MoELayer(name, router, experts, *sizes, family=None))
-    return layers
+
+def find_shared(model: nn.Module, layers: Sequence[MoELayer]) -> nn.Module | None:
+    """The module with what the routers of all layers share (the recurrent cell); None if they share nothing."""
+    if isinstance(model, RMoEPreTrainedModel):
+        return model.trunk.router_shared
+    gate = layers[0].router
+    return gate.shared() if isinstance(gate, GraftedGate) else None
 
 
 class Recorder:
@@ -63,7 +71,7 @@ class Recorder:
         self.layers = find_moe_layers(model)
         self.num_experts = self.layers[0].num_experts
         self.experts_per_token = self.layers[0].experts_per_token
-        self._is_rmoe = self.layers[0].family is None
+        self.shared = find_shared(model, self.layers)
         accepted = inspect.signature(model.forward).parameters
         # The head's logits, the largest tensor of a forward pass, are not needed beyond one position.
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -85,7 +93,7 @@ class Recorder:
             "use_cache": False,
             **self._options,
         }
-        if self._is_rmoe:
+        if self.layers[0].family is None:
             routings = self.model(**arguments, output_routing=True).routing
             records = [RoutingRecord.from_routing(routing, self.num_experts) for routing in routings]
         else:

@@ -113,7 +113,7 @@ def test_probabilities_are_those_of_the_scores(recorded: Any, family: TinyFamily
             continue  # its logits depend on the layer below: see the test that follows
         hidden = args[0].reshape(-1, args[0].shape[-1]).detach()
         bias = getattr(layer.router, "bias", None)
-        logits = hidden @ scorer_matrix(layer).T + (0 if bias is None else bias.detach())
+        logits = hidden @ scorer_matrix(layer, None).T + (0 if bias is None else bias.detach())
         torch.testing.assert_close(record.logits, logits, atol=1e-5, rtol=1e-4)
         scores = 1 / (1 + (-logits).exp()) if family.name in ("deepseek_v3", "llama4") else logits.exp()
         torch.testing.assert_close(record.probs, scores / scores.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)

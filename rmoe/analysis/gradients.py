@@ -1,0 +1,181 @@
+"""The gradient that reaches a router, split by where it comes from (Table 11), and the recurrent part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmoe.analysis.families import MoELayer
+from rmoe.graft.modules import GraftedGate
+from rmoe.model.modeling_rmoe import RMoEPreTrainedModel
+
+_STATE_ARGUMENTS = ("state", "router_states")  # of our routers, of ZAYA1's
+
+
+@dataclass(frozen=True)
+class RouterGradients:
+    """Gradient norms per MoE layer over the parameters of its router; gradients are averaged over the sample first.
+
+    Attributes:
+        language_model: [L] from the language-model loss alone.
+        balance: [L] from the balance losses alone, with their weights; None if the model adds none.
+        cut: [L] from the language-model loss, the state detached between layers; None without recurrence.
+        recurrent: [L] norm of the difference of `language_model`'s gradient and `cut`'s: what comes down through
+            the state.
+        shared: norm over the parameters that belong to no layer (the shared cell), from both losses; None if
+            there are none.
+        tokens: in the sample.
+    """
+
+    language_model: list[float]
+    balance: list[float] | None
+    cut: list[float] | None
+    recurrent: list[float] | None
+    shared: float | None
+    tokens: int
+
+
+def language_model_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Mean cross entropy in nats of each next token: logits [B, S, V], input_ids [B, S]."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+
+
+def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
+    """The balance loss of a forward pass with the weight it is added with; None if the model has none."""
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return None
+    if isinstance(model, RMoEPreTrainedModel):
+        return loss  # weighted already; the families of transformers return it bare
+    return loss * model.config.router_aux_loss_coef  # type: ignore[union-attr, operator]
+
+
+@contextmanager
+def recurrence_cut(layers: Sequence[MoELayer]) -> Iterator[list[bool]]:
+    """Detach the state that each router receives from the layer below; the forward values stay the same.
+
+    Yields a list that gets an entry for each tensor of state that carried a gradient: if it is still empty after
+    a forward pass, the model has no recurrent gradient.
+    """
+    found: list[bool] = []
+
+    def detach(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                found.append(True)
+            return value.detach()
+        return tuple(detach(part) for part in value) if isinstance(value, tuple) else value
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        cut = {name: detach(value) if name in _STATE_ARGUMENTS else value for name, value in kwargs.items()}
+        return (*args[:1], *map(detach, args[1:2]), *args[2:]), cut
+
+    def before_grafted(module: Any, args: tuple, kwargs: dict) -> None:
+        module.incoming = detach(module.incoming)  # a grafted gate carries its state for the length of a call
+
+    handles = []
+    for layer in layers:
+        hook = before_grafted if isinstance(layer.router, GraftedGate) else before
+        handles.append(layer.router.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _MeanGradient:
+    """The mean over batches of one loss's gradient."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        self.count = 0
+
+    def add(self, loss: Tensor, *, keep_graph: bool = False) -> None:
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep_graph, allow_unused=True)
+        for total, gradient in zip(self.total, gradients, strict=True):
+            if gradient is not None:
+                total += gradient
+        self.count += 1
+
+    def mean(self) -> list[Tensor]:
+        return [total / max(self.count, 1) for total in self.total]
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    """L2 norm over all entries of all tensors."""
+    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No gradient is computed for any other parameter meanwhile."""
+    wanted = {id(p) for p in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
+def router_gradients(
+    model: nn.Module, layers: Sequence[MoELayer], shared: nn.Module | None, batches: Sequence[Tensor]
+) -> RouterGradients | None:
+    """Measure the split on a sample; None if that is empty, or the routers have nothing to train.
+
+    The model is used in the mode it is in; call it in evaluation mode, where neither dropout nor routing noise
+    acts, so that the passes with and without the cut differ in the cut alone. Its parameters and their `.grad`
+    are left as they were.
+
+    Args:
+        model: a causal language model.
+        layers: its MoE layers.
+        shared: the module with the routers' shared parameters; None if they share nothing.
+        batches: [B, S] token ids each, all of one shape.
+    """
+    owners = [layer.router for layer in layers] + ([shared] if shared is not None else [])
+    owned = [[p for p in owner.parameters() if p.requires_grad] for owner in owners]
+    parameters = [p for own in owned for p in own]
+    whole, balance, cut = (_MeanGradient(parameters) for _ in range(3))
+    if not batches or not parameters:
+        return None
+    # Asked for where the balance loss is computed from them; elsewhere the option is unknown.
+    options = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
+    with _only_trainable(model, parameters):
+        for input_ids in batches:
+            output = model(input_ids=input_ids, labels=input_ids, use_cache=False, **options)
+            auxiliary = balance_loss(model, output)
+            whole.add(language_model_loss(output.logits, input_ids), keep_graph=auxiliary is not None)
+            if auxiliary is not None:
+                balance.add(auxiliary)
+            with recurrence_cut(layers) as found:
+                output = model(input_ids=input_ids, use_cache=False)
+            if found:
+                cut.add(language_model_loss(output.logits, input_ids))
+
+    def per_owner(gradients: Sequence[Tensor]) -> list[float]:
+        rest = iter(gradients)
+        return [_norm([next(rest) for _ in own]) for own in owned]
+
+    language = whole.mean()
+    through_state = [a - b for a, b in zip(language, cut.mean(), strict=True)]
+    both = [a + b for a, b in zip(language, balance.mean(), strict=True)]
+    count = len(layers)
+    return RouterGradients(
+        language_model=per_owner(language)[:count],
+        balance=per_owner(balance.mean())[:count] if balance.count else None,
+        cut=per_owner(cut.mean())[:count] if cut.count else None,
+        recurrent=per_owner(through_state)[:count] if cut.count else None,
+        shared=per_owner(both)[count] if shared is not None else None,
+        tokens=sum(batch.numel() for batch in batches),
+    )

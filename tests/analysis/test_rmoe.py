@@ -1,0 +1,172 @@
+"""RMoE models, grafted models: recording, snapshots, and the whole analysis."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.recorder import Recorder
+from rmoe.analysis.snapshot import MEASURES, RoutingSnapshot, over_training
+from rmoe.errors import RequestError
+from rmoe.report.analysis_schema import ModelAnalysis
+from rmoe.routing.contract import gate_entropy
+from tests.analysis.tiny_families import TINY
+from tests.analysis.tiny_rmoe import EXPERTS, LAYERS, TOP_K, tiny_rmoe
+
+
+@pytest.fixture(scope="module")
+def blocks() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 256, (7, 24)).astype(np.uint8)
+
+
+def test_records_are_the_models_own_routing(blocks: np.ndarray) -> None:
+    model = tiny_rmoe()
+    ids = torch.from_numpy(blocks[:2].astype(np.int64))
+    recorder = Recorder(model)
+    assert [layer.name for layer in recorder.layers] == [
+        f"model.layers.{i}.mlp" for i in range(1, LAYERS + 1)
+    ]
+    with torch.no_grad():
+        routing = model(input_ids=ids, output_routing=True).routing
+    for record, expected in zip(recorder(ids), routing, strict=True):
+        assert record.num_experts == EXPERTS
+        for name in ("logits", "probs", "experts", "weights"):
+            assert torch.equal(getattr(record, name), getattr(expected, name))
+
+
+def test_a_skip_class_of_our_own_is_an_empty_slot(blocks: np.ndarray) -> None:
+    model = tiny_rmoe("eda")
+    for router in model.routers:
+        router.selection_bias.bias[-1] = 0.05  # the skip class, otherwise held back at the start
+    record = Recorder(model)(torch.from_numpy(blocks.astype(np.int64)))[0]
+    assert record.probs.shape[-1] == EXPERTS + 1
+    skipped = record.experts == EXPERTS
+    assert skipped.any()
+    assert (record.weights[skipped] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "router", ["smoe", "rmoe", "eda", "remoe", "hash", "xmoe", "omni-router", "expert-choice"]
+)
+def test_every_kind_of_router_can_be_analysed_and_written(router: str, blocks: np.ndarray) -> None:
+    options = AnalysisOptions(batch_size=3, gradient_tokens=48, explored_tokens=10)
+    (analysis,) = analyze_models([Subject(router, tiny_rmoe(router))], blocks, chr, options)
+    again = msgspec.json.decode(msgspec.json.encode(analysis), type=ModelAnalysis)
+    assert again == analysis
+    assert (analysis.layers, analysis.experts, analysis.experts_per_token) == (LAYERS, EXPERTS, TOP_K)
+    assert analysis.frequency_n == analysis.mi_chosen.n == analysis.mi_digitised.n == blocks.size
+    assert analysis.tokens is not None
+    assert len(analysis.tokens) == 10
+    assert (analysis.router_weights is None) == (router == "hash")
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_transformers_family_can_be_analysed_and_written(family: str, blocks: np.ndarray) -> None:
+    options = AnalysisOptions(batch_size=4, gradient_tokens=48)
+    (analysis,) = analyze_models([Subject(family, TINY[family].build())], blocks, chr, options)
+    assert msgspec.json.decode(msgspec.json.encode(analysis), type=ModelAnalysis) == analysis
+    np.testing.assert_allclose(np.sum(analysis.frequency, axis=-1), 1)
+    assert analysis.similarity is not None
+    assert analysis.gradient_split is not None
+
+
+def test_no_figure_depends_on_the_batch_size(blocks: np.ndarray) -> None:
+    """Expert choice aside, which looks across tokens."""
+    one, all_at_once = (
+        analyze_models(
+            [Subject("m", tiny_rmoe())], blocks, chr, AnalysisOptions(batch_size=size, gradient_tokens=168)
+        )
+        for size in (1, 7)
+    )
+    a, b = (msgspec.to_builtins(x[0]) for x in (one, all_at_once))
+    assert a["frequency"] == b["frequency"]
+    assert a["mi_chosen"] == b["mi_chosen"]
+    assert a["drop_ratio"] == b["drop_ratio"]
+    assert a["paths"] == b["paths"]
+    assert a["top_tokens"] == b["top_tokens"]
+    np.testing.assert_allclose(a["mi_digitised"]["values"], b["mi_digitised"]["values"], rtol=1e-3)
+    for part in (
+        "language_model",
+        "recurrent",
+    ):  # the balance loss, a product of means over a batch, does depend
+        np.testing.assert_allclose(a["gradient_split"][part], b["gradient_split"][part], rtol=1e-3)
+
+
+def test_two_checkpoints_are_compared_token_by_token(blocks: np.ndarray) -> None:
+    same = tiny_rmoe(seed=0), tiny_rmoe(seed=0)
+    (first, _) = analyze_models(
+        [Subject("late", same[0], step=20), Subject("early", same[1], step=10)], blocks, chr, stability=True
+    )
+    assert first.saturation is not None
+    assert first.saturation.values == [[1.0] * LAYERS]
+    assert (first.saturation.from_step, first.saturation.to_step) == ([10], [20])
+    (other, _) = analyze_models(
+        [Subject("a", tiny_rmoe(seed=0)), Subject("b", tiny_rmoe(seed=1))], blocks, chr, stability=True
+    )
+    assert other.saturation is not None
+    assert np.mean(other.saturation.values) == pytest.approx(TOP_K / EXPERTS, abs=0.2)
+
+
+def test_checkpoints_of_different_shape_have_no_stability(blocks: np.ndarray) -> None:
+    with pytest.raises(RequestError, match="compare-with"):
+        analyze_models(
+            [Subject("a", tiny_rmoe()), Subject("b", TINY["olmoe"].build())], blocks, chr, stability=True
+        )
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(blocks: np.ndarray) -> None:
+    with pytest.raises(RequestError, match=r"vocabulary size \(256\)"):
+        analyze_models([Subject("a", tiny_rmoe())], blocks.astype(np.int64) + 200, chr)
+
+
+def test_training_mode_and_router_state_are_left_alone(blocks: np.ndarray) -> None:
+    model = tiny_rmoe().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    analyze_models([Subject("a", model)], blocks, chr, AnalysisOptions(gradient_tokens=48))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class TestSnapshot:
+    def test_equals_the_whole_analysis(self, blocks: np.ndarray) -> None:
+        model = tiny_rmoe()
+        (analysis,) = analyze_models([Subject("a", model)], blocks, chr, AnalysisOptions(gradient_tokens=0))
+        snapshot = RoutingSnapshot(EXPERTS)
+        for part in np.array_split(blocks, 3):
+            with torch.no_grad():
+                output = model(input_ids=torch.from_numpy(part.astype(np.int64)), output_routing=True)
+            snapshot.update(output.routing)
+        measures = snapshot.measures()
+        assert set(measures) == set(MEASURES)
+        assert measures["gate_entropy"] == pytest.approx(analysis.entropy_mean.values, rel=1e-5)
+        assert measures["inner_balance"] == pytest.approx(analysis.inner_balance.values, rel=6e-4)
+        assert measures["outer_balance"] == pytest.approx(analysis.outer_balance.values, abs=2e-4)
+        assert measures["load_imbalance"] == pytest.approx(analysis.load_imbalance.values)
+        assert snapshot.frequency() == analysis.frequency
+
+    def test_padding_is_left_out(self, blocks: np.ndarray) -> None:
+        model = tiny_rmoe()
+        ids = torch.from_numpy(blocks[:2].astype(np.int64))
+        mask = (torch.arange(24) < 20).long().expand(2, -1)
+        with torch.no_grad():
+            routing = model(input_ids=ids, attention_mask=mask, output_routing=True).routing
+        snapshot = RoutingSnapshot(EXPERTS)
+        snapshot.update(routing, mask)
+        expected = [float(gate_entropy(r.probs)[mask.reshape(-1).bool()].mean()) for r in routing]
+        assert snapshot.measures()["gate_entropy"] == pytest.approx(expected, rel=1e-5)
+
+    def test_over_training_has_one_entry_per_measure(self) -> None:
+        rows = [{name: [float(step)] * LAYERS for name in MEASURES} for step in (1, 2)]
+        entries = over_training([10, 20], rows)
+        assert [entry.name for entry in entries] == list(MEASURES)
+        assert entries[0].step == [10, 20]
+        assert entries[0].values == [[1.0] * LAYERS, [2.0] * LAYERS]
+        assert over_training([], []) == []
+        assert [e.name for e in over_training([10], [{"gate_entropy": [1.0]}])] == ["gate_entropy"]
+
+    def test_an_empty_snapshot_says_so(self) -> None:
+        with pytest.raises(ValueError, match="no forward pass"):
+            RoutingSnapshot(EXPERTS).measures()
