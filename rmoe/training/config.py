@@ -38,27 +38,29 @@ class ModelConfig:
         num_hidden_layers: layers in all.
         num_attention_heads: query heads.
         num_key_value_heads: heads of keys and values; None is as many as query heads.
+        head_dim: width of a head; None is `hidden_size / num_attention_heads`.
         num_experts: routed experts of a layer.
         num_experts_per_tok: `k`, experts each token is sent to.
         moe_intermediate_size: width of one expert.
         num_shared_experts: experts every token passes through.
         first_k_dense_replace: so many first layers have a dense MLP instead of experts.
-        intermediate_size: width of the dense MLPs; None without any.
+        intermediate_size: width of the dense MLPs; None is `num_experts_per_tok * moe_intermediate_size`.
         mlp_gated: SwiGLU-like experts with a gate matrix, or plain two-matrix ones.
         hidden_act: activation of the experts.
-        norm_position: RMSNorm before each block (`pre`) or after the residual sum (`post`).
+        norm_position: before each block (`pre`) or after the residual sum (`post`).
+        norm_type: RMSNorm, or LayerNorm with a bias.
         hidden_dropout: dropout of embeddings and of each block's output.
         attention_dropout: dropout of attention weights.
         tie_word_embeddings: output layer and embedding are one matrix.
         router_aux_loss_coef: weight of the balance losses that do not name their own.
         initializer_range: standard deviation of the normal initialisation.
-        rope_theta: base of the rotary position embedding.
     """
 
     hidden_size: int = 128
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 128
@@ -68,12 +70,12 @@ class ModelConfig:
     mlp_gated: bool = True
     hidden_act: str = "silu"
     norm_position: Literal["pre", "post"] = "pre"
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
     router_aux_loss_coef: float = 0.01
     initializer_range: float = 0.02
-    rope_theta: float = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 to below 1")
         require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
-        require(0 <= self.seed < 2**32, "training.seed", self.seed, "0 to 2**32 - 1")
+        require(0 <= self.seed < 2**31, "training.seed", self.seed, "0 to 2**31 - 1")
         require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "1 or more")
         micro = self.micro_batch_size
         divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
@@ -273,7 +275,8 @@ class RunConfig:
             RequestError: no such setting, an ambiguous name, or a value that is not allowed.
         """
         data = self.to_dict()
-        tables = {"": data} | {key: table for key, table in data.items() if isinstance(table, dict)}
+        tables = {key: table for key, table in data.items() if isinstance(table, dict)}
+        tables[""] = {key: value for key, value in data.items() if key not in tables}
         homes = [table for table, values in tables.items() if name in (_dotted(table, key) for key in values)]
         homes = homes or [table for table, values in tables.items() if name in values]
         names = sorted(_dotted(table, key) for table, values in tables.items() for key in values)
@@ -282,7 +285,7 @@ class RunConfig:
         require(len(homes) > 0, "setting", name, ", ".join(names))
         require(len(homes) == 1, "setting", name, ambiguous)
         tables[homes[0]][leaf] = _Text(value) if isinstance(value, str) else value
-        return type(self).from_dict(data)
+        return type(self).from_dict(tables.pop("") | tables)
 
 
 class _Text(str):

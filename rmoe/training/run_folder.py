@@ -38,6 +38,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
         config: the `RunConfig`; equal settings give equal bits on equal hardware.
         router_spec: the router's three stages, spelled out.
         model: the model's own configuration, with sizes that came from the data.
+        plugins: plugin -> sha256 of its source.
         data_sha256: identity of the encoded corpus.
     """
 
@@ -45,6 +46,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     config: dict[str, Any]
     router_spec: dict[str, Any]
     model: dict[str, Any]
+    plugins: dict[str, str]
     data_sha256: str
     versions: Versions
     hardware: Hardware
@@ -122,8 +124,8 @@ def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) ->
         RequestError: naming the first setting that differs.
     """
     stored = read_run(folder)
-    for part in ("config", "model", "data_sha256"):
-        was, now = _flat(getattr(stored, part)), _flat(getattr(record, part))
+    for part in ("config", "model", "plugins", "data_sha256"):
+        was, now = flat(getattr(stored, part)), flat(getattr(record, part))
         for name in sorted(was.keys() | now.keys()):
             if was.get(name) == now.get(name) or (part == "config" and name in may_differ):
                 continue
@@ -133,10 +135,10 @@ def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) ->
             )
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted names, the way JSON would give them back.
 
-    >>> _flat({"data": {"path": None, "words": (1, 2)}})
+    >>> flat({"data": {"path": None, "words": (1, 2)}})
     {'data.path': None, 'data.words': [1, 2]}
     """
     value = msgspec.to_builtins(value)
@@ -145,5 +147,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {
         name: leaf
         for key, inner in value.items()
-        for name, leaf in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+        for name, leaf in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
     }

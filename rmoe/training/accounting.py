@@ -1,0 +1,112 @@
+"""Sums over micro-batches, steps and ranks: what one optimizer step did, and what the next metrics row will say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmoe.analysis.load import load_imbalance
+from rmoe.routing.contract import RouterStats
+
+
+class StepSums:
+    """One optimizer step: losses and routing, summed over micro-batches and ranks.
+
+    Attributes:
+        stats: over the micro-batches so far and all ranks; None before the first, or for a model without routers.
+    """
+
+    def __init__(self, world_size: int = 1) -> None:
+        self.world_size = world_size
+        self.stats: RouterStats | None = None
+        self._losses: Tensor | None = None
+
+    def add(self, lm_loss: Tensor, balance_loss: Tensor, stats: RouterStats | None) -> None:
+        """Add a micro-batch.
+
+        Args:
+            lm_loss: this rank's and micro-batch's share of the step's mean loss: shares add up to it.
+            balance_loss: this micro-batch's part of the mean over micro-batches; ranks are averaged.
+            stats: routing of this rank's micro-batch.
+        """
+        losses = torch.stack([lm_loss.detach().double(), balance_loss.detach().double() / self.world_size])
+        self._losses = losses if self._losses is None else self._losses + losses
+        if stats is not None:
+            if self.world_size > 1:
+                stats = RouterStats(*(self._summed(part) for part in stats))
+            self.stats = stats if self.stats is None else self.stats.add(stats)
+
+    def finish(self, finite: bool, stop: bool) -> tuple[float, float, bool, bool]:
+        """(lm_loss, balance_loss, finite, stop) of the step, the same on every rank.
+
+        Args:
+            finite: whether this rank's gradients are.
+            stop: whether this rank was asked to stop.
+        """
+        assert self._losses is not None
+        flags = torch.tensor([not finite, stop], dtype=torch.float64, device=self._losses.device)
+        total = torch.cat([self._losses, flags])
+        if self.world_size > 1:
+            total = self._summed(total)
+        lm_loss, balance_loss, bad, asked = total.tolist()
+        return lm_loss, balance_loss, bad == 0 and bool(np.isfinite(lm_loss + balance_loss)), asked > 0
+
+    @staticmethod
+    def _summed(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+class Window:
+    """Sums since the last metrics row. Plain numbers: a checkpoint carries them, so rows survive a kill."""
+
+    def __init__(self, saved: dict[str, Any] | None = None) -> None:
+        saved = saved or {}
+        self.steps: int = saved.get("steps", 0)
+        self.lm_loss: float = saved.get("lm_loss", 0.0)
+        self.balance_loss: float = saved.get("balance_loss", 0.0)
+        self.tokens: int = saved.get("tokens", 0)
+        self.seconds: float = saved.get("seconds", 0.0)
+        self.counts: list[list[int]] = saved.get("counts", [])
+        self.entropy: list[float] = saved.get("entropy", [])
+        self.dropped: int = saved.get("dropped", 0)
+        self.routed: int = saved.get("routed", 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `Window(saved)` takes."""
+        return dict(vars(self))
+
+    def add(self, lm_loss: float, balance_loss: float, tokens: int, stats: RouterStats | None) -> None:
+        """Add an optimizer step that was taken."""
+        self.steps += 1
+        self.lm_loss += lm_loss
+        self.balance_loss += balance_loss
+        self.tokens += tokens
+        if stats is not None:
+            counts, entropy = stats.counts.cpu().numpy(), stats.entropy.double().cpu().numpy()
+            self.counts = (counts + np.array(self.counts, dtype=np.int64) if self.counts else counts).tolist()
+            self.entropy = (entropy + np.array(self.entropy) if self.entropy else entropy).tolist()
+            self.dropped += int(stats.dropped.sum())
+            self.routed += int(stats.tokens)
+
+    def row(self) -> dict[str, Any]:
+        """The means, as `rmoe.training.metrics` names them; losses are None where no step was taken."""
+        steps = self.steps
+        lm_loss = self.lm_loss / steps if steps else None
+        balance_loss = self.balance_loss / steps if steps else None
+        row: dict[str, Any] = {
+            "loss": None if lm_loss is None or balance_loss is None else lm_loss + balance_loss,
+            "lm_loss": lm_loss,
+            "balance_loss": balance_loss,
+            "tokens_per_s": self.tokens / self.seconds if self.seconds else None,
+        }
+        if self.routed:
+            counts = np.array(self.counts)
+            row["gate_entropy"] = (np.array(self.entropy) / self.routed).tolist()
+            row["load_imbalance"] = load_imbalance(counts).tolist()
+            row["dropped"] = self.dropped / max(int(counts.sum()), 1)
+        return row

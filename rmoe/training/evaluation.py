@@ -1,0 +1,152 @@
+"""How well a language model predicts a text, over a whole split with the context stated; how it routes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rmoe.analysis.confidence import GateConfidence
+from rmoe.analysis.histogram import StreamingHistogram
+from rmoe.analysis.load import frequency
+from rmoe.analysis.record import RoutingBatch, RoutingRecord
+from rmoe.data.blocks import IGNORED, BlockDataset
+from rmoe.routing.contract import count_assignments
+from rmoe.training.result import Histogram, RoutingSummary
+
+TOKENS_PER_BATCH = 8192
+"""Tokens of one evaluation forward pass: bounds the memory of the logits."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's loss on a text.
+
+    Attributes:
+        nats: `-sum ln p` over the targets.
+        targets: tokens predicted.
+        context: what each target was predicted from, in words.
+    """
+
+    nats: float
+    targets: int
+    context: str
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood per predicted token, nats."""
+        return self.nats / self.targets
+
+
+def context_of(blocks: BlockDataset) -> str:
+    """What a target is predicted from, in words."""
+    length, overlap = blocks.sequence_length, blocks.sequence_length - blocks.stride
+    return f"{overlap} to {length - 1} tokens before it, in blocks of {length} that share {overlap}"
+
+
+def evaluate(
+    model: PreTrainedModel,
+    blocks: BlockDataset,
+    *,
+    limit: int | None = None,
+    bf16: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Evaluation:
+    """Sum a causal language model's loss over blocks; every target counts once.
+
+    Draws no random number, so how often a run is evaluated does not change what it learns.
+
+    Args:
+        model: takes `input_ids` `[B, S]`, returns `.logits` `[B, S, V]`; put into eval mode and back.
+        blocks: of a split.
+        limit: only so many blocks, from the first; None is all.
+        bf16: under bfloat16 autocast, as the model was trained.
+        rank, world_size: with more than one process each takes its share and the sums are added.
+    """
+    batches = _batches(blocks, limit, rank, world_size)
+    nats = torch.zeros((), dtype=torch.float64)
+    targets = 0
+    with _inference(model, bf16) as device:
+        for batch in batches:
+            labels = batch["labels"][:, 1:].to(device)
+            logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits[:, :-1]
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            nats += losses.double().sum().cpu()
+            targets += int((labels != IGNORED).sum())
+    if world_size > 1:
+        sums = torch.tensor([float(nats), float(targets)], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums)
+        nats, targets = sums[0], int(sums[1])
+    return Evaluation(float(nats), targets, context_of(blocks))
+
+
+def summarize_routing(
+    model: PreTrainedModel, blocks: BlockDataset, *, tokens: int = 65_536, bf16: bool = False
+) -> RoutingSummary:
+    """How an RMoE model routes the first `tokens` tokens of a split (whole blocks, at least one).
+
+    Args:
+        model: an `RMoEForCausalLM`.
+    """
+    limit = max(1, tokens // blocks.sequence_length)
+    experts = model.config.num_experts
+    confidence: GateConfidence | None = None
+    counts = torch.zeros(model.config.num_moe_layers, experts, dtype=torch.int64)
+    seen = 0
+    with _inference(model, bf16) as device:
+        for batch in _batches(blocks, limit):
+            routing = model(input_ids=batch["input_ids"].to(device), output_routing=True).routing
+            stacked = RoutingBatch.stack([RoutingRecord.from_routing(layer, experts) for layer in routing])
+            if confidence is None:
+                confidence = GateConfidence(stacked.probs.shape[0], stacked.probs.shape[2])
+            confidence.update(stacked)
+            counts += torch.stack([count_assignments(layer, experts) for layer in stacked.experts])
+            seen += stacked.num_tokens
+    assert confidence is not None
+    return RoutingSummary(
+        tokens=seen,
+        entropy_nats=(confidence.entropy_sum / seen).tolist(),
+        entropy_histogram=_histograms(confidence.entropy),
+        load=frequency(counts.numpy()).tolist(),
+        inner_balance=[math.exp(median) for median in confidence.log_inner.medians()[0]],
+        outer_balance=confidence.outer.medians()[0].tolist(),
+    )
+
+
+def _histograms(stream: StreamingHistogram) -> list[Histogram]:
+    edges = stream.edges.tolist()
+    return [Histogram(edges=edges, counts=layer.tolist()) for layer in stream.counts]
+
+
+def _batches(
+    blocks: BlockDataset, limit: int | None, rank: int = 0, world_size: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's blocks, in order, stacked. No DataLoader: it would draw from torch's default generator."""
+    size = max(1, TOKENS_PER_BATCH // blocks.sequence_length)
+    stop = len(blocks) if limit is None else min(limit, len(blocks))
+    mine = range(rank, stop, world_size)
+    for start in range(0, len(mine), size):
+        items = [blocks[index] for index in mine[start : start + size]]
+        yield {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+@contextmanager
+def _inference(model: PreTrainedModel, bf16: bool) -> Iterator[torch.device]:
+    """Eval mode without gradients, under autocast if asked; yields the model's device."""
+    training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            yield device
+    finally:
+        model.train(training)

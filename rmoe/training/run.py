@@ -1,0 +1,466 @@
+"""`train(config, out)`: one run from its configuration to its result, or on from where it was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
+
+from rmoe.data import Corpus, prepare
+from rmoe.data.config import SplitName
+from rmoe.errors import RequestError, RunError
+from rmoe.model import RMoEConfig
+from rmoe.records import read_record, write_record
+from rmoe.training import result as records
+from rmoe.training import run_folder
+from rmoe.training.build import build_model, count_parameters, load_plugins, model_config
+from rmoe.training.checkpoint import CheckpointStore, sync
+from rmoe.training.config import RunConfig
+from rmoe.training.environment import hardware, versions
+from rmoe.training.evaluation import Evaluation, context_of, evaluate, summarize_routing
+from rmoe.training.metrics import MetricsLog, Row, read_metrics
+from rmoe.training.progress import ProgressReport
+from rmoe.training.result import RunResult
+from rmoe.training.run_folder import RunRecord
+from rmoe.training.trainer import Identity, RMoETrainer, peak_mib
+
+MAY_DIFFER = frozenset(
+    {
+        "preset",
+        "data.path",  # the text's own sha256 is checked
+        "data.cache_dir",
+        "data.download",
+        "training.micro_batch_size",  # with the number of devices: the batch of a step stays what it was
+        "training.max_skipped_batches",
+        "checkpoints.keep",
+        "logging.test",
+        "logging.report_to",
+    }
+)
+"""Settings that may change when a run is resumed: none decides what is learned."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved everything, and can go on; the text says so."""
+
+
+def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True) -> RunResult:
+    """Train one model.
+
+    The same configuration gives the same bits on the same machine, also when the run was killed in between.
+
+    Args:
+        config: what to compute.
+        out: the run's folder; see `rmoe.training.run_folder`.
+        resume: go on with the run in `out`, from its newest valid checkpoint; at step 0 where there is none.
+            A finished run is left as it is.
+        progress: show how far it is, on stderr.
+
+    Returns:
+        The result, also written to `out/result.json`.
+
+    Raises:
+        RequestError: the request is wrong; nothing was written to `out`.
+        RunError: the run failed; it says what is saved.
+        Stopped: SIGTERM or SIGINT ended it after a checkpoint.
+    """
+    if not resume:
+        run_folder.refuse_used(out)
+    disable_progress_bar()  # transformers' own, one for each file it writes
+    plugins = load_plugins(config.plugin)
+    corpus = prepare(config.data, config.training.sequence_length)
+    for split in ("train", "valid", "test") if config.logging.test else ("train", "valid"):
+        if split not in corpus.manifest.splits:
+            raise RequestError("data.split", config.data.split, f"a rule that gives a {split} split")
+    architecture = model_config(config, corpus.vocab_size)
+    with ExitStack() as stack:
+        threads = stack.enter_context(_torch_settings(config))
+        place = _place(config)
+        record = RunRecord(
+            config=config.to_dict(),
+            router_spec=architecture.router_spec.to_dict(),
+            model=_sizes(architecture),
+            plugins=plugins,
+            data_sha256=corpus.manifest.key,
+            versions=versions(),
+            hardware=hardware(threads),
+        )
+        _enter(stack, out, record, resume)
+        if (out / run_folder.RESULT).exists():
+            say(f"{out} is finished already: nothing to do")
+            return read_result(out)
+        return _run(config, out, corpus, architecture, record, place, resume, progress)
+
+
+def read_result(folder: Path) -> RunResult:
+    """The result of the finished run in a folder.
+
+    Raises:
+        RequestError: there is none.
+    """
+    return read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
+
+
+def say(text: str) -> None:
+    """One line on stderr, from the first rank."""
+    if PartialState().is_main_process:
+        print(text, file=sys.stderr, flush=True)
+
+
+# --- before training -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _torch_settings(config: RunConfig) -> Iterator[int]:
+    """Threads and determinism for this run, put back afterwards; yields the number of threads."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for equal bits
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+class _Place(msgspec.Struct, frozen=True):
+    """Where and how precisely to compute."""
+
+    cpu: bool
+    bf16: bool
+    world_size: int
+    rank: int
+
+
+def _place(config: RunConfig) -> _Place:
+    """Resolve device and precision.
+
+    Raises:
+        RequestError: no GPU, no bfloat16 there, or a batch that cannot be shared out.
+    """
+    training = config.training
+    gpu = torch.cuda.is_available()
+    if training.device == "cuda" and not gpu:
+        raise RequestError("training.device", "cuda", "cpu or auto: torch sees no GPU here")
+    cpu = training.device == "cpu" or not gpu
+    if training.precision == "bf16" and not cpu and not torch.cuda.is_bf16_supported():
+        raise RequestError("training.precision", "bf16", "fp32: this GPU has no bfloat16")
+    bf16 = training.precision == "bf16" or (
+        training.precision == "auto" and not cpu and torch.cuda.is_bf16_supported()
+    )
+    state = PartialState(cpu=cpu)
+    world_size = state.num_processes
+    if training.batch_size % world_size:
+        raise RequestError(
+            "training.batch_size", training.batch_size, f"a multiple of {world_size} processes"
+        )
+    share = training.batch_size // world_size
+    if training.micro_batch_size is not None and share % training.micro_batch_size:
+        raise RequestError(
+            "training.micro_batch_size", training.micro_batch_size, f"a divisor of {share}, a process's share"
+        )
+    return _Place(cpu, bf16, world_size, state.process_index)
+
+
+def _sizes(architecture: RMoEConfig) -> dict[str, Any]:
+    """The model's configuration without what transformers adds about itself."""
+    values: dict[str, Any] = msgspec.to_builtins(architecture.to_diff_dict())
+    for name in ("transformers_version", "dtype", "architectures", "auto_map"):
+        values.pop(name, None)
+    return values
+
+
+def _enter(stack: ExitStack, out: Path, record: RunRecord, resume: bool) -> None:
+    """Take the folder: lock it, and either begin a run in it or make sure it is this one.
+
+    The first rank does it; what it finds wrong is raised on every rank.
+    """
+    wrong: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            stack.enter_context(run_folder.locked(out))
+            if resume and (out / run_folder.CONFIG).exists():
+                run_folder.require_same(out, record, MAY_DIFFER)
+            else:
+                run_folder.refuse_used(out)
+                run_folder.begin(out, record)
+        except RequestError as error:
+            wrong = [(error.field, error.value, error.allowed)]
+    broadcast_object_list(wrong)
+    if wrong[0] is not None:
+        raise RequestError(*wrong[0])
+
+
+def fingerprint(record: RunRecord) -> str:
+    """What makes two runs the same run: every setting but those of `MAY_DIFFER`, the model, the data."""
+    settings = {
+        name: value for name, value in run_folder.flat(record.config).items() if name not in MAY_DIFFER
+    }
+    identity = msgspec.json.encode(
+        [settings, record.model, record.plugins, record.data_sha256], order="sorted"
+    )
+    return hashlib.sha256(identity).hexdigest()
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def _run(
+    config: RunConfig,
+    out: Path,
+    corpus: Corpus,
+    architecture: RMoEConfig,
+    record: RunRecord,
+    place: _Place,
+    resume: bool,
+    progress: bool,
+) -> RunResult:
+    model = build_model(architecture, config.training.seed)
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    store = CheckpointStore(out, fingerprint(record), config.checkpoints.keep)
+    metrics = MetricsLog(out / run_folder.METRICS)
+
+    def in_unit(split: SplitName, loss: float) -> dict[str, float]:
+        return {corpus.unit: corpus.in_unit(split, loss)}
+
+    def judge_on(split: SplitName, limit: int | None = None) -> Any:
+        return lambda judged: evaluate(
+            judged,
+            corpus.blocks(split),
+            limit=limit,
+            bf16=place.bf16,
+            rank=place.rank,
+            world_size=place.world_size,
+        )
+
+    reports = [ProgressReport(corpus.unit)] if progress else []
+    trainer = RMoETrainer(
+        model,
+        _arguments(config, out, place),
+        train_dataset=corpus.train,
+        eval_dataset=corpus.valid,
+        store=store,
+        metrics=metrics,
+        identity=Identity(
+            config.training.seed,
+            corpus.manifest.key,
+            config.training.batch_size,
+            config.training.sequence_length,
+        ),
+        in_unit=in_unit,
+        judge=judge_on("valid", config.logging.evaluate_blocks),
+        max_skipped_batches=config.training.max_skipped_batches,
+        callbacks=list(reports),
+    )
+    checkpoint = _find_checkpoint(trainer, metrics, out) if resume else None
+    try:
+        with _signals(trainer):
+            torch.manual_seed(config.training.seed)  # dropout's stream; nothing else draws from it
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        for report in reports:
+            report.close()
+    _raise_unless_finished(trainer, store)
+
+    valid = _final(trainer, config, judge_on("valid"))
+    test = judge_on("test")(trainer.model) if config.logging.test else None
+    routing = summarize_routing(trainer.model, corpus.valid, bf16=place.bf16)
+    if place.rank == 0:
+        _save_model(out, trainer.model, corpus)
+        result = RunResult(
+            router=config.router,
+            router_spec=record.router_spec,
+            seed=config.training.seed,
+            config=record.config,
+            versions=record.versions,
+            hardware=record.hardware,
+            corpus=records.Corpus(
+                name=corpus.manifest.source.name, sha256=corpus.manifest.key, unit=corpus.unit
+            ),
+            steps=trainer.state.global_step,
+            tokens=trainer.state.global_step * config.training.batch_size * config.training.sequence_length,
+            skipped_batches=trainer.skipped_batches,
+            val=corpus.in_unit("valid", valid.loss),
+            test=None if test is None else corpus.in_unit("test", test.loss),
+            context=context_of(corpus.valid),
+            parameters=count_parameters(model),
+            curves=curves(read_metrics(metrics.path), corpus.unit),
+            seconds_per_1k_steps=1000 * trainer.train_seconds / trainer.state.global_step,
+            peak_mib=peak_mib(trainer.args.device),
+            routing=routing,
+            folder=str(out),
+            model=str(out / run_folder.MODEL),
+        )
+        write_record(out / run_folder.RESULT, result)
+        store.clear_staging()
+    trainer.accelerator.wait_for_everyone()
+    return read_result(out)
+
+
+def _arguments(config: RunConfig, out: Path, place: _Place) -> TrainingArguments:
+    training = config.training
+    micro = training.micro_batch_size or training.batch_size // place.world_size
+    schedule = {
+        "constant": ("constant_with_warmup", {}),
+        "cosine": ("cosine_with_min_lr", {"min_lr": training.min_learning_rate}),
+        "linear": ("polynomial", {"lr_end": training.min_learning_rate, "power": 1.0}),
+    }[training.schedule]
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // (micro * place.world_size),
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=schedule[0],
+        lr_scheduler_kwargs=schedule[1],
+        warmup_steps=training.warmup_steps,
+        optim="adamw_torch_fused",
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        use_cpu=place.cpu,
+        bf16=place.bf16,
+        torch_compile=training.compile,
+        logging_strategy="steps",
+        logging_steps=config.logging.every,
+        logging_nan_inf_filter=False,  # it would log NaN as 0 and go on
+        eval_strategy="steps",
+        eval_steps=config.evaluation_interval,
+        save_strategy="steps",
+        save_steps=config.checkpoint_interval,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=not place.cpu,
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        report_to=list(config.logging.report_to) or "none",
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:
+        # One process never spreads over several GPUs by itself (DataParallel): torchrun starts one for each.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _find_checkpoint(trainer: RMoETrainer, metrics: MetricsLog, out: Path) -> Path | None:
+    checkpoint = trainer.newest_checkpoint()
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    if trainer.is_world_process_zero():
+        trainer.store.clear_staging()
+        metrics.truncate(step)
+    if checkpoint is None:
+        say(f"no valid checkpoint in {trainer.store.checkpoints}: starting at step 0")
+    else:
+        say(f"resuming {out} at step {step} of {trainer.args.max_steps}")
+    return checkpoint
+
+
+@contextmanager
+def _signals(trainer: RMoETrainer) -> Iterator[None]:
+    """SIGTERM and SIGINT save and stop after the current step; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        trainer.stop_requested = True
+        signal.signal(number, before[number])
+        say(f"{signal.Signals(number).name}: saving and stopping after this step")
+
+    before: dict[int, Any] = {}
+    for wanted in (signal.SIGTERM, signal.SIGINT):
+        before[wanted] = signal.signal(wanted, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise_unless_finished(trainer: RMoETrainer, store: CheckpointStore) -> None:
+    step = trainer.state.global_step
+    if trainer.diverged:
+        raise RunError(
+            f"the loss or its gradient was not finite in {trainer.skipped_batches} batches, the last at step {step}",
+            store.saved(),
+            "lower the learning rate in a new run; or --resume after this batch, with more "
+            "--training.max-skipped-batches",
+        )
+    if trainer.stopped and step < trainer.args.max_steps:
+        raise Stopped(
+            f"stopped at step {step} of {trainer.args.max_steps}; saved: {store.saved()}; --resume goes on"
+        )
+
+
+# --- after training ------------------------------------------------------------------------------
+
+
+def _final(trainer: RMoETrainer, config: RunConfig, judge: Any) -> Evaluation:
+    """The finished model on the whole validation split: not twice, if the last evaluation was that."""
+    last = trainer.last_evaluation
+    if config.logging.evaluate_blocks is None and last is not None and last[0] == trainer.state.global_step:
+        return last[1]
+    evaluation: Evaluation = judge(trainer.model)
+    return evaluation
+
+
+def _save_model(out: Path, model: PreTrainedModel, corpus: Corpus) -> None:
+    """Publish `model/` in one step: staged, synced, renamed."""
+    staged, target = out / "staging" / run_folder.MODEL, out / run_folder.MODEL
+    store = CheckpointStore(out, "")
+    try:
+        store.clear_staging()
+        model.save_pretrained(staged)
+        corpus.tokenizer.save_pretrained(staged)
+        for path in (*staged.rglob("*"), staged):
+            sync(path)
+        if target.exists():  # killed after this was written and before the result was
+            target.rename(out / "staging" / "replaced-model")
+        staged.rename(target)
+        sync(out)
+    except OSError as error:
+        raise RunError(
+            f"could not save {target}: {error}", store.saved(), "free disk space, then --resume"
+        ) from error
+
+
+def curves(rows: list[Row], unit: records.Unit) -> dict[str, records.Curve]:
+    """The rows of `metrics.jsonl` as curves; of per-layer figures the mean over layers."""
+    wanted = {
+        "val": ("eval", unit, unit),
+        "train_lm_loss": ("train", unit, unit),
+        "aux_loss": ("train", "balance_loss", "nats per token"),
+        "gate_entropy": ("train", "gate_entropy", "nats"),
+        "load_imbalance": ("train", "load_imbalance", "times the mean load"),
+        "router_grad_norm": ("train", "router_grad_norm", "norm"),
+        "lr": ("train", "lr", "learning rate"),
+    }
+    found = {}
+    for name, (kind, field, said) in wanted.items():
+        points = [
+            (row["step"], row[field]) for row in rows if row["kind"] == kind and row.get(field) is not None
+        ]
+        if points:
+            values = [sum(v) / len(v) if isinstance(v, list) else v for _, v in points]
+            found[name] = records.Curve(unit=said, step=[step for step, _ in points], value=values)
+    return found
