@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
@@ -19,6 +20,9 @@ import tyro
 from rmoe.errors import RequestError
 
 Verb = Callable[..., int | None]
+
+# Short names for settings of a run, where the nested name says the same thing twice.
+_ALIASES = {"--data": "--data.path", "--seed": "--training.seed"}
 
 _BOX_EDGES = "╭╮╰╯│─ "
 
@@ -47,6 +51,9 @@ def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None]
         RequestError: the command line is wrong: a configuration's own validation, or a `UsageError`.
     """
     parameters = _parameters(run, argv)
+    argv = (
+        [_ALIASES.get(token, token) for token in argv] if "config" in (p.name for p in parameters) else argv
+    )
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -79,21 +86,29 @@ def _parameters(run: Verb, argv: Sequence[str]) -> list[inspect.Parameter]:
                 "preset", inspect.Parameter.KEYWORD_ONLY, annotation=option, default=default
             )
         } | parameters
-        name = _preset_name(argv)
-        if name is not None:
-            parameters["config"] = parameters["config"].replace(default=config_type.from_preset(name))
+        parameters["config"] = parameters["config"].replace(default=_defaults(config_type, argv, default))
     return list(parameters.values())
 
 
-def _preset_name(argv: Sequence[str]) -> str | None:
-    """The value of the last `--preset`, None without one."""
-    name = None
+def _defaults(config_type: Any, argv: Sequence[str], preset: str) -> Any:
+    """What the options override: the preset asked for; with `--resume` alone the run that is there."""
+    asked, out = _value(argv, "--preset"), _value(argv, "--out")
+    if asked is None and out is not None and "--resume" in argv:
+        running = config_type.from_run(Path(out))
+        if running is not None:
+            return running
+    return config_type.from_preset(asked or preset)
+
+
+def _value(argv: Sequence[str], option: str) -> str | None:
+    """The value an option is given last, None without it."""
+    value = None
     for token, following in pairwise([*argv, None]):
-        if token == "--preset":
-            name = following
-        elif token and token.startswith("--preset="):
-            name = token.removeprefix("--preset=")
-    return name
+        if token == option:
+            value = following
+        elif token and token.startswith(f"{option}="):
+            value = token.removeprefix(f"{option}=")
+    return value
 
 
 def _binder(run: Verb, parameters: list[inspect.Parameter]) -> Callable[..., Callable[[], int | None]]:

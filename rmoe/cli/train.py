@@ -1,0 +1,41 @@
+"""`rmoe train`: one model, from a preset and what overrides it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rmoe.training.config import RunConfig
+
+
+def run(
+    *,
+    out: Path,
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),
+    resume: bool = False,
+) -> None:
+    """Train one model; writes config.json, metrics.jsonl, checkpoints/, model/ and result.json into --out.
+
+    SIGTERM or Ctrl-C saves a checkpoint, stops, and exits with 0: --resume goes on from there.
+
+    Args:
+        out: the run's folder: new, empty, or with --resume the run to go on with.
+        config: see the tables below.
+        resume: go on from the newest valid checkpoint in --out, bit for bit. Without --preset the settings are
+            those of the run there.
+    """
+    from rmoe.training.run import Stopped, train
+
+    try:
+        result = train(config, out, resume=resume)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return
+    unit = result.corpus.unit.replace("_", " ")
+    figures = [
+        f"{name} {value:.4f}" for name, value in (("validation", result.val), ("test", result.test)) if value
+    ]
+    print(f"{result.router}: {', '.join(figures)} {unit}; model in {result.model}")
