@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # One thread per process: sums are taken in one order, and parallel test processes do not fight for cores.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -14,6 +15,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[variable] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# The same examples every time, and no deadline: another process on the machine is not a failure.
+settings.register_profile("rmoe", deadline=None, derandomize=True)
+settings.load_profile("rmoe")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from rmoe.data.config import SPLITS, DataConfig, SplitName
 from rmoe.data.corpus import Corpus
+from rmoe.data.ingest import prepare
 from rmoe.data.manifest import Manifest
 from rmoe.data.order import epoch_order
-from rmoe.data.prepare import prepare
 
 if TYPE_CHECKING:
     from rmoe.data.blocks import BlockDataset, BlockSampler

@@ -59,7 +59,7 @@ def open_dataset(path: str, field: str) -> SplitTexts | Text:
             path, {ours: _column(ours, splits[theirs], field) for ours, theirs in named.items() if theirs}
         )
     if "train" in splits or len(splits) == 1:
-        return _column(path, splits.get("train") or next(iter(splits.values())), field)
+        return _column(path, splits["train" if "train" in splits else next(iter(splits))], field)
     raise RequestError("data.path", path, f"a dataset with a split `train` (it has {', '.join(splits)})")
 
 

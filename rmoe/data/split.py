@@ -64,7 +64,8 @@ def gap_after(text: mmap, target: int, stop: int | None = None) -> int:
         found = text.find(gap, target - 1, min(target + _REACH, stop))
         if found >= 0:
             return found + 1
-    while target < stop and text[target] & 0xC0 == 0x80:
+    character_end = min(target + 3, stop)  # at most three bytes continue a character
+    while target < character_end and text[target] & 0xC0 == 0x80:
         target += 1
     return target
 

@@ -30,24 +30,7 @@ TEXT_SUFFIXES = frozenset(
 # A compressed file that unpacks to more is refused: 64 MiB of gzip can hold 64 GiB of nothing.
 MAX_UNPACKED_BYTES = 64 * 2**30
 # Read as text these would be noise, and nothing would say so.
-_NOT_TEXT = frozenset(
-    [
-        ".zip",
-        ".tar",
-        ".tgz",
-        ".bz2",
-        ".xz",
-        ".zst",
-        ".7z",
-        ".parquet",
-        ".arrow",
-        ".npy",
-        ".npz",
-        ".bin",
-        ".pt",
-        ".safetensors",
-    ]
-)
+_NOT_TEXT = frozenset({".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".parquet", ".arrow"})
 _CHUNK = 1 << 20
 _NOT_OURS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 

@@ -1,31 +1,21 @@
 """From a request to token files: read, cut, encode, and keep. Imports no torch.
 
-A prepared corpus is a folder of the cache, named by a hash of (text, split rule, tokenizer):
-
-    manifest.json   what it holds
-    train.bin ...   one file of token ids per split, little-endian uint8, uint16 or uint32
-    tokenizer/      as `AutoTokenizer` loads it
-    SHA256SUMS      of all of these, in the format of sha256sum
-
-It is written beside its place and renamed, checked whole each time it is used, and made again when it is damaged. The
-text is hashed each time too, so a file that has changed is another corpus.
+The text is read twice: once to hash it, which names its entry in the cache, and again only if there is no such entry.
+So nothing is written before all of a text is known to be readable, and a file that has changed is another corpus.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import mmap
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import numpy as np
 
+from rmoe.data.cache import publish, read_entry, staging_folder
 from rmoe.data.config import SPLITS, DataConfig, SplitName
 from rmoe.data.corpus import Corpus
 from rmoe.data.encode import Choice, Encoder, decoded, folder_sha256, words
@@ -35,9 +25,7 @@ from rmoe.data.published import enwik8_text, wikitext103_texts
 from rmoe.data.split import RULES, Range, cut, pieces
 from rmoe.data.text import SplitTexts, Text, open_text, standard_library
 from rmoe.errors import RequestError, RunError
-from rmoe.records import read_record, write_record
-
-log = logging.getLogger(__name__)
+from rmoe.records import write_record
 
 
 def prepare(config: DataConfig, sequence_length: int) -> Corpus:
@@ -120,23 +108,15 @@ def build(
     sequence_length: int,
 ) -> Manifest:
     """Make a cache entry: whole in its place, or not at all."""
-    staging: Path | None = None
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=entry.parent))
-        manifest = encode_into(staging, key, config, text, source, choice)
-        manifest.require(sequence_length)
-        write_record(staging / "manifest.json", manifest)
-        (staging / "SHA256SUMS").write_text(
-            "".join(f"{h}  {file}\n" for file, h in checksums(staging).items())
-        )
-        publish(staging, entry)
+        with staging_folder(entry.parent) as staging:
+            manifest = encode_into(staging, key, config, text, source, choice)
+            manifest.require(sequence_length)
+            write_record(staging / "manifest.json", manifest)
+            publish(staging, entry, key)
     except OSError as error:
         what = f"the corpus cache {entry.parent} cannot be written ({error})"
         raise RunError(what, "nothing", "give another folder with data.cache_dir") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
@@ -231,45 +211,3 @@ def write_split(
         text_sha256=text_digest.hexdigest(),
         sha256=digest.hexdigest(),
     )
-
-
-def publish(staging: Path, entry: Path) -> None:
-    """Move a finished folder to its place. Another process may have been first with the same bytes, or a damaged
-    entry may stand there: what stands there is moved away, and stays readable to whoever has it open."""
-    if entry.exists():
-        os.rename(entry, staging.with_name(staging.name + "-old"))
-        shutil.rmtree(staging.with_name(staging.name + "-old"), ignore_errors=True)
-    try:
-        os.rename(staging, entry)
-    except OSError:
-        if not entry.exists():
-            raise
-
-
-def read_entry(entry: Path, key: str) -> Manifest | None:
-    """The manifest of a cache entry that is whole; None if there is none or it is damaged."""
-    if not entry.is_dir():
-        return None
-    try:
-        sums = (entry / "SHA256SUMS").read_text()
-        listed = {file: digest for digest, _, file in (line.partition("  ") for line in sums.splitlines())}
-        found = checksums(entry)
-        wrong = sorted(file for file in listed.keys() | found.keys() if listed.get(file) != found.get(file))
-        if wrong:
-            raise ValueError(f"sha256 mismatch: {', '.join(wrong)}")
-        manifest = read_record(entry / "manifest.json", Manifest, MANIFEST_VERSION)
-        if manifest.key != key:
-            raise ValueError("made for another request")
-        return manifest
-    except (OSError, ValueError) as error:  # RequestError is a ValueError
-        log.warning("corpus cache: %s is damaged (%s); preparing the text again", entry, error)
-        return None
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder but SHA256SUMS, by relative path."""
-    found: dict[str, str] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS"):
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found

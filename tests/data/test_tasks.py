@@ -1,0 +1,119 @@
+"""Task files: what is read, and that each mistake names its line and key."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from rmoe.data.tasks import Choice, Instruction, Labelled, Passage, Question, Task, kind_of, read_tasks
+from rmoe.errors import RequestError
+
+GOOD = {
+    Choice: {"question": "Which?", "choices": ["this", "that"], "label": 1},
+    Labelled: {"text": "fine", "label": "positive"},
+    Instruction: {"instruction": "Add.", "input": "", "output": "3"},
+    Question: {"question": "How many?", "answer": "3"},
+    Passage: {"text": "the last word"},
+}
+
+
+def write(folder: Path, *lines: object, name: str = "tasks.jsonl") -> Path:
+    path = folder / name
+    data = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+@pytest.mark.parametrize("kind", GOOD, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["tasks.jsonl", "tasks.jsonl.gz"])
+def test_items_are_read(tmp_path: Path, kind: type[Task], name: str) -> None:
+    path = write(tmp_path, GOOD[kind], "", GOOD[kind] | {"id": 7}, name=name)
+    assert kind_of(path) is kind
+    assert read_tasks(path, kind) == [kind(**GOOD[kind])] * 2
+
+
+def test_input_of_an_instruction_may_be_missing(tmp_path: Path) -> None:
+    path = write(tmp_path, {"instruction": "Add.", "output": "3"})
+    assert kind_of(path) is Instruction
+    assert read_tasks(path, Instruction) == [Instruction(instruction="Add.", input="", output="3")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "problem"),
+    [
+        (Choice, {"question": "Which?", "label": 0}, "missing required field `choices`"),
+        (Choice, GOOD[Choice] | {"label": "1"}, r"Expected `int`, got `str` - at `\$\.label`"),
+        (Choice, GOOD[Choice] | {"label": 2}, "`label` is 2, not an index of 2 choices"),
+        (Choice, GOOD[Choice] | {"label": -1}, "`label` is -1"),
+        (Choice, GOOD[Choice] | {"choices": ["this", " "]}, "`choices` has an empty answer"),
+        (Choice, GOOD[Choice] | {"choices": ["this"], "label": 0}, "`choices` has 1 entries"),
+        (Choice, GOOD[Choice] | {"question": ""}, "`question` is empty"),
+        (Labelled, {"text": "fine"}, "missing required field `label`"),
+        (Labelled, {"text": "fine", "label": None}, r"at `\$\.label`"),
+        (Labelled, {"text": "", "label": 1}, "`text` is empty"),
+        (
+            Labelled,
+            {"text": "fine", "label": "neutral"},
+            "`label` is 'neutral', which the training set does not have",
+        ),
+        (Instruction, {"instruction": "Add.", "input": "1 2"}, "missing required field `output`"),
+        (Instruction, GOOD[Instruction] | {"output": " \n"}, "`output` is empty"),
+        (Instruction, GOOD[Instruction] | {"instruction": ""}, "`instruction` is empty"),
+        (Question, GOOD[Question] | {"answer": ""}, "`answer` is empty"),
+        (Passage, {"text": 5}, r"at `\$\.text`"),
+        (Passage, '{"text": "cut', "truncated"),
+        (Passage, '["text"]', "Expected `object`, got `array`"),
+    ],
+)
+def test_mistakes_name_line_and_key(tmp_path: Path, kind: type[Task], bad: object, problem: str) -> None:
+    path = write(tmp_path, GOOD[kind], "", bad, GOOD[kind])
+    with pytest.raises(RequestError, match=problem) as caught:
+        read_tasks(path, kind, labels={"positive", "negative"} if kind is Labelled else None)
+    assert caught.value.field == "tasks.jsonl line 3"
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lines", [[], ["", " "]])
+def test_empty_file(tmp_path: Path, lines: list[str]) -> None:
+    path = write(tmp_path, *lines)
+    for ask in (lambda: read_tasks(path, Passage), lambda: kind_of(path)):
+        with pytest.raises(RequestError, match="is 'empty'"):
+            ask()
+
+
+def test_file_of_no_kind(tmp_path: Path) -> None:
+    with pytest.raises(
+        RequestError, match="line 1 is 'keys prompt, reply'; allowed: objects with question, choices, label"
+    ):
+        kind_of(write(tmp_path, {"prompt": "a", "reply": "b"}))
+    with pytest.raises(RequestError, match=r"line 1 is .*JSON is malformed"):
+        kind_of(write(tmp_path, "no json"))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="a readable file"):
+        read_tasks(tmp_path / "nothing.jsonl", Passage)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("arc_easy_test", Choice, 2376),
+        ("piqa_valid", Choice, 1838),
+        ("lambada_test", Passage, 5153),
+        ("gsm8k_test", Question, 1319),
+        ("sst2_train", Labelled, 6920),
+        ("banking77_test", Labelled, 3080),
+        ("rasbt_instruction_1100", Instruction, 1100),
+    ],
+)
+def test_published_files(shared_data: Path, name: str, kind: type[Task], count: int) -> None:
+    path = shared_data / "tasks" / f"{name}.jsonl.gz"
+    assert kind_of(path) is kind
+    assert len(read_tasks(path, kind)) == count
+
+
+def test_alpaca_has_an_empty_answer_and_the_line_is_named(shared_data: Path) -> None:
+    with pytest.raises(RequestError, match=r"alpaca_5000\.jsonl\.gz line 2336 is '`output` is empty'"):
+        read_tasks(shared_data / "tasks" / "alpaca_5000.jsonl.gz", Instruction)
