@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rmoe.model.configuration_rmoe import RMoEConfig
-from rmoe.model.initialize import initialize
+from rmoe.model.initialize import count_parameters, initialize
 from rmoe.model.modeling_rmoe import RMoEForCausalLM, RMoEForSequenceClassification, RMoEModel
 from rmoe.model.outputs import (
     RMoECausalLMOutputWithPast,
@@ -24,5 +24,6 @@ __all__ = [
     "RMoEModel",
     "RMoEModelOutputWithPast",
     "RMoESequenceClassifierOutput",
+    "count_parameters",
     "initialize",
 ]

@@ -7,9 +7,11 @@ routers would not start from the same model. Here each parameter has a generator
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from rmoe.routing.initial import Initialized, Initializer, constant, normal
 
@@ -42,13 +44,45 @@ def initialize(model: nn.Module, seed: int) -> None:
     std = model.config.initializer_range  # type: ignore[union-attr]
     for prefix, module in model.named_modules():
         rules = initializers_of(module, std)  # type: ignore[arg-type]
-        for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{prefix}.{name}" if prefix else name
-            if name not in rules:
-                raise ValueError(f"no initial value is defined for parameter {full_name}")
-            value = torch.empty(parameter.shape, dtype=torch.float32)
-            rules[name](value, keyed_generator(seed, full_name))
-            parameter.copy_(value)
+        missing = dict(module.named_parameters(recurse=False)).keys() - rules.keys()
+        if missing:
+            raise ValueError(f"no initial value is defined for {sorted(missing)} of {prefix}")
+        for name, tensor in own_tensors(module, rules):
+            value = torch.empty(tensor.shape, dtype=torch.float32)
+            rules[name](value, keyed_generator(seed, f"{prefix}.{name}" if prefix else name))
+            tensor.copy_(value)
+
+
+def own_tensors(module: nn.Module, rules: dict[str, Initializer]) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters, and frozen ones held as buffers, that have a rule."""
+    for name in rules:
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor):
+            yield name, tensor
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters of an RMoE model, frozen ones included.
+
+    Returns:
+        `total`; `non_embedding`, without the embedding and the output matrix; `router`, projectors, cells, scorers;
+        `active`, without the experts a token does not visit.
+    """
+    counts = dict.fromkeys(("total", "non_embedding", "router", "active"), 0)
+    config: Any = model.config
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, tensor in own_tensors(module, initializers_of(module, 0.02)):
+            if id(tensor) in seen:  # tied
+                continue
+            seen.add(id(tensor))
+            size, path = tensor.numel(), f"{prefix}.{name}"
+            is_expert = ".mlp.experts." in path
+            counts["total"] += size
+            counts["non_embedding"] += 0 if "embed_tokens" in path or "lm_head" in path else size
+            counts["router"] += size if ".mlp.gate." in path or "router_shared." in path else 0
+            counts["active"] += size * config.num_experts_per_tok // config.num_experts if is_expert else size
+    return counts
 
 
 def keyed_generator(seed: int, name: str) -> Generator:

@@ -20,7 +20,11 @@ _REGISTERED_BY = {"rmoe_graft": "rmoe.graft"}
 
 
 def load(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, **changes: Any
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **changes: Any,
 ) -> PreTrainedModel:
     """Load a model folder: RMoE, grafted, or any other transformers model.
 

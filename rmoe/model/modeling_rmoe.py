@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from rmoe.errors import RequestError
 from rmoe.model.configuration_rmoe import RMoEConfig
-from rmoe.model.initialize import initializers_of
+from rmoe.model.initialize import initializers_of, own_tensors
 from rmoe.model.layers import RMoEDecoderLayer, build_norm
 from rmoe.model.outputs import (
     RMoECausalLMOutputWithPast,
@@ -51,13 +51,18 @@ class RMoEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         rules = initializers_of(module, self.config.initializer_range)
-        for name, parameter in module.named_parameters(recurse=False):
-            if name in rules and not getattr(parameter, "_is_hf_initialized", False):
-                rules[name](parameter, None)
+        for name, tensor in own_tensors(module, rules):
+            if not getattr(tensor, "_is_hf_initialized", False):
+                rules[name](tensor, None)
         if isinstance(module, RMoEModel):
             module.routing_noise_key.zero_()
         elif isinstance(module, LlamaRotaryEmbedding):  # not saved, so lost when built on the meta device
             super()._init_weights(module)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers looks for the experts' decorator in the source of this file; ours is in layers.py."""
+        return True
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None

@@ -27,7 +27,9 @@ _FILES = {
 
 
 def write_auto_code(
-    folder: Path, files: Mapping[str, str] = MappingProxyType(_FILES), auto_map: Mapping[str, str] = MappingProxyType(AUTO_MAP)
+    folder: Path,
+    files: Mapping[str, str] = MappingProxyType(_FILES),
+    auto_map: Mapping[str, str] = MappingProxyType(AUTO_MAP),
 ) -> None:
     """Write the files (name -> text) beside a saved model and name their classes in its `config.json`."""
     for name, text in files.items():

@@ -61,7 +61,9 @@ def open_weights(path: Path) -> WeightFolder:
         raise RequestError("model", str(path), f"a folder with safetensors weights; this one has {held}")
     for file in files:
         if Path(file).name != file or not (path / file).is_file():
-            raise RequestError("model", str(path / file), f"a file in the folder of the {INDEX} that names it")
+            raise RequestError(
+                "model", str(path / file), f"a file in the folder of the {INDEX} that names it"
+            )
         try:
             with safe_open(path / file, framework="pt"):
                 pass
@@ -114,6 +116,10 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(f, str) for f in weight_map.values())
+    ):
         raise RequestError("model", str(path), "an index with a weight_map from tensors to files")
     return weight_map

@@ -148,10 +148,9 @@ def balance_loss(
         matrix = router.experts_matrix(shared)
         top_k = router.geometry.top_k
         view = LayerView(routing, context, counts[layer], num_experts, top_k, matrix)
-        for loss in spec.balance.losses:
+        for loss, function in router.losses:
             weight = getattr(loss, "weight", None)
-            weight = coefficient if weight is None else weight
-            total = total + weight * loss.load_implementation()(loss, view)
+            total = total + (coefficient if weight is None else weight) * function(loss, view)
         if routing.penalty is not None:
             total = total + routing.penalty
     return total / len(routings)

@@ -143,13 +143,13 @@ class ExpertChoice(Gate):
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
         probs = F.softmax(logits, -1)
-        tokens = probs.shape[0]
-        capacity = min(tokens, -(-tokens * self.top_k // self.num_experts))
-        score = probs if context.mask is None else probs.masked_fill(~context.mask[:, None], -1.0)
-        _, taken = score.topk(capacity, 0)  # [C, E] token indices
-        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(0, taken, True)
-        if context.mask is not None:
-            chosen = chosen & context.mask[:, None]
+        score, tokens = probs, torch.full((), probs.shape[0], device=probs.device)
+        if context.mask is not None:  # a pad ranks behind every real token, and capacity counts real ones
+            score, tokens = probs.masked_fill(~context.mask[:, None], -1.0), context.mask.sum()
+        capacity = (tokens * self.top_k + self.num_experts - 1) // self.num_experts
+        order = torch.argsort(score, dim=0, descending=True, stable=True)  # [T, E], best token first
+        positions = torch.arange(order.shape[0], device=order.device)[:, None].expand_as(order)
+        chosen = torch.empty_like(order).scatter(0, order, positions) < capacity
         slots = torch.arange(self.num_experts, device=logits.device).expand_as(probs)
         return Routing(logits, probs, probs * chosen, torch.where(chosen, slots, self.num_experts))
 

@@ -46,14 +46,31 @@ class ProjectionFP32(Initialized):
     Args:
         in_features, out_features, bias: as of `torch.nn.Linear`.
         weight_init: how the weight starts; a bias starts at zero.
+        frozen: hold weight and bias as buffers, which are saved but which no optimizer, no adapter and no reload
+            (transformers loads every parameter as trainable) can set in motion.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
-        self, in_features: int, out_features: int, weight_init: Initializer, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        weight_init: Initializer,
+        bias: bool = False,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        values = {
+            "weight": torch.empty(out_features, in_features),
+            "bias": torch.empty(out_features) if bias else None,
+        }
+        for name, value in values.items():
+            if frozen:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.weight_init = weight_init
 
     def initializers(self) -> dict[str, Initializer]:

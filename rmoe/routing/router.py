@@ -38,7 +38,7 @@ class SharedRouter(nn.Module):
 def build_shared(spec: RouterSpec, geometry: Geometry) -> SharedRouter | None:
     """The module the model owns for its routers; None when they share nothing."""
     shared = SharedRouter(spec, geometry)
-    return shared if any(True for _ in shared.parameters()) else None
+    return shared if shared.state_dict() else None
 
 
 def build_router(spec: RouterSpec, geometry: Geometry) -> BaseRouter:
@@ -60,6 +60,7 @@ class BaseRouter(TrainingState):
         super().__init__()
         self.spec, self.geometry = spec, geometry
         self.num_experts, self.layer_index = geometry.num_experts, geometry.layer_index
+        self.losses = [(loss, loss.load_implementation()) for loss in spec.balance.losses]  # see balance.py
 
     def route(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext

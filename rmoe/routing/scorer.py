@@ -52,7 +52,7 @@ def _linear(spec: options.Linear, geometry: Geometry, features: int) -> Projecti
         std = geometry.initializer_range
     elif std == "inverse_sqrt":
         std = features**-0.5
-    return ProjectionFP32(features, geometry.num_experts, normal(float(std)), spec.bias)
+    return ProjectionFP32(features, geometry.num_experts, normal(float(std)), spec.bias, spec.frozen)
 
 
 class Linear(Scorer):
@@ -62,8 +62,6 @@ class Linear(Scorer):
         super().__init__(geometry, features)
         self.group = None if spec.shared_layers == 1 else group_of(spec, geometry.layer_index)
         self.linear = _linear(spec, geometry, features) if self.group is None else None
-        if spec.frozen and self.linear is not None:
-            self.linear.requires_grad_(False)
 
     def _weights(self, shared: nn.Module | None) -> ProjectionFP32:
         if self.linear is not None:
@@ -89,8 +87,6 @@ class SharedLinear(nn.Module):
         super().__init__()
         count = group_of(spec, geometry.num_layers - 1) + 1
         self.groups = nn.ModuleList(_linear(spec, geometry, features) for _ in range(count))
-        if spec.frozen:
-            self.requires_grad_(False)
 
 
 class MLP(Scorer):
@@ -178,8 +174,8 @@ class Hypernetwork(Scorer):
         rows = geometry.num_experts * (features + 1)
         self.embedding = nn.Parameter(torch.empty(1, features))
         fan_in, width = features**-0.5, spec.width**-0.5
-        self.up = ProjectionFP32(features, spec.width, normal(fan_in), bias=True).requires_grad_(False)
-        self.out = ProjectionFP32(spec.width, rows, normal(width * fan_in), bias=True).requires_grad_(False)
+        self.up = ProjectionFP32(features, spec.width, normal(fan_in), bias=True, frozen=True)
+        self.out = ProjectionFP32(spec.width, rows, normal(width * fan_in), bias=True, frozen=True)
 
     def initializers(self) -> dict[str, Initializer]:
         return {"embedding": normal(1.0)}

@@ -1,0 +1,100 @@
+"""Saved and loaded: bit for bit, here and in a fresh process, with and without this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, initialize
+from tests.model.small import config, model, tokens
+
+
+@pytest.mark.parametrize("router", ["rmoe", "eda", "hash", "smoe-dropout", "random-smoe", "omni-router"])
+def test_round_trip_is_exact(tmp_path: Path, router: str) -> None:
+    net = model(router=router).eval()
+    net.update_routers(net(tokens()).router_stats, 3, 10)
+    net.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is RMoEForCausalLM
+    assert loaded.state_dict().keys() == net.state_dict().keys()
+    for name, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == [
+        n for n, _ in net.named_parameters()
+    ]
+    assert torch.equal(loaded(tokens()).logits, net(tokens()).logits)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_bfloat16_keeps_training_state_in_float32(tmp_path: Path) -> None:
+    net = model(router="smoe-bias")
+    net.routers[0].selection_bias.bias.fill_(1e-3 + 2**-20)
+    net.save_pretrained(tmp_path)
+    for low in (AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), net.to(torch.bfloat16)):
+        assert low.lm_head.weight.dtype == torch.bfloat16
+        assert low.routers[0].selection_bias.bias.dtype == torch.float32
+        assert (low.routers[0].selection_bias.bias == 1e-3 + 2**-20).all()
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+net = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(net(torch.arange(24).view(2, 12)).logits, sys.argv[2])
+print(type(net).__module__)
+"""
+
+
+def test_fresh_process(tmp_path: Path) -> None:
+    net = model().eval()
+    net.save_pretrained(tmp_path / "m")
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "m"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "rmoe.model.modeling_rmoe" in done.stdout
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(logits, net(torch.arange(24).view(2, 12)).logits)
+
+
+def test_without_the_package_the_error_says_pip_install(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "m")
+    hide = "import sys, importlib.util as u\nfind = u.find_spec\n"
+    block = (
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'rmoe': raise ModuleNotFoundError(f\"No module named '{name}'\", name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", hide + block + FRESH, str(tmp_path / "m"), "x"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "pip install rmoe" in done.stderr
+
+
+def test_config_names_the_auto_classes(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= auto_map.keys()
+
+
+def test_sequence_classification(tmp_path: Path) -> None:
+    net = RMoEForSequenceClassification(config(num_labels=4))
+    initialize(net, 0)
+    net.eval()
+    ids = tokens(3, 6)
+    labels = torch.tensor([0, 3, 1])
+    out = net(ids, labels=labels)
+    out.loss.backward()
+    assert out.logits.shape == (3, 4)
+    assert torch.equal(out.loss, out.task_loss + out.aux_loss)
+    padded, mask = torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(torch.ones_like(ids), (0, 3))
+    assert (net(padded, attention_mask=mask).logits - out.logits).abs().max() < 1e-5
+    net.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, out.logits)
