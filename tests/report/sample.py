@@ -106,6 +106,7 @@ def sample_model(name: str, seed: int, sharp: float) -> schema.ModelAnalysis:
             language_model=rng.uniform(0.01, 0.02, (3, LAYERS)).tolist(),
             balance=rng.uniform(0.001, 0.002, (3, LAYERS)).tolist(),
             language_model_cut=rng.uniform(0.005, 0.01, (3, LAYERS)).tolist(),
+            recurrent=rng.uniform(0.002, 0.004, (3, LAYERS)).tolist(),
             tokens=2048,
         ),
         coactivation=schema.Coactivation(

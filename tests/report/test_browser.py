@@ -173,7 +173,7 @@ def test_gradient_split_is_over_training(page, analysis):
         for said, values in (
             ("language model", split.language_model),
             ("balance loss", split.balance),
-            ("language model, recurrent path cut", split.language_model_cut),
+            ("recurrent path", split.recurrent),
         ):
             expected = [math.sqrt(sum(v * v for v in row)) for row in values]
             assert traces[f"{model.name}, {said}"]["y"] == pytest.approx(expected)

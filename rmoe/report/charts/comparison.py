@@ -11,15 +11,15 @@ SPLITS = {"val": "validation", "test": "test"}
 # curve -> (section, title, definition). A curve that is not named here is drawn under its own name.
 CURVES = {
     "val": ("Training", "Validation loss", "Mean loss over the whole validation split."),
-    "train_lm_loss": (
+    "train": (
         "Training",
         "Training loss",
-        "Language-model part of the loss on the batch of that step; dropout on.",
+        "Language-model part of the loss on the training batches; dropout on.",
     ),
     "aux_loss": (
         "Training",
         "Balance loss",
-        "The weighted load-balance loss, as it is added to the language-model loss.",
+        "The weighted balance losses, as they are added to the language-model loss.",
     ),
     "gate_entropy": (
         "Training",
@@ -29,7 +29,7 @@ CURVES = {
     "load_imbalance": (
         "Training",
         "Load imbalance over training",
-        "Share of the most-used expert times the number of experts, mean over layers; 1 is even.",
+        "Assignments to the busiest expert over the mean of all experts, mean over layers; 1 is even.",
     ),
     "router_grad_norm": (
         "Training",
@@ -37,12 +37,14 @@ CURVES = {
         "Euclidean norm of the gradient of all router parameters, before clipping.",
     ),
 }
+# Not drawn: the same for every router.
+LEFT_OUT = frozenset({"lr"})
 
 
 def comparison_charts(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
     """Every chart that the summary has data for."""
     charts = [*_differences(summary, looks), *_sweep(summary, looks), *_val_difference(summary, looks)]
-    names = dict.fromkeys(curve for router in summary.routers for curve in router.curves)
+    names = dict.fromkeys(c for router in summary.routers for c in router.curves if c not in LEFT_OUT)
     for curve in sorted(names, key=lambda name: list(CURVES).index(name) if name in CURVES else len(CURVES)):
         charts += _curve(summary, curve, looks)
     return charts

@@ -12,49 +12,53 @@ from rmoe.report.charts.shared import line, token_count
 SECTION = "Gradients and phases"
 
 
+# Part of the loss -> (how it is said, dash, whether it is drawn; the CSV has all).
+_PARTS = {
+    "language_model": ("language model", "solid", True),
+    "balance": ("balance loss", "dash", True),
+    "recurrent": ("recurrent path", "dot", True),
+    "language_model_cut": ("language model, recurrent path cut", "dashdot", False),
+}
+
+
 def gradient_split(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
     """Over training where several steps were measured, else over layers."""
     having = [(m.name, m.gradient_split) for m in models if m.gradient_split]
     if not having:
         return []
-    parts = (
-        ("language_model", "language model", "solid"),
-        ("balance", "balance loss", "dash"),
-        ("language_model_cut", "language model, recurrent path cut", "dot"),
-    )
     over_steps = any(len(split.step) > 1 for _, split in having)
-    data, rows = [], [["model", "part", "step", "layer", "gradient norm"]]
+    data: list[dict] = []
+    rows: list[list] = [["model", "part", "step", "layer", "gradient norm"]]
     for index, (name, split) in enumerate(having):
-        for field, said, dash in parts:
+        for field, (said, dash, is_drawn) in _PARTS.items():
             values: Matrix | None = getattr(split, field)
             if values is None:
                 continue
-            if over_steps:
-                x, y = split.step, [math.sqrt(sum(v * v for v in row)) for row in values]
-            else:
-                x, y = list(range(len(values[0]))), values[0]
-            data.append(line(f"{name}, {said}", x, y, Style(looks[name].colour, dash), index))
             rows += [
-                [name, said, str(step), str(layer), str(value)]
+                [name, said, step, layer, value]
                 for step, row in zip(split.step, values, strict=True)
                 for layer, value in enumerate(row)
             ]
-    layers = max(len(split.language_model[0]) for _, split in having)
+            if is_drawn and any(v > 0 for row in values for v in row):  # a zero has no place on a log axis
+                x = split.step if over_steps else list(range(len(values[0])))
+                y = [math.sqrt(sum(v * v for v in row)) for row in values] if over_steps else values[0]
+                data.append(line(f"{name}, {said}", x, y, Style(looks[name].colour, dash), index))
     return [
         Chart(
             id="gradient-split",
             section=SECTION,
             title="What pulls on the router",
-            definition="Gradient norm of the router's parameters from one part of the loss alone (Table 11): "
-            "language model, balance "
-            "loss, and language model with the path through earlier layers' router states cut; the distance "
-            "between the first and the last is what the recurrent path carries."
+            definition="Gradient norm of the router's parameters from one part of the loss alone (Table 11): language "
+            "model, balance loss, and of the language model's the part that comes back through later layers' router "
+            "states: its gradient minus the gradient with that path cut."
             + (" Root of the sum of squares over layers." if over_steps else ""),
             unit="gradient norm",
-            sample=token_count([split.tokens for _, split in having]) + " a batch",
+            sample=token_count([split.tokens for _, split in having]) + " a measurement",
             data=data,
             layout={
-                "xaxis": axis("optimizer step") if over_steps else layer_axis(layers),
+                "xaxis": axis("optimizer step")
+                if over_steps
+                else layer_axis(max(len(split.language_model[0]) for _, split in having)),
                 "yaxis": axis("gradient norm", type="log", exponentformat="power"),
             },
             rows=rows,
