@@ -15,16 +15,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-all check lint format bench torture clean
+.PHONY: help install demo test test-all check lint format clean
 
 help:
-	@echo "make demo      train and compare three routers on two seeds (about 6 minutes on two cores)"
+	@echo "make demo      train and compare three routers on two seeds (at most 6 minutes on two cores)"
 	@echo "make test      the quick tests and doctests"
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make check     lint, formatting, types, security, then the quick tests (what CI runs)"
 	@echo "make format    rewrite the code as the formatter wants it"
-	@echo "make bench     every registered benchmark"
-	@echo "make torture   kill runs at random and see that resume is bit-exact"
 	@echo "make clean     remove .venv and the tools' caches"
 
 # --- installation: a stamp per set of extras, renewed when pyproject.toml changes ---------------------------------
@@ -65,12 +63,6 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks
-
-torture: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m torture tests
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
