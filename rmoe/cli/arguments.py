@@ -80,7 +80,7 @@ def _parameters(run: Verb, argv: Sequence[str]) -> list[inspect.Parameter]:
     if hasattr(config_type, "from_preset"):
         allowed = ", ".join(config_type.preset_names())
         option = Annotated[str, tyro.conf.arg(help=f"Configuration the other options override: {allowed}.")]
-        default = parameters["config"].default.preset
+        default = config_type.preset
         parameters = {
             "preset": inspect.Parameter(
                 "preset", inspect.Parameter.KEYWORD_ONLY, annotation=option, default=default
@@ -98,6 +98,12 @@ def _defaults(config_type: Any, argv: Sequence[str], preset: str) -> Any:
         if running is not None:
             return running
     return config_type.from_preset(asked or preset)
+
+
+def _in_full(token: str) -> str:
+    """`--data=x` -> `--data.path=x`; what is no alias stays."""
+    option, separator, value = token.partition("=")
+    return _ALIASES.get(option, option) + separator + value
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:

@@ -5,8 +5,8 @@ Nothing here imports torch; a verb's module is imported only when that verb is a
 
 To add a verb: write `rmoe/cli/<verb>.py` with a typed function `run(...)` (its docstring is the help text, its
 return value the exit status, None meaning 0) and add one line to `VERBS`. `tyro.conf.Positional[Path]` makes a
-parameter positional; a parameter `config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()` gives the
-verb all options of a run and `--preset NAME`.
+parameter positional; a parameter `config: Annotated[RunConfig, tyro.conf.arg(name="")]` gives the verb all options
+of a run and `--preset NAME`.
 """
 
 from __future__ import annotations

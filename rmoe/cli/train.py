@@ -14,11 +14,12 @@ from rmoe.training.config import RunConfig
 def run(
     *,
     out: Path,
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),
+    config: Annotated[RunConfig, tyro.conf.arg(name="")],
     resume: bool = False,
 ) -> None:
     """Train one model; writes config.json, metrics.jsonl, checkpoints/, model/ and result.json into --out.
 
+    --data PATH and --seed N are short for --data.path and --training.seed.
     SIGTERM or Ctrl-C saves a checkpoint, stops, and exits with 0: --resume goes on from there.
 
     Args:

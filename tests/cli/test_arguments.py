@@ -41,7 +41,7 @@ class Config:
 seen: list[object] = []
 
 
-def run(out: str, config: Annotated[Config, tyro.conf.arg(name="")] = Config(), again: bool = False) -> int:
+def run(*, out: str, config: Annotated[Config, tyro.conf.arg(name="")], again: bool = False) -> int:
     """Do it.
 
     Args:
