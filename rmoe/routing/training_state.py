@@ -73,7 +73,7 @@ class Temperature(TrainingState):
         self.register_buffer("log_value", torch.tensor(math.log(spec.start), dtype=torch.float32))
 
     def forward(self, logits: Tensor) -> Tensor:
-        return logits * torch.exp(-self.log_value).to(logits.dtype)
+        return logits * torch.exp(-self.log_value.to(logits.dtype))
 
     @torch.no_grad()
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:

@@ -73,7 +73,7 @@ def test_the_router_is_stored_resolved() -> None:
 
 
 def test_equal_names_start_equal() -> None:
-    """Every parameter of the same name and shape is the same for every pair of routers; another seed is another model."""
+    """Every parameter of the same name and shape is the same for every two routers, and differs by seed."""
     first, second, other = (RMoEForCausalLM(config(router=r)) for r in ("smoe", "rmoe", "smoe"))
     initialize(first, 7)
     initialize(second, 7)

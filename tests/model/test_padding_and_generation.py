@@ -93,7 +93,7 @@ def test_left_padding_generates_what_single_prompts_do() -> None:
 
 
 def test_expert_choice_does_not_generate() -> None:
-    with pytest.raises(RequestError, match="gate.kind is 'expert_choice'"):
+    with pytest.raises(RequestError, match=r"gate\.kind is 'expert_choice'"):
         model(router="expert-choice").generate(tokens(1, 4), max_new_tokens=2)
 
 

@@ -48,7 +48,7 @@ def naive_stack(stack: Stack, spec: RouterSpec, x: torch.Tensor) -> tuple[torch.
     shared = dict(stack.named_parameters())
     states: list = [None] * x.shape[0]
     stream, losses = list(x), []
-    for i, block in enumerate(stack.blocks):
+    for block in stack.blocks:
         own = dict(block.named_parameters())
         shared_projector = "router_shared.recurrence.projector.weight"
         params = {
@@ -66,7 +66,7 @@ def naive_stack(stack: Stack, spec: RouterSpec, x: torch.Tensor) -> tuple[torch.
             down = own["experts.down_proj"]
             outs = [
                 w * naive.expert(token, first[n], down[n], stack.config.mlp_gated)
-                for n, w in zip(chosen, weights)
+                for n, w in zip(chosen, weights, strict=True)
             ]
             stream[t] = token + sum(outs)
             all_logits.append(logits)

@@ -1,0 +1,288 @@
+"""Every router of the zoo written down plainly, token by token, from its definition; outside training.
+
+Reads a router's spec and its tensors by name; shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import naive
+
+Tensors = dict[str, Tensor]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).mean() + 1e-5) * weight
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).sum())
+
+
+class NaiveLayer:
+    """One layer's router. `own` are its tensors, `shared` the model's, both by dotted name."""
+
+    def __init__(
+        self, spec: dict, own: Tensors, shared: Tensors, layer: int, experts: int, top_k: int
+    ) -> None:
+        self.spec, self.own, self.shared = spec, own, shared
+        self.layer, self.experts, self.top_k = layer, experts, top_k
+
+    # ---- stage 1
+    def features(
+        self, x: Tensor, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        r = self.spec["recurrence"]
+        if r["kind"] == "none":
+            return x, None
+        table, at = (self.shared, "") if r["projector"] == "shared" else (self.own, "")
+        projected = table[at + "recurrence.projector.weight"] @ x
+        if r["projector_bias"]:
+            projected = projected + table[at + "recurrence.projector.bias"]
+        if r["carry"] == "zero" or self.layer == 0:
+            state = None
+        elif r["carry"] == "detached" and state is not None:
+            state = tuple(s.detach() for s in state)
+        if r["cell"] == "identity":
+            new: tuple[Tensor, ...] = (projected,)
+        elif r["cell"] == "decay":
+            new = (projected if state is None else projected + self.own["recurrence.cell.scale"] * state[0],)
+        else:
+            cell = {
+                n: self.shared[f"recurrence.cell.{n}"]
+                for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            }
+            zero = torch.zeros_like(projected)
+            start = (zero, zero) if r["cell"] == "lstm" else (zero,)
+            new = naive.cell_step(r["cell"], cell, projected, start if state is None else state)
+        out = rms(new[0], self.own["recurrence.norm.weight"]) if r["normalize"] else new[0]
+        return torch.cat((x, out)) if r["concat_hidden"] else out, new
+
+    # ---- stage 2
+    def score(self, f: Tensor) -> Tensor:
+        s, own = self.spec["scorer"], self.own
+        if s["kind"] == "linear":
+            if s["shared_layers"] == 1:
+                return own["scorer.linear.weight"] @ f
+            group = 0 if s["shared_layers"] == 0 else self.layer // s["shared_layers"]
+            return self.shared[f"scorer.groups.{group}.weight"] @ f
+        if s["kind"] == "mlp":
+            return own["scorer.out.weight"] @ gelu(own["scorer.up.weight"] @ f + own["scorer.up.bias"])
+        if s["kind"] == "cosine":
+            if s["width"]:
+                f = own["scorer.projection.weight"] @ f
+                f = f + own["scorer.projection.bias"] if s["projection_bias"] else f
+            f = unit(f) if s["normalize_tokens"] else f
+            scale = torch.exp(own["scorer.log_inverse_temperature"].clamp(max=math.log(100)))
+            return torch.stack([scale * (f @ unit(e)) for e in own["scorer.embeddings"]])
+        if s["kind"] == "half_cosine":
+            return torch.stack([f @ unit(c) for c in own["scorer.centroids"]])
+        if s["kind"] == "hypernetwork":
+            inner = torch.relu(own["scorer.up.weight"] @ own["scorer.embedding"][0] + own["scorer.up.bias"])
+            rows = (own["scorer.out.weight"] @ inner + own["scorer.out.bias"]).view(self.experts, -1)
+            return torch.stack([row[:-1] @ f + row[-1] for row in rows])
+        assert s["kind"] == "eda_head"
+        f = rms(f, own["scorer.norm.weight"])
+        f = gelu(own["scorer.fc1.weight"] @ f + own["scorer.fc1.bias"])
+        f = gelu(own["scorer.fc2.weight"] @ f + own["scorer.fc2.bias"])
+        return own["scorer.out.weight"] @ f
+
+    # ---- stage 3: dense weights [E], probabilities, and the chosen experts
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        gate = self.spec["gate"]
+        bias = self.own.get("selection_bias.bias", torch.zeros(len(logits), dtype=logits.dtype))
+        if gate["kind"] == "sigmoid":
+            return self._sigmoid(logits, bias, gate)
+        if gate["kind"] == "relu":
+            weights = torch.relu(logits)
+            return (
+                weights,
+                weights / weights.sum().clamp(min=1e-300),
+                [n for n in range(self.experts) if weights[n] > 0],
+            )
+        if gate["kind"] == "sparsemixer":
+            return self._sparsemixer(logits, gate["jitter"])
+        probs = naive.softmax(logits)
+        k = self.top_k if gate.get("start_k") is None else int(self.own["gate.current_k"])
+        ranked = sorted(range(len(logits)), key=lambda n: -float(probs[n] + bias[n]))[:k]
+        raw = naive.softmax(logits[ranked]) if gate.get("order") == "topk_softmax" else probs[ranked]
+        kept = [(n, w) for n, w in zip(ranked, raw, strict=True) if n < self.experts]
+        if gate.get("renormalize", True) and kept:
+            total = sum(w for _, w in kept)
+            kept = [(n, w / total) for n, w in kept]
+        return self._dense(kept, logits), probs, [n for n, _ in kept]
+
+    def _dense(self, kept: list[tuple[int, Any]], like: Tensor) -> Tensor:
+        dense = [like.new_zeros(())] * self.experts
+        for n, w in kept:
+            dense[n] = dense[n] + w
+        return torch.stack(dense)
+
+    def _sigmoid(self, logits: Tensor, bias: Tensor, gate: dict) -> tuple[Tensor, Tensor, list[int]]:
+        scores = 1 / (1 + torch.exp(-logits))
+        choice = [float(s + b) for s, b in zip(scores, bias, strict=True)]
+        size = self.experts // gate["groups"]
+        groups = [list(range(g * size, (g + 1) * size)) for g in range(gate["groups"])]
+        if gate["groups"] > 1:
+            groups.sort(key=lambda members: -sum(sorted(choice[n] for n in members)[-2:]))
+        allowed = [n for members in groups[: gate["top_groups"]] for n in members]
+        chosen = sorted(allowed, key=lambda n: -choice[n])[: self.top_k]
+        total = sum(scores[n] for n in chosen)
+        kept = [(n, scores[n] / total * gate["scale"]) for n in chosen]
+        return self._dense(kept, logits), scores / scores.sum(), chosen
+
+    def _sparsemixer(self, logits: Tensor, jitter: float) -> tuple[Tensor, Tensor, list[int]]:
+        kept, left = [], list(range(self.experts))
+        for _ in range(2):
+            best = max(left, key=lambda n: float(logits[n]))
+            top = float(logits[best])
+            near = [
+                n for n in left if (top - float(logits[n])) / max(abs(float(logits[n])), top) <= 2 * jitter
+            ]
+            kept.append((best, naive.softmax(logits[near])[near.index(best)]))
+            left.remove(best)
+        return self._dense(kept, logits), naive.softmax(logits), [n for n, _ in kept]
+
+
+def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: int) -> dict[str, Any]:
+    """All layers for all tokens: per layer logits `[T, C]`, dense weights `[T, E]`, probs, chosen; and the loss."""
+    spec = layers[0].spec
+    result: dict[str, Any] = {"logits": [], "weights": [], "probs": [], "chosen": []}
+    tokens = len(ids)
+    states: list[Any] = [None] * tokens
+    below: list[Any] = [None] * tokens
+    loss = inputs[0].new_zeros(())
+    for layer, x in zip(layers, inputs, strict=True):
+        rows: dict[str, list] = {"logits": [], "weights": [], "probs": [], "chosen": []}
+        for t in range(tokens):
+            logits, weights, probs, chosen = _token(layer, x[t], ids[t], states, below, t)
+            for name, value in (
+                ("logits", logits),
+                ("weights", weights),
+                ("probs", probs),
+                ("chosen", chosen),
+            ):
+                rows[name].append(value)
+        if spec["gate"] and spec["gate"]["kind"] == "expert_choice":
+            _expert_choice(layer, rows, tokens)
+        loss = loss + _losses(
+            layer, rows, batch
+        )  # the losses see what was chosen, before anything is dropped
+        if spec["balance"]["capacity_factor"] is not None:
+            _drop(layer, rows, spec["balance"]["capacity_factor"])
+        for name in ("logits", "weights", "probs"):
+            result[name].append(torch.stack(rows[name]))
+        result["chosen"].append(rows["chosen"])
+    result["loss"] = loss / len(layers)
+    return result
+
+
+def _token(layer: NaiveLayer, x: Tensor, token: int, states: list, below: list, t: int) -> tuple:
+    kind, own = layer.spec["router"]["kind"], layer.own
+    if kind == "hash":
+        chosen = [int(n) for n in own["table"][token]]
+        logits = x.new_full((layer.experts,), -1e4)
+        logits[chosen] = 0.0
+        kept = [(n, x.new_tensor(1 / len(chosen))) for n in chosen]
+        return logits, layer._dense(kept, x), naive.softmax(logits), chosen
+    if kind == "stable":
+        logits = own["centroids"] @ x
+        best = int(logits.argmax())
+        strength = 1 / (1 + torch.exp(-logits[best]))
+        return logits, layer._dense([(best, strength)], x), naive.softmax(logits), [best]
+    features, states[t] = layer.features(x, states[t])
+    logits = layer.score(features)
+    if kind == "residual_scores":
+        raw = logits
+        if below[t] is not None:
+            previous = below[t].detach() if layer.spec["router"]["detach"] else below[t]
+            logits = logits + layer.spec["router"]["scale"] * previous
+        below[t] = raw
+    temperature = (
+        torch.exp(own["temperature.log_value"].to(x.dtype)) if "temperature.log_value" in own else 1.0
+    )
+    if layer.spec["gate"]["kind"] == "expert_choice":
+        probs = naive.softmax(logits / temperature)
+        return logits, probs, probs, []
+    weights, probs, chosen = layer.choose(logits / temperature)
+    return logits, weights, probs, chosen
+
+
+def _expert_choice(layer: NaiveLayer, rows: dict[str, list], tokens: int) -> None:
+    capacity = math.ceil(tokens * layer.top_k / layer.experts)
+    rows["chosen"] = [[] for _ in range(tokens)]
+    keep = torch.zeros(tokens, layer.experts, dtype=rows["weights"][0].dtype)
+    for n in range(layer.experts):
+        for t in sorted(range(tokens), key=lambda t: -float(rows["probs"][t][n]))[:capacity]:
+            rows["chosen"][t].append(n)
+            keep[t, n] = 1
+    rows["weights"] = [w * keep[t] for t, w in enumerate(rows["weights"])]
+
+
+def _drop(layer: NaiveLayer, rows: dict[str, list], factor: float) -> None:
+    capacity = math.ceil(factor * len(rows["chosen"]) * layer.top_k / layer.experts)
+    taken = [0] * layer.experts
+    for t, chosen in enumerate(rows["chosen"]):
+        keep = torch.ones(layer.experts, dtype=rows["weights"][t].dtype)
+        for n in chosen:
+            keep[n] = 1.0 if taken[n] < capacity else 0.0
+            taken[n] += 1
+        rows["weights"][t] = rows["weights"][t] * keep
+
+
+def _product(probs: list[Tensor], chosen: list[list[int]], experts: int) -> Tensor:
+    total = max(sum(len(c) for c in chosen), 1)
+    return sum(  # type: ignore[return-value]
+        experts * sum(c.count(n) for c in chosen) / total * sum(p[n] for p in probs) / len(probs)
+        for n in range(experts)
+    )
+
+
+def _losses(layer: NaiveLayer, rows: dict[str, list], batch: int) -> Any:
+    loss: Any = 0.0
+    tokens, experts = len(rows["logits"]), layer.experts
+    for spec in layer.spec["balance"]["losses"]:
+        weight = 0.01 if spec["weight"] is None else spec["weight"]
+        kind = spec["kind"]
+        if kind == "load_balance":
+            value = _product(rows["probs"], rows["chosen"], experts)
+        elif kind == "z":
+            value = sum(torch.log(torch.exp(logits).sum()) ** 2 for logits in rows["logits"]) / tokens
+        elif kind == "sequence_balance":
+            length = tokens // batch
+            parts = [slice(b * length, (b + 1) * length) for b in range(batch)]
+            value = sum(_product(rows["probs"][s], rows["chosen"][s], experts) for s in parts) / batch
+        elif kind == "mutual_information":
+            mean = sum(rows["probs"]) / tokens
+            conditional = sum(-(p * torch.log(p)).sum() for p in rows["probs"]) / tokens
+            value = conditional + (mean * torch.log(mean)).sum()
+        else:
+            assert kind == "similarity_preserving"
+            matrix = layer.own["scorer.linear.weight"]
+            pairs = [(a, b) for a in range(experts) for b in range(experts)]
+            value = sum((matrix[a] @ matrix[b] - float(a == b)).abs() for a, b in pairs) / experts**2
+        loss = loss + weight * value
+    return loss + _penalty(layer, rows)
+
+
+def _penalty(layer: NaiveLayer, rows: dict[str, list]) -> Any:
+    tokens, experts = len(rows["logits"]), layer.experts
+    if layer.spec["gate"] and layer.spec["gate"]["kind"] == "relu":
+        weight = layer.own["gate.l1_weight"].to(rows["logits"][0].dtype)
+        total: Any = 0.0
+        for n in range(experts):
+            share = sum(n in c for c in rows["chosen"]) / tokens * experts / layer.top_k
+            total = total + share * sum(w[n] for w in rows["weights"]) / tokens
+        return weight * total
+    if layer.spec["router"]["kind"] == "stable":
+        return layer.penalty(rows)  # type: ignore[attr-defined]
+    return 0.0
