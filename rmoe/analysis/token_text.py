@@ -35,8 +35,8 @@ class TokenText:
             return text
         piece = self.tokenizer.convert_ids_to_tokens(token_id)
         if fallback := _FALLBACK_BYTE.fullmatch(piece):  # sentencepiece's byte tokens
-            return f"\\x{fallback[1].upper()}"
+            return f"\\x{fallback[1].lower()}"
         if all(character in _BYTE_OF_CHARACTER for character in piece):  # byte-level BPE
             raw = bytes(_BYTE_OF_CHARACTER[character] for character in piece)
-            return raw.decode("utf-8", errors="backslashreplace").replace(_REPLACEMENT, "\\xEF\\xBF\\xBD")
+            return raw.decode("utf-8", errors="backslashreplace")
         return text

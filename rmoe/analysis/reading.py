@@ -1,0 +1,110 @@
+"""The text a model is analysed on: its own tokenizer, whole blocks, and how its tokens are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rmoe.analysis.token_text import TokenText
+from rmoe.data import DataConfig, prepare
+from rmoe.errors import RequestError
+from rmoe.report.analysis_schema import Text
+
+Part = Literal["whole", "train", "valid", "test"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+_MAX_BYTES_PER_TOKEN = 16  # of text read per token wanted: a tokenizer that needs more gives fewer tokens
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One text as one model reads it.
+
+    Attributes:
+        blocks: [N, S] token ids, consecutive text.
+        text: name, hash and number of tokens, for the file.
+        token_text: how an id is shown.
+        note: what was decided for the reader, None if nothing.
+    """
+
+    blocks: np.ndarray
+    text: Text
+    token_text: Callable[[int], str]
+    note: str | None
+
+
+def choose_tokenizer(model: str, vocab_size: int) -> tuple[str, str | None]:
+    """The tokenizer saved with a model; bytes for a folder without one. It is never guessed from the model's type.
+
+    Args:
+        model: a folder, or an id of the Hub.
+        vocab_size: rows of the model's embedding.
+
+    Returns:
+        What `DataConfig.tokenizer` takes, and a note when bytes were chosen.
+
+    Raises:
+        RequestError: a folder without tokenizer files whose model cannot read bytes.
+    """
+    folder = Path(model)
+    if not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES):
+        return model, None
+    if vocab_size < 256:
+        allowed = f"a folder with tokenizer files, or a vocabulary of at least 256 read as bytes (it has {vocab_size})"
+        raise RequestError("MODEL", model, allowed)
+    return "bytes", f"{folder.name} has no tokenizer files: the text is read as bytes"
+
+
+def read_text(
+    model: str, vocab_size: int, data: str | None, part: Part | None, tokens: int, sequence_length: int
+) -> Reading:
+    """Read the first `tokens` tokens of a text, cut to whole blocks, with the model's tokenizer.
+
+    Args:
+        model: a folder, or an id of the Hub.
+        vocab_size: rows of the model's embedding.
+        data: as `DataConfig.path`; None is the Python standard library's source.
+        part: which split; None is all of a text that was named, and the test split of the standard library.
+        tokens: at most so many.
+        sequence_length: S.
+
+    Raises:
+        RequestError: no tokenizer, one that does not fit the model, or a text shorter than a block.
+    """
+    if tokens < sequence_length:
+        raise RequestError("--tokens", tokens, f"at least one block, --sequence-length ({sequence_length})")
+    tokenizer, note = choose_tokenizer(model, vocab_size)
+    part = part or ("whole" if data is not None else "test")
+    whole = part == "whole"
+    corpus = prepare(
+        DataConfig(
+            path=data,
+            tokenizer=tokenizer,
+            split="whole" if whole else "auto",
+            max_bytes=tokens * _MAX_BYTES_PER_TOKEN if whole else None,
+        ),
+        sequence_length,
+    )
+    ids = corpus.blocks("test" if part == "whole" else part).tokens
+    count = min(len(ids), tokens) // sequence_length
+    blocks = np.array(ids[: count * sequence_length]).reshape(count, sequence_length)
+    needed = 256 if corpus.manifest.tokenizer.name == "bytes" else corpus.manifest.tokenizer.vocab_size
+    if needed > vocab_size:
+        allowed = f"one with at most as many entries as the model's vocabulary ({vocab_size})"
+        raise RequestError("tokenizer", f"{tokenizer} with {needed} entries", allowed)
+    source = corpus.manifest.source
+    text = Text(name=source.name, sha256=source.sha256, tokens=blocks.size)
+    return Reading(blocks, text, TokenText(corpus.tokenizer), note)

@@ -1,0 +1,63 @@
+"""`rmoe analyze`: measure the routing of a model, ours or any Hugging Face MoE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from rmoe.errors import RequestError
+
+
+def run(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    *,
+    out: Path,
+    data: str | None = None,
+    compare_with: str | None = None,
+    tokens: int = 131_072,
+    sequence_length: int | None = None,
+    split: Literal["whole", "train", "valid", "test"] | None = None,
+    batch_size: int = 8,
+    gradient_tokens: int = 4096,
+    explored_tokens: int = 256,
+    device: str | None = None,
+    single_file: bool = False,
+) -> None:
+    """Measure the routing of a model, ours or any Hugging Face MoE.
+
+    Args:
+        model: a model folder, a run folder, or a model of the Hugging Face Hub.
+        out: where analysis.json and report/index.html are written.
+        data: a text, as for training; default the test split of the Python standard library's source.
+        compare_with: a second model, shown beside the first; with equal tokenizer, layers and experts also how
+            much of each token's routing the two share.
+        tokens: at most so many tokens of the text, from its start.
+        sequence_length: tokens per block; default 512, or the model's longest if that is less.
+        split: which part of the text; default all of it.
+        batch_size: blocks per forward pass.
+        gradient_tokens: tokens for the router's gradient split; 0 leaves it out.
+        explored_tokens: tokens kept for the token explorer.
+        device: as torch names it; default a GPU if there is one.
+        single_file: put the plotting library inside the page, so that it can be sent alone.
+    """
+    from transformers.utils import logging
+
+    from rmoe.analysis.analyze import AnalysisOptions
+    from rmoe.analysis.command import analyze_folders
+    from rmoe.report.analysis_schema import write_analysis
+    from rmoe.report.page import write_report
+
+    if out.exists() and not out.is_dir():
+        raise RequestError("--out", str(out), "a folder")
+    logging.disable_progress_bar()  # an error is to be the one line on stderr
+    options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
+    models = [model] if compare_with is None else [model, compare_with]
+    analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)
+    for note in analysis.notes:
+        print(note)
+    out.mkdir(parents=True, exist_ok=True)
+    write_analysis(out / "analysis.json", analysis)
+    page = write_report(out / "report", None, analysis, single_file)
+    print(f"{out / 'analysis.json'}, {page}: {analysis.text.tokens:,} tokens of {analysis.text.name}")
