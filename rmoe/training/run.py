@@ -87,8 +87,8 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             raise RequestError("data.split", config.data.split, f"a rule that gives a {split} split")
     architecture = model_config(config, corpus.vocab_size)
     with ExitStack() as stack:
-        threads = stack.enter_context(_torch_settings(config))
-        place = _place(config)
+        threads = stack.enter_context(torch_settings(config))
+        place = place_of(config)
         record = RunRecord(
             config=config.to_dict(),
             router_spec=architecture.router_spec.to_dict(),
@@ -124,7 +124,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def _torch_settings(config: RunConfig) -> Iterator[int]:
+def torch_settings(config: RunConfig) -> Iterator[int]:
     """Threads and determinism for this run, put back afterwards; yields the number of threads."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -140,7 +140,7 @@ def _torch_settings(config: RunConfig) -> Iterator[int]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-class _Place(msgspec.Struct, frozen=True):
+class Place(msgspec.Struct, frozen=True):
     """Where and how precisely to compute."""
 
     cpu: bool
@@ -149,7 +149,7 @@ class _Place(msgspec.Struct, frozen=True):
     rank: int
 
 
-def _place(config: RunConfig) -> _Place:
+def place_of(config: RunConfig) -> Place:
     """Resolve device and precision.
 
     Raises:
@@ -176,7 +176,7 @@ def _place(config: RunConfig) -> _Place:
         raise RequestError(
             "training.micro_batch_size", training.micro_batch_size, f"a divisor of {share}, a process's share"
         )
-    return _Place(cpu, bf16, world_size, state.process_index)
+    return Place(cpu, bf16, world_size, state.process_index)
 
 
 def _sizes(architecture: RMoEConfig) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _run(
     corpus: Corpus,
     architecture: RMoEConfig,
     record: RunRecord,
-    place: _Place,
+    place: Place,
     resume: bool,
     progress: bool,
 ) -> RunResult:
@@ -254,7 +254,7 @@ def _run(
     reports = [ProgressReport(corpus.unit)] if progress else []
     trainer = RMoETrainer(
         model,
-        _arguments(config, out, place),
+        training_arguments(config, out, place),
         train_dataset=corpus.train,
         eval_dataset=corpus.valid,
         store=store,
@@ -315,7 +315,7 @@ def _run(
     return read_result(out)
 
 
-def _arguments(config: RunConfig, out: Path, place: _Place) -> TrainingArguments:
+def training_arguments(config: RunConfig, out: Path, place: Place) -> TrainingArguments:
     training = config.training
     micro = training.micro_batch_size or training.batch_size // place.world_size
     schedule = {
