@@ -95,10 +95,9 @@ def model_config(config: RunConfig, vocab_size: int) -> RMoEConfig:
     Raises:
         RequestError: sizes or router that cannot work, naming the field.
     """
-    # Generation may go on beyond the training length; rotary embeddings need no table of a fixed size.
     return RMoEConfig(
         vocab_size=vocab_size,
-        max_position_embeddings=max(4096, config.training.sequence_length),
+        max_position_embeddings=config.training.sequence_length,  # what it has learned; longer may work
         router=router_spec(config).to_dict(),
         **dataclasses.asdict(config.model),
     )

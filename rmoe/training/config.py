@@ -156,7 +156,7 @@ class LoggingConfig:
         every: steps between rows of `metrics.jsonl`.
         evaluate_every: steps between evaluations on the validation split; None is a tenth of the run.
         evaluate_blocks: blocks of the validation split used while training; None is the whole split.
-            The finished model is always judged on the whole split.
+        final_blocks: the same for the finished model's figures on the validation and test splits.
         test: judge the finished model on the test split too.
         report_to: also log through these, by transformers' names: tensorboard, trackio, wandb, mlflow.
     """
@@ -164,11 +164,12 @@ class LoggingConfig:
     every: int = 10
     evaluate_every: int | None = None
     evaluate_blocks: int | None = None
+    final_blocks: int | None = None
     test: bool = True
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("every", "evaluate_every", "evaluate_blocks"):
+        for name in ("every", "evaluate_every", "evaluate_blocks", "final_blocks"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"logging.{name}", value, "1 or more")
 
@@ -178,7 +179,7 @@ class CheckpointConfig:
     """When checkpoints are written and how many stay.
 
     Attributes:
-        every: steps between checkpoints; None is a tenth of the run. At least ten are written in a run.
+        every: steps between checkpoints, at most; a run writes at least ten, so None is a tenth of it.
         keep: how many of the newest valid ones stay.
     """
 
@@ -211,16 +212,11 @@ class RunConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     preset: Annotated[str, tyro.conf.Suppress] = "quick"
 
-    def __post_init__(self) -> None:
-        tenth = max(1, self.training.max_steps // 10)
-        every = self.checkpoints.every
-        allowed = f"1 to {tenth}, so that a run of {self.training.max_steps} steps writes at least ten"
-        require(every is None or every <= tenth, "checkpoints.every", every, allowed)
-
     @property
     def checkpoint_interval(self) -> int:
         """Steps between checkpoints."""
-        return self.checkpoints.every or max(1, self.training.max_steps // 10)
+        tenth = max(1, self.training.max_steps // 10)
+        return min(self.checkpoints.every or tenth, tenth)
 
     @property
     def evaluation_interval(self) -> int:
@@ -263,6 +259,17 @@ class RunConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise RequestError("--preset", name, f"TOML ({error})") from None
         return cls.from_dict({**data, "preset": name})
+
+    @classmethod
+    def from_run(cls, folder: Path) -> RunConfig | None:
+        """The configuration of the run in a folder; None where there is no run.
+
+        Raises:
+            RequestError: its `config.json` is not one of a run.
+        """
+        from rmoe.training.run_folder import CONFIG, read_run
+
+        return cls.from_dict(read_run(folder).config) if (folder / CONFIG).is_file() else None
 
     def with_setting(self, name: str, value: object) -> RunConfig:
         """This configuration with one setting changed.

@@ -44,10 +44,11 @@ class Evaluation:
         return self.nats / self.targets
 
 
-def context_of(blocks: BlockDataset) -> str:
-    """What a target is predicted from, in words."""
+def context_of(blocks: BlockDataset, limit: int | None = None) -> str:
+    """What a target is predicted from, and how much of the split is judged, in words."""
     length, overlap = blocks.sequence_length, blocks.sequence_length - blocks.stride
-    return f"{overlap} to {length - 1} tokens before it, in blocks of {length} that share {overlap}"
+    part = "" if limit is None or limit >= len(blocks) else f"; the first {limit} of {len(blocks)} blocks"
+    return f"{overlap} to {length - 1} tokens before it, in blocks of {length} that share {overlap}{part}"
 
 
 def evaluate(
@@ -86,7 +87,7 @@ def evaluate(
         sums = torch.tensor([float(nats), float(targets)], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
         nats, targets = sums[0], int(sums[1])
-    return Evaluation(float(nats), targets, context_of(blocks))
+    return Evaluation(float(nats), targets, context_of(blocks, limit))
 
 
 def summarize_routing(

@@ -30,7 +30,7 @@ from rmoe.training.build import build_model, count_parameters, load_plugins, mod
 from rmoe.training.checkpoint import CheckpointStore, sync
 from rmoe.training.config import RunConfig
 from rmoe.training.environment import hardware, versions
-from rmoe.training.evaluation import Evaluation, context_of, evaluate, summarize_routing
+from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
 from rmoe.training.metrics import MetricsLog, Row, read_metrics
 from rmoe.training.progress import ProgressReport
 from rmoe.training.result import RunResult
@@ -46,6 +46,7 @@ MAY_DIFFER = frozenset(
         "training.micro_batch_size",  # with the number of devices: the batch of a step stays what it was
         "training.max_skipped_batches",
         "checkpoints.keep",
+        "logging.final_blocks",
         "logging.test",
         "logging.report_to",
     }
@@ -280,8 +281,8 @@ def _run(
             report.close()
     _raise_unless_finished(trainer, store)
 
-    valid = _final(trainer, config, judge_on("valid"))
-    test = judge_on("test")(trainer.model) if config.logging.test else None
+    valid = _final(trainer, config, judge_on("valid", config.logging.final_blocks))
+    test = judge_on("test", config.logging.final_blocks)(trainer.model) if config.logging.test else None
     routing = summarize_routing(trainer.model, corpus.valid, bf16=place.bf16)
     if place.rank == 0:
         _save_model(out, trainer.model, corpus)
@@ -300,7 +301,7 @@ def _run(
             skipped_batches=trainer.skipped_batches,
             val=corpus.in_unit("valid", valid.loss),
             test=None if test is None else corpus.in_unit("test", test.loss),
-            context=context_of(corpus.valid),
+            context=valid.context,
             parameters=count_parameters(model),
             curves=curves(read_metrics(metrics.path), corpus.unit),
             seconds_per_1k_steps=1000 * trainer.train_seconds / trainer.state.global_step,
@@ -416,9 +417,13 @@ def _raise_unless_finished(trainer: RMoETrainer, store: CheckpointStore) -> None
 
 
 def _final(trainer: RMoETrainer, config: RunConfig, judge: Any) -> Evaluation:
-    """The finished model on the whole validation split: not twice, if the last evaluation was that."""
+    """The finished model on the validation split: not twice, if the last evaluation was just that."""
     last = trainer.last_evaluation
-    if config.logging.evaluate_blocks is None and last is not None and last[0] == trainer.state.global_step:
+    if (
+        config.logging.evaluate_blocks == config.logging.final_blocks
+        and last is not None
+        and last[0] == trainer.state.global_step
+    ):
         return last[1]
     evaluation: Evaluation = judge(trainer.model)
     return evaluation

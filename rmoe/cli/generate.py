@@ -1,0 +1,56 @@
+"""`rmoe generate`: continue a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from rmoe.errors import RequestError
+
+
+def run(
+    model: tyro.conf.Positional[Path],
+    *,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Continue a text.
+
+    Args:
+        model: a model folder, or the folder of a finished run.
+        prompt: the text to continue.
+        max_new_tokens: how many tokens to add, at most.
+        temperature: 0 takes the likeliest token each time; above it tokens are drawn.
+        top_p: draw only from the likeliest tokens that hold this much of the probability.
+        seed: of the draws.
+    """
+    for name, value, allowed, ok in (
+        ("--prompt", prompt, "a text that is not empty", bool(prompt)),
+        ("--max-new-tokens", max_new_tokens, "1 or more", max_new_tokens >= 1),
+        ("--temperature", temperature, "0 or more", temperature >= 0),
+        ("--top-p", top_p, "above 0, at most 1", 0 < top_p <= 1),
+    ):
+        if not ok:
+            raise RequestError(name, value, allowed)
+
+    import torch
+
+    import rmoe
+    from rmoe.cli.models import model_folder, tokenizer_of
+
+    folder = model_folder(model)
+    language_model = rmoe.load(folder)
+    tokenizer = tokenizer_of(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature
+        else {"do_sample": False}
+    )
+    torch.manual_seed(seed)
+    tokens = language_model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
+    print(tokenizer.decode(tokens[0], skip_special_tokens=True))

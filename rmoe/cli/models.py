@@ -1,0 +1,36 @@
+"""What verbs that take a MODEL have in common: where it is, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rmoe.errors import RequestError
+
+
+def model_folder(path: Path) -> Path:
+    """The model folder of a path: itself, or `model/` in it where it is the folder of a run.
+
+    Raises:
+        RequestError: a run that has no model yet.
+    """
+    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+        if not (path / "model").is_dir():
+            raise RequestError("MODEL", str(path), "a finished run, or one of its checkpoints")
+        return path / "model"
+    return path
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer saved beside a model.
+
+    Raises:
+        RequestError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise RequestError("MODEL", str(folder), f"a model folder with its tokenizer ({said})") from error
