@@ -1,0 +1,71 @@
+"""`rmoe compare`: several routers on the same text, with paired seeds and statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rmoe.training.config import RunConfig
+
+
+def run(
+    *,
+    routers: str,
+    out: Path,
+    seeds: int = 3,
+    baseline: str | None = None,
+    sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    match_params: bool = False,
+    jobs: int | None = None,
+    margin: float = 0.01,
+    timing_rounds: int = 3,
+    analysis_tokens: int = 65_536,
+    single_file: bool = False,
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),
+) -> None:
+    """Train several routers with paired seeds and judge them; goes on with what is missing.
+
+    Writes results.jsonl, summary.json, summary.md, analysis.json and report/index.html into --out.
+
+    Args:
+        routers: names from `rmoe zoo`, separated by commas, or `all`.
+        out: a new folder, or that of the same comparison: what is missing of it is trained.
+        seeds: runs per router. One seed gives no verdict.
+        baseline: the router the others are judged against; `smoe` where it is compared, else the first.
+        sweep: SETTING=VALUE,VALUE,...: each router gets its own value, chosen on validation with equal budgets; the
+            test split is then evaluated once. May be given several times.
+        match_params: give every router the baseline's number of parameters, by the width of its experts.
+        jobs: runs at once. Results do not depend on it; the default is what was measured best for the size.
+        margin: differences smaller than this, in bits, count as none.
+        timing_rounds: turns each router gets in the phase that times it alone; 0 leaves time and memory blank.
+        analysis_tokens: tokens of the validation split whose routing is measured; 0 leaves that out.
+        single_file: put the plotting library into the report's page, so that it can be sent alone.
+        config: see the tables below; `--router` and `--training.seed` (the first seed) aside, for every run.
+    """
+    from rmoe.compare.compare import Options, compare
+    from rmoe.report.table import terminal
+
+    summary = compare(
+        config,
+        [name.strip() for name in routers.split(",") if name.strip()],
+        seeds,
+        out,
+        baseline=baseline,
+        sweep=sweep,
+        match_params=match_params,
+        options=Options(
+            jobs=jobs,
+            margin=margin,
+            timing_rounds=timing_rounds,
+            analysis_tokens=analysis_tokens,
+            single_file=single_file,
+        ),
+    )
+    print(terminal(summary))
+    print()
+    print(summary.verdict)
+    for note in summary.notes:
+        print(f"note: {note}")
+    print(f"report: {(out / 'report' / 'index.html').resolve()}")

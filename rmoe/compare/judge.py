@@ -1,0 +1,91 @@
+"""What is asked of a finished run: its test figure, and how its model routes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.snapshot import MEASURES
+from rmoe.analysis.token_text import TokenText
+from rmoe.data import prepare
+from rmoe.report.analysis_schema import ModelAnalysis, OverTraining
+from rmoe.training.build import load_plugins
+from rmoe.training.config import RunConfig
+from rmoe.training.evaluation import evaluate
+from rmoe.training.metrics import read_metrics
+from rmoe.training.run_folder import METRICS, MODEL
+
+
+def _load(folder: Path, config: RunConfig) -> torch.nn.Module:
+    """A run's model, where the run computed it."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    device = "cpu" if config.training.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    return model.to(device)
+
+
+def figure_on_test(config: RunConfig, folder: Path) -> float:
+    """The finished model's figure on the whole test split, in the corpus's unit."""
+    load_plugins(config.plugin)
+    corpus = prepare(config.data, config.training.sequence_length)
+    model = _load(folder / MODEL, config)
+    bf16 = next(model.parameters()).device.type == "cuda" and config.training.precision != "fp32"
+    return corpus.in_unit("test", evaluate(model, corpus.test, bf16=bf16).loss)
+
+
+def measure(config: RunConfig, folder: Path, name: str, tokens: int) -> ModelAnalysis:
+    """How a finished run's model routes the first `tokens` tokens of the validation split.
+
+    Also how stable that is against the checkpoint before the last, and what was recorded while it trained.
+    """
+    load_plugins(config.plugin)
+    corpus = prepare(config.data, config.training.sequence_length)
+    ids = _blocks(corpus.valid.tokens, tokens, config.training.sequence_length)
+    final = Subject(name, _load(folder / MODEL, config), config.training.max_steps)
+    earlier = _earlier_checkpoint(folder, config.training.max_steps)
+    subjects = [final]
+    if earlier is not None:
+        subjects.append(Subject(f"{name} earlier", _load(earlier, config), _step(earlier)))
+    analysis = analyze_models(
+        subjects, ids, TokenText(corpus.tokenizer), AnalysisOptions(), stability=earlier is not None
+    )[0]
+    return msgspec.structs.replace(analysis, over_training=_over_training(folder))
+
+
+def _blocks(text: np.ndarray, tokens: int, length: int) -> np.ndarray:
+    """The first tokens as whole blocks [N, S] that share none, at least one."""
+    count = max(1, min(len(text), tokens) // length)
+    return np.asarray(text[: count * length]).reshape(count, length)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _earlier_checkpoint(folder: Path, last: int) -> Path | None:
+    """The newest checkpoint before the end of the training."""
+    found = [path for path in (folder / "checkpoints").glob("checkpoint-*") if _step(path) < last]
+    return max(found, key=_step, default=None)
+
+
+def _over_training(folder: Path) -> list[OverTraining]:
+    """The per-layer figures of `metrics.jsonl`."""
+    rows = [row for row in read_metrics(folder / METRICS) if row["kind"] == "train"]
+    found = []
+    for name in ("gate_entropy", "load_imbalance"):
+        having = [row for row in rows if isinstance(row.get(name), list) and None not in row[name]]
+        if having:
+            found.append(
+                OverTraining(
+                    name=name,
+                    unit=MEASURES[name][0],
+                    definition=MEASURES[name][1].replace("held-out", "training"),
+                    step=[row["step"] for row in having],
+                    values=[row[name] for row in having],
+                )
+            )
+    return found

@@ -1,0 +1,223 @@
+"""What a comparison is: which runs, in which folders, and whether a folder already holds another one.
+
+    DIR/comparison.json     what is compared, all but which routers and how many seeds: those may grow
+    DIR/results.jsonl       one line per finished or failed run
+    DIR/runs/<key>/         each run's own folder
+    DIR/summary.json, summary.md, analysis.json, report/
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rmoe.compare.schema import SweepValue, run_key
+from rmoe.errors import RequestError
+from rmoe.records import Record, read_record, write_record
+from rmoe.routing.zoo import ZOO, find
+from rmoe.training.config import RunConfig
+
+COMPARISON, RESULTS, SUMMARY, ANALYSIS = "comparison.json", "results.jsonl", "summary.json", "analysis.json"
+COMPARISON_VERSION = 1
+
+# Settings that may differ when a comparison is gone on with: none decides a result.
+MAY_DIFFER = frozenset({"preset", "router", "data.path", "data.cache_dir", "data.download", "training.seed"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train."""
+
+    router: str
+    seed: int
+    sweep: dict[str, SweepValue]
+    config: RunConfig
+
+    @property
+    def key(self) -> str:
+        return run_key(self.router, self.seed, self.sweep)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison.
+
+    Attributes:
+        config: of every run, but for router, seed and what is swept.
+        routers: names; the first is the baseline where `baseline` says nothing else.
+        seeds: how many, from the configuration's own on.
+        baseline: the router the others are judged against.
+        sweep: setting -> values; every router is trained at every combination.
+        changes: router -> settings it alone has: expert widths that match parameters, or its only `k`.
+    """
+
+    config: RunConfig
+    routers: tuple[str, ...]
+    seeds: int
+    baseline: str
+    sweep: dict[str, tuple[SweepValue, ...]] = field(default_factory=dict)
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def runs(self) -> list[Run]:
+        """Every run, seed by seed, so that an interrupted comparison has whole pairs."""
+        first = self.config.training.seed
+        points = [dict(zip(self.sweep, values, strict=True)) for values in product(*self.sweep.values())]
+        return [
+            Run(router, seed, point, self.config_of(router, seed, point))
+            for seed in range(first, first + self.seeds)
+            for point in points
+            for router in self.routers
+        ]
+
+    def config_of(self, router: str, seed: int, point: dict[str, SweepValue]) -> RunConfig:
+        """The configuration of one run. With a sweep the test split waits until a point is chosen."""
+        config = self.config.with_setting("router", router).with_setting("training.seed", seed)
+        for name, value in (self.changes.get(router, {}) | point).items():
+            config = config.with_setting(name, value)
+        return config.with_setting("logging.test", not self.sweep)
+
+
+def named_routers(asked: Iterable[str], add: Sequence[str] = ()) -> tuple[str, ...]:
+    """Router names without repetition; `all` is the whole zoo.
+
+    Raises:
+        RequestError: no such router, or none at all.
+    """
+    names: dict[str, None] = {}
+    for name in asked:
+        for one in ZOO if name == "all" else (name,):
+            find(one)
+            names[one] = None
+    names |= dict.fromkeys(add)
+    if not names:
+        raise RequestError("--routers", "", "names from `rmoe zoo`, separated by commas, or all")
+    return tuple(names)
+
+
+def parse_sweep(config: RunConfig, asked: Sequence[str]) -> dict[str, tuple[SweepValue, ...]]:
+    """`("learning_rate=1e-3,3e-3",)` as setting -> values of the setting's type.
+
+    Raises:
+        RequestError: not of that form, an unknown setting, or a value that is not allowed.
+    """
+    sweep: dict[str, tuple[SweepValue, ...]] = {}
+    for one in asked:
+        name, separator, values = one.partition("=")
+        if not separator or not values:
+            raise RequestError("--sweep", one, "SETTING=VALUE,VALUE,...")
+        if name.rpartition(".")[2] in ("seed", "router"):
+            raise RequestError(
+                "--sweep", one, "any setting but seed and router: --seeds and --routers do that"
+            )
+        sweep[name] = tuple(dict.fromkeys(_read(config, name, text) for text in values.split(",")))
+    return sweep
+
+
+def _read(config: RunConfig, name: str, text: str) -> SweepValue:
+    """A setting's value as its type has it."""
+    value = setting(config.with_setting(name, text), name)
+    if not isinstance(value, SweepValue):
+        raise RequestError("--sweep", f"{name}={text}", "a setting with a single value")
+    return value
+
+
+def setting(config: RunConfig, name: str) -> object:
+    """The value of a setting, by its dotted name or its last part alone."""
+    leaf = name.rpartition(".")[2]
+    for table, values in config.to_dict().items():
+        if table == name:
+            return values
+        if isinstance(values, dict) and leaf in values and name in (leaf, f"{table}.{leaf}"):
+            return values[leaf]
+    raise RequestError("setting", name, "a setting of the run")
+
+
+def only_k(routers: Iterable[str], config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Changes for routers that are defined for one number of experts per token, which is not the preset's."""
+    own = {name: find(name).top_k for name in routers}
+    return {
+        name: {"model.num_experts_per_tok": k}
+        for name, k in own.items()
+        if k is not None and k != config.model.num_experts_per_tok
+    }
+
+
+class ComparisonRecord(Record, frozen=True, kw_only=True):
+    """`comparison.json`."""
+
+    schema_version: int = COMPARISON_VERSION
+    config: dict[str, Any]
+    sweep: dict[str, list[SweepValue]]
+    changes: dict[str, dict[str, Any]]
+    data_sha256: str
+
+
+def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
+    """Begin a comparison in a folder, or make sure that the one there is this one.
+
+    Raises:
+        RequestError: the folder holds something else, or another comparison; the first difference is named.
+    """
+    record = ComparisonRecord(
+        config=plan.config.to_dict(),
+        sweep={name: list(values) for name, values in plan.sweep.items()},
+        changes=plan.changes,
+        data_sha256=data_sha256,
+    )
+    if folder.exists() and not folder.is_dir():
+        raise RequestError("--out", str(folder), "a folder")
+    if (folder / COMPARISON).exists():
+        stored = read_record(folder / COMPARISON, ComparisonRecord, COMPARISON_VERSION)
+        _require_same(folder, stored, record)
+        merged = replace_changes(record, stored.changes | record.changes)
+        write_record(folder / COMPARISON, merged)
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise RequestError(
+            "--out", str(folder), "a new or empty folder, or one with a comparison to go on with"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / COMPARISON, record)
+
+
+def replace_changes(record: ComparisonRecord, changes: dict[str, dict[str, Any]]) -> ComparisonRecord:
+    """The record with the changes of more routers."""
+    return ComparisonRecord(
+        config=record.config, sweep=record.sweep, changes=changes, data_sha256=record.data_sha256
+    )
+
+
+def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord) -> None:
+    was, new = _flat(stored), _flat(now)
+    for name in sorted(was.keys() | new.keys()):
+        if name not in MAY_DIFFER and was.get(name) != new.get(name):
+            allowed = f"{was.get(name)!r}, as the comparison in {folder} was started with"
+            raise RequestError(name, new.get(name), allowed)
+    for router in stored.changes.keys() & now.changes.keys():
+        if stored.changes[router] != now.changes[router]:
+            allowed = f"{stored.changes[router]}, as the comparison in {folder} was started with"
+            raise RequestError(f"settings of {router}", now.changes[router], allowed)
+
+
+def _flat(record: ComparisonRecord) -> dict[str, Any]:
+    flat: dict[str, Any] = {"text (sha256)": record.data_sha256, "sweep": record.sweep}
+    for name, value in record.config.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": _plain(v) for inner, v in value.items()}
+        else:
+            flat[name] = _plain(value)
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def with_threads(plan: Plan, threads: int) -> Plan:
+    """The plan with its number of threads a run settled: it is part of the configuration."""
+    return replace(plan, config=plan.config.with_setting("training.threads", threads))

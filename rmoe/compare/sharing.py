@@ -1,0 +1,49 @@
+"""How many runs share a machine, and with how many threads each. Imports no torch.
+
+The number of threads decides the order in which sums are taken, so it belongs to a run's configuration and does not
+follow from how many runs share the machine: a grid gives the same bits with `--jobs 1` and `--jobs 8`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from rmoe.training.config import ModelConfig, TrainingConfig
+
+# Multiply-adds of one layer's matrix products on one micro-batch, below which a second thread gains less than a second
+# process would (see docs/performance.md).
+SMALL_STEP = 2**34
+
+
+@dataclass(frozen=True)
+class Sharing:
+    jobs: int
+    threads: int
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share(model: ModelConfig, training: TrainingConfig, jobs: int | None, on_gpu: bool) -> Sharing:
+    """Threads a run, and runs at once.
+
+    Args:
+        jobs: asked for; None takes the default for the size.
+        on_gpu: the runs compute on a GPU.
+    """
+    small = step_work(model, training) < SMALL_STEP
+    threads = training.threads or (1 if small or on_gpu else cores())
+    if jobs is None:
+        jobs = max(1, cores() // threads) if small or not on_gpu else 1
+    return Sharing(jobs=jobs, threads=threads)
+
+
+def step_work(model: ModelConfig, training: TrainingConfig) -> int:
+    """Multiply-adds of the matrix products of one layer on one micro-batch, forward."""
+    tokens = (training.micro_batch_size or training.batch_size) * training.sequence_length
+    matrices = 3 if model.mlp_gated else 2
+    experts = matrices * model.hidden_size * model.moe_intermediate_size * model.num_experts_per_tok
+    return tokens * (4 * model.hidden_size**2 + experts)
