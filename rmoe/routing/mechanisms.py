@@ -26,6 +26,7 @@ class NoRecurrence(RecurrenceSpec):
 
     kind = "none"
     implementation = "rmoe.routing.recurrence:NoRecurrence"
+    equation = "f = x"
 
     has_shared: ClassVar[bool] = False
 
@@ -66,6 +67,13 @@ class Recurrence(RecurrenceSpec):
         require(not memoryless, "recurrence.carry", self.carry, "'zero' with cell 'identity'")
 
     @property
+    def equation(self) -> str:  # type: ignore[override]
+        steps = {"decay": "h = P x + a * h", "identity": "h = P x"}
+        step = steps.get(self.cell, f"h = {self.cell.upper()}(P x, {'0' if self.carry == 'zero' else 'h'})")
+        read = "norm(h)" if self.normalize else "h"
+        return f"{step}; f = {f'[x; {read}]' if self.concat_hidden else read}"
+
+    @property
     def cell_is_shared(self) -> bool:
         return self.cell in ("gru", "rnn", "lstm")
 
@@ -94,6 +102,7 @@ class Linear(ScorerSpec):
 
     kind = "linear"
     implementation = "rmoe.routing.scorer:Linear"
+    equation = "s = G f"
 
     bias: bool = False
     init_std: float | Literal["inverse_sqrt"] | None = None
@@ -112,6 +121,7 @@ class MLP(ScorerSpec):
 
     kind = "mlp"
     implementation = "rmoe.routing.scorer:MLP"
+    equation = "s = G GELU(W f + b)"
 
     width: int = 256
     dropout: float = 0.0
@@ -146,6 +156,11 @@ class Cosine(ScorerSpec):
     embedding_init: Literal["orthogonal", "normal"] = "orthogonal"
     temperature: float = 0.5
 
+    @property
+    def equation(self) -> str:  # type: ignore[override]
+        read = "W f" if self.width else "f"
+        return f"s = cos({read}, e) / t" if self.normalize_tokens else f"s = {read} . unit(e) / t"
+
     def check(self) -> None:
         self.positive("width", "temperature")
 
@@ -156,6 +171,7 @@ class Hypernetwork(ScorerSpec):
 
     kind = "hypernetwork"
     implementation = "rmoe.routing.scorer:Hypernetwork"
+    equation = "[G, b] = M(e); s = G f + b"
 
     width: int = 256
 
@@ -169,6 +185,7 @@ class EdaHead(ScorerSpec):
 
     kind = "eda_head"
     implementation = "rmoe.routing.scorer:EdaHead"
+    equation = "s = MLP(norm(f))"
 
     skip_class: bool = True
     norm_eps: float = 1e-5
@@ -180,6 +197,7 @@ class HalfCosine(ScorerSpec):
 
     kind = "half_cosine"
     implementation = "rmoe.routing.scorer:HalfCosine"
+    equation = "s = f . unit(c)"
 
 
 # ---- gate ------------------------------------------------------------------------------------------------
@@ -207,6 +225,12 @@ class Softmax(GateSpec):
     @property
     def leaves_empty_slots(self) -> bool:  # type: ignore[override]
         return self.start_k is not None
+
+    @property
+    def equation(self) -> str:  # type: ignore[override]
+        if self.order == "topk_softmax":
+            return "g = softmax(top_k(s))"
+        return "g = top_k(softmax(s))" + (" / sum" if self.renormalize else "")
 
     def check(self) -> None:
         self.positive("start_k")
@@ -238,6 +262,11 @@ class Sigmoid(GateSpec):
     groups: int = 1
     top_groups: int = 1
 
+    @property
+    def equation(self) -> str:  # type: ignore[override]
+        within = f" in the top {self.top_groups} groups" if self.groups > 1 else ""
+        return f"g = top_k(sig(s)){within}" + (" / sum" if self.renormalize else "")
+
     def check(self) -> None:
         self.positive("scale", "groups", "top_groups")
         require(
@@ -267,6 +296,7 @@ class SecondExpert(GateSpec):
 
     kind = "second_expert"
     implementation = "rmoe.routing.gate:SecondExpert"
+    equation = "g = top_2(softmax(s)), the second at random"
     uses_noise = True
 
     policy: Literal["random", "sampled"] = "random"
@@ -281,6 +311,7 @@ class ExpertChoice(GateSpec):
 
     kind = "expert_choice"
     implementation = "rmoe.routing.gate:ExpertChoice"
+    equation = "g = top_C over tokens of softmax(s)"
     is_causal: ClassVar[bool] = False
 
 
@@ -295,6 +326,7 @@ class ReLU(GateSpec):
 
     kind = "relu"
     implementation = "rmoe.routing.gate:ReLU"
+    equation = "g = ReLU(s)"
 
     start_weight: float = 1e-8
     growth: float = 1.2
@@ -310,6 +342,7 @@ class SparseMixer(GateSpec):
 
     kind = "sparsemixer"
     implementation = "rmoe.routing.gate:SparseMixer"
+    equation = "g = sampled top_2, masked softmax"
     uses_noise = True
     leaves_empty_slots: ClassVar[bool] = False
 
@@ -352,6 +385,7 @@ class ResidualScores(Staged):
 
     kind = "residual_scores"
     implementation = "rmoe.routing.router:ResidualScores"
+    equation = "s_i = G_i f_i + a G_{i-1} f_{i-1}"
 
     scale: float = 0.5
     detach: bool = False
@@ -363,6 +397,7 @@ class NoisyTopK(Staged):
 
     kind = "noisy_topk"
     implementation = "rmoe.routing.router:NoisyTopK"
+    equation = "s + N(0, 1) (softplus(W f) + 0.01)"
     uses_noise = True
 
     importance_weight: float = 0.1
@@ -375,6 +410,7 @@ class Hash(RouterKind):
 
     kind = "hash"
     implementation = "rmoe.routing.token_routers:Hash"
+    equation = "n = table[token]"
     uses_scorer = False
     uses_gate = False
     needs_token_ids = True
@@ -402,6 +438,7 @@ class Stable(RouterKind):
 
     kind = "stable"
     implementation = "rmoe.routing.token_routers:Stable"
+    equation = "y = a E(x) + (1 - a) x, a = sig(x . c)"
     uses_scorer = False
     uses_gate = False
     needs_token_ids = True

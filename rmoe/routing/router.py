@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class BaseRouter(TrainingState):
         """
         if context.noise is not None:
             context = context._replace(noise=context.noise.for_layer(self.layer_index))
-        with torch.autocast(device_type=hidden.device.type, enabled=False):
+        with _without_autocast(hidden.device.type):
             routing, state = self.route(hidden, state, shared, context)
             if self.spec.balance.capacity_factor is not None:
                 routing = limit_capacity(routing, self.spec.balance, self.geometry, context.mask)
@@ -100,6 +101,12 @@ class BaseRouter(TrainingState):
         for module in self.modules():
             if isinstance(module, TrainingState):
                 module.update(self.layer_index, stats, step, total_steps)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Router arithmetic stays in float32 under autocast too; the meta device, which plans are made on, has none."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def limit_capacity(routing: Routing, spec: BalanceSpec, geometry: Geometry, mask: Tensor | None) -> Routing:

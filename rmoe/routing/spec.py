@@ -85,6 +85,7 @@ class StageSpec:
     stage: ClassVar[str] = "stage"
     kind: ClassVar[str] = ""
     implementation: ClassVar[str] = ""  # "module:Class", imported only when a router is built
+    equation: ClassVar[str] = ""  # as the zoo's table prints it; x input, f features, s scores, g weights
     mechanisms: ClassVar[dict[str, type[StageSpec]]] = {}
 
     @property
