@@ -61,7 +61,8 @@ def _markdown() -> str:
         "included; FLOPs are two per multiply-add of a forward pass, counted by torch on real calls.",
         "How to add a row: [add-a-router.md](add-a-router.md).",
         "",
-        "| name | what sets it apart | stages | equation | balance | source | parameters | FLOPs / token | carries | needs |",
+        "| name | what sets it apart | stages | equation | balance | source "
+        "| parameters | FLOPs / token | carries | needs |",
         "|---|---|---|---|---|---|---:|---:|---|---|",
     ]
     for name, row in ZOO.items():
