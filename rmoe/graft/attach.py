@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from rmoe.errors import RequestError
 from rmoe.graft.discover import RoutedStack, find_routed_stack
 from rmoe.graft.modules import (
+    CellOwner,
     GraftedGate,
     RecurrentOffset,
     grafted_gate_class,
@@ -50,9 +52,9 @@ def graft(
     Raises:
         RequestError: a dense model, no gate beside the experts, already grafted, a row without recurrence, p <= 0.
     """
-    from rmoe.graft.auto import GRAFT_SECTION, adopt
+    from rmoe.graft.auto import adopt
 
-    if hasattr(model.config, GRAFT_SECTION):
+    if is_grafted(model):
         raise RequestError("model", model.config.model_type, "a model without a graft")
     spec = router if isinstance(router, GraftSpec) else GraftSpec.from_router(router, width=width, pure=pure)
     attach(model, spec)
@@ -85,6 +87,11 @@ def attach(model: PreTrainedModel, spec: GraftSpec) -> RoutedStack:
     return stack
 
 
+def is_grafted(model: nn.Module) -> bool:
+    """Whether a model, or a model within it, has a graft."""
+    return any(isinstance(module, GraftedGate) for module in model.modules())
+
+
 def _attach_layer(
     layer: Any,
     index: int,
@@ -94,18 +101,18 @@ def _attach_layer(
     backbone: nn.Module,
     like: Tensor,
 ) -> None:
-    layer.__class__ = grafted_layer_class(type(layer))
+    layer.__class__ = grafted_layer_class(type(layer))  # type: ignore[arg-type]
     layer.gate_path = stack.gates.get(index)
     layer.ends_stream = index == max(stack.gates)
     if layer.gate_path is None:
         return
     gate: Any = layer.get_submodule(layer.gate_path)
     like = torch.empty(0, dtype=like.dtype, device=next(gate.parameters()).device)
-    gate.__class__ = grafted_gate_class(type(gate))
-    of_layer = Geometry(**{**vars(geometry), "layer_index": list(stack.gates).index(index)})
+    gate.__class__ = grafted_gate_class(type(gate))  # type: ignore[arg-type]
+    of_layer = replace(geometry, layer_index=list(stack.gates).index(index))
     gate.add_module(OFFSET, _placed(RecurrentOffset(spec, of_layer), like))
     gate.pure = spec.pure
-    gate.__dict__["backbone"] = backbone  # not a submodule: the cell is the backbone's
+    gate.owner = CellOwner(backbone)
 
 
 def _placed(module: nn.Module, like: Tensor) -> nn.Module:
@@ -117,7 +124,7 @@ def _rebind_replica(backbone: nn.Module, args: Any) -> None:
     if getattr(backbone, "_is_replica", False):
         for module in backbone.modules():
             if isinstance(module, GraftedGate):
-                module.__dict__["backbone"] = backbone
+                module.owner = CellOwner(backbone)
 
 
 def initialize_graft(model: nn.Module, seed: int) -> None:

@@ -60,7 +60,7 @@ def grafted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]
     body = {"__module__": base.__module__, "to_dict": to_dict, "from_dict": classmethod(from_dict)}
     config_class = type(CLASS_PREFIX + base.__name__, (base,), body)
     for auto, base_model in _family_models(base):
-        auto.register(config_class, grafted_model_class(base_model, config_class), exist_ok=True)
+        auto.register(config_class, grafted_model_class(base_model, config_class), exist_ok=True)  # type: ignore[arg-type]
     return config_class
 
 
@@ -83,10 +83,11 @@ def grafted_model_class(
     """A family's model class that puts the graft of its configuration on when it is made."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        from rmoe.graft.attach import attach
+        from rmoe.graft.attach import attach, is_grafted
 
         base.__init__(self, config, *args, **kwargs)
-        attach(self, GraftSpec.from_dict(getattr(config, GRAFT_SECTION)))
+        if not is_grafted(self):  # a classifier makes its backbone through AutoModel, which has grafted it
+            attach(self, GraftSpec.from_dict(getattr(config, GRAFT_SECTION)))
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         base.save_pretrained(self, save_directory, *args, **kwargs)
@@ -110,12 +111,12 @@ def adopt(model: Model, spec: GraftSpec) -> Model:
     """
     old = model.config
     config = copy.deepcopy(old)
-    config.__class__ = grafted_config_class(type(old))
+    config.__class__ = grafted_config_class(type(old))  # type: ignore[arg-type]
     setattr(config, GRAFT_SECTION, graft_section(spec, old.model_type, type(model).__name__))
     for module in model.modules():
         if module.__dict__.get("config") is old:
             module.config = config
-    model.__class__ = grafted_model_class(type(model), type(config))
+    model.__class__ = grafted_model_class(type(model), type(config))  # type: ignore[arg-type]
     _CAN_RECORD_REGISTRY[model] = (
         model._can_record_outputs
     )  # keyed by class name: router logits stay recorded

@@ -254,5 +254,8 @@ def try_families() -> list[FamilyResult]:
 def markdown_table(rows: list[FamilyResult]) -> str:
     """The rows as `docs/graft.md` has them, ending in a newline."""
     lines = ["| model type | takes a graft | why not |", "|---|---|---|"]
-    lines += [f"| `{row.model_type}` | {'yes' if row.works else 'no'} | {row.reason.replace('|', '/')} |" for row in rows]
+    lines += [
+        f"| `{row.model_type}` | {'yes' if row.works else 'no'} | {row.reason.replace('|', '/')} |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"

@@ -99,7 +99,11 @@ def graft_folder(source: Path, out: Path, spec: GraftSpec) -> GraftReport:
     architecture = type(model).__name__
     base_sha256 = digest(weights.tensors())
     section = graft_section(spec, config["model_type"], architecture, base_sha256=base_sha256)
-    own = {"model_type": GRAFT_MODEL_TYPE, "architectures": [CLASS_PREFIX + architecture], GRAFT_SECTION: section}
+    own = {
+        "model_type": GRAFT_MODEL_TYPE,
+        "architectures": [CLASS_PREFIX + architecture],
+        GRAFT_SECTION: section,
+    }
 
     def write(folder: Path) -> None:
         _copy_others(source, folder)
@@ -252,7 +256,9 @@ def _parameter_dtype(config: dict[str, Any], weights: WeightFolder) -> torch.dty
     named = config.get("dtype", config.get("torch_dtype"))
     if isinstance(named, str) and isinstance(getattr(torch, named, None), torch.dtype):
         return getattr(torch, named)
-    return next((t.dtype for _, t in weights.tensors() if t.is_floating_point() and t.itemsize > 1), torch.float32)
+    return next(
+        (t.dtype for _, t in weights.tensors() if t.is_floating_point() and t.itemsize > 1), torch.float32
+    )
 
 
 def _originals(folder: Path) -> dict[str, Tensor]:
@@ -271,6 +277,11 @@ def _copy_others(source: Path, target: Path) -> None:
     for path in source.rglob("*"):
         within = path.relative_to(source)
         hidden = any(part.startswith(".") for part in within.parts)
-        if path.is_file() and not hidden and within.name not in skipped and path.suffix not in _WEIGHT_SUFFIXES:
+        if (
+            path.is_file()
+            and not hidden
+            and within.name not in skipped
+            and path.suffix not in _WEIGHT_SUFFIXES
+        ):
             (target / within).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / within)

@@ -54,15 +54,31 @@ class RecurrentOffset(Initialized):
         return linear_fp32(features, self.B).to(hidden.dtype), state
 
 
+class CellOwner:
+    """The backbone, as a gate knows it: not a submodule, and not copied with a copy of the gate alone.
+
+    Copying the whole model gives each copied gate its own backbone; PEFT, which copies single gates, must not get
+    a backbone with each.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CellOwner:
+        return CellOwner(memo.get(id(self.backbone), self.backbone))
+
+
 class GraftedGate(nn.Module):
     """Mixin of every grafted gate, and how one is recognised.
 
     Attributes:
+        owner: whose cell this gate uses.
         router_offset: this layer's projector and `B`.
         pure: read the offset alone.
         incoming, outgoing: the state during one call of the layer, set and cleared by it.
     """
 
+    owner: CellOwner
     router_offset: RecurrentOffset
     pure: bool
     incoming: State = ()
@@ -70,7 +86,7 @@ class GraftedGate(nn.Module):
 
     def shared(self) -> nn.Module | None:
         """The cell, looked up at its owner each time: PEFT may have put a trainable copy in its place."""
-        return self.backbone.router_cell  # type: ignore[attr-defined]
+        return self.owner.backbone.router_cell  # type: ignore[return-value]
 
     def steer(self, x: Tensor) -> Tensor:
         """`x + B h` (or `B h`), moving the state on; `x` is `[..., d]`."""
@@ -122,6 +138,7 @@ def grafted_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor | RouterStream, *args: Any, **kwargs: Any) -> Any:
         hidden, state = hidden_states if isinstance(hidden_states, RouterStream) else (hidden_states, ())
         gates = self.gates()
+        outer = [(gate.incoming, gate.outgoing) for gate in gates]  # of a call that this one is nested in
         for gate in gates:
             gate.incoming, gate.outgoing = state, None
         try:
@@ -129,8 +146,8 @@ def grafted_layer_class(base: type[nn.Module]) -> type[nn.Module]:
             if gates:
                 state = _moved_on(gates, type(self).__name__)
         finally:  # a recomputation may stop half-way; nothing may outlive the call
-            for gate in gates:
-                gate.incoming, gate.outgoing = (), None
+            for gate, (incoming, outgoing) in zip(gates, outer, strict=True):
+                gate.incoming, gate.outgoing = incoming, outgoing
         if self.ends_stream:
             return output
         if isinstance(output, tuple):

@@ -30,7 +30,7 @@ class GraftSpec:
 
     def __post_init__(self) -> None:
         recurrence = self.recurrence
-        if not isinstance(recurrence, Recurrence):
+        if not (isinstance(recurrence, Recurrence) and _can_graft(recurrence)):
             raise RequestError(
                 "--router", recurrence.kind, "a router with a recurrence; `rmoe zoo` lists them"
             )
@@ -58,9 +58,9 @@ class GraftSpec:
         from rmoe.routing.zoo import resolve
 
         recurrence = (resolve(router) if isinstance(router, str) else router).recurrence
-        if not isinstance(recurrence, Recurrence):
+        if not (isinstance(recurrence, Recurrence) and _can_graft(recurrence)):
             raise RequestError(
-                "--router", router if isinstance(router, str) else recurrence.kind, _with_recurrence()
+                "--router", router if isinstance(router, str) else recurrence.kind, _graftable()
             )
         if width is not None:
             if width <= 0:

@@ -91,7 +91,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
