@@ -55,7 +55,9 @@ def run(
         print(jsonlib.dumps(asdict(undone)) if json else said)
         return
     report = graft_folder(model, out, GraftSpec.from_router(router, width=width, pure=pure, seed=seed))
-    said = f"{out}: {report.model_type}, {len(report.gates)} gates, {report.added_parameters:,} parameters added"
+    said = (
+        f"{out}: {report.model_type}, {len(report.gates)} gates, {report.added_parameters:,} parameters added"
+    )
     print(jsonlib.dumps(asdict(report)) if json else said)
 
 
