@@ -115,7 +115,8 @@ def compare(
             _time_alone(setting)
             analysis = _analyse(setting, pool)
     except KeyboardInterrupt:
-        saved = f"{len(setting.rows())} of {len(setting.plan.runs())} runs, and checkpoints of those under way, in {out}"
+        runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
+        saved = f"{runs}, and checkpoints of those under way, in {out}"
         raise RunError("interrupted", saved, "run the same command again") from None
     rows, problems = read_rows(setting.results)
     summary = summarise(
@@ -252,6 +253,8 @@ def _train_missing(setting: _Setting, pool: Pool) -> None:
         return
 
     def note(run: Run, answer: Answer) -> None:
+        if answer.stopped:
+            raise RunError(f"{run.key}: {answer.error}", "every finished run", "run the same command again")
         append_row(setting.results, _row(setting, run, answer))
         progress.finished(run.key, answer.error)
 

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from rmoe.compare.schema import Summary
 from rmoe.report import table
 from rmoe.report.analysis_schema import Analysis
-from rmoe.report.charts.chart import Chart, styles
+from rmoe.report.charts.chart import Chart, counted, styles
 from rmoe.report.charts.comparison import comparison_charts
 from rmoe.report.charts.routing import routing_charts
 from rmoe.report.explorer import explorer_data
@@ -166,7 +166,10 @@ def _about(summary: Summary | None, analysis: Analysis | None) -> Facts:
         libraries = ", ".join(f"{name} {version}" for name, version in versions.libraries.items())
         machine = f"{hardware.accelerator or hardware.cpu}, {hardware.cores} cores"
         lines = [
-            ("Computed on", f"{machine}, {hardware.memory_gib:.0f} GiB; {hardware.threads} threads a run"),
+            (
+                "Computed on",
+                f"{machine}, {hardware.memory_gib:.0f} GiB; {counted([hardware.threads], 'thread')} a run",
+            ),
             ("Code", f"rmoe {versions.code}, Python {versions.python}, {libraries}"),
             ("Text", f"{summary.corpus.name}, sha256 {summary.corpus.sha256}"),
             (

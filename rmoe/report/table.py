@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rmoe.compare.schema import Difference, RouterSummary, Spread, Summary
+from rmoe.report.charts.chart import counted
 
 UNITS = {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}
 
@@ -143,9 +144,9 @@ def markdown(summary: Summary) -> str:
         "|" + "|".join("---:" if c.numeric else "---" for c in heads) + "|",
         *("| " + " | ".join(_plain(cell.text) for cell in row) + " |" for row in rows(summary)),
         "",
-        f"Preset `{_plain(summary.preset)}`; text {_plain(summary.corpus.name)} (sha256 "
-        f"`{summary.corpus.sha256[:12]}`); "
-        f"{summary.hardware.accelerator or summary.hardware.cpu}, {summary.hardware.threads} threads a run; "
+        f"Preset `{_plain(summary.preset)}`; text {_plain(summary.corpus.name)} "
+        f"(sha256 `{summary.corpus.sha256[:12]}`); {summary.hardware.accelerator or summary.hardware.cpu}, "
+        f"{counted([summary.hardware.threads], 'thread')} a run; "
         f"rmoe {summary.versions.code}. Mean ± standard deviation over seeds; lower is better. "
         "A dash: not measured.",
     ]

@@ -147,9 +147,9 @@ def test_routing_lines_hold_the_analysis_numbers(page, analysis):
         assert norms[model.name]["y"] == model.router_weights.norm
         assert spreads[model.name]["y"] == model.router_weights.std
         assert stability[model.name]["y"] == pytest.approx([sum(r) / LAYERS for r in model.saturation.values])
-        assert phases[model.name]["y"] == pytest.approx(
-            [sum(r) / LAYERS for r in model.over_training[0].values]
-        )
+        recorded = model.over_training[0]
+        assert phases[model.name]["x"] == recorded.step
+        assert phases[model.name]["z"] == [list(layer) for layer in zip(*recorded.values, strict=True)]
     assert similarity["random initialisation"]["y"] == analysis.models[0].similarity.random_init
 
 

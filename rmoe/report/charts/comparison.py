@@ -11,7 +11,7 @@ SPLITS = {"val": "validation", "test": "test"}
 # curve -> (section, title, definition). A curve that is not named here is drawn under its own name.
 CURVES = {
     "val": ("Training", "Validation loss", "Mean loss over the whole validation split."),
-    "train": (
+    "train_lm_loss": (
         "Training",
         "Training loss",
         "Language-model part of the loss on the training batches; dropout on.",

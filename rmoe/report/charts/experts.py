@@ -8,7 +8,7 @@ from rmoe.report.analysis_schema import ModelAnalysis
 from rmoe.report.charts.chart import Chart, Style
 from rmoe.report.charts.shared import layer_lines
 
-SECTION = "Experts and router weights"
+SECTION = "Experts"
 
 
 def similarity(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rmoe.report.analysis_schema import ModelAnalysis
+from rmoe.report.analysis_schema import LayerHistogram, ModelAnalysis
 from rmoe.report.charts.chart import Chart, Style, axis, panel_title, panels
 from rmoe.report.charts.shared import line, measure_chart, token_count
 
-SECTION = "How sure the gate is"
+SECTION = "The gate"
 
 
 def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
@@ -20,6 +20,7 @@ def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Ch
     layers = max(len(histogram.counts) for _, histogram in having)
     places = panels(layers, columns=4, gap_x=0.035)
     layout: dict[str, Any] = {"annotations": [], "margin": {"t": 36}}
+    span = _span([histogram for _, histogram in having])
     data: list[dict] = []
     for layer, (suffix, x, y) in enumerate(places):
         for index, (name, histogram) in enumerate(having):
@@ -35,7 +36,7 @@ def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Ch
                 }
                 data.append({**drawn, **placed})
         layout[f"xaxis{suffix}"] = axis(
-            "nats" if y[0] == 0 else "", domain=x, anchor=f"y{suffix}", rangemode="tozero"
+            "nats" if y[0] == 0 else "", domain=x, anchor=f"y{suffix}", range=span
         )
         layout[f"yaxis{suffix}"] = axis(
             "density" if x[0] == 0 else "",
@@ -52,8 +53,7 @@ def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Ch
             section=SECTION,
             title="Gate entropy, token by token",
             definition="−Σ g ln g of a token's gate probabilities g over all experts, as a distribution over "
-            "tokens (Fig. 4). "
-            f"0: all on one expert; ln E = {math.log(models[0].experts):.2f}: no preference.",
+            f"tokens (Fig. 4). 0: all on one expert; ln E = {math.log(models[0].experts):.2f}: no preference.",
             unit="nats; each curve encloses area 1",
             sample=token_count([histogram.n for _, histogram in having]),
             data=data,
@@ -71,6 +71,23 @@ def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Ch
             wide=True,
         )
     ]
+
+
+def _span(histograms: Sequence[LayerHistogram], rest: float = 0.001) -> list[float]:
+    """The stretch of the axis that holds all but `rest` of the tokens of any layer at either end."""
+    low, high = [], []
+    for histogram in histograms:
+        for counts in histogram.counts:
+            seen, total = 0, max(sum(counts), 1)
+            shares = []
+            for count in counts:
+                seen += count
+                shares.append(seen / total)
+            low.append(histogram.edges[next((j for j, s in enumerate(shares) if s > rest), 0)])
+            last = next((j for j, s in enumerate(shares) if s >= 1 - rest), len(counts) - 1)
+            high.append(histogram.edges[last + 1])
+    pad = 0.04 * (max(high) - min(low))
+    return [max(0.0, min(low) - pad), max(high) + pad]
 
 
 def _density(edges: Sequence[float], counts: Sequence[int]) -> list[float]:

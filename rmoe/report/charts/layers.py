@@ -8,7 +8,7 @@ from rmoe.report.analysis_schema import Matrix, ModelAnalysis, PairMeasure
 from rmoe.report.charts.chart import Chart, Style, axis, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, token_count
 
-SECTION = "Layers working together"
+SECTION = "Across layers"
 
 
 def mutual_information(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:

@@ -8,7 +8,7 @@ from rmoe.report.analysis_schema import ModelAnalysis
 from rmoe.report.charts.chart import Chart, Style, axis, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, measure_chart, token_count
 
-SECTION = "Who gets the tokens"
+SECTION = "Load"
 
 
 def imbalance(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:

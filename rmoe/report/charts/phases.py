@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rmoe.report.analysis_schema import Matrix, ModelAnalysis
 from rmoe.report.charts.chart import Chart, Style, axis, counted, layer_axis
-from rmoe.report.charts.shared import line, token_count
+from rmoe.report.charts.shared import heat_maps, line, token_count
 
 SECTION = "Gradients and phases"
 
@@ -39,10 +39,11 @@ def gradient_split(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> 
                 for step, row in zip(split.step, values, strict=True)
                 for layer, value in enumerate(row)
             ]
-            if is_drawn and any(v > 0 for row in values for v in row):  # a zero has no place on a log axis
+            if is_drawn and any(v > 0 for row in values for v in row):  # zero has no place on a log axis
                 x = split.step if over_steps else list(range(len(values[0])))
                 y = [math.sqrt(sum(v * v for v in row)) for row in values] if over_steps else values[0]
-                data.append(line(f"{name}, {said}", x, y, Style(looks[name].colour, dash), index))
+                shown = [v if v > 0 else None for v in y]
+                data.append(line(f"{name}, {said}", x, shown, Style(looks[name].colour, dash), index))
     return [
         Chart(
             id="gradient-split",
@@ -69,25 +70,42 @@ def gradient_split(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> 
 
 
 def saturation(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """By layer for one pair of checkpoints, over training for several."""
     having = [(m.name, m.saturation) for m in models if m.saturation]
     if not having:
         return []
+    over_steps = any(len(s.to_step) > 1 for _, s in having)
     data = []
-    for index, (name, saturation) in enumerate(having):
-        mean = [sum(row) / len(row) for row in saturation.values]
-        drawn = line(name, saturation.to_step, mean, looks[name], index)
-        data.append({**drawn, "text": [f"from step {step}" for step in saturation.from_step]})
+    for index, (name, s) in enumerate(having):
+        if over_steps:
+            mean = [sum(row) / len(row) for row in s.values]
+            drawn = line(name, s.to_step, mean, looks[name], index)
+            drawn["text"] = [f"from step {step}" for step in s.from_step]
+        else:
+            drawn = line(name, range(len(s.values[0])), s.values[0], looks[name], index)
+        data.append(drawn)
+    first = having[0][1]
+    which = (
+        "mean over layers; the CSV has every layer"
+        if over_steps
+        else (f"from step {first.from_step[0]:,} to step {first.to_step[0]:,}")
+    )
     return [
         Chart(
             id="saturation",
             section=SECTION,
             title="Routing stability between checkpoints",
-            definition="Share of a token's chosen experts that stay the same from one checkpoint to another, "
-            "mean over tokens and layers; 1: routing has settled. The CSV has every layer.",
+            definition="Share of a token's chosen experts that stay the same from one checkpoint to a later one, mean "
+            f"over tokens; {which}. 1: routing has settled.",
             unit="share of chosen experts kept",
             sample=token_count([s.n for _, s in having]),
             data=data,
-            layout={"xaxis": axis("optimizer step of the later checkpoint"), "yaxis": axis("share kept")},
+            layout={
+                "xaxis": axis("optimizer step of the later checkpoint")
+                if over_steps
+                else layer_axis(max(len(s.values[0]) for _, s in having)),
+                "yaxis": axis("share kept"),
+            },
             rows=[
                 ["model", "from step", "to step", "layer", "share kept"],
                 *[
@@ -102,28 +120,33 @@ def saturation(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list
 
 
 def over_training(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
-    """One chart per measure that was recorded on a schedule: mean over layers; the CSV has every layer."""
+    """Measures that were recorded on a schedule: layers down, steps across, phase by phase."""
     measures = {measure.name: measure for model in models for measure in model.over_training}
     charts = []
     for name, measure in measures.items():
-        having = [(m.name, o) for m in models for o in m.over_training if o.name == name]
+        having = [(m.name, o) for m in models for o in m.over_training if o.name == name and o.step]
+        if not having:
+            continue
+        layers = max(len(o.values[0]) for _, o in having)
+        data, layout, height = heat_maps(
+            [(model, [list(layer) for layer in zip(*o.values, strict=True)]) for model, o in having],
+            columns=3,
+            across=axis("optimizer step"),
+            down=layer_axis(layers, autorange="reversed"),
+            colour={"colorbar": {"title": {"text": measure.unit}}},
+            hover="step %{x}, layer %{y}: %{z:.4f}",
+            places_across=[o.step for _, o in having],
+        )
         charts.append(
             Chart(
                 id=f"over-training-{name.replace('_', '-')}",
                 section=SECTION,
-                title=f"{name.replace('_', ' ').capitalize()} over training",
-                definition=f"{measure.definition} Mean over layers; the CSV has every layer.",
+                title=f"{name.replace('_', ' ').capitalize()}, layer by layer over training",
+                definition=measure.definition,
                 unit=measure.unit,
                 sample=counted([len(o.step) for _, o in having], "measurement"),
-                data=[
-                    line(model, o.step, [sum(row) / len(row) for row in o.values], looks[model], index)
-                    for index, (model, o) in enumerate(having)
-                ],
-                layout={
-                    "xaxis": axis("optimizer step"),
-                    "yaxis": axis(measure.unit),
-                    "hovermode": "x unified",
-                },
+                data=data,
+                layout=layout,
                 rows=[
                     ["model", "step", "layer", measure.unit],
                     *[
@@ -133,6 +156,8 @@ def over_training(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> l
                         for layer, value in enumerate(row)
                     ],
                 ],
+                height=height,
+                wide=True,
             )
         )
     return charts

@@ -46,23 +46,33 @@ def heat_maps(
     down: dict[str, Any],
     colour: dict[str, Any],
     hover: str,
+    places_across: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[dict], dict, int]:
-    """Heat maps side by side on one colour scale: traces, layout, height."""
+    """Heat maps side by side on one colour scale.
+
+    Args:
+        titled: title and rows of each.
+        columns: maps in a line, at most.
+        across, down: axes.
+        colour: of the colour axis.
+        hover: plotly template.
+        places_across: where each map's columns stand; None counts them from 0.
+
+    Returns:
+        Traces, layout, height in pixels.
+    """
     places = panels(len(titled), columns, gap_y=0.2)
     layout: dict[str, Any] = {
         "annotations": [],
-        "coloraxis": {
-            "colorscale": SEQUENTIAL,
-            **colour,
-            "colorbar": {"outlinewidth": 0, "thickness": 14, **colour["colorbar"]},
-        },
+        "coloraxis": {"colorscale": SEQUENTIAL, **colour},
         "margin": {"t": 36},
     }
     data = []
-    for (title, values), (suffix, x, y) in zip(titled, places, strict=True):
+    for index, ((title, values), (suffix, x, y)) in enumerate(zip(titled, places, strict=True)):
         data.append(
             {
                 "type": "heatmap",
+                **({"x": list(places_across[index])} if places_across else {}),
                 "z": values,
                 "name": label(title),
                 "xaxis": f"x{suffix}",
