@@ -208,38 +208,49 @@ def test_dataset_without_the_extra(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 BAD_JSON = b'{"text": "fine"}\n\n{"text": 3}\n'
+WHOLE_GZIP = gzip.compress(TEXT, mtime=0)
+WORDS = {"tokenizer": "words"}
+# what is wrong -> content, file name, options, what the error says
+BAD_TEXTS: dict[str, tuple[bytes, str, dict[str, str], str]] = {
+    "empty": (b"", "empty.txt", {}, r"data\.path is 'empty\.txt'; allowed: a text that is not empty"),
+    "empty gzip": (gzip.compress(b""), "empty.gz", {}, "a text that is not empty"),
+    "no lines": (b"\n\n", "empty.jsonl", {}, "a text that is not empty"),
+    "short": (b"word " * 60, "short.txt", {}, r"at least sequence_length \(32\) tokens"),
+    "few words": (b"word " * 60 + b"\n", "short.txt", WORDS, r"tokens in valid.*sequence_length \(32\)"),
+    "short whole": (b"word", "short.txt", {"split": "whole"}, r"with 4 tokens in test"),
+    "cut gzip": (WHOLE_GZIP[:-9], "cut.gz", {}, r"cut\.gz'; allowed: a whole gzip file"),
+    "bent gzip": (WHOLE_GZIP[:200] + b"\0" + WHOLE_GZIP[201:], "bent.gz", {}, "a whole gzip file"),
+    "no gzip": (b"no gzip at all", "no.gz", {}, "a whole gzip file"),
+    "number for text": (BAD_JSON, "bad.jsonl", {}, r"bad\.jsonl line 3 is .*text in the field 'text'"),
+    "no such field": (
+        BAD_JSON,
+        "bad.jsonl",
+        {"text_field": "body"},
+        r"bad\.jsonl line 1 is \"no field 'body'\"",
+    ),
+    "cut line": (
+        b'{"text": "a"}\n{"text": "b"',
+        "cut.jsonl",
+        {},
+        r"cut\.jsonl line 2 is 'Input data was truncated'",
+    ),
+    "list": (b'["text"]', "list.jsonl", {}, r"list\.jsonl line 1 is"),
+    "half a character": (b'{"text": "\\ud800"}', "surrogate.jsonl", {}, r"surrogate\.jsonl line 1 is"),
+    "no UTF-8": (b"\xff" * 3000, "binary.txt", WORDS, "byte 0xff at offset 0"),
+    "archive": (b"PK\3\4", "some.zip", {}, "zip: a published corpus"),
+    "not 100 MB": (TEXT, "text.txt", {"split": "enwik8"}, "exactly 100,000,000 bytes"),
+    "no WikiText": (TEXT, "text.txt", {"split": "wikitext-103"}, r"wiki\.train\.tokens"),
+    "nothing to count": (TEXT, "text.txt", WORDS | {"split": "whole"}, "folder of a saved tokenizer"),
+    "no tokenizer": (
+        TEXT,
+        "text.txt",
+        {"tokenizer": "/no/such/folder"},
+        r"data\.tokenizer is '/no/such/folder'",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("data", "name", "options", "message"),
-    [
-        (b"", "empty.txt", {}, r"data\.path is 'empty\.txt'; allowed: a text that is not empty"),
-        (gzip.compress(b""), "empty.gz", {}, "a text that is not empty"),
-        (b"\n\n", "empty.jsonl", {}, "a text that is not empty"),
-        (b"word " * 60, "short.txt", {}, r"at least sequence_length \(32\) tokens"),
-        (
-            b"word " * 60 + b"\n",
-            "short.txt",
-            {"tokenizer": "words"},
-            r"tokens in valid.*sequence_length \(32\)",
-        ),
-        (b"word", "short.txt", {"split": "whole"}, r"with 4 tokens in test"),
-        (gzip.compress(TEXT)[:-9], "cut.gz", {}, r"cut\.gz'; allowed: a whole gzip file"),
-        (gzip.compress(TEXT)[:200] + b"\0" + gzip.compress(TEXT)[201:], "bent.gz", {}, "a whole gzip file"),
-        (b"no gzip at all", "no.gz", {}, "a whole gzip file"),
-        (BAD_JSON, "bad.jsonl", {}, r"bad\.jsonl line 3 is .*text in the field 'text'"),
-        (BAD_JSON, "bad.jsonl", {"text_field": "body"}, r"bad\.jsonl line 1 is \"no field 'body'\""),
-        (b'{"text": "a"}\n{"text": "b"', "cut.jsonl", {}, r"cut\.jsonl line 2 is 'Input data was truncated'"),
-        (b'["text"]', "list.jsonl", {}, r"list\.jsonl line 1 is"),
-        (b'{"text": "\\ud800"}', "surrogate.jsonl", {}, r"surrogate\.jsonl line 1 is"),
-        (b"\xff" * 3000, "binary.txt", {"tokenizer": "words"}, "byte 0xff at offset 0"),
-        (b"PK\3\4", "some.zip", {}, "zip: a published corpus"),
-        (TEXT, "text.txt", {"split": "enwik8"}, "exactly 100,000,000 bytes"),
-        (TEXT, "text.txt", {"split": "wikitext-103"}, r"wiki\.train\.tokens"),
-        (TEXT, "text.txt", {"split": "whole", "tokenizer": "words"}, "folder of a saved tokenizer"),
-        (TEXT, "text.txt", {"tokenizer": "/no/such/folder"}, r"data\.tokenizer is '/no/such/folder'"),
-    ],
-)
+@pytest.mark.parametrize(("data", "name", "options", "message"), BAD_TEXTS.values(), ids=BAD_TEXTS)
 def test_bad_text_is_one_line_and_writes_nothing(
     request_for, cache: Path, data, name, options, message
 ) -> None:
