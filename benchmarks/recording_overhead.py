@@ -1,0 +1,105 @@
+"""What recording all measures adds to the forward passes it rides on, at the paper's medium size, in one run.
+
+    python benchmarks/recording_overhead.py [--out benchmarks/results] [--threads N]
+
+Each round runs the same batch twice, plain and recorded, in alternating order. The recorded pass takes the routing
+out of the model and feeds every streaming measure, the digitised mutual information on every token (the worst
+case: a text longer than 100,000 tokens is sampled). Required: at most 25 % more. Processor time is given beside
+wall-clock time, because on a shared machine the latter also says what else was running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from results import write_result
+
+from rmoe.analysis.measures import RoutingMeasures, Sizes
+from rmoe.analysis.recorder import Recorder
+from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
+
+# arXiv:2408.06793, the enwik8 model ("medium").
+MEDIUM = {
+    "vocab_size": 320,
+    "hidden_size": 352,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 352,
+    "hidden_act": "relu",
+    "mlp_gated": False,
+    "norm_position": "post",
+    "norm_type": "layernorm",
+}
+BATCH, LENGTH = 4, 512
+ROUNDS = 8
+
+
+def main() -> None:
+    """Measure, print, and with --out keep the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder for a dated result")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--router", default="rmoe")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    model = RMoEForCausalLM(RMoEConfig(**MEDIUM, router=arguments.router)).eval()
+    initialize(model, 0)
+    recorder = Recorder(model)
+    sizes = Sizes(
+        len(recorder.layers), recorder.num_experts, recorder.experts_per_token, recorder.num_experts
+    )
+    tokens = BATCH * LENGTH
+    counts = np.full(256, (ROUNDS + 1) * tokens // 256)
+    measures = RoutingMeasures(sizes, counts, explored_tokens=256)
+    generator = torch.Generator().manual_seed(0)
+
+    def plain(input_ids: torch.Tensor) -> None:
+        with torch.no_grad():
+            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+
+    def recorded(input_ids: torch.Tensor) -> None:
+        measures.update(recorder.batch(input_ids), input_ids.reshape(-1))
+
+    seconds: dict[str, list[float]] = {"plain": [], "recorded": []}
+    processor: dict[str, list[float]] = {"plain": [], "recorded": []}
+    for round_number in range(ROUNDS + 1):
+        input_ids = torch.randint(0, 256, (BATCH, LENGTH), generator=generator)
+        both = [("plain", plain), ("recorded", recorded)]
+        for name, run in both if round_number % 2 else reversed(both):
+            start, processor_start = time.perf_counter(), time.process_time()
+            run(input_ids)
+            if round_number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - processor_start)
+
+    ratios = np.array(seconds["recorded"]) / np.array(seconds["plain"])
+    write_result(
+        "recording_overhead",
+        {
+            "router": arguments.router,
+            "threads": arguments.threads,
+            "tokens_per_pass": tokens,
+            "plain_us_per_token": float(np.median(seconds["plain"])) / tokens * 1e6,
+            "recorded_us_per_token": float(np.median(seconds["recorded"])) / tokens * 1e6,
+            "added_share_median": float(np.median(ratios)) - 1,
+            "added_share_of_sums": sum(seconds["recorded"]) / sum(seconds["plain"]) - 1,
+            "added_share_processor_time": sum(processor["recorded"]) / sum(processor["plain"]) - 1,
+            "rounds": ROUNDS,
+        },
+        arguments.out,
+    )
+    if np.median(ratios) > 1.25:
+        raise SystemExit("more than is allowed")
+
+
+if __name__ == "__main__":
+    main()
