@@ -1,4 +1,4 @@
-"""What recording all measures adds to the forward passes it rides on, at the paper's medium size, in one run.
+"""What recording all measures adds to the forward passes it rides on, at the preset `medium`, in one run.
 
     python benchmarks/recording_overhead.py [--out benchmarks/results] [--threads N]
 
@@ -11,6 +11,7 @@ wall-clock time, because on a shared machine the latter also says what else was 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -20,22 +21,9 @@ from results import write_result
 
 from rmoe.analysis.measures import RoutingMeasures, Sizes
 from rmoe.analysis.recorder import Recorder
-from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
+from rmoe.training.build import build_model, model_config
+from rmoe.training.config import RunConfig
 
-# arXiv:2408.06793, the enwik8 model ("medium").
-MEDIUM = {
-    "vocab_size": 320,
-    "hidden_size": 352,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 352,
-    "hidden_act": "relu",
-    "mlp_gated": False,
-    "norm_position": "post",
-    "norm_type": "layernorm",
-}
 BATCH, LENGTH = 4, 512
 ROUNDS = 8
 
@@ -51,8 +39,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    model = RMoEForCausalLM(RMoEConfig(**MEDIUM, router=arguments.router)).eval()
-    initialize(model, 0)
+    preset = dataclasses.replace(RunConfig.from_preset("medium"), router=arguments.router)
+    model = build_model(model_config(preset, vocab_size=320), seed=0).eval()
     recorder = Recorder(model)
     sizes = Sizes(
         len(recorder.layers), recorder.num_experts, recorder.experts_per_token, recorder.num_experts
