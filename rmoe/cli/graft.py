@@ -19,12 +19,15 @@ def run(
     width: int | None = None,
     pure: bool = False,
     seed: int = 0,
+    upcycle: bool = False,
+    experts: int = 8,
+    top_k: int = 2,
     undo: bool = False,
     keep_trained: bool = False,
     list: bool = False,
     json: bool = False,
 ) -> None:
-    """Put a recurrent router onto a pretrained MoE without changing its function.
+    """Put a recurrent router onto a pretrained MoE, or an MoE in the place of a dense model, function unchanged.
 
     Args:
         model: a model folder in safetensors; with --undo, a grafted one.
@@ -33,6 +36,9 @@ def run(
         width: p, width of the router state; default the row's.
         pure: the gate reads the state alone. For training from scratch: this does change the function.
         seed: of the projectors' and the cell's initial values.
+        upcycle: MODEL is dense (Llama, Mistral, Qwen2): make an RMoE model of it whose experts are copies of its MLPs.
+        experts: with --upcycle, experts of each layer.
+        top_k: with --upcycle, experts for each token.
         undo: write the model that MODEL was grafted from, and check that it is that, bit for bit.
         keep_trained: with --undo, accept a base that training has changed.
         list: try every MoE model type of the installed transformers and say which take a graft.
@@ -46,7 +52,14 @@ def run(
     if out is None:
         raise RequestError("--out", None, "a folder that is new or empty")
 
-    from rmoe.graft import GraftSpec, graft_folder, undo_folder
+    from rmoe.graft import GraftSpec, graft_folder, undo_folder, upcycle_folder
+
+    if upcycle:
+        made = upcycle_folder(model, out, router, num_experts=experts, top_k=top_k, seed=seed)
+        size = sum(p.numel() for p in made.parameters())
+        said = f"{out}: rmoe, {experts} experts, {top_k} for each token, {size:,} parameters"
+        print(jsonlib.dumps({"model_type": "rmoe", "parameters": size}) if json else said)
+        return
 
     if undo:
         undone = undo_folder(model, out, keep_trained=keep_trained)

@@ -9,6 +9,7 @@ from rmoe.graft.discover import RoutedStack, find_routed_stack
 from rmoe.graft.folder import GraftReport, UndoReport, graft_folder, keep_originals, undo_folder
 from rmoe.graft.modules import GraftedGate, GraftedLayer, RecurrentOffset, RouterStream
 from rmoe.graft.spec import GraftSpec
+from rmoe.graft.upcycle import upcycle, upcycle_folder
 
 __all__ = [
     "GraftConfig",
@@ -26,4 +27,6 @@ __all__ = [
     "graft_folder",
     "keep_originals",
     "undo_folder",
+    "upcycle",
+    "upcycle_folder",
 ]

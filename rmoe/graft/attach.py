@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from rmoe.graft.modules import (
     grafted_layer_class,
 )
 from rmoe.graft.spec import GraftSpec
+from rmoe.model.initialize import keyed_generator
 from rmoe.routing.initial import Initialized
 from rmoe.routing.recurrence import SharedRecurrence
 from rmoe.routing.spec import Geometry
@@ -136,8 +136,7 @@ def initialize_graft(model: nn.Module, seed: int) -> None:
             parameter = getattr(module, name)
             if parameter is None or parameter.is_meta:
                 continue
-            key = hashlib.sha256(f"{seed}/{path}.{name}".encode()).digest()[:8]
             value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            start(value, torch.Generator().manual_seed(int.from_bytes(key) >> 1))
+            start(value, keyed_generator(seed, f"{path}.{name}"))
             with torch.no_grad():
                 parameter.copy_(value)

@@ -106,7 +106,7 @@ def graft_folder(source: Path, out: Path, spec: GraftSpec) -> GraftReport:
     }
 
     def write(folder: Path) -> None:
-        _copy_others(source, folder)
+        copy_others(source, folder)
         files = {file: BASE_WEIGHTS if file == WEIGHTS else file for file in weights.files}
         for file, target in files.items():
             shutil.copyfile(source / file, folder / target)
@@ -145,7 +145,7 @@ def undo_folder(source: Path, out: Path, *, keep_trained: bool = False) -> UndoR
         raise RequestError("model", str(source), allowed)
 
     def write(folder: Path) -> None:
-        _copy_others(source, folder)
+        copy_others(source, folder)
         base.write(folder)
         if (source / BASE_CONFIG).is_file():
             shutil.copyfile(source / BASE_CONFIG, folder / CONFIG)
@@ -271,7 +271,7 @@ def _base_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (GRAFT_SECTION, "auto_map")} | own
 
 
-def _copy_others(source: Path, target: Path) -> None:
+def copy_others(source: Path, target: Path) -> None:
     """Copy what is neither weights nor configuration: tokenizer, generation defaults, chat templates, the card."""
     skipped = {CONFIG, INDEX, BASE_CONFIG, BASE_INDEX, *CODE}
     for path in source.rglob("*"):

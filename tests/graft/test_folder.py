@@ -59,6 +59,7 @@ def test_graft_then_undo(original: Path, tmp_path: Path, capsys: pytest.CaptureF
     }
 
 
+@pytest.mark.slow
 def test_a_program_without_rmoe_refuses_a_grafted_folder(original: Path, tmp_path: Path) -> None:
     graft_folder(original, tmp_path / "out", SPEC)
     program = (
@@ -69,6 +70,7 @@ def test_a_program_without_rmoe_refuses_a_grafted_folder(original: Path, tmp_pat
     assert "trust_remote_code=True" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_by", ["graft_folder", "save_pretrained"])
 def test_trusting_its_code_loads_it_where_rmoe_is_installed(
     original: Path, tmp_path: Path, saved_by: str
