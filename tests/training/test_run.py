@@ -1,0 +1,392 @@
+"""Whole runs: what they write, that they repeat, that they go on bit for bit after anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmoe.errors import RequestError, RunError
+from rmoe.training import run as run_module
+from rmoe.training import state as contents
+from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.metrics import read_metrics
+from rmoe.training.run import Stopped, read_result, train
+from rmoe.training.run_folder import locked, read_run
+from rmoe.training.trainer import RMoETrainer
+from tests.training import tiny
+
+
+class Crash(Exception):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the run die inside the step after `step`, with its checkpoints so far on disk."""
+    begin = RMoETrainer.begin_step
+
+    def begin_step(self: RMoETrainer) -> None:
+        if self.state.global_step == step:
+            raise Crash
+        begin(self)
+
+    monkeypatch.setattr(RMoETrainer, "begin_step", begin_step)
+
+
+def interrupted(config, out: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    with monkeypatch.context() as patched:
+        crash_after(patched, step)
+        with pytest.raises(Crash):
+            train(config, out, progress=False)
+
+
+def test_what_a_run_writes(finished):
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "model",
+        "result.json",
+        "run.lock",
+    ]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "checkpoint-18",
+        "checkpoint-20",
+    ]
+    files = {path.name for path in finished.rglob("*") if path.is_file()}
+    assert not {name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))}
+    assert "training_args.bin" not in files
+
+    record = read_run(finished)
+    assert record.config["training"]["max_steps"] == tiny.STEPS
+    assert record.router_spec["recurrence"]["width"] == 16
+    assert record.versions.code
+    assert record.versions.libraries["torch"] == torch.__version__
+    assert record.hardware.threads == 1
+
+    result = read_result(finished)
+    assert result.steps == tiny.STEPS
+    assert result.tokens == tiny.STEPS * 4 * 32
+    assert result.corpus.unit == "bits_per_byte"
+    assert 0 < result.val < 8
+    assert 0 < result.test < 9
+    assert result.context.startswith("1 to 31 tokens before it")
+    assert "the first 8 of" in result.context
+    assert result.parameters.router == 2 * (32 * 16 + 16 * 4) + 2 * 3 * 16 * 16 + 2 * 3 * 16
+    assert result.parameters.non_embedding < result.parameters.total
+    assert {"val", "train_lm_loss", "aux_loss", "gate_entropy", "load_imbalance"} <= set(result.curves)
+    assert result.routing is not None
+    assert all(abs(sum(layer) - 1) < 1e-9 for layer in result.routing.load)
+
+
+def test_metrics_rows(finished):
+    rows = read_metrics(finished / "metrics.jsonl")
+    train_rows = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in train_rows] == [3, 6, 9, 12, 15, 18, 20]
+    for row in train_rows:
+        assert row["loss"] == pytest.approx(row["lm_loss"] + row["balance_loss"])
+        assert row["balance_loss"] == pytest.approx(0.01, rel=0.5)
+        assert len(row["gate_entropy"]) == len(row["load_imbalance"]) == 2
+        assert all(0 < value <= 1.3863 for value in row["gate_entropy"])  # ln 4
+        assert all(1 <= value <= 4 for value in row["load_imbalance"])
+        assert row["tokens"] == row["step"] * 4 * 32
+        assert row["tokens_per_s"] > 0
+        assert row["peak_mib"] > 10
+        assert 0 < row["router_grad_norm"] <= row["grad_norm"]
+        assert row["bits_per_byte"] == pytest.approx(row["lm_loss"] / 0.6931, rel=1e-2)
+    judged = [row for row in rows if row["kind"] == "eval"]
+    assert [row["step"] for row in judged] == list(range(2, 21, 2))
+    assert all(row["tokens"] == 8 * 31 and row["split"] == "valid" and row["context"] for row in judged)
+    assert judged[-1]["loss"] < judged[0]["loss"]
+
+
+def test_at_least_ten_checkpoints(text, tmp_path, monkeypatch):
+    saved = []
+    save = CheckpointStore.save
+    monkeypatch.setattr(
+        CheckpointStore, "save", lambda self, step, write: (saved.append(step), save(self, step, write))
+    )
+    config = tiny.config(text, max_steps=25)
+    train(
+        replace(config, checkpoints=replace(config.checkpoints, every=10)), tmp_path / "run", progress=False
+    )
+    assert saved == [*range(2, 25, 2), 25]
+
+
+def test_the_same_run_gives_the_same_bits(text, finished, tmp_path):
+    train(tiny.config(text), tmp_path / "again", progress=False)
+    assert tiny.weights(tmp_path / "again") == tiny.weights(finished)
+
+
+def test_another_seed_gives_others(text, finished, tmp_path):
+    train(tiny.config(text, seed=1), tmp_path / "other", progress=False)
+    assert tiny.weights(tmp_path / "other") != tiny.weights(finished)
+
+
+def test_evaluating_more_often_changes_nothing(text, finished, tmp_path):
+    config = tiny.config(text)
+    config = replace(config, logging=replace(config.logging, evaluate_every=1, evaluate_blocks=3))
+    train(config, tmp_path / "often", progress=False)
+    assert tiny.weights(tmp_path / "often") == tiny.weights(finished)
+
+
+@pytest.mark.parametrize("step", [1, 3, 10, 19])
+def test_resume_is_exact(text, finished, tmp_path, monkeypatch, capsys, step):
+    """At step 1 there is no checkpoint yet; at 3 and 19 the last is a step old; at 10 it is just written."""
+    out = tmp_path / "run"
+    interrupted(tiny.config(text), out, monkeypatch, step)
+    capsys.readouterr()
+    train(tiny.config(text), out, resume=True, progress=False)
+    err = capsys.readouterr().err
+    newest = step - step % 2
+    assert (f"at step {newest} of 20" in err) if newest else ("starting at step 0" in err)
+    assert tiny.weights(out) == tiny.weights(finished)
+
+    timed = ("tokens_per_s", "peak_mib")
+    rows, whole = (read_metrics(folder / "metrics.jsonl") for folder in (out, finished))
+    assert [{k: v for k, v in row.items() if k not in timed} for row in rows] == [
+        {k: v for k, v in row.items() if k not in timed} for row in whole
+    ]
+
+
+@pytest.mark.parametrize("router", ["smoe-bias", "noisy-topk", "smoe-annealed", "remoe"])
+def test_resume_carries_what_routers_move_in_training(text, tmp_path, monkeypatch, router):
+    """Selection biases, routing noise, schedules, penalties: state that no optimizer holds."""
+    config = replace(tiny.config(text, max_steps=12, micro_batch_size=2), router=router, router_option=())
+    train(config, tmp_path / "whole", progress=False)
+    interrupted(config, tmp_path / "cut", monkeypatch, 7)
+    train(config, tmp_path / "cut", resume=True, progress=False)
+    assert tiny.weights(tmp_path / "cut") == tiny.weights(tmp_path / "whole")
+
+
+def test_resume_of_a_finished_run_says_so_and_does_nothing(text, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = train(tiny.config(text), finished, resume=True, progress=False)
+    assert result == read_result(finished)
+    assert "is finished already" in capsys.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} <= {finished / "run.lock"}
+
+
+def test_resume_after_a_kill_between_training_and_result(text, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    result = train(tiny.config(text), out, resume=True, progress=False)
+    assert tiny.weights(out) == tiny.weights(finished)
+    assert result.val == read_result(finished).val
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in finished.iterdir())
+
+
+def test_resume_without_a_run_starts_one(text, finished, tmp_path, capsys):
+    train(tiny.config(text), tmp_path / "new", resume=True, progress=False)
+    assert "starting at step 0" in capsys.readouterr().err
+    assert tiny.weights(tmp_path / "new") == tiny.weights(finished)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_the_run_still_exact(
+    text, finished, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    interrupted(tiny.config(text), out, monkeypatch, 13)
+    os.truncate(out / "checkpoints" / "checkpoint-12" / "optimizer.safetensors", 100)
+    capsys.readouterr()
+    train(tiny.config(text), out, resume=True, progress=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "skipped checkpoint-12: size mismatch: optimizer.safetensors"
+    assert lines[1].endswith("at step 10 of 20")
+    assert tiny.weights(out) == tiny.weights(finished)
+
+
+def test_all_checkpoints_damaged_starts_at_0_and_says_so(text, finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    interrupted(tiny.config(text), out, monkeypatch, 9)
+    for folder in (out / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+    capsys.readouterr()
+    train(tiny.config(text), out, resume=True, progress=False)
+    err = capsys.readouterr().err
+    assert err.count("no manifest.json\n") == 2
+    assert "starting at step 0" in err
+    assert tiny.weights(out) == tiny.weights(finished)
+
+
+# --- what ends a run early -----------------------------------------------------------------------
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
+    """Make the loss of some steps (counted from 1) NaN or infinite."""
+    compute = RMoETrainer.compute_loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = compute(self, model, inputs, return_outputs, num_items_in_batch)
+        return loss * value if self.state.global_step + 1 in steps else loss
+
+    monkeypatch.setattr(RMoETrainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_batch_is_left_out(text, tmp_path, monkeypatch, capsys, value):
+    out = tmp_path / "run"
+    poisoned(monkeypatch, {5}, value)
+    result = train(tiny.config(text, max_skipped_batches=1, max_steps=10), out, progress=False)
+    assert result.skipped_batches == 1
+    assert "left out the batch of step 5" in capsys.readouterr().err
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "skipped"] == [5]
+    assert all(row["loss"] is not None for row in rows if row["kind"] == "train")
+
+
+def test_a_bad_batch_moves_nothing(text, tmp_path, monkeypatch):
+    """Weights, optimizer and router state after the skipped step are those before it."""
+    out = tmp_path / "run"
+    config = replace(tiny.config(text, max_steps=10), router="smoe-bias", router_option=())
+    poisoned(monkeypatch, {5}, float("nan"))
+    interrupted(config, out, monkeypatch, 5)
+    before, after = (out / "checkpoints" / f"checkpoint-{step}" for step in (4, 5))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert tiny.sha256(before / name) == tiny.sha256(after / name), name
+
+
+def test_too_many_bad_batches_stop_the_run_with_everything_saved(text, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    config = tiny.config(text, max_skipped_batches=2)
+    with monkeypatch.context() as patched:
+        poisoned(patched, {5, 7, 8, 9}, float("nan"))
+        with pytest.raises(RunError) as caught:
+            train(config, out, progress=False)
+    assert "not finite in 3 batches, the last at step 8" in str(caught.value)
+    assert "saved: checkpoint-8" in str(caught.value)
+    tensors = contents.load_file(out / "checkpoints" / "checkpoint-8" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+    result = train(
+        replace(config, training=replace(config.training, max_skipped_batches=5)), out, resume=True
+    )
+    assert result.steps == tiny.STEPS
+    assert result.skipped_batches == 3
+
+
+def test_disk_full_in_mid_run(text, finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    write = contents.save_optimizer
+
+    def full(folder, optimizer, model):
+        if folder.name == "checkpoint-8":
+            raise OSError(28, "No space left on device")
+        return write(folder, optimizer, model)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(contents, "save_optimizer", full)
+        with pytest.raises(RunError, match=r"could not save checkpoint-8.*saved: checkpoint-6"):
+            train(tiny.config(text), out, progress=False)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    train(tiny.config(text), out, resume=True, progress=False)
+    assert tiny.weights(out) == tiny.weights(finished)
+
+
+def test_disk_full_at_the_final_model(text, finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+
+        def full(path: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(run_module, "sync", full)
+        with pytest.raises(RunError, match=r"could not save .*model.*saved: checkpoint-20"):
+            train(tiny.config(text), out, progress=False)
+    assert not (out / "model").exists()
+    assert not (out / "result.json").exists()
+    train(tiny.config(text), out, resume=True, progress=False)
+    assert tiny.weights(out) == tiny.weights(finished)
+
+
+def test_asked_to_stop_it_saves_and_goes_on_exactly(text, finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    begin = RMoETrainer.begin_step
+
+    def begin_step(self: RMoETrainer) -> None:
+        begin(self)
+        self.stop_requested = self.state.global_step == 6
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RMoETrainer, "begin_step", begin_step)
+        with pytest.raises(Stopped, match="stopped at step 7 of 20; saved: checkpoint-7"):
+            train(tiny.config(text), out, progress=False)
+    train(tiny.config(text), out, resume=True, progress=False)
+    assert tiny.weights(out) == tiny.weights(finished)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_a_used_folder_is_refused_and_left_alone(text, finished, tmp_path):
+    before = sorted(finished.rglob("*"))
+    with pytest.raises(RequestError, match="holds another run"):
+        train(tiny.config(text), finished, progress=False)
+    assert sorted(finished.rglob("*")) == before
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for resume in (False, True):
+        with pytest.raises(RequestError, match="holds other files"):
+            train(tiny.config(text), tmp_path / "mine", resume=resume, progress=False)
+    assert {path.name for path in (tmp_path / "mine").iterdir()} <= {"thesis.tex", "run.lock"}
+
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RequestError, match="allowed: a folder"):
+        train(tiny.config(text), tmp_path / "file", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 3}, "training.seed"),
+        ({"batch_size": 8}, "training.batch_size"),
+        ({"learning_rate": 0.5}, "training.learning_rate"),
+        ({"max_steps": 30}, "training.max_steps"),
+        ({"threads": 2}, "training.threads"),
+    ],
+)
+def test_resuming_another_run_is_refused(text, finished, change, field):
+    with pytest.raises(RequestError, match=f"{field} is .*as the run in .* was started with"):
+        train(tiny.config(text, **change), finished, resume=True, progress=False)
+
+
+def test_resuming_on_another_text_is_refused(text, tmp_path, monkeypatch):
+    other = tmp_path / "text.txt"
+    other.write_bytes(text.read_bytes())
+    interrupted(tiny.config(other), tmp_path / "run", monkeypatch, 5)
+    other.write_bytes(text.read_bytes().replace(b"argument", b"Argument", 1))
+    with pytest.raises(RequestError, match="data_sha256 is "):
+        train(tiny.config(other), tmp_path / "run", resume=True, progress=False)
+    # The same text elsewhere is the same text.
+    train(tiny.config(text), tmp_path / "run", resume=True, progress=False)
+
+
+def test_two_runs_never_write_into_one_folder(text, tmp_path):
+    out = tmp_path / "run"
+    with locked(out), pytest.raises(RequestError, match=f"no other run is writing to.*process {os.getpid()}"):
+        train(tiny.config(text), out, progress=False)
+
+
+def test_the_lock_of_a_dead_process_is_free(text, finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    interrupted(tiny.config(text), out, monkeypatch, 5)
+    (out / "run.lock").write_text("process 1 on elsewhere\n")
+    train(tiny.config(text), out, resume=True, progress=False)
+    assert tiny.weights(out) == tiny.weights(finished)
+
+
+def test_an_edited_config_json_is_refused(text, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    interrupted(tiny.config(text), out, monkeypatch, 5)
+    record = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(record | {"extra": 1}))
+    with pytest.raises(RequestError, match=r"config\.json"):
+        train(tiny.config(text), out, resume=True, progress=False)
