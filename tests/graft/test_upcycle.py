@@ -118,5 +118,5 @@ def test_layers_that_rmoe_has_not() -> None:
 
 @pytest.mark.parametrize("router", ["expert-choice", "smoe-capacity", "remoe"])
 def test_a_router_that_would_change_the_function(router: str) -> None:
-    with pytest.raises(RequestError, match="--router|gate"):
+    with pytest.raises(RequestError, match=r"--router|gate"):
         upcycle(dense("llama"), router)
