@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -271,21 +271,21 @@ def _run(
         max_skipped_batches=config.training.max_skipped_batches,
         callbacks=list(reports),
     )
-    checkpoint = _find_checkpoint(trainer, metrics, out) if resume else None
+    checkpoint = find_checkpoint(trainer, metrics, out) if resume else None
     try:
-        with _signals(trainer):
+        with signals(trainer):
             torch.manual_seed(config.training.seed)  # dropout's stream; nothing else draws from it
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         for report in reports:
             report.close()
-    _raise_unless_finished(trainer, store)
+    raise_unless_finished(trainer, store)
 
     valid = _final(trainer, config, judge_on("valid", config.logging.final_blocks))
     test = judge_on("test", config.logging.final_blocks)(trainer.model) if config.logging.test else None
     routing = summarize_routing(trainer.model, corpus.valid, bf16=place.bf16)
     if place.rank == 0:
-        _save_model(out, trainer.model, corpus)
+        publish_model(out, trainer.model, corpus.tokenizer)
         result = RunResult(
             router=config.router,
             router_spec=record.router_spec,
@@ -363,7 +363,7 @@ def training_arguments(config: RunConfig, out: Path, place: Place) -> TrainingAr
     return arguments
 
 
-def _find_checkpoint(trainer: RMoETrainer, metrics: MetricsLog, out: Path) -> Path | None:
+def find_checkpoint(trainer: RMoETrainer, metrics: MetricsLog, out: Path) -> Path | None:
     checkpoint = trainer.newest_checkpoint()
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if trainer.is_world_process_zero():
@@ -377,7 +377,7 @@ def _find_checkpoint(trainer: RMoETrainer, metrics: MetricsLog, out: Path) -> Pa
 
 
 @contextmanager
-def _signals(trainer: RMoETrainer) -> Iterator[None]:
+def signals(trainer: RMoETrainer) -> Iterator[None]:
     """SIGTERM and SIGINT save and stop after the current step; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield
@@ -398,7 +398,7 @@ def _signals(trainer: RMoETrainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _raise_unless_finished(trainer: RMoETrainer, store: CheckpointStore) -> None:
+def raise_unless_finished(trainer: RMoETrainer, store: CheckpointStore) -> None:
     step = trainer.state.global_step
     if trainer.diverged:
         raise RunError(
@@ -429,14 +429,22 @@ def _final(trainer: RMoETrainer, config: RunConfig, judge: Any) -> Evaluation:
     return evaluation
 
 
-def _save_model(out: Path, model: PreTrainedModel, corpus: Corpus) -> None:
-    """Publish `model/` in one step: staged, synced, renamed."""
+def publish_model(
+    out: Path, model: PreTrainedModel, tokenizer: Any, complete: Callable[[Path], None] | None = None
+) -> None:
+    """Publish `model/` in one step: staged, synced, renamed.
+
+    Args:
+        complete: adds to the staged folder before it is published.
+    """
     staged, target = out / "staging" / run_folder.MODEL, out / run_folder.MODEL
     store = CheckpointStore(out, "")
     try:
         store.clear_staging()
         model.save_pretrained(staged)
-        corpus.tokenizer.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        if complete is not None:
+            complete(staged)
         for path in (*staged.rglob("*"), staged):
             sync(path)
         if target.exists():  # killed after this was written and before the result was
