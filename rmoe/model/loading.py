@@ -46,7 +46,7 @@ def load(
     folder = Path(path)
     if folder.exists():
         open_weights(folder)
-        _register(read_json(folder / CONFIG).get("model_type"))
+        register(folder)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -62,7 +62,9 @@ def load(
     return model.to(device).eval()
 
 
-def _register(model_type: object) -> None:
+def register(folder: Path) -> None:
+    """Make the model type of a folder known to transformers' Auto classes."""
+    model_type = read_json(folder / CONFIG).get("model_type")
     if isinstance(model_type, str) and model_type in _REGISTERED_BY:
         import_module(_REGISTERED_BY[model_type])
 
