@@ -23,7 +23,7 @@ def run(
     timing_rounds: int = 3,
     analysis_tokens: int = 65_536,
     single_file: bool = False,
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),
+    config: Annotated[RunConfig, tyro.conf.arg(name="")],
 ) -> None:
     """Train several routers with paired seeds and judge them; goes on with what is missing.
 

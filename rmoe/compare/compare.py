@@ -141,6 +141,8 @@ def _plan(
 ) -> Plan:
     if seeds < 1:
         raise RequestError("--seeds", seeds, "1 or more")
+    if config.router != RunConfig.router:
+        raise RequestError("--router", config.router, "left alone: --routers says what is compared")
     from rmoe.training.build import load_plugins
 
     load_plugins(config.plugin)
@@ -219,7 +221,7 @@ def _check_routers(plan: Plan, vocab_size: int) -> None:
 
 def _matched(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
     """The plan with expert widths that give every router the baseline's parameters, and that said."""
-    from rmoe.compare.match import KNOB, TOLERANCE, matched_widths
+    from rmoe.compare.match import ALIGNED, KNOB, TOLERANCE, matched_widths
 
     width = plan.config.model.moe_intermediate_size
     counts = {
@@ -239,7 +241,14 @@ def _matched(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
         f"Parameters are matched to {plan.baseline}'s within {TOLERANCE:.1%} by the experts' width "
         f"({plan.baseline} {width}): {widths}. Expert weights then start from other values; all else starts equal."
     )
-    return replace(plan, changes={name: change for name, change in changes.items() if change}), [note]
+    notes = [note]
+    slow = [name for name, m in found.items() if not m.is_aligned]
+    if slow:
+        notes.append(
+            f"{', '.join(slow)}: no multiple of {ALIGNED} columns matches, so the experts run in a plain loop; the "
+            "time column is not comparable."
+        )
+    return replace(plan, changes={name: change for name, change in changes.items() if change}), notes
 
 
 # --- phases --------------------------------------------------------------------------------------

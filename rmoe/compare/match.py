@@ -14,6 +14,7 @@ from rmoe.errors import RequestError
 
 TOLERANCE = 0.005  # of the non-embedding parameters
 KNOB = "model.moe_intermediate_size"
+ALIGNED = 8  # columns: what grouped_mm takes in any dtype; other widths run in a slower loop
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,18 @@ class Match:
     target: int
 
     @property
+    def is_aligned(self) -> bool:
+        """Whether the fast kernel takes this width."""
+        return self.value % ALIGNED == 0
+
+    @property
     def error(self) -> float:
         """Relative difference to the target."""
         return self.parameters / self.target - 1
 
 
 def match(width: int, counts: dict[int, int], target: int) -> Match:
-    """The width whose count comes nearest to the target.
+    """The width whose count comes nearest to the target; an aligned one where that is near enough.
 
     Args:
         width: as configured.
@@ -51,8 +57,12 @@ def match(width: int, counts: dict[int, int], target: int) -> Match:
     rmoe.errors.RequestError: --match-params is '+0.51% at model.moe_intermediate_size 62'; allowed: within 0.5% ...
     """
     slope = counts[width + 1] - counts[width]
-    value = max(1, width + round((target - counts[width]) / slope))
-    found = Match(value, counts[width] + (value - width) * slope, target)
+    best = max(1, width + round((target - counts[width]) / slope))
+    candidates = [best, *(w for w in (best // ALIGNED * ALIGNED, -(-best // ALIGNED) * ALIGNED) if w > 0)]
+    matches = [Match(w, counts[width] + (w - width) * slope, target) for w in candidates]
+    aligned = [m for m in matches if m.is_aligned and abs(m.error) <= TOLERANCE]
+    found = min(aligned, key=lambda m: abs(m.error), default=matches[0])
+    value = found.value
     if abs(found.error) > TOLERANCE:
         raise RequestError(
             "--match-params",

@@ -1,0 +1,255 @@
+"""`compare` on real, tiny runs: pairing, sharing, going on, sweeps; every run a few steps of a toy model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rmoe.compare import plan as plans
+from rmoe.compare.compare import Options, compare
+from rmoe.compare.schema import append_row, read_rows
+from rmoe.data.config import DataConfig
+from rmoe.errors import RequestError
+from rmoe.training.config import LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+
+MODEL = ModelConfig(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_experts=4,
+    moe_intermediate_size=8,
+    hidden_dropout=0.1,
+)
+QUIET = Options(jobs=2, timing_rounds=0, analysis_tokens=0)
+ONE_BY_ONE = Options(jobs=1, timing_rounds=0, analysis_tokens=512)
+
+
+def config_of(folder: Path, steps: int = 10) -> RunConfig:
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_text("".join(f"line {i}: the cat sat on mat {i * 7919 % 101}\n" for i in range(800)))
+    return RunConfig(
+        model=MODEL,
+        data=DataConfig(path=str(text), cache_dir=str(folder / "cache")),
+        training=TrainingConfig(max_steps=steps, batch_size=2, sequence_length=32, warmup_steps=2, threads=1),
+        logging=LoggingConfig(every=5, evaluate_every=5),
+    )
+
+
+def weights(out: Path, key: str) -> str:
+    return hashlib.sha256((out / "runs" / key / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A whole comparison: two routers, two seeds, one worker process for all four runs, analysed."""
+    folder = tmp_path_factory.mktemp("compare")
+    summary = compare(config_of(folder), ["smoe", "rmoe"], 2, folder / "out", options=ONE_BY_ONE)
+    return folder, summary
+
+
+def test_everything_is_written(shared):
+    folder, summary = shared
+    out = folder / "out"
+    for name in ("results.jsonl", "summary.json", "summary.md", "analysis.json", "report/index.html"):
+        assert (out / name).is_file(), name
+    rows, problems = read_rows(out / plans.RESULTS)
+    assert problems == []
+    assert sorted(row.key for row in rows) == ["rmoe-seed0", "rmoe-seed1", "smoe-seed0", "smoe-seed1"]
+    assert all(row.status == "finished" and row.test is not None for row in rows)
+    assert all(row.hardware.threads == 1 for row in rows)
+    by_name = {router.router: router for router in summary.routers}
+    assert by_name["rmoe"].parameters.router > by_name["smoe"].parameters.router
+    assert by_name["rmoe"].difference.seeds == [0, 1]
+    assert all(router.timing is None for router in summary.routers)  # no phase alone: blank, not guessed
+    assert [m["name"] for m in json.loads((out / "analysis.json").read_text())["models"]] == ["smoe", "rmoe"]
+
+
+def test_pairs_start_with_equal_weights_and_see_equal_batches(shared):
+    """Training loss of the first rows differs only through the router; every shared parameter starts equal."""
+    from rmoe.training.build import build_model, model_config
+
+    folder, _ = shared
+    models = [
+        build_model(model_config(config_of(folder).with_setting("router", r), 256), 1)
+        for r in ("smoe", "rmoe")
+    ]
+    one, other = (dict(model.named_parameters()) for model in models)
+    same = [name for name in one.keys() & other.keys() if one[name].shape == other[name].shape]
+    assert len(same) >= 15
+    assert all((one[name] == other[name]).all() for name in same)
+
+
+def test_a_workers_run_has_the_bits_of_a_run_in_this_process(shared, tmp_path):
+    """The last of four runs in one worker, against the same run alone and elsewhere."""
+    from rmoe.training.run import train
+
+    folder, _ = shared
+    config = config_of(folder).with_setting("router", "rmoe").with_setting("training.seed", 1)
+    train(config, tmp_path / "alone", progress=False)
+    alone = hashlib.sha256((tmp_path / "alone" / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert weights(folder / "out", "rmoe-seed1") == alone
+
+
+@pytest.mark.slow
+def test_runs_that_share_the_machine_have_the_bits_of_one_by_one_runs(shared):
+    """Two at once against one by one; and here the routers are timed alone."""
+    folder, _ = shared
+    options = Options(jobs=2, timing_rounds=2, analysis_tokens=0)
+    summary = compare(config_of(folder), ["smoe", "rmoe"], 2, folder / "both", options=options)
+    for key in ("smoe-seed0", "rmoe-seed0", "smoe-seed1", "rmoe-seed1"):
+        assert weights(folder / "both", key) == weights(folder / "out", key)
+    for router in summary.routers:
+        assert router.timing.seconds_per_1k_steps > 0
+        assert router.timing.peak_mib > 50
+        assert router.timing.rounds == 2
+
+
+def test_a_finished_comparison_is_not_trained_again(shared):
+    folder, summary = shared
+    before = (folder / "out" / "results.jsonl").read_bytes()
+    again = compare(config_of(folder), ["smoe", "rmoe"], 2, folder / "out", options=ONE_BY_ONE)
+    assert (folder / "out" / "results.jsonl").read_bytes() == before
+    assert again == summary
+
+
+def test_another_comparison_in_the_folder_is_refused(shared):
+    folder, _ = shared
+    other = config_of(folder).with_setting("learning_rate", 0.5)
+    with pytest.raises(
+        RequestError, match=r"training.learning_rate is 0.5; allowed: 0.001, as the comparison"
+    ):
+        compare(other, ["smoe", "rmoe"], 2, folder / "out", options=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"seeds": 0}, "--seeds"),
+        ({"baseline": "xmoe"}, "--baseline"),
+        ({"options": Options(jobs=0)}, "--jobs"),
+        ({"config": "router"}, "--router is"),
+        ({"config": "k"}, "num_experts_per_tok"),
+    ],
+)
+def test_a_wrong_request_writes_nothing(tmp_path, arguments, said):
+    config = config_of(tmp_path)
+    wrong = {
+        "router": config.with_setting("router", "xmoe"),
+        "k": config.with_setting("model.num_experts_per_tok", 9),
+    }
+    call = {"config": config, "routers": ["smoe", "rmoe"], "seeds": 1, "options": QUIET} | arguments
+    call["config"] = wrong.get(call["config"], config) if isinstance(call["config"], str) else call["config"]
+    with pytest.raises(RequestError, match=said):
+        compare(out=tmp_path / "out", **call)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_each_router_gets_its_own_learning_rate_and_one_look_at_the_test_split(tmp_path):
+    out = tmp_path / "out"
+    sweep = ["learning_rate=1e-6,1e-2"]
+    summary = compare(config_of(tmp_path), ["smoe", "rmoe"], 2, out, sweep=sweep, options=QUIET)
+    rows, _ = read_rows(out / plans.RESULTS)
+    assert len(rows) == 8
+    assert {row.sweep["learning_rate"] for row in rows if row.test is not None} == {1e-2}
+    assert sum(row.test is not None for row in rows) == 4
+    assert {p.sweep["learning_rate"] for p in summary.sweep_points if p.chosen} == {1e-2}
+    lines = (out / plans.RESULTS).read_text().splitlines()
+    assert len(lines) == 8 + 4  # a line per run, and one more for each that was judged on the test split
+    direct = compare(
+        config_of(tmp_path).with_setting("learning_rate", 1e-2),
+        ["smoe"],
+        1,
+        tmp_path / "direct",
+        options=QUIET,
+    )
+    swept = next(r for r in summary.routers if r.router == "smoe")
+    assert swept.test.values[0] == direct.routers[0].test.values[0]  # judged later, judged alike
+
+
+@pytest.mark.slow
+def test_parameters_are_matched(tmp_path):
+    config = config_of(tmp_path).with_setting("moe_intermediate_size", 200)
+    summary = compare(config, ["smoe", "low-rank"], 1, tmp_path / "out", match_params=True, options=QUIET)
+    one, other = (router.parameters.non_embedding for router in summary.routers)
+    assert abs(one / other - 1) < 0.005
+    assert any(
+        "Parameters are matched to smoe's within 0.5% by the experts' width" in note for note in summary.notes
+    )
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on_to_the_same_bits(shared, tmp_path):
+    """kill -9 of the comparison: its workers end too, and the same command finishes with equal weights."""
+    folder, _ = shared
+    out = tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from tests.compare.test_compare import *;"
+        f"compare(config_of(Path({str(folder)!r})), ['smoe', 'rmoe'], 2, Path({str(out)!r}), options=QUIET)"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("runs/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while _workers_of(out) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _workers_of(out) == []
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    for key in ("smoe-seed0", "smoe-seed1", "rmoe-seed0", "rmoe-seed1"):
+        assert weights(out, key) == weights(folder / "out", key)
+
+
+def _workers_of(out: Path) -> list[int]:
+    """Processes that still write a log below `out`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "fd" / "2").startswith(str(out)):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_a_row_and_the_others_are_reported(tmp_path):
+    config = (
+        config_of(tmp_path, steps=30).with_setting("learning_rate", 1e30).with_setting("max_grad_norm", 0.0)
+    )
+    good = config_of(tmp_path, steps=30)
+    out = tmp_path / "out"
+    compare(good, ["smoe"], 2, out, options=QUIET)
+    rows, _ = read_rows(out / plans.RESULTS)
+    import msgspec
+
+    append_row(
+        out / plans.RESULTS,
+        msgspec.structs.replace(
+            rows[1], router="rmoe", status="failed", error="loss is NaN", val=None, test=None
+        ),
+    )
+    summary = compare(good, ["smoe"], 2, out, options=QUIET)
+    assert any("rmoe-seed1 failed and is left out: loss is NaN" in note for note in summary.notes)
+    with pytest.raises(RequestError, match="none finished"):
+        compare(config, ["smoe"], 1, tmp_path / "diverged", options=QUIET)
+    rows, _ = read_rows(tmp_path / "diverged" / plans.RESULTS)
+    assert rows[0].status == "failed"
+    assert "not finite" in rows[0].error

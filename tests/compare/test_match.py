@@ -1,0 +1,50 @@
+"""`--match-params`: equal parameters, or a refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from rmoe.compare.match import TOLERANCE, match, matched_widths
+from rmoe.errors import RequestError
+
+
+def test_a_costlier_router_gets_narrower_experts():
+    counts = {"smoe": {352: 36_080_000, 353: 36_215_168}, "rmoe": {352: 36_510_000, 353: 36_645_168}}
+    found = matched_widths(counts, "smoe", 352)
+    assert set(found) == {"rmoe"}
+    assert found["rmoe"].value == 349
+    assert found["rmoe"].parameters == 36_510_000 - 3 * 135_168
+    assert abs(found["rmoe"].error) <= TOLERANCE
+
+
+def test_a_cheaper_router_gets_wider_experts():
+    found = match(64, {64: 10_000, 65: 10_020}, 10_100)
+    assert (found.value, found.parameters, found.is_aligned) == (69, 10_100, False)
+
+
+def test_a_width_the_fast_kernel_takes_is_preferred_within_the_tolerance():
+    assert match(64, {64: 100_000, 65: 100_050}, 100_250).value == 72  # +0.15%, where 69 would be exact
+    assert match(64, {64: 10_000, 65: 10_050}, 10_250).value == 69  # 72 would be 1.5% off
+
+
+def test_too_coarse_a_knob_is_refused():
+    with pytest.raises(RequestError, match="--match-params"):
+        match(4, {4: 1000, 5: 1200}, 1100)
+
+
+def test_counts_of_real_models_agree_with_what_is_built():
+    """The slope that the search assumes is the model's: counted on the meta device, against real parameters."""
+    torch = pytest.importorskip("torch")
+    from rmoe.compare.compare import _count
+    from rmoe.training.build import build_model, count_parameters, model_config
+    from rmoe.training.config import ModelConfig, RunConfig
+
+    small = ModelConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_experts=4, moe_intermediate_size=8
+    )
+    config = RunConfig(router="rmoe", model=small)
+    counts = [_count(config.with_setting("moe_intermediate_size", w), 256) for w in (8, 9, 12)]
+    assert counts[2] - counts[0] == 4 * (counts[1] - counts[0])
+    real = count_parameters(build_model(model_config(config, 256), seed=0))
+    assert counts[0] == real.non_embedding
+    assert torch.get_default_device().type == "cpu"
