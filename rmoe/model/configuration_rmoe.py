@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from rmoe.errors import RequestError
 from rmoe.routing.spec import Geometry, RouterSpec
@@ -140,6 +141,8 @@ class RMoEConfig(PreTrainedConfig):
         for name, allowed in (("norm_position", ("pre", "post")), ("norm_type", ("rmsnorm", "layernorm"))):
             if getattr(self, name) not in allowed:
                 raise RequestError(name, getattr(self, name), " or ".join(map(repr, allowed)))
+        if self.hidden_act not in ACT2FN:
+            raise RequestError("hidden_act", self.hidden_act, f"one of {', '.join(ACT2FN)}")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise RequestError(name, getattr(self, name), "0 to below 1")

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from rmoe.data import Corpus, prepare
 from rmoe.data.config import SplitName
 from rmoe.errors import RequestError, RunError
-from rmoe.model import RMoEConfig
+from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.records import read_record, write_record
 from rmoe.training import result as records
 from rmoe.training import run_folder
@@ -99,11 +99,12 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             versions=versions(),
             hardware=hardware(threads),
         )
+        model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
         _enter(stack, out, record, resume)
         if (out / run_folder.RESULT).exists():
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
-        return _run(config, out, corpus, architecture, record, place, resume, progress)
+        return _run(config, out, corpus, model, record, place, resume, progress)
 
 
 def read_result(folder: Path) -> RunResult:
@@ -227,13 +228,12 @@ def _run(
     config: RunConfig,
     out: Path,
     corpus: Corpus,
-    architecture: RMoEConfig,
+    model: RMoEForCausalLM,
     record: RunRecord,
     place: Place,
     resume: bool,
     progress: bool,
 ) -> RunResult:
-    model = build_model(architecture, config.training.seed)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     store = CheckpointStore(out, fingerprint(record), config.checkpoints.keep)

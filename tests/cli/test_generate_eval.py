@@ -1,0 +1,113 @@
+"""`rmoe generate` and `rmoe eval` on the model of a short run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmoe.cli import main as cli
+from tests.training import tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from rmoe.training.run import train
+
+    folder = tmp_path_factory.mktemp("run")
+    train(tiny.config(tiny.text(folder), max_steps=10), folder / "run", progress=False)
+    return folder / "run"
+
+
+def output(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main([str(argument) for argument in argv]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_generate_goes_on_with_the_prompt(capsys, run):
+    said = output(capsys, "generate", run, "--prompt", "import os", "--max-new-tokens", "8")
+    assert said.startswith("import os")
+    assert said == output(capsys, "generate", run / "model", "--prompt", "import os", "--max-new-tokens", "8")
+
+    draw = ["generate", run, "--prompt", "x", "--max-new-tokens", "12", "--temperature", "1.5", "--seed"]
+    assert output(capsys, *draw, "1") == output(capsys, *draw, "1") != output(capsys, *draw, "2")
+
+
+def test_a_checkpoint_is_a_model_too(run):
+    import rmoe
+
+    model = rmoe.load(run / "checkpoints" / "checkpoint-10")
+    final = rmoe.load(run / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), final.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("overlap", [1, 8])
+def test_eval_counts_every_byte_once(capsys, run, tmp_path, overlap):
+    """Against a loop that predicts each byte from the block it falls into."""
+    import rmoe
+
+    raw = b"def main(argv):\n    return len(argv) # \xc3\xa9\n" * 5
+    (tmp_path / "text.txt").write_bytes(raw)
+    arguments = ["eval", run, "--data", tmp_path / "text.txt", "--overlap", overlap]
+    figures = json.loads(output(capsys, *arguments, "--json"))
+    model = rmoe.load(run / "model")
+
+    nats, done, stride = 0.0, 1, 32 - overlap
+    tokens = torch.tensor(list(raw))
+    for block in range(math.ceil((len(raw) - 32) / stride) + 1):
+        start = min(block * stride, len(raw) - 32)
+        with torch.no_grad():
+            logp = model(tokens[None, start : start + 32]).logits[0].log_softmax(-1)
+        for target in range(done, start + 32):
+            nats -= float(logp[target - start - 1, tokens[target]])
+        done = start + 32
+    assert done == len(raw) == figures["bytes"] == figures["tokens"]
+    loss = nats / (len(raw) - 1)
+    assert figures["loss_nats_per_token"] == pytest.approx(loss, rel=1e-6)
+    assert figures["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=1e-6)
+    assert figures["perplexity_per_token"] == pytest.approx(math.exp(loss), rel=1e-6)
+    assert f"{overlap} to 31 tokens before it" in figures["context"]
+    assert f"{figures['bits_per_byte']:.4f} bits per byte" in output(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+        (["generate", "{run}", "--prompt", ""], "--prompt is ''"),
+        (["generate", "{run}", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["generate", "{run}", "--prompt", "x", "--temperature", "-1"], "--temperature is -1.0"),
+        (["generate", "{run}"], "--prompt"),
+        (["eval", "{run}", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["eval", "{run}", "--data", "{text}", "--context", "1"], "--context is 1"),
+        (["eval", "{run}", "--data", "{text}", "--overlap", "32"], "overlap is 32"),
+    ],
+)
+def test_wrong_requests(capsys, monkeypatch, run, argv, said):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv = [token.format(run=run, text=run.parent / "text.txt") for token in argv]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert said in err
+
+
+def test_unfinished_or_without_tokenizer(capsys, run, tmp_path):
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    assert cli.main(["generate", str(tmp_path / "cut"), "--prompt", "x"]) == 2
+    assert "a finished run" in capsys.readouterr().err
+
+    shutil.copytree(run / "model", tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    assert cli.main(["generate", str(tmp_path / "model"), "--prompt", "x"]) == 2
+    assert "with its tokenizer" in capsys.readouterr().err
+
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    assert cli.main(["generate", str(tmp_path / "model"), "--prompt", "x"]) == 2
+    assert "a pickle" in capsys.readouterr().err

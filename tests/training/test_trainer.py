@@ -1,0 +1,200 @@
+"""What one optimizer step does, however it is cut into micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from rmoe.data import prepare
+from rmoe.routing.contract import RouterStats
+from rmoe.training.accounting import StepSums, Window
+from rmoe.training.build import build_model, model_config
+from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.run import place_of, training_arguments
+from rmoe.training.trainer import Identity, RMoETrainer
+from tests.training import tiny
+
+
+class Same(Dataset):
+    """One block again and again: then every way to cut a batch must give the same step."""
+
+    def __init__(self, block: dict[str, torch.Tensor]) -> None:
+        self.block = block
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.block
+
+
+def trainer_of(config, out: Path, dataset: object = None) -> RMoETrainer:
+    corpus = prepare(config.data, config.training.sequence_length)
+    training = config.training
+    return RMoETrainer(
+        build_model(model_config(config, corpus.vocab_size), training.seed),
+        training_arguments(config, out, place_of(config)),
+        train_dataset=corpus.train if dataset is None else dataset,
+        eval_dataset=corpus.valid,
+        store=CheckpointStore(out, "test"),
+        metrics=MetricsLog(out / "metrics.jsonl"),
+        identity=Identity(training.seed, "", training.batch_size, training.sequence_length),
+        in_unit=lambda split, loss: {"nats": loss},
+        judge=None,
+    )
+
+
+def quiet(config):
+    """No dropout, a loud balance loss, no evaluation."""
+    model = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0, router_aux_loss_coef=1.0)
+    return replace(config, model=model, logging=replace(config.logging, every=1, evaluate_every=1000))
+
+
+def run(config, out: Path, dataset: object = None) -> RMoETrainer:
+    out.mkdir()
+    trainer = trainer_of(config, out, dataset)
+    trainer.judge = lambda model: pytest.fail("no evaluation was asked for")
+    trainer.args.eval_strategy = "no"
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_step_does_not_depend_on_accumulation(text, tmp_path, micro):
+    """Four equal blocks, whole or in micro-batches: same loss, same balance loss, same weights."""
+    config = quiet(tiny.config(text, max_steps=3))
+    block = prepare(config.data, 32).train[0]
+    whole = run(config, tmp_path / "whole", Same(block))
+    cut = replace(config, training=replace(config.training, micro_batch_size=micro))
+    parts = run(cut, tmp_path / "parts", Same(block))
+    assert parts.args.gradient_accumulation_steps == 4 // micro
+
+    a, b = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "whole", tmp_path / "parts"))
+    for row, other in zip(a, b, strict=True):
+        for name in ("lm_loss", "balance_loss", "grad_norm", "router_grad_norm"):
+            assert other[name] == pytest.approx(row[name], rel=1e-4), name
+        assert row["balance_loss"] > 0.5  # it is there to be multiplied
+        assert other["load_imbalance"] == row["load_imbalance"]
+    for (name, p), q in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=2e-5), name
+
+
+def test_routers_move_once_per_step_by_the_sums_of_its_micro_batches(text, tmp_path, monkeypatch):
+    config = replace(
+        quiet(tiny.config(text, max_steps=3, micro_batch_size=1)), router="smoe", router_option=()
+    )
+    out = tmp_path / "run"
+    out.mkdir()
+    trainer = trainer_of(config, out)
+    trainer.args.eval_strategy = "no"
+    calls: list[tuple[RouterStats, int, int]] = []
+    noise: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        trainer.model, "update_routers", lambda stats, step, total: calls.append((stats, step, total))
+    )
+    monkeypatch.setattr(trainer.model, "set_routing_noise", lambda seed, step: noise.append((seed, step)))
+    trainer.train()
+    assert [(step, total) for _, step, total in calls] == [(1, 3), (2, 3), (3, 3)]
+    for stats, _, _ in calls:
+        assert int(stats.tokens) == 4 * 32
+        assert stats.counts.sum(-1).tolist() == [4 * 32 * 2] * 2
+    assert noise == [(0, 0), (0, 4), (0, 8)]
+
+
+def test_batches_are_those_of_the_stateless_order(text, tmp_path, monkeypatch):
+    from rmoe.data.order import block_number
+
+    config = quiet(tiny.config(text, max_steps=3, micro_batch_size=2))
+    out = tmp_path / "run"
+    out.mkdir()
+    trainer = trainer_of(config, out)
+    trainer.args.eval_strategy = "no"
+    seen: list[torch.Tensor] = []
+    compute = RMoETrainer.compute_loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        seen.extend(inputs["input_ids"].cpu())
+        return compute(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(RMoETrainer, "compute_loss", compute_loss)
+    trainer.train()
+    blocks = trainer.train_dataset
+    assert len(seen) == 12
+    for example, ids in enumerate(seen):
+        assert torch.equal(ids, blocks[block_number(len(blocks), 0, example)]["input_ids"])
+
+
+def test_a_model_keeps_its_cache_setting(text, tmp_path):
+    assert trainer_of(tiny.config(text), tmp_path).model.config.use_cache is True
+
+
+def test_transformers_own_moe_trains_too(text, tmp_path):
+    """No routers of ours, a balance loss without its weight: the split is the same."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = quiet(tiny.config(text, max_steps=2, micro_batch_size=2))
+    tmp_path.joinpath("run").mkdir()
+    trainer = trainer_of(config, tmp_path / "run")
+    torch.manual_seed(0)
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5,
+        )
+    )  # fmt: skip
+    other = RMoETrainer(
+        mixtral,
+        trainer.args,
+        train_dataset=trainer.train_dataset,
+        store=trainer.store,
+        metrics=trainer.metrics,
+        identity=trainer.identity,
+        in_unit=trainer.in_unit,
+        judge=None,
+        eval_dataset=trainer.eval_dataset,
+    )
+    other.args.eval_strategy = "no"
+    other.train()
+    first = read_metrics(trainer.metrics.path)[0]
+    assert first["balance_loss"] == pytest.approx(0.5 * 2.0, rel=0.1)  # transformers' loss counts k = 2 times
+    assert first["lm_loss"] == pytest.approx(5.545, rel=0.02)  # ln 256
+
+
+def test_step_sums_on_one_rank():
+    sums = StepSums()
+    stats = RouterStats(torch.tensor([[1, 3]]), torch.tensor(2), torch.tensor([0.5]), torch.tensor([0]))
+    sums.add(torch.tensor(1.0), torch.tensor(0.25), stats)
+    sums.add(torch.tensor(2.0), torch.tensor(0.25), stats)
+    assert sums.finish(finite=True, stop=False) == (3.0, 0.5, True, False)
+    assert sums.finish(finite=False, stop=True) == (3.0, 0.5, False, True)
+    assert sums.stats is not None
+    assert sums.stats.counts.tolist() == [[2, 6]]
+    bad = StepSums()
+    bad.add(torch.tensor(float("nan")), torch.tensor(0.0), None)
+    assert bad.finish(finite=True, stop=False)[2] is False
+
+
+def test_window_survives_a_checkpoint():
+    import json
+
+    stats = RouterStats(torch.tensor([[1, 3]]), torch.tensor(2), torch.tensor([0.5]), torch.tensor([1]))
+    window = Window()
+    window.add(1.0, 0.5, 2, stats)
+    window = Window(json.loads(json.dumps(window.to_dict())))
+    window.add(3.0, 0.5, 2, stats)
+    window.seconds = 2.0
+    assert window.row() == {
+        "loss": 2.5,
+        "lm_loss": 2.0,
+        "balance_loss": 0.5,
+        "tokens_per_s": 2.0,
+        "gate_entropy": [0.25],
+        "load_imbalance": [1.5],
+        "dropped": 0.25,
+    }
+    assert Window().row()["loss"] is None
