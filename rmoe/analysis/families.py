@@ -1,10 +1,10 @@
-"""What the routers of each transformers MoE family return, in one table, and how that becomes a record.
+"""How the routing of each transformers MoE family is read, in one table, and how that becomes a record.
 
-Routers do not agree on their result: the same position holds logits in one family and scores in another. What
-they do agree on is the call `experts(hidden, index, weights)`, so the choice is read there, at the point
-where it takes effect, and only the logits come from the router. Llama 4 makes no such call (every expert
-runs on every token, scaled by a score that is zero for all but the chosen), so there the choice is read from
-the scores.
+Routers do not agree on what they return: the same position holds logits in one family and scores in another, and
+not even one family agrees with itself from one release of transformers to the next. What they do agree on is the
+call `experts(hidden, index, weights)`. So the choice is read there, where it takes effect, and the logits are the
+`[T, C]` tensor among the router's results that is not handed on to the experts. Llama 4 makes no such call (every
+expert runs on every token, scaled by a score that is zero for all but the chosen), so its row names positions.
 """
 
 from __future__ import annotations
@@ -18,46 +18,53 @@ from torch import Tensor, nn
 
 from rmoe.analysis.record import RoutingRecord
 
+_ROUTER_NAMES = ("gate", "router")
+
 
 @dataclass(frozen=True)
 class Family:
-    """How one family's router is read.
+    """How one family's MoE block is read.
 
     Attributes:
-        router: name of the router's class (or of a class it derives from).
-        logits_at: position of the raw logits in the router's result.
+        block: name of the block's class (or of a class it derives from); it has a child `experts`, and its router
+            as the child `gate` or `router`.
         score: what the family chooses by. "softmax": the full softmax of the logits. "sigmoid": independent
             sigmoids; the distribution recorded is then `s / sum(s)`.
         skip_class: the last of the C = E + 1 classes stands for "no expert" (ZAYA1). Its router hides a skip
             as expert 0 with weight exactly 0; the record shows it as E.
-        scores_at: position of dense [T, E] scores in the router's result, for a family whose experts are not
-            told the choice (Llama 4); None reads the choice at the experts' inputs.
+        scores_and_logits_at: positions of dense [T, E] scores and of the logits in the router's result, for a
+            family whose experts are not told the choice (Llama 4).
         scorer: path, inside the router, of the module that holds the matrix G.
         transposed: expert matrices are [E, in, out] instead of [E, out, in].
         interleaved: gate and up projections alternate instead of standing one after the other.
-        state: name of the router's argument that carries state from the layer below; None without recurrence.
     """
 
-    router: str
-    logits_at: int = 0
+    block: str
     score: Literal["softmax", "sigmoid"] = "softmax"
     skip_class: bool = False
-    scores_at: int | None = None
+    scores_and_logits_at: tuple[int, int] | None = None
     scorer: str = ""
     transposed: bool = False
     interleaved: bool = False
-    state: str | None = None
 
     def record(
-        self, router_output: Sequence[Any], expert_inputs: Sequence[Any], layer: MoELayer
+        self, router_output: Tensor | Sequence[Any], expert_inputs: Sequence[Any], layer: MoELayer
     ) -> RoutingRecord:
-        """The common record from what the router returned and what the experts were called with."""
-        logits = router_output[self.logits_at].detach()
-        if self.scores_at is None:
-            experts, weights = (value.detach() for value in expert_inputs[1:3])
+        """The common record of T tokens.
+
+        Args:
+            router_output: what the router returned.
+            expert_inputs: the hidden states, expert indices and weights that the experts were called with.
+            layer: the layer they belong to.
+        """
+        if self.scores_and_logits_at is None:
+            experts, weights = expert_inputs[1:3]
+            logits = self._logits(router_output, weights, layer)
         else:
+            scores, logits = (router_output[position] for position in self.scores_and_logits_at)
             experts = logits.topk(layer.experts_per_token, dim=-1).indices
-            weights = router_output[self.scores_at].detach().gather(-1, experts)
+            weights = scores.gather(-1, experts)
+        experts, weights, logits = experts.detach(), weights.detach().float(), logits.detach()
         if self.skip_class:
             experts = experts.masked_fill((weights == 0) & (experts == 0), layer.num_experts)
         wide = logits.float()
@@ -65,24 +72,40 @@ class Family:
             probs = wide.softmax(-1)
         else:
             probs = nn.functional.normalize(wide.sigmoid(), p=1.0, dim=-1)
-        return RoutingRecord(logits, probs, experts, weights.float(), layer.num_experts)
+        return RoutingRecord(logits, probs, experts, weights, layer.num_experts)
+
+    def _logits(self, router_output: Tensor | Sequence[Any], weights: Tensor, layer: MoELayer) -> Tensor:
+        """The router's one [T, C] floating-point result that is not the experts' weights."""
+        shape = (len(weights), layer.num_experts + self.skip_class)
+        results = [router_output] if isinstance(router_output, Tensor) else router_output
+        found = [
+            value
+            for value in results
+            if isinstance(value, Tensor)
+            and value.shape == shape
+            and value.is_floating_point()
+            and value is not weights
+        ]
+        if len(found) != 1:
+            raise RuntimeError(f"{layer.name}: {len(found)} of the router's results look like logits {shape}")
+        return found[0]
 
 
 FAMILIES = (
-    Family("OlmoeTopKRouter"),
-    Family("MixtralTopKRouter"),
-    Family("Qwen2MoeTopKRouter"),
-    Family("Qwen3MoeTopKRouter"),
-    Family("DeepseekV2TopkRouter"),
-    Family("DeepseekV3TopkRouter", score="sigmoid"),
-    Family("GptOssTopKRouter", transposed=True, interleaved=True),
-    Family("GraniteMoeTopKRouter"),
-    Family("PhimoeTopKRouter"),
-    Family("JambaTopKRouter"),
-    Family("Llama4Router", logits_at=1, score="sigmoid", scores_at=0, transposed=True),
-    Family("ZayaRouter", skip_class=True, scorer="router_mlp.out_proj", state="router_states"),
+    Family("OlmoeSparseMoeBlock"),
+    Family("MixtralSparseMoeBlock"),
+    Family("Qwen2MoeSparseMoeBlock"),
+    Family("Qwen3MoeSparseMoeBlock"),
+    Family("DeepseekV2Moe"),
+    Family("DeepseekV3MoE", score="sigmoid"),
+    Family("GptOssMLP", transposed=True, interleaved=True),
+    Family("GraniteMoeMoE"),
+    Family("PhimoeSparseMoeBlock"),
+    Family("JambaSparseMoeBlock"),
+    Family("Llama4TextMoe", score="sigmoid", scores_and_logits_at=(0, 1), transposed=True),
+    Family("ZayaSparseMoeBlock", skip_class=True, scorer="router_mlp.out_proj"),
 )
-FAMILY_OF_ROUTER = {family.router: family for family in FAMILIES}
+FAMILY_OF_BLOCK = {family.block: family for family in FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -105,24 +128,18 @@ class MoELayer:
     family: Family | None
 
 
-def family_of(module: nn.Module) -> Family | None:
-    """The family whose router this module is, by its class or a class it derives from."""
-    names = (cls.__name__ for cls in type(module).__mro__)
-    return next((FAMILY_OF_ROUTER[name] for name in names if name in FAMILY_OF_ROUTER), None)
-
-
 def find_transformers_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, lowest first; empty if there are none of a known family."""
     layers = []
-    for block_name, block in model.named_modules():
-        experts = getattr(block, "experts", None)
-        if not isinstance(experts, nn.Module):
-            continue
-        for child in block.children():
-            family = family_of(child)
-            if family is not None:
-                num_experts, top_k = int(child.num_experts), int(child.top_k)  # type: ignore[arg-type]
-                layers.append(MoELayer(block_name, child, experts, num_experts, top_k, family))
+    for name, block in model.named_modules():
+        bases = (base.__name__ for base in type(block).__mro__)
+        family = next((FAMILY_OF_BLOCK[base] for base in bases if base in FAMILY_OF_BLOCK), None)
+        if family is not None:
+            children = dict(block.named_children())
+            router = next(children[child] for child in _ROUTER_NAMES if child in children)
+            experts: Any = children["experts"]
+            top_k: Any = getattr(router, "top_k", None) or block.top_k
+            layers.append(MoELayer(name, router, experts, int(experts.num_experts), int(top_k), family))
     return layers
 
 

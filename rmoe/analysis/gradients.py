@@ -56,6 +56,13 @@ def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
     return loss * model.config.router_aux_loss_coef  # type: ignore[union-attr, operator]
 
 
+def _asking_for_balance(model: nn.Module, input_ids: Tensor) -> dict[str, Any]:
+    """The arguments with which a forward pass also computes its balance loss; none where it has none."""
+    if isinstance(model, RMoEPreTrainedModel):
+        return {"labels": input_ids}
+    return {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
+
+
 @contextmanager
 def recurrence_cut(layers: Sequence[MoELayer]) -> Iterator[list[bool]]:
     """Detach the state that each router receives from the layer below; the forward values stay the same.
@@ -149,11 +156,9 @@ def router_gradients(
     whole, balance, cut = (_MeanGradient(parameters) for _ in range(3))
     if not batches or not parameters:
         return None
-    # Asked for where the balance loss is computed from them; elsewhere the option is unknown.
-    options = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
     with _only_trainable(model, parameters):
         for input_ids in batches:
-            output = model(input_ids=input_ids, labels=input_ids, use_cache=False, **options)
+            output = model(input_ids=input_ids, use_cache=False, **_asking_for_balance(model, input_ids))
             auxiliary = balance_loss(model, output)
             whole.add(language_model_loss(output.logits, input_ids), keep_graph=auxiliary is not None)
             if auxiliary is not None:

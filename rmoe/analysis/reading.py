@@ -49,6 +49,8 @@ class Reading:
 def choose_tokenizer(model: str, vocab_size: int) -> tuple[str, str | None]:
     """The tokenizer saved with a model; bytes for a folder without one. It is never guessed from the model's type.
 
+    A checkpoint of a run has none of its own: its tokenizer is that of the run's `model/`.
+
     Args:
         model: a folder, or an id of the Hub.
         vocab_size: rows of the model's embedding.
@@ -60,12 +62,19 @@ def choose_tokenizer(model: str, vocab_size: int) -> tuple[str, str | None]:
         RequestError: a folder without tokenizer files whose model cannot read bytes.
     """
     folder = Path(model)
-    if not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not folder.is_dir() or _has_tokenizer(folder):
         return model, None
+    of_run = folder.resolve().parent.parent / "model"
+    if folder.resolve().parent.name == "checkpoints" and _has_tokenizer(of_run):
+        return str(of_run), None
     if vocab_size < 256:
         allowed = f"a folder with tokenizer files, or a vocabulary of at least 256 read as bytes (it has {vocab_size})"
         raise RequestError("MODEL", model, allowed)
     return "bytes", f"{folder.name} has no tokenizer files: the text is read as bytes"
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_text(

@@ -27,8 +27,10 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     layers = _rmoe_layers(model) or find_transformers_layers(model)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not layers:
-        known = ", ".join(family.router for family in FAMILIES)
-        raise RequestError("MODEL", kind, f"a model with MoE layers: RMoE, or one whose routers are {known}")
+        known = ", ".join(family.block for family in FAMILIES)
+        raise RequestError(
+            "MODEL", kind, f"a model with MoE layers: RMoE's, or blocks of the classes {known}"
+        )
     sizes = {(layer.num_experts, layer.experts_per_token) for layer in layers}
     if len(sizes) > 1:
         raise RequestError(

@@ -104,13 +104,14 @@ def test_a_grafted_model_and_its_base_route_alike(text: Path, tmp_path: Path) ->
 
 
 def test_two_checkpoints(folder: Path, text: Path, tmp_path: Path) -> None:
-    later = tmp_path / "checkpoint-60"
+    later = folder / "checkpoints" / "checkpoint-60"  # without a tokenizer: the run's is taken
     tiny_rmoe(seed=1, vocab_size=320).save_pretrained(later)
-    byte_tokenizer().save_pretrained(later)
     out = tmp_path / "out"
     arguments = [str(later), "--compare-with", str(folder / "model"), "--data", str(text)]
     assert main(["analyze", *arguments, "--out", str(out), *TOKENS]) == 0
-    first, second = read_analysis(out / "analysis.json").models
+    analysis = read_analysis(out / "analysis.json")
+    assert analysis.notes == []
+    first, second = analysis.models
     assert (first.name, second.name) == ("checkpoint-60", "first")
     assert first.saturation is not None
     assert (first.saturation.from_step, first.saturation.to_step) == ([40], [60])

@@ -97,19 +97,18 @@ def test_the_model_is_left_as_it_was(batches: list[Tensor]) -> None:
     "family", ["olmoe", "mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "phimoe", "jamba"]
 )
 def test_transformers_balance_loss_is_taken_with_its_weight(family: str, batches: list[Tensor]) -> None:
-    """`loss - aux part` is the language-model loss, so backward on the rest gives the balance part."""
     model = TINY[family].build()
     recorder = Recorder(model)
     measured = router_gradients(model, recorder.layers, recorder.shared, batches[:1])
     assert measured is not None
     ids = batches[0]
-    whole = model(input_ids=ids, labels=ids, output_router_logits=True).loss
-    alone = model(input_ids=ids, labels=ids, output_router_logits=False).loss
-    model.zero_grad()
-    (whole - alone).backward()
-    assert measured.balance == pytest.approx(
-        [_norm(x.router.parameters()) for x in recorder.layers], rel=1e-2
-    )
+    balance = model(input_ids=ids, output_router_logits=True).aux_loss
+    if isinstance(balance, Tensor):
+        (balance * model.config.router_aux_loss_coef).backward()
+        norms = [_norm(layer.router.parameters()) for layer in recorder.layers]
+        assert measured.balance == pytest.approx(norms, rel=1e-4)
+    else:  # Granite in transformers 5.17 returns the number 0
+        assert measured.balance is None
     model.zero_grad()
     model(input_ids=ids, labels=ids, output_router_logits=False).loss.backward()
     assert measured.language_model == pytest.approx(

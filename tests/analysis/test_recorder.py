@@ -90,7 +90,9 @@ def test_the_recorded_experts_are_those_that_ran_with_the_recorded_weights(
             ran = difference.abs().amax(-1) > 1e-9
             assert torch.equal(ran, is_chosen.any(-1))
             weight = (record.weights * is_chosen).sum(-1, keepdim=True)
-            if layer.family is not None and layer.family.scores_at is not None:  # Llama 4 scales the input
+            if (
+                layer.family is not None and layer.family.scores_and_logits_at is not None
+            ):  # Llama 4 scales the input
                 expected = _expert_alone(layer, expert, hidden * weight)
             else:
                 expected = _expert_alone(layer, expert, hidden) * weight
@@ -100,7 +102,7 @@ def test_the_recorded_experts_are_those_that_ran_with_the_recorded_weights(
 def _expert_alone(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     """f_e(x) of every token, [T, d], from the experts' weights alone."""
     with torch.no_grad():
-        if layer.family is not None and layer.family.scores_at is not None:
+        if layer.family is not None and layer.family.scores_and_logits_at is not None:
             everything = layer.experts(hidden.repeat(layer.num_experts, 1))
             return everything.view(layer.num_experts, -1, hidden.shape[-1])[expert]
         index = torch.full((len(hidden), 1), expert)
