@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -150,3 +151,21 @@ def test_chosen_experts_against_scikit_learn_with_a_known_dependence() -> None:
     truth = math.log(experts) + (row * np.log(row)).sum()
     assert measure.result()[0, 1] == pytest.approx(truth, abs=0.01)
     assert measure.result()[0, 1] == pytest.approx(mutual_info_score(x, y), abs=2e-4)
+
+
+def test_at_least_200_times_faster_than_the_loop() -> None:
+    """8 layers, 16 experts; the margin is so wide (see benchmarks/) that a busy machine does not matter."""
+    probs = _probabilities(layers=8, classes=16, tokens=2000)
+    bins = digitise(probs[..., :3])
+    digitised_mutual_information(probs[..., :10])
+
+    start = time.perf_counter()
+    for i in range(8):
+        for j in range(i, 8):
+            for t in range(3):
+                mutual_info_score(bins[i, :, t], bins[j, :, t])
+    loop = (time.perf_counter() - start) / 3
+    start = time.perf_counter()
+    digitised_mutual_information(probs)
+    ours = (time.perf_counter() - start) / 2000
+    assert loop > 200 * ours

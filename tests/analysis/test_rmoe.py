@@ -130,6 +130,39 @@ def test_training_mode_and_router_state_are_left_alone(blocks: np.ndarray) -> No
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_equal_experts_are_all_alike_and_fresh_ones_as_alike_as_the_reference(
+    gated: bool, blocks: np.ndarray
+) -> None:
+    model = tiny_rmoe(mlp_gated=gated, hidden_size=128, num_experts=8)
+    options = AnalysisOptions(gradient_tokens=0)
+    (fresh,) = analyze_models([Subject("fresh", model)], blocks, chr, options)
+    assert fresh.similarity is not None
+    assert fresh.similarity.random_init is not None
+    # One draw of the mean over 28 pairs of cosines in 3 * 128 (or 2 * 128) dimensions, three layers.
+    assert fresh.similarity.values == pytest.approx(fresh.similarity.random_init, abs=4 / (28 * 256) ** 0.5)
+    for layer in Recorder(model).layers:
+        for weights in layer.experts.parameters():
+            weights.data[:] = weights.data[:1].clone()
+    (equal,) = analyze_models([Subject("equal", model)], blocks, chr, options)
+    assert equal.similarity is not None
+    assert equal.similarity.values == pytest.approx([1.0] * LAYERS)
+
+
+def test_router_weights_are_those_of_the_scorer(blocks: np.ndarray) -> None:
+    model = tiny_rmoe()
+    (analysis,) = analyze_models([Subject("a", model)], blocks, chr, AnalysisOptions(gradient_tokens=0))
+    matrices = [router.scorer.linear.weight for router in model.routers]
+    assert analysis.router_weights is not None
+    assert analysis.router_weights.norm == pytest.approx(
+        [float(m.detach().norm()) for m in matrices], rel=1e-5
+    )
+    assert analysis.router_weights.std == pytest.approx(
+        [float(m.detach().std(correction=0)) for m in matrices], rel=1e-5
+    )
+    assert analysis.gradient_split is None
+
+
 class TestSnapshot:
     def test_equals_the_whole_analysis(self, blocks: np.ndarray) -> None:
         model = tiny_rmoe()
