@@ -1,0 +1,126 @@
+"""`rmoe plan`: what a run costs on a cluster, on paper."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from rmoe.errors import RequestError
+from rmoe.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from rmoe.planning.plan import Plan
+
+ASSUMED_VOCABULARY = 32_000
+
+
+def run(
+    *,
+    config: Annotated[RunConfig, tyro.conf.arg(name="")],
+    devices: int = 8,
+    devices_per_node: int = 8,
+    accelerator: str = "h100",
+    efficiency: float = 0.4,
+    vocab_size: int | None = None,
+    tune: bool = False,
+    json: bool = False,
+) -> None:
+    """Parameters, FLOPs, memory, traffic and step time of a run on a cluster, and its layouts, best first.
+
+    Nothing is allocated and no data is read: the model is built without weights and traced.
+
+    Args:
+        config: see the tables below. A micro-batch size and gradient checkpointing that are set there are kept;
+            what is left open is chosen for each layout.
+        devices: accelerators in all.
+        devices_per_node: of which so many are joined by the fast link.
+        accelerator: a100-40, a100-80, h100, h200 or b200.
+        efficiency: share of the peak FLOP/s that is reached. An assumption: 0.4 is a well-tuned run; the paper's
+            0.91B run on 8 A100s reached 0.14.
+        vocab_size: rows of the embedding; 256 for --data.tokenizer bytes, else, and for the pretrain presets, which
+            leave the tokenizer open, 32,000 is assumed.
+        tune: choose micro-batch and gradient checkpointing for each layout, whatever the settings say.
+        json: one JSON object on stdout instead of a table.
+    """
+    import sys
+
+    import msgspec
+
+    from rmoe.planning.hardware import Cluster
+    from rmoe.planning.hardware import accelerator as named
+    from rmoe.planning.plan import plan_of
+    from rmoe.training.build import load_plugins, model_config
+
+    load_plugins(config.plugin)
+    cluster = Cluster(devices, devices_per_node, named(accelerator), efficiency)
+    if vocab_size is not None and vocab_size < 1:
+        raise RequestError("--vocab-size", vocab_size, "1 or more")
+    rows, origin = _vocabulary(config, vocab_size)
+    plan = plan_of(
+        model_config(config, rows),
+        cluster,
+        sequence_length=config.training.sequence_length,
+        batch_size=config.training.batch_size,
+        micro_batch_size=None if tune else config.training.micro_batch_size,
+        gradient_checkpointing=True if config.training.gradient_checkpointing and not tune else None,
+        bf16=config.training.precision != "fp32",
+        router=config.router,
+        assumptions={
+            "vocab_size": rows,
+            "vocab_size_from": origin,
+            "accelerator": accelerator,
+            "devices": devices,
+        },
+    )
+    if json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
+    else:
+        print(_table(plan))
+
+
+def _vocabulary(config: RunConfig, asked: int | None) -> tuple[int, str]:
+    """(rows, where the number is from). Data is not read, so a tokenizer that is not built in is unknown here."""
+    if asked is not None:
+        return asked, "--vocab-size"
+    if config.data.tokenizer == "bytes" and not config.preset.startswith("pretrain"):
+        return 256, "the byte tokenizer"
+    if config.data.max_vocab is not None:
+        return -(-config.data.max_vocab // 64) * 64, "data.max_vocab"
+    return ASSUMED_VOCABULARY, "assumed: give --vocab-size"
+
+
+def _table(plan: Plan) -> str:
+    p, f, share, a = plan.parameters, plan.flops_per_token, plan.router_share, plan.assumptions
+    lines = [
+        f"router {plan.router}; {a['devices']} x {a['accelerator']}; vocabulary {a['vocab_size']:,} "
+        f"({a['vocab_size_from']})",
+        f"parameters  total {p['total']:,}  active {p['active']:,}  router {p['router']:,} "
+        f"({share['parameters']:.2%})",
+        f"FLOPs per token  forward {f['forward']:.3e}  training {f['training']:.3e}  router {f['router']:.3e} "
+        f"({share['flops']:.2%} of forward)",
+        f"assumed: {a['compute_efficiency']:.0%} of peak FLOP/s, {a['network_efficiency']:.0%} of link bandwidth, "
+        f"{a['usable_memory']:.0%} of memory usable; {a['precision']}",
+        "",
+        f"{'layout':<20} {'micro':>5} {'ckpt':>4} {'weights':>8} {'grads':>6} {'optim':>6} {'activ.':>7} "
+        f"{'peak GiB':>8} {'sent GB':>8} {'router':>7} {'step s':>8} {'tokens/s':>10}  bound",
+    ]
+    for item in plan.layouts:
+        m = item.memory_gib
+        sent = sum(t["bytes"] for t in item.traffic)
+        router = sum(t["router_bytes"] for t in item.traffic) / sent if sent else 0.0
+        end = item.bound if item.fits else "does not fit"
+        lines.append(
+            f"{item.layout:<20} {item.micro_batch_size:>5} {'yes' if item.gradient_checkpointing else 'no':>4} "
+            f"{m['weights']:>8.2f} {m['gradients']:>6.2f} {m['optimizer']:>6.2f} {m['activations']:>7.2f} "
+            f"{m['peak']:>8.2f} {sent / 1e9:>8.2f} {router:>7.2%} {item.step_seconds:>8.2f} "
+            f"{item.tokens_per_second:>10,.0f}  {end}"
+        )
+    best = plan.layouts[0]
+    lines += ["", f"traffic of {best.layout}, per device and step:"]
+    for t in best.traffic:
+        lines.append(
+            f"  {t['collective']:<15} {t['bytes'] / 1e9:>9.3f} GB over {t['group']:>4}  {t['purpose']}"
+        )
+    lines += ["", f"rmoe train {best.options}"]
+    return "\n".join(lines)

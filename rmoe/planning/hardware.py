@@ -1,0 +1,94 @@
+"""Accelerators and clusters as a plan sees them. Figures are the makers' data sheets', dense (without sparsity)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rmoe.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device.
+
+    Attributes:
+        memory_gib: what the driver reports, about 1 to 2 GiB under the nominal size.
+        bf16_tflops: dense matrix products in bfloat16, the peak.
+        memory_gb_per_s: bandwidth of its memory.
+        link_gb_per_s: to the other devices of a node, one direction.
+        network_gb_per_s: to other nodes, one direction, the usual network adapter per device.
+    """
+
+    memory_gib: float
+    bf16_tflops: float
+    memory_gb_per_s: float
+    link_gb_per_s: float
+    network_gb_per_s: float
+
+
+ACCELERATORS = {
+    "a100-40": Accelerator(39.4, 312, 1555, 300, 25),
+    "a100-80": Accelerator(79.1, 312, 2039, 300, 25),
+    "h100": Accelerator(79.1, 989, 3350, 450, 50),
+    "h200": Accelerator(139.8, 989, 4800, 450, 50),
+    "b200": Accelerator(178.4, 2250, 8000, 900, 50),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal devices in equal nodes.
+
+    Attributes:
+        devices: in all.
+        devices_per_node: joined by the fast link.
+        accelerator: of each.
+        compute_efficiency: share of the peak that matrix products reach; an assumption, see `docs/scale.md`.
+        network_efficiency: share of a link's bandwidth that collectives reach; an assumption.
+        usable_memory: share of the memory that tensors may fill; the rest is context, fragments, buffers.
+    """
+
+    devices: int
+    devices_per_node: int
+    accelerator: Accelerator
+    compute_efficiency: float = 0.4
+    network_efficiency: float = 0.8
+    usable_memory: float = 0.92
+
+    def __post_init__(self) -> None:
+        for name, value in (("--devices", self.devices), ("--devices-per-node", self.devices_per_node)):
+            if value < 1:
+                raise RequestError(name, value, "1 or more")
+        if self.devices > self.devices_per_node and self.devices % self.devices_per_node:
+            raise RequestError(
+                "--devices", self.devices, f"a multiple of {self.devices_per_node}, full nodes"
+            )
+        if not 0 < self.compute_efficiency <= 1:
+            raise RequestError("--efficiency", self.compute_efficiency, "above 0, at most 1")
+
+    @property
+    def node(self) -> int:
+        """Devices within reach of the fast link."""
+        return min(self.devices, self.devices_per_node)
+
+    @property
+    def memory_bytes(self) -> float:
+        """What tensors may fill on one device."""
+        return self.accelerator.memory_gib * 2**30 * self.usable_memory
+
+    def bandwidth(self, group: int) -> float:
+        """Bytes per second of one device's collectives over `group` neighbours: the slowest link decides."""
+        across = group > self.node
+        link = self.accelerator.network_gb_per_s if across else self.accelerator.link_gb_per_s
+        return link * 1e9 * self.network_efficiency
+
+
+def accelerator(name: str) -> Accelerator:
+    """The accelerator of that name.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if name not in ACCELERATORS:
+        raise RequestError("--accelerator", name, ", ".join(ACCELERATORS))
+    return ACCELERATORS[name]

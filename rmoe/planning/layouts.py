@@ -1,0 +1,240 @@
+"""Ways to spread a model over devices: what each device then holds and sends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rmoe.model import RMoEConfig
+from rmoe.planning.hardware import Cluster
+from rmoe.planning.trace import Needs, Parameters
+
+FULL, HALF = 4, 2  # bytes of a float32 and of a bfloat16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Group sizes; their product is the number of devices, but for experts, which share the devices of `fsdp`.
+
+    Attributes:
+        replicate: copies of everything below, their gradients averaged (DDP; with `fsdp`, HSDP).
+        fsdp: devices that weights, gradients and optimizer state are cut into (FSDP2, ZeRO-3).
+        tensor: devices that each matrix is cut into (TP).
+        expert: devices that the experts of a layer are dealt out to, within `fsdp` (EP).
+        pipeline: stages that the layers are cut into (PP).
+    """
+
+    replicate: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    pipeline: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.replicate * self.fsdp * self.tensor * self.pipeline
+
+    @property
+    def data(self) -> int:
+        """Devices, or groups of them, that see different sequences."""
+        return self.replicate * self.fsdp
+
+    @property
+    def name(self) -> str:
+        """`DDP`, `FSDP2 8 + EP 4`, ..."""
+        parts = [("FSDP2", self.fsdp), ("TP", self.tensor), ("EP", self.expert), ("PP", self.pipeline)]
+        shown = [f"{kind} {size}" for kind, size in parts if size > 1]
+        if self.replicate > 1:
+            shown.insert(0, f"DDP {self.replicate}" if self.fsdp == 1 else f"HSDP {self.replicate} x")
+        return " + ".join(shown).replace(" x +", " x") or "one device"
+
+
+def layouts_for(config: RMoEConfig, cluster: Cluster) -> list[Layout]:
+    """The layouts this package runs that fit the cluster's shape and the model's sizes.
+
+    TP and EP stay inside a node. What `DistributedConfig` cannot combine (FSDP2 with PP) is not offered.
+    """
+    devices, node = cluster.devices, cluster.node
+    found = [Layout(replicate=devices), Layout(fsdp=devices)]
+    if devices > node:
+        found.append(Layout(replicate=devices // node, fsdp=node))
+    inside = [size for size in (2, 4, 8) if size <= node and devices % size == 0]
+    heads = config.num_key_value_heads or config.num_attention_heads
+    for size in inside:
+        if config.num_experts % size == 0:
+            found.append(Layout(fsdp=devices, expert=size))
+        if heads % size == 0 and config.moe_intermediate_size % size == 0 and config.vocab_size % size == 0:
+            found.append(Layout(fsdp=devices // size, tensor=size))
+        if config.num_hidden_layers >= size:
+            found.append(Layout(replicate=devices // size, pipeline=size))
+    return list(dict.fromkeys(found))
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device.
+
+    Attributes:
+        weights, gradients, optimizer: float32 master weights, their gradients, AdamW's two moments.
+        gathered: whole layers that FSDP has put together for computing, this one and the next.
+        activations: what autograd keeps, weight copies of autocast included.
+        loss: float32 gradients of logits and of log-probabilities, while the loss is differentiated.
+        layer: activations of the one layer that is being recomputed or differentiated, and gradients inside it:
+            together 1.26 to 1.43 times the activations in real steps of three architectures.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    loss: float
+    layer: float
+
+    @property
+    def peak(self) -> float:
+        """Of a step after the first: while the loss is differentiated, or with the lowest layer as the last.
+
+        In between, activations go as gradients come, both in equal steps, so one of the two ends is the peak.
+        """
+        held = self.weights + self.optimizer + self.gathered
+        return held + max(self.activations + self.loss, self.gradients + self.layer)
+
+
+def parameters_per_device(own: Parameters, layout: Layout) -> float:
+    """Parameters that one device owns; of pipeline stages the fullest, which has an end of the model."""
+    ends = min(own.embedding + own.head, own.total - own.non_embedding)  # tied: counted once
+    layers = own.total - ends - own.shared_router
+    split = own.experts + own.tensor_parallel
+    per_layer_rest = layers - split
+    held = (split / layout.tensor + per_layer_rest) / layout.pipeline + own.shared_router
+    held += max(own.embedding, own.head) if layout.pipeline > 1 else ends / layout.tensor
+    return held / layout.fsdp
+
+
+def memory_of(
+    needs: Needs, config: RMoEConfig, layout: Layout, batch: int, length: int, bf16: bool, checkpointing: bool
+) -> Memory:
+    """Memory of a layout at `batch` sequences of `length` tokens per forward pass of a device.
+
+    Activations between TP's splits are whole on every device of its group: the experts' and attention's insides
+    are a share, the rest is not, and is counted in full here, so TP's figure is an upper bound. A pipeline of
+    `p` stages holds at most `p` micro-batches at once (GPipe with `p` micro-batches).
+    """
+    own, kept = needs.parameters, needs.activations
+    parameters = parameters_per_device(own, layout)
+    layers = config.num_hidden_layers / layout.pipeline
+    micro = batch  # a pipeline's micro-batches add up to the batch
+    body = kept.layer
+    if layout.tensor > 1:
+        body = kept.boundary + (kept.layer - kept.boundary) * (0.5 + 0.5 / layout.tensor)
+    activations = micro * (layers * (kept.boundary if checkpointing else body) + kept.ends)
+    fixed = kept.fixed / layout.pipeline / layout.tensor if layout.fsdp == 1 else 0.0
+    gathered = 0.0
+    if layout.fsdp > 1:
+        layer = own.layer - own.layer_experts * (1 - layout.tensor**-1)
+        if layout.expert > 1:
+            layer -= own.layer_experts * (1 - 1 / layout.expert)
+        gathered = (2 * layer + own.embedding + own.head) * (HALF if bf16 else FULL)
+    return Memory(
+        weights=FULL * parameters,
+        gradients=FULL * parameters,
+        optimizer=2 * FULL * parameters,
+        gathered=gathered,
+        activations=activations + fixed,
+        loss=2 * micro * length * config.vocab_size * FULL / layout.tensor,
+        layer=1.3 * micro * body,
+    )
+
+
+# --- traffic -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one device sends in one optimizer step.
+
+    Attributes:
+        collective: torch's name for it. purpose: what travels.
+        bytes: sent by one device.
+        group: devices taking part. hidden: it can run beside the computation.
+        router_bytes: the part that is the router's: its parameters, its state between stages, its counts.
+    """
+
+    collective: str
+    purpose: str
+    bytes: float
+    group: int
+    hidden: bool
+    router_bytes: float
+
+
+def traffic_of(
+    needs: Needs,
+    config: RMoEConfig,
+    layout: Layout,
+    batch: int,
+    length: int,
+    passes: int,
+    bf16: bool,
+    checkpointing: bool,
+) -> list[Traffic]:
+    """Traffic of one optimizer step of `passes` forward passes of `batch` sequences per device.
+
+    Ring collectives: an all-gather or reduce-scatter of `n` bytes over `g` devices sends `n (g - 1) / g` each, an
+    all-reduce twice that.
+    """
+    own = needs.parameters
+    width = HALF if bf16 else FULL
+    tokens = batch * length
+    router_share = own.router / own.total
+    found: list[Traffic] = []
+
+    def add(collective: str, purpose: str, size: float, group: int, hidden: bool, router: float) -> None:
+        if group > 1 and size:
+            found.append(Traffic(collective, purpose, size, group, hidden, router))
+
+    if layout.fsdp > 1:
+        g, local = layout.fsdp, own.total / layout.tensor / layout.pipeline
+        experts = own.experts / layout.tensor / layout.pipeline
+        dense = (local - experts) * (g - 1) / g
+        copies = g // layout.expert  # devices that hold the same experts and cut them up between them
+        routed = experts / layout.expert * (copies - 1) / copies
+        each = dense + routed
+        share = own.router / own.total * local * (g - 1) / g / max(each, 1.0)
+        twice = 2 * passes * width * each
+        add("all_gather", "weights, before each layer's forward and backward", twice, g, True, share * twice)
+        once = passes * FULL * each
+        add("reduce_scatter", "gradients", once, g, True, share * once)
+    if layout.replicate > 1:
+        held = FULL * parameters_per_device(own, layout)
+        g = layout.replicate
+        size = 2 * (g - 1) / g * held
+        add("all_reduce", "gradients between replicas", size, layout.devices, True, router_share * size)
+    if layout.expert > 1:
+        g = layout.expert
+        forward = tokens * config.num_experts_per_tok * config.hidden_size * width * (g - 1) / g
+        runs = 3 if checkpointing else 2  # forward, backward, and forward again
+        size = 2 * runs * passes * config.num_moe_layers * forward
+        add("all_to_all", "tokens to experts and back", size, g, False, 0.0)
+    if layout.tensor > 1:
+        g = layout.tensor
+        one = 2 * (g - 1) / g * tokens * config.hidden_size * width
+        runs = 3 if checkpointing else 2
+        size = runs * 2 * config.num_hidden_layers * passes * one
+        add("all_reduce", "outputs of attention and experts", size, g, False, 0.0)
+        logits = 2 * (g - 1) / g * tokens * config.vocab_size * width * passes
+        add("all_gather", "logits", logits, g, False, 0.0)
+    if layout.pipeline > 1:
+        scale = passes * batch * 2  # forward and back, at each boundary
+        size, state = scale * needs.activations.boundary, scale * needs.activations.state
+        add("send", "hidden states and router state between stages", size, layout.pipeline, False, state)
+        g = layout.pipeline
+        shared = 2 * (g - 1) / g * FULL * own.shared_router
+        add("all_reduce", "gradients of the cell all stages share", shared, g, False, shared)
+    if layout.data > 1:
+        counts = passes * (config.num_moe_layers * (config.num_experts * 8 + 12) + 8)
+        add("all_reduce", "routing counts", 2.0 * counts, layout.data, False, 2.0 * counts)
+    return found

@@ -1,0 +1,227 @@
+"""`plan_of(config, cluster)`: every layout's memory, traffic and time, best first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rmoe.errors import RequestError
+from rmoe.model import RMoEConfig
+from rmoe.planning.hardware import Cluster
+from rmoe.planning.layouts import Layout, Memory, layouts_for, memory_of, traffic_of
+from rmoe.planning.trace import Needs, needs_of
+from rmoe.records import Record
+
+PLAN_VERSION = 1
+ADAMW_BYTES = 4 * 7  # per parameter and step: read weight, gradient, two moments, write three back
+
+
+class LayoutPlan(Record, frozen=True, kw_only=True):
+    """One layout, at the largest micro-batch that fits.
+
+    Attributes:
+        fits: its peak is within the usable memory.
+        micro_batch_size: sequences of one forward pass of a device.
+        accumulation: forward passes per optimizer step.
+        memory_gib: weights, gradients, optimizer, gathered, activations, loss, peak; on the fullest device.
+        activations_gib: `plain` and `checkpointed`, at this micro-batch.
+        traffic: what one device sends per step, by collective.
+        step_seconds: predicted.
+        seconds: what each part would take alone: compute, optimizer, network hidden and exposed, pipeline bubble.
+        bound: the part that decides: compute, network or memory.
+        tokens_per_second: of the whole cluster.
+        options: what to give `rmoe train`.
+    """
+
+    layout: str
+    groups: dict[str, int]
+    fits: bool
+    micro_batch_size: int
+    accumulation: int
+    gradient_checkpointing: bool
+    memory_gib: dict[str, float]
+    activations_gib: dict[str, float]
+    traffic: list[dict[str, Any]]
+    step_seconds: float
+    seconds: dict[str, float]
+    bound: str
+    tokens_per_second: float
+    options: str
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """`rmoe plan --json`.
+
+    Attributes:
+        parameters: total, active, router, non_embedding, experts.
+        flops_per_token: forward, training (forward and backward), router (forward); attention in full squares.
+        router_share: of parameters, FLOPs, and the best layout's traffic, as fractions.
+        assumptions: what is not read off the model.
+        layouts: those that fit first, fastest first.
+    """
+
+    schema_version: int = PLAN_VERSION
+    router: str
+    parameters: dict[str, int]
+    flops_per_token: dict[str, float]
+    router_share: dict[str, float]
+    assumptions: dict[str, Any]
+    layouts: list[LayoutPlan]
+
+
+def plan_of(
+    config: RMoEConfig,
+    cluster: Cluster,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    bf16: bool = True,
+    router: str = "",
+    assumptions: dict[str, Any] | None = None,
+) -> Plan:
+    """Plan one optimizer step of `batch_size` sequences of `sequence_length` tokens.
+
+    Args:
+        config: the model; only its sizes matter.
+        cluster: what it runs on.
+        micro_batch_size: sequences of one forward pass of a device; None takes the largest that fits.
+        gradient_checkpointing: None takes what is faster among what fits.
+        router: its name, to be shown.
+        assumptions: further ones, to be shown.
+
+    Raises:
+        RequestError: a batch that no layout can share out, or a router that cannot be traced.
+    """
+    needs = needs_of(config, sequence_length, bf16)
+    candidates = []
+    for layout in layouts_for(config, cluster):
+        if batch_size % layout.data:
+            continue
+        share = batch_size // layout.data
+        micros = _divisors(share) if micro_batch_size is None else [micro_batch_size]
+        modes = (False, True) if gradient_checkpointing is None else (gradient_checkpointing,)
+        choices = [
+            _evaluate(needs, config, cluster, layout, micro, share // micro, sequence_length, bf16, mode)
+            for micro in micros
+            if share % micro == 0
+            for mode in modes
+        ]
+        if choices:
+            candidates.append(min(choices, key=_rank))
+    if not candidates:
+        raise RequestError("training.batch_size", batch_size, f"shareable among {cluster.devices} devices")
+    candidates.sort(key=_rank)
+    parameters, flops = needs.parameters, needs.flops
+    sent = sum(item["bytes"] for item in candidates[0].traffic)
+    return Plan(
+        router=router,
+        parameters={
+            name: getattr(parameters, name)
+            for name in ("total", "active", "router", "non_embedding", "experts")
+        },
+        flops_per_token={"forward": flops.forward, "training": flops.training, "router": flops.router},
+        router_share={
+            "parameters": parameters.router / parameters.total,
+            "flops": flops.router / flops.forward,
+            "traffic": sum(item["router_bytes"] for item in candidates[0].traffic) / sent if sent else 0.0,
+        },
+        assumptions={
+            "compute_efficiency": cluster.compute_efficiency,
+            "network_efficiency": cluster.network_efficiency,
+            "usable_memory": cluster.usable_memory,
+            "precision": "bf16 autocast, float32 master weights" if bf16 else "float32",
+            **(assumptions or {}),
+        },
+        layouts=candidates,
+    )
+
+
+def _rank(plan: LayoutPlan) -> tuple[bool, float, float]:
+    """Fitting first, then the fastest; of those that do not fit the one that is closest."""
+    return (
+        not plan.fits,
+        plan.step_seconds if plan.fits else plan.memory_gib["peak"],
+        plan.memory_gib["peak"],
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _evaluate(
+    needs: Needs,
+    config: RMoEConfig,
+    cluster: Cluster,
+    layout: Layout,
+    micro: int,
+    passes: int,
+    length: int,
+    bf16: bool,
+    checkpointing: bool,
+) -> LayoutPlan:
+    def memory(with_checkpoints: bool) -> Memory:
+        return memory_of(needs, config, layout, micro, length, bf16, with_checkpoints)
+
+    held = memory(checkpointing)
+    traffic = traffic_of(needs, config, layout, micro, length, passes, bf16, checkpointing)
+    peak_flops = cluster.accelerator.bf16_tflops * 1e12 * cluster.compute_efficiency * (1 if bf16 else 0.5)
+    flops = needs.flops.training + (needs.flops.forward if checkpointing else 0.0)
+    compute = passes * micro * length * flops / layout.tensor / layout.pipeline / peak_flops
+    bubble = compute * (layout.pipeline - 1) / max(min(micro, 4 * layout.pipeline), 1)
+    optimizer = held.weights / 4 * ADAMW_BYTES / (cluster.accelerator.memory_gb_per_s * 1e9)
+    hidden = sum(t.bytes / cluster.bandwidth(t.group) for t in traffic if t.hidden)
+    exposed = sum(t.bytes / cluster.bandwidth(t.group) for t in traffic if not t.hidden)
+    step = max(compute, hidden) + bubble + exposed + optimizer
+    parts = {"compute": max(compute - hidden, 0.0) + min(compute, hidden) * (compute >= hidden) + bubble}
+    parts["network"] = exposed + (hidden if hidden > compute else 0.0)
+    parts["memory"] = optimizer
+    fits = held.peak <= cluster.memory_bytes
+    gib = {name: getattr(held, name) / 2**30 for name in (*held.__dataclass_fields__, "peak")}
+    return LayoutPlan(
+        layout=layout.name,
+        groups={name: getattr(layout, name) for name in layout.__dataclass_fields__},
+        fits=fits,
+        micro_batch_size=micro,
+        accumulation=passes,
+        gradient_checkpointing=checkpointing,
+        memory_gib=gib,
+        activations_gib={
+            "plain": memory(False).activations / 2**30,
+            "checkpointed": memory(True).activations / 2**30,
+        },
+        traffic=[
+            {"collective": t.collective, "purpose": t.purpose, "bytes": t.bytes, "group": t.group}
+            | {"hidden": t.hidden, "router_bytes": t.router_bytes}
+            for t in traffic
+        ],
+        step_seconds=step,
+        seconds={
+            "compute": compute,
+            "bubble": bubble,
+            "network_hidden": hidden,
+            "network_exposed": exposed,
+            "optimizer": optimizer,
+        },
+        bound=max(parts, key=lambda part: parts[part]),
+        tokens_per_second=passes * micro * length * layout.data / step,
+        options=_options(layout, micro, checkpointing),
+    )
+
+
+def _options(layout: Layout, micro: int, checkpointing: bool) -> str:
+    """The settings of `rmoe train` that ask for this layout; DDP is what several processes do by themselves."""
+    sizes = {
+        "fsdp": layout.fsdp,
+        "tensor": layout.tensor,
+        "expert": layout.expert,
+        "pipeline": layout.pipeline,
+    }
+    if layout.fsdp > 1 and layout.replicate > 1:
+        sizes["replicate"] = layout.replicate
+    asked = [f"--parallel.{name} {size}" for name, size in sizes.items() if size > 1]
+    asked.append(f"--training.micro-batch-size {micro}")
+    if checkpointing:
+        asked.append("--training.gradient-checkpointing")
+    return " ".join(asked)

@@ -1,0 +1,315 @@
+"""What a model needs, read off the model itself: it is built and run with tensors that have shapes but no data.
+
+The model is traced at two and at three routing layers (and one dense layer, if it has any) and at one and two
+sequences. Layers of a kind are alike, so what a deeper model and a larger micro-batch need follows by adding; nothing
+here knows what is inside an attention block or a router.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from rmoe.errors import RequestError
+from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
+
+_ATTENTION = "rmoe_planned"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters.
+
+    Attributes:
+        total, active, router, non_embedding: as `rmoe.model.count_parameters`.
+        experts: of all routed experts.
+        shared_router: the part of `router` that belongs to the model and not to a layer.
+        embedding: of the embedding; equal to `head` and counted once in `total` when they are tied.
+        head: of the output matrix.
+        tensor_parallel: of the other matrices that tensor parallelism splits (attention's projections).
+        layer: the largest decoder layer's, which FSDP gathers at a time.
+        layer_experts: those of `layer` that are routed experts'.
+    """
+
+    total: int
+    active: int
+    router: int
+    non_embedding: int
+    experts: int
+    shared_router: int
+    embedding: int
+    head: int
+    tensor_parallel: int
+    layer: int
+    layer_experts: int
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd keeps from forward to backward; `fixed` does not grow with the number of sequences.
+
+    Attributes:
+        layer: of one decoder layer (the mean over routing and dense ones), per sequence.
+        ends: of embedding, last norm, output matrix and loss, per sequence.
+        fixed: low-precision copies of weights under autocast, position tables; for the whole model.
+        boundary: what enters one layer, per sequence: the hidden states and the router's state.
+        state: the router's part of `boundary`.
+    """
+
+    layer: float
+    ends: float
+    fixed: float
+    boundary: float
+    state: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one token, by torch's counter, attention over the full square of the sequence.
+
+    Attributes:
+        forward: of one forward pass.
+        training: forward and backward.
+        router: of all routers, of one forward pass.
+    """
+
+    forward: float
+    training: float
+    router: float
+
+
+@dataclass(frozen=True)
+class Needs:
+    """All that a plan has to know about a model."""
+
+    parameters: Parameters
+    activations: Activations
+    flops: Flops
+
+
+def needs_of(config: RMoEConfig, sequence_length: int, bf16: bool) -> Needs:
+    """Trace a model.
+
+    Args:
+        config: of any size: no weights are allocated.
+        sequence_length: tokens per sequence.
+        bf16: run under bfloat16 autocast, as training does on a GPU; else in float32.
+
+    Raises:
+        RequestError: the router needs to see data to know its shapes.
+    """
+    try:
+        return Needs(
+            parameters_of(config),
+            activations_of(config, sequence_length, bf16),
+            flops_of(config, sequence_length),
+        )
+    except RuntimeError as error:  # data-dependent shapes
+        said = " ".join(str(error).split())[:200]
+        raise RequestError("router", config.router, f"a router that runs without data ({said})") from error
+
+
+# --- parameters ----------------------------------------------------------------------------------
+
+
+def parameters_of(config: RMoEConfig) -> Parameters:
+    """Count, on the meta device."""
+    with torch.device("meta"):
+        model = RMoEForCausalLM(config)
+    counts = count_parameters(model)
+    layers = [dict(layer.named_parameters()) for layer in model.model.layers]
+    largest = max(layers, key=_size)
+    attention = [
+        p for name, p in model.named_parameters() if ".self_attn." in name and name.endswith("weight")
+    ]
+    shared = model.model.router_shared
+    embedding = model.model.embed_tokens.weight.numel()
+    return Parameters(
+        total=counts["total"],
+        active=counts["active"],
+        router=counts["router"],
+        non_embedding=counts["non_embedding"],
+        experts=sum(_size(_experts_of(layer)) for layer in layers),
+        shared_router=0 if shared is None else _size(dict(shared.named_parameters())),
+        embedding=embedding,
+        head=model.lm_head.weight.numel(),
+        tensor_parallel=sum(p.numel() for p in attention),
+        layer=_size(largest),
+        layer_experts=_size(_experts_of(largest)),
+    )
+
+
+def _size(parameters: dict[str, nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters.values())
+
+
+def _experts_of(layer: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in layer.items() if name.startswith("mlp.experts.")}
+
+
+# --- activations ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Bytes of one traced forward pass."""
+
+    total: int
+    boundary: int
+    state: int
+
+
+def activations_of(config: RMoEConfig, length: int, bf16: bool) -> Activations:
+    """Solve `saved = (c + sum of layers) + batch * (ends + sum of layers)` from a few small models."""
+    moe, dense = config.num_moe_layers, config.first_k_dense_replace
+
+    def saved(routing: int, dense_layers: int, batch: int) -> _Saved:
+        return _saved(_shallow(config, routing, dense_layers), batch, length, bf16)
+
+    def split(routing: int, dense_layers: int) -> tuple[int, int, _Saved]:
+        """(grows with the batch, does not, the single sequence)."""
+        one, two = saved(routing, dense_layers, 1), saved(routing, dense_layers, 2)
+        return two.total - one.total, 2 * one.total - two.total, one
+
+    base, base_fixed, small = split(2, 0)
+    more, more_fixed, _ = split(3, 0)
+    per_moe, per_moe_fixed = more - base, more_fixed - base_fixed
+    per_dense = per_dense_fixed = 0
+    if dense:
+        with_dense, with_dense_fixed, _ = split(2, 1)
+        per_dense, per_dense_fixed = with_dense - base, with_dense_fixed - base_fixed
+    return Activations(
+        layer=(moe * per_moe + dense * per_dense) / config.num_hidden_layers,
+        ends=base - 2 * per_moe,
+        fixed=base_fixed - 2 * per_moe_fixed + moe * per_moe_fixed + dense * per_dense_fixed,
+        boundary=small.boundary,
+        state=small.state,
+    )
+
+
+def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> _Saved:
+    """Bytes of the distinct storages that a forward pass saves for backward, without the parameters' own."""
+    storages: dict[int, tuple[Any, int]] = {}
+    entering: list[tuple[int, int]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = (
+                storage,
+                storage.nbytes(),
+            )  # kept alive: an address may not come twice
+        return tensor
+
+    def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        hidden, state = args[:2]
+        entering.append((_bytes(hidden), sum(map(_bytes, state))))
+
+    with _fake_model(config) as (model, _):
+        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        model.model.layers[-1].register_forward_pre_hook(look)
+        ids = torch.zeros(batch, length, dtype=torch.int64)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            model(input_ids=ids, labels=ids, use_cache=False)
+    hidden, state = entering[0]
+    return _Saved(sum(size for _, size in storages.values()), hidden + state, state)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# --- floating-point operations -------------------------------------------------------------------
+
+
+def flops_of(config: RMoEConfig, length: int) -> Flops:
+    """As torch counts: through batched_mm and eager attention, whose products it sees (grouped_mm counts as 0)."""
+    traced = {(2, 0): _counted(config, 2, 0, length), (3, 0): _counted(config, 3, 0, length)}
+    moe, dense = config.num_moe_layers, config.first_k_dense_replace
+    if dense:
+        traced[2, 1] = _counted(config, 2, 1, length)
+
+    def at_depth(part: int) -> float:
+        base, more = traced[2, 0][part], traced[3, 0][part]
+        total = base + (moe - 2) * (more - base)
+        if dense:
+            total += dense * (traced[2, 1][part] - base)
+        return total / length
+
+    return Flops(forward=at_depth(0), training=at_depth(1), router=at_depth(2))
+
+
+def _counted(config: RMoEConfig, routing: int, dense: int, length: int) -> tuple[int, int, int]:
+    """(forward, forward and backward, routers' forward) of one sequence through a shallow model."""
+    with _fake_model(_shallow(config, routing, dense), "eager", "batched_mm") as (model, _):
+        ids = torch.zeros(1, length, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            forward = counter.get_total_flops()
+            by_module = counter.get_flop_counts()
+            router = sum(
+                sum(counts.values()) for name, counts in by_module.items() if name.endswith(".mlp.gate")
+            )
+            loss.backward()
+            return forward, counter.get_total_flops(), router
+
+
+# --- running without data ------------------------------------------------------------------------
+
+
+def _shallow(config: RMoEConfig, routing: int, dense: int) -> RMoEConfig:
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers, shallow.first_k_dense_replace = routing + dense, dense
+    return shallow
+
+
+@contextmanager
+def _fake_model(
+    config: RMoEConfig, attention: str = _ATTENTION, experts: str = "grouped_mm"
+) -> Iterator[tuple[RMoEForCausalLM, FakeTensorMode]]:
+    """The model in training mode, its tensors without data, for as long as the context lasts."""
+    with ExitStack() as stack:
+        mode = stack.enter_context(FakeTensorMode())
+        # Without data torch's own grouped_mm takes bfloat16 only; transformers' stand-in keeps the same tensors.
+        stack.enter_context(mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False))
+        model = RMoEForCausalLM._from_config(
+            copy.deepcopy(config), attn_implementation=attention, experts_implementation=experts
+        )
+        yield model.train(), mode
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Fused causal attention without a mask tensor, as sdpa and flash run in training: it keeps no square."""
+    groups = module.num_key_value_groups
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)

@@ -1,0 +1,213 @@
+"""Plans against real runs: tensors held, operations counted, parameters, and what the command prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+from rmoe.cli.main import main
+from rmoe.errors import RequestError
+from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
+from rmoe.planning.hardware import ACCELERATORS, Cluster
+from rmoe.planning.layouts import Layout, layouts_for, memory_of, parameters_per_device, traffic_of
+from rmoe.planning.plan import plan_of
+from rmoe.planning.trace import flops_of, needs_of, parameters_of
+
+POST = {"norm_position": "post", "norm_type": "layernorm", "mlp_gated": False, "hidden_act": "relu"}
+DENSE = {"first_k_dense_replace": 1, "num_shared_experts": 1, "num_key_value_heads": 2}
+CLUSTER = Cluster(8, 8, ACCELERATORS["h100"])
+
+
+def config(**changes: Any) -> RMoEConfig:
+    sizes = {
+        "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+    }  # fmt: skip
+    return RMoEConfig(**{**sizes, **changes})
+
+
+def model(settings: RMoEConfig, attention: str, experts: str) -> RMoEForCausalLM:
+    built = RMoEForCausalLM._from_config(
+        settings, attn_implementation=attention, experts_implementation=experts
+    )
+    return built.train()
+
+
+def peak_of_a_step(net: RMoEForCausalLM, batch: int, length: int) -> int:
+    """Bytes of all tensors at the fullest moment of a training step that has optimizer state."""
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    ids = torch.randint(0, net.config.vocab_size, (batch, length))
+
+    def step() -> None:
+        net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    tracker = MemTracker()
+    tracker.track_external(net, optimizer, ids)
+    with tracker:
+        step()
+    (device,) = tracker.get_tracker_snapshot("peak").values()
+    return next(size for kind, size in device.items() if str(kind).endswith("Total"))
+
+
+@pytest.mark.parametrize(("changes", "checkpointing"), [(DENSE, False), ({}, True), (POST, True)])
+def test_memory_is_within_a_tenth_of_a_real_step(changes, checkpointing):
+    settings = config(**changes)
+    needs = needs_of(settings, 256, bf16=False)
+    planned = memory_of(needs, settings, Layout(), 4, 256, bf16=False, checkpointing=checkpointing)
+    net = model(settings, "sdpa", "grouped_mm")
+    if checkpointing:
+        net.gradient_checkpointing_enable()
+    assert planned.peak == pytest.approx(peak_of_a_step(net, 4, 256), rel=0.1)
+
+
+def test_memory_of_a_small_batch_is_gradients():
+    settings = config(**DENSE)
+    planned = memory_of(needs_of(settings, 32, bf16=False), settings, Layout(), 1, 32, False, False)
+    real = peak_of_a_step(model(settings, "sdpa", "grouped_mm"), 1, 32)
+    assert planned.peak == pytest.approx(real, rel=0.1)
+    assert planned.gradients > planned.activations
+
+
+@pytest.mark.parametrize(
+    ("router", "changes"), [("rmoe", {}), ("rmoe", DENSE), ("smoe", POST), ("rmoe-lstm", {})]
+)
+def test_flops_equal_torchs_counter(router, changes):
+    settings = config(router=router, **changes)
+    net = model(settings, "eager", "batched_mm")
+    ids = torch.randint(0, 512, (1, 40))
+    with FlopCounterMode(display=False) as counter:
+        loss = net(input_ids=ids, labels=ids, use_cache=False).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    flops = flops_of(settings, 40)
+    assert flops.forward * 40 == forward
+    assert flops.training * 40 == counter.get_total_flops()
+    assert 0 < flops.router < flops.forward
+
+
+def test_flops_by_hand():
+    """Two per multiply-add: projections, attention's two squares, experts, router, output matrix."""
+    length, d, layers = 40, 128, 6
+    attention = 4 * d * d + 2 * length * d
+    experts, router = 2 * 3 * d * 96, d * 8
+    by_hand = 2 * (layers * (attention + experts + router) + d * 512)
+    assert flops_of(config(router="smoe"), length).forward == by_hand
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, DENSE, {"tie_word_embeddings": True}], ids=["plain", "dense", "tied"]
+)
+def test_parameters_are_the_models(changes):
+    settings = config(**changes)
+    found, counted = parameters_of(settings), count_parameters(RMoEForCausalLM(settings))
+    assert {name: getattr(found, name) for name in counted} == counted
+    assert parameters_per_device(found, Layout()) == counted["total"]
+
+
+def test_what_layouts_send():
+    settings = config()
+    needs = needs_of(settings, 64, bf16=False)
+    total = needs.parameters.total
+
+    def sent(layout: Layout) -> dict[str, float]:
+        found = traffic_of(needs, settings, layout, 4, 64, 2, bf16=False, checkpointing=False)
+        return {f"{t.collective}/{t.purpose.split()[0]}": t.bytes for t in found}
+
+    assert sent(Layout(replicate=4))["all_reduce/gradients"] == pytest.approx(2 * 3 / 4 * 4 * total)
+    fsdp = sent(Layout(fsdp=4))
+    assert fsdp["all_gather/weights,"] == pytest.approx(2 * 2 * 3 / 4 * 4 * total)
+    assert fsdp["reduce_scatter/gradients"] == pytest.approx(2 * 3 / 4 * 4 * total)
+    ep = sent(Layout(fsdp=4, expert=4))
+    experts = needs.parameters.experts
+    assert ep["all_gather/weights,"] == pytest.approx(2 * 2 * 3 / 4 * 4 * (total - experts))
+    # 2 passes, 6 layers, there and back, forward and backward: each of 4 x 64 tokens to 2 experts, 3 of 4 elsewhere
+    assert ep["all_to_all/tokens"] == 2 * 6 * 2 * 2 * (4 * 64 * 2 * 128 * 4 * 3 / 4)
+    pipeline = traffic_of(needs, settings, Layout(pipeline=2), 4, 64, 2, bf16=False, checkpointing=False)
+    states = next(t for t in pipeline if t.collective == "send")
+    assert states.bytes == 2 * 4 * 2 * 64 * (128 + 256) * 4
+    assert states.router_bytes == 2 * 4 * 2 * 64 * 256 * 4
+
+
+def test_layouts_fit_the_cluster_and_the_model():
+    names = [layout.name for layout in layouts_for(config(), Cluster(16, 8, ACCELERATORS["h100"]))]
+    assert names[:3] == ["DDP 16", "FSDP2 16", "HSDP 2 x FSDP2 8"]
+    assert "FSDP2 16 + EP 8" in names
+    assert "FSDP2 4 + TP 4" in names
+    assert "FSDP2 2 + TP 8" not in names  # 4 heads
+    assert all(layout.devices == 8 for layout in layouts_for(config(), CLUSTER))
+
+
+def test_more_is_never_predicted_to_be_less():
+    plan = plan_of(config(), CLUSTER, sequence_length=64, batch_size=64)
+    assert plan.layouts[0].fits
+    for item in plan.layouts:
+        assert item.memory_gib["peak"] <= CLUSTER.memory_bytes / 2**30
+        assert item.step_seconds >= item.seconds["compute"]
+        assert (
+            item.micro_batch_size * item.accumulation * item.groups["replicate"] * item.groups["fsdp"] == 64
+        )
+    assert plan.layouts[0].step_seconds == min(item.step_seconds for item in plan.layouts)
+
+
+def test_a_model_that_fits_nowhere_says_so():
+    tiny = Cluster(1, 1, ACCELERATORS["a100-40"])
+    wide = config(hidden_size=8192, moe_intermediate_size=8192, num_experts=64)
+    assert not any(item.fits for item in plan_of(wide, tiny, sequence_length=64, batch_size=1).layouts)
+
+
+def test_command(capsys):
+    assert main(["plan", "--preset", "pretrain-0.9b", "--devices", "8", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"]["total"] == pytest.approx(0.9e9, rel=0.02)
+    assert plan["parameters"]["router"] - 24 * 1280 * 16 == pytest.approx(3.5e6, rel=0.05)  # the paper's
+    assert {"weights", "gradients", "optimizer", "activations", "peak"} <= plan["layouts"][0][
+        "memory_gib"
+    ].keys()
+    assert plan["layouts"][0]["fits"]
+    assert plan["layouts"][0]["options"].startswith("--parallel.fsdp 8")
+
+
+def test_command_prints_a_table(capsys):
+    assert main(["plan", "--preset", "quick", "--devices", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "DDP 2" in out
+    assert "FSDP2 2 + EP 2" in out
+    assert "PP 2" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "total", "devices"), [("15b", 15.2e9, 64), ("70b", 70.7e9, 128)])
+def test_large_presets(preset, total, devices, capsys):
+    arguments = [
+        "--devices",
+        str(devices),
+        "--vocab-size",
+        "102400" if preset == "15b" else "32000",
+        "--json",
+    ]
+    assert main(["plan", "--preset", f"pretrain-{preset}", *arguments]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"]["total"] == pytest.approx(total, rel=0.01)
+    assert plan["layouts"][0]["fits"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--devices", "0"], ["--devices", "12"], ["--accelerator", "abacus"], ["--efficiency", "2"]],
+)
+def test_wrong_requests(arguments, capsys):
+    assert main(["plan", "--preset", "quick", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_batch_nobody_can_share():
+    with pytest.raises(RequestError, match=r"training\.batch_size is 3"):
+        plan_of(config(num_hidden_layers=2), CLUSTER, sequence_length=16, batch_size=3, micro_batch_size=2)
