@@ -81,7 +81,7 @@ def time_steps(config: RunConfig, steps: int) -> Measured:
     from rmoe.training.build import build_model, load_plugins, model_config
     from rmoe.training.checkpoint import CheckpointStore
     from rmoe.training.metrics import MetricsLog
-    from rmoe.training.run import place_of, torch_settings, training_arguments
+    from rmoe.training.place import place_of, torch_settings, training_arguments
     from rmoe.training.trainer import Identity, RMoETrainer, peak_mib
 
     load_plugins(config.plugin)

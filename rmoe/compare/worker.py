@@ -54,7 +54,7 @@ def _say(answers: TextIO, answer: Answer) -> None:
 
 def answer_to(job: Job) -> Answer:
     """Carry a job out; whatever goes wrong is the answer."""
-    from rmoe.training.run import Stopped
+    from rmoe.training.stopping import Stopped
 
     try:
         return Answer(value=msgspec.to_builtins(_carry_out(job)))

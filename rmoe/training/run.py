@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +11,28 @@ import msgspec
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from rmoe.data import Corpus, prepare
 from rmoe.data.config import SplitName
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.records import read_record, write_record
 from rmoe.training import result as records
 from rmoe.training import run_folder
 from rmoe.training.build import build_model, count_parameters, load_plugins, model_config
-from rmoe.training.checkpoint import CheckpointStore, sync
+from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
-from rmoe.training.metrics import MetricsLog, Row, read_metrics
+from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.place import Place, place_of, say, torch_settings, training_arguments
 from rmoe.training.progress import ProgressReport
+from rmoe.training.publish import curves, publish_model
 from rmoe.training.result import RunResult
 from rmoe.training.run_folder import RunRecord
+from rmoe.training.stopping import Stopped as Stopped
+from rmoe.training.stopping import raise_unless_finished, signals
 from rmoe.training.trainer import Identity, RMoETrainer, peak_mib
 
 MAY_DIFFER = frozenset(
@@ -52,10 +50,6 @@ MAY_DIFFER = frozenset(
     }
 )
 """Settings that may change when a run is resumed: none decides what is learned."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop, has saved everything, and can go on; the text says so."""
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True) -> RunResult:
@@ -82,6 +76,9 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
         run_folder.refuse_used(out)
     disable_progress_bar()  # transformers' own, one for each file it writes
     plugins = load_plugins(config.plugin)
+    model_config(
+        config, vocab_size=64
+    )  # what is wrong with the sizes or the router is said before any text is read
     corpus = prepare(config.data, config.training.sequence_length)
     for split in ("train", "valid", "test") if config.logging.test else ("train", "valid"):
         if split not in corpus.manifest.splits:
@@ -116,69 +113,7 @@ def read_result(folder: Path) -> RunResult:
     return read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
 
 
-def say(text: str) -> None:
-    """One line on stderr, from the first rank."""
-    if PartialState().is_main_process:
-        print(text, file=sys.stderr, flush=True)
-
-
 # --- before training -----------------------------------------------------------------------------
-
-
-@contextmanager
-def torch_settings(config: RunConfig) -> Iterator[int]:
-    """Threads and determinism for this run, put back afterwards; yields the number of threads."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
-    if config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for equal bits
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-
-
-class Place(msgspec.Struct, frozen=True):
-    """Where and how precisely to compute."""
-
-    cpu: bool
-    bf16: bool
-    world_size: int
-    rank: int
-
-
-def place_of(config: RunConfig) -> Place:
-    """Resolve device and precision.
-
-    Raises:
-        RequestError: no GPU, no bfloat16 there, or a batch that cannot be shared out.
-    """
-    training = config.training
-    gpu = torch.cuda.is_available()
-    if training.device == "cuda" and not gpu:
-        raise RequestError("training.device", "cuda", "cpu or auto: torch sees no GPU here")
-    cpu = training.device == "cpu" or not gpu
-    if training.precision == "bf16" and not cpu and not torch.cuda.is_bf16_supported():
-        raise RequestError("training.precision", "bf16", "fp32: this GPU has no bfloat16")
-    bf16 = training.precision == "bf16" or (
-        training.precision == "auto" and not cpu and torch.cuda.is_bf16_supported()
-    )
-    state = PartialState(cpu=cpu)
-    world_size = state.num_processes
-    if training.batch_size % world_size:
-        raise RequestError(
-            "training.batch_size", training.batch_size, f"a multiple of {world_size} processes"
-        )
-    share = training.batch_size // world_size
-    if training.micro_batch_size is not None and share % training.micro_batch_size:
-        raise RequestError(
-            "training.micro_batch_size", training.micro_batch_size, f"a divisor of {share}, a process's share"
-        )
-    return Place(cpu, bf16, world_size, state.process_index)
 
 
 def _sizes(architecture: RMoEConfig) -> dict[str, Any]:
@@ -316,53 +251,6 @@ def _run(
     return read_result(out)
 
 
-def training_arguments(config: RunConfig, out: Path, place: Place) -> TrainingArguments:
-    training = config.training
-    micro = training.micro_batch_size or training.batch_size // place.world_size
-    schedule = {
-        "constant": ("constant_with_warmup", {}),
-        "cosine": ("cosine_with_min_lr", {"min_lr": training.min_learning_rate}),
-        "linear": ("polynomial", {"lr_end": training.min_learning_rate, "power": 1.0}),
-    }[training.schedule]
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        max_steps=training.max_steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // (micro * place.world_size),
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=schedule[0],
-        lr_scheduler_kwargs=schedule[1],
-        warmup_steps=training.warmup_steps,
-        optim="adamw_torch_fused",
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_epsilon=training.adam_epsilon,
-        max_grad_norm=training.max_grad_norm,
-        seed=training.seed,
-        use_cpu=place.cpu,
-        bf16=place.bf16,
-        torch_compile=training.compile,
-        logging_strategy="steps",
-        logging_steps=config.logging.every,
-        logging_nan_inf_filter=False,  # it would log NaN as 0 and go on
-        eval_strategy="steps",
-        eval_steps=config.evaluation_interval,
-        save_strategy="steps",
-        save_steps=config.checkpoint_interval,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=not place.cpu,
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        report_to=list(config.logging.report_to) or "none",
-        disable_tqdm=True,
-    )
-    if arguments.n_gpu > 1:
-        # One process never spreads over several GPUs by itself (DataParallel): torchrun starts one for each.
-        arguments._n_gpu = 1
-    return arguments
-
-
 def find_checkpoint(trainer: RMoETrainer, metrics: MetricsLog, out: Path) -> Path | None:
     checkpoint = trainer.newest_checkpoint()
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
@@ -374,43 +262,6 @@ def find_checkpoint(trainer: RMoETrainer, metrics: MetricsLog, out: Path) -> Pat
     else:
         say(f"resuming {out} at step {step} of {trainer.args.max_steps}")
     return checkpoint
-
-
-@contextmanager
-def signals(trainer: RMoETrainer) -> Iterator[None]:
-    """SIGTERM and SIGINT save and stop after the current step; a second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield
-        return
-
-    def handle(number: int, _frame: Any) -> None:
-        trainer.stop_requested = True
-        signal.signal(number, before[number])
-        say(f"{signal.Signals(number).name}: saving and stopping after this step")
-
-    before: dict[int, Any] = {}
-    for wanted in (signal.SIGTERM, signal.SIGINT):
-        before[wanted] = signal.signal(wanted, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def raise_unless_finished(trainer: RMoETrainer, store: CheckpointStore) -> None:
-    step = trainer.state.global_step
-    if trainer.diverged:
-        raise RunError(
-            f"the loss or its gradient was not finite in {trainer.skipped_batches} batches, the last at step {step}",
-            store.saved(),
-            "lower the learning rate in a new run; or --resume after this batch, with more "
-            "--training.max-skipped-batches",
-        )
-    if trainer.stopped and step < trainer.args.max_steps:
-        raise Stopped(
-            f"stopped at step {step} of {trainer.args.max_steps}; saved: {store.saved()}; --resume goes on"
-        )
 
 
 # --- after training ------------------------------------------------------------------------------
@@ -427,53 +278,3 @@ def _final(trainer: RMoETrainer, config: RunConfig, judge: Any) -> Evaluation:
         return last[1]
     evaluation: Evaluation = judge(trainer.model)
     return evaluation
-
-
-def publish_model(
-    out: Path, model: PreTrainedModel, tokenizer: Any, complete: Callable[[Path], None] | None = None
-) -> None:
-    """Publish `model/` in one step: staged, synced, renamed.
-
-    Args:
-        complete: adds to the staged folder before it is published.
-    """
-    staged, target = out / "staging" / run_folder.MODEL, out / run_folder.MODEL
-    store = CheckpointStore(out, "")
-    try:
-        store.clear_staging()
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        if complete is not None:
-            complete(staged)
-        for path in (*staged.rglob("*"), staged):
-            sync(path)
-        if target.exists():  # killed after this was written and before the result was
-            target.rename(out / "staging" / "replaced-model")
-        staged.rename(target)
-        sync(out)
-    except OSError as error:
-        raise RunError(
-            f"could not save {target}: {error}", store.saved(), "free disk space, then --resume"
-        ) from error
-
-
-def curves(rows: list[Row], unit: records.Unit) -> dict[str, records.Curve]:
-    """The rows of `metrics.jsonl` as curves; of per-layer figures the mean over layers."""
-    wanted = {
-        "val": ("eval", unit, unit),
-        "train_lm_loss": ("train", unit, unit),
-        "aux_loss": ("train", "balance_loss", "nats per token"),
-        "gate_entropy": ("train", "gate_entropy", "nats"),
-        "load_imbalance": ("train", "load_imbalance", "times the mean load"),
-        "router_grad_norm": ("train", "router_grad_norm", "norm"),
-        "lr": ("train", "lr", "learning rate"),
-    }
-    found = {}
-    for name, (kind, field, said) in wanted.items():
-        points = [
-            (row["step"], row[field]) for row in rows if row["kind"] == kind and row.get(field) is not None
-        ]
-        if points:
-            values = [sum(v) / len(v) if isinstance(v, list) else v for _, v in points]
-            found[name] = records.Curve(unit=said, step=[step for step, _ in points], value=values)
-    return found

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rmoe.errors import RequestError, RunError
-from rmoe.training import run as run_module
+from rmoe.training import publish
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.metrics import read_metrics
@@ -301,7 +301,7 @@ def test_disk_full_at_the_final_model(text, finished, tmp_path, monkeypatch):
         def full(path: Path) -> None:
             raise OSError(28, "No space left on device")
 
-        patched.setattr(run_module, "sync", full)
+        patched.setattr(publish, "sync", full)
         with pytest.raises(RunError, match=r"could not save .*model.*saved: checkpoint-20"):
             train(tiny.config(text), out, progress=False)
     assert not (out / "model").exists()

@@ -15,7 +15,7 @@ from rmoe.training.accounting import StepSums, Window
 from rmoe.training.build import build_model, model_config
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.metrics import MetricsLog, read_metrics
-from rmoe.training.run import place_of, training_arguments
+from rmoe.training.place import place_of, training_arguments
 from rmoe.training.trainer import Identity, RMoETrainer
 from tests.training import tiny
 

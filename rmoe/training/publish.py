@@ -1,0 +1,66 @@
+"""What a finished run leaves: its model, in one step, and its curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from rmoe.errors import RunError
+from rmoe.training import run_folder
+from rmoe.training.checkpoint import CheckpointStore, sync
+from rmoe.training.metrics import Row
+from rmoe.training.result import Curve, Unit
+
+
+def publish_model(
+    out: Path, model: PreTrainedModel, tokenizer: Any, complete: Callable[[Path], None] | None = None
+) -> None:
+    """Publish `model/` in one step: staged, synced, renamed.
+
+    Args:
+        complete: adds to the staged folder before it is published.
+    """
+    staged, target = out / "staging" / run_folder.MODEL, out / run_folder.MODEL
+    store = CheckpointStore(out, "")
+    try:
+        store.clear_staging()
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        if complete is not None:
+            complete(staged)
+        for path in (*staged.rglob("*"), staged):
+            sync(path)
+        if target.exists():  # killed after this was written and before the result was
+            target.rename(out / "staging" / "replaced-model")
+        staged.rename(target)
+        sync(out)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"could not save {target}: {error}", store.saved(), "free disk space, then --resume"
+        ) from error
+
+
+def curves(rows: list[Row], unit: Unit) -> dict[str, Curve]:
+    """The rows of `metrics.jsonl` as curves; of per-layer figures the mean over layers."""
+    wanted = {
+        "val": ("eval", unit, unit),
+        "train_lm_loss": ("train", unit, unit),
+        "aux_loss": ("train", "balance_loss", "nats per token"),
+        "gate_entropy": ("train", "gate_entropy", "nats"),
+        "load_imbalance": ("train", "load_imbalance", "times the mean load"),
+        "router_grad_norm": ("train", "router_grad_norm", "norm"),
+        "lr": ("train", "lr", "learning rate"),
+    }
+    found = {}
+    for name, (kind, field, said) in wanted.items():
+        points = [
+            (row["step"], row[field]) for row in rows if row["kind"] == kind and row.get(field) is not None
+        ]
+        if points:
+            values = [sum(v) / len(v) if isinstance(v, list) else v for _, v in points]
+            found[name] = Curve(unit=said, step=[step for step, _ in points], value=values)
+    return found
