@@ -17,16 +17,11 @@ import tyro
 
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError
+from rmoe.routing.spec import require
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
 C = TypeVar("C")
-
-
-def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise the `RequestError` for `name` unless `ok`."""
-    if not ok:
-        raise RequestError(name, value, allowed)
 
 
 @dataclass(frozen=True)
@@ -192,6 +187,35 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over processes (`torchrun --nproc-per-node N`); all 1 is a copy in each (DDP).
+
+    Attributes:
+        fsdp: processes that weights, gradients and optimizer state are cut into (FSDP2).
+        expert: of those, processes that the experts are dealt out to (expert parallelism).
+        replicate: copies of such groups (HSDP).
+        tensor: processes that each matrix is cut into; `rmoe train` takes 1 only.
+    """
+
+    fsdp: int = 1
+    expert: int = 1
+    replicate: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            size = getattr(self, item.name)
+            require(size >= 1, f"parallel.{item.name}", size, "1 or more")
+        divides = (self.fsdp * self.tensor) % self.expert == 0
+        require(divides, "parallel.expert", self.expert, f"a divisor of parallel.fsdp ({self.fsdp})")
+
+    @property
+    def shards(self) -> bool:
+        """Whether any process holds less than the whole model."""
+        return self.fsdp * self.tensor > 1
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides what a run computes.
 
@@ -208,6 +232,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     preset: Annotated[str, tyro.conf.Suppress] = "quick"
