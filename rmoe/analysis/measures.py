@@ -78,7 +78,11 @@ class RoutingMeasures:
             token_text: how a token id is shown.
         """
         return {
-            "mi_digitised": schema.PairMeasure(values=self.digitised.result().tolist(), n=self.digitised.n),
+            "mi_digitised": schema.PairMeasure(
+                values=self.digitised.result().tolist(),
+                chance=self.digitised.chance().tolist(),
+                n=self.digitised.n,
+            ),
             "mi_chosen": schema.PairMeasure(values=self.chosen.result().tolist(), n=self.chosen.n),
             **self._confidence_fields(),
             **self._load_fields(),

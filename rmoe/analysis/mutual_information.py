@@ -1,9 +1,9 @@
 """How much one layer's routing says about another's: the paper's digitised measure, and the chosen experts'.
 
 Both are plug-in estimates in nats. The digitised one is the paper's (Fig. 3, 6, 7): per token, over the E
-positions of two probability vectors, averaged over tokens. With only E samples it is never zero for
-unrelated layers, so it compares layers and routers with each other and not with zero. The mutual information
-of the chosen experts is over tokens, and is corrected for its bias.
+positions of two probability vectors, averaged over tokens. With only E samples it is far from zero for
+unrelated layers, so it comes with the level that chance alone gives. The mutual information of the chosen
+experts is over tokens, and is corrected for its bias.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rmoe.analysis.histogram import add_counts
 
 NUM_BINS = 100
 MAX_TOKENS = 100_000
+CHANCE_TOKENS = 10_000
+_RELABELLING_SEED = 20_408
 _CHUNK_BYTES = 1 << 18  # working set of one chunk: half of a usual second-level cache
 
 
@@ -113,10 +115,28 @@ def digitised_mutual_information(probs: np.ndarray, num_bins: int = NUM_BINS) ->
     return information
 
 
+def relabelled(probs: np.ndarray, first: int) -> np.ndarray:
+    """The same probabilities with the classes of each token and layer in an order of their own.
+
+    Args:
+        probs: [L, C, T].
+        first: which token of a text the first one is: token t's orders depend on t alone.
+    """
+    num_layers, num_classes, num_tokens = probs.shape
+    stream = np.random.PCG64(_RELABELLING_SEED).advance(first * num_layers * num_classes)
+    order = np.random.Generator(stream).random((num_tokens, num_layers, num_classes)).argsort(axis=-1)
+    return np.take_along_axis(probs, order.transpose(1, 2, 0), axis=1)
+
+
 class DigitisedMutualInformation:
     """Streams `digitised_mutual_information` over at most `max_tokens` evenly spaced tokens of a text.
 
     Of `total_tokens` the n = min(total, max) with index floor(i * total / n) are taken. Memory is O(L^2).
+
+    With only C samples a token, layers that know nothing of each other show far more than zero. So there is a
+    level to compare with, `chance`: the same measure with each layer's classes relabelled at random, which keeps
+    every layer's distribution and destroys all agreement on which expert is which (the model of chance of the
+    adjusted mutual information, Vinh et al., 2010). It is averaged over about `CHANCE_TOKENS` of the n tokens.
 
     Args:
         num_layers: L.
@@ -128,8 +148,11 @@ class DigitisedMutualInformation:
         self.total_tokens = total_tokens
         self.sample_size = min(total_tokens, max_tokens)
         self.n = 0
+        self._chance_every = max(1, self.sample_size // CHANCE_TOKENS)
+        self._chance_n = 0
         self._seen = 0
         self._sum = np.zeros((num_layers, num_layers))
+        self._chance_sum = np.zeros((num_layers, num_layers))
 
     def update(self, probs: Tensor) -> None:
         """Add the next tokens.
@@ -139,23 +162,44 @@ class DigitisedMutualInformation:
         """
         first, last = self._seen, self._seen + probs.shape[1]
         self._seen = last
-        if not self.sample_size:
-            return
-        # The i with first <= floor(i * total / n) < last; integers, so that no token is taken twice or lost.
-        i = np.arange(
-            -(-first * self.sample_size // self.total_tokens),
-            -(-last * self.sample_size // self.total_tokens),
+        # The i with first <= floor(i * total / n) < last; in integers, so that no token is taken twice or lost.
+        start, stop = (
+            min(-(-edge * self.sample_size // self.total_tokens), self.sample_size) for edge in (first, last)
         )
-        take = i[i < self.sample_size] * self.total_tokens // self.sample_size - first
-        if not len(take):
+        if start >= stop:
             return
+        take = np.arange(start, stop) * self.total_tokens // self.sample_size - first
         sampled = probs[:, torch.from_numpy(take).to(probs.device)].float().transpose(1, 2).cpu().numpy()
         self._sum += digitised_mutual_information(sampled).sum(axis=-1)
         self.n += len(take)
+        skipped = -start % self._chance_every  # those with i a multiple of the spacing
+        some = sampled[..., skipped :: self._chance_every]
+        if some.shape[-1]:
+            shuffled = relabelled(some, self._chance_n)
+            self._chance_sum += digitised_mutual_information(shuffled).sum(axis=-1)
+            self._chance_n += some.shape[-1]
 
     def result(self) -> np.ndarray:
-        """[L, L] float64, nats: the mean over the n tokens taken; NaN if there were none."""
-        return self._sum / self.n if self.n else np.full_like(self._sum, np.nan)
+        """[L, L] float64, nats: the mean over the n tokens taken; the diagonal is the mean entropy H(X).
+
+        Raises:
+            ValueError: no token has been taken.
+        """
+        return _mean(self._sum, self.n)
+
+    def chance(self) -> np.ndarray:
+        """[L, L] float64, nats: the same for relabelled layers; the diagonal is the entropy still.
+
+        Raises:
+            ValueError: no token has been taken.
+        """
+        return _mean(self._chance_sum, self._chance_n)
+
+
+def _mean(total: np.ndarray, n: int) -> np.ndarray:
+    if n == 0:
+        raise ValueError("no tokens to take a mean over")
+    return total / n
 
 
 def entropy_of_counts(counts: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ class PairMeasure(Record, frozen=True, kw_only=True):
     """An L x L measure between layers, in nats, from `n` tokens; symmetric."""
 
     values: Matrix  # [L][L]
+    chance: Matrix | None = None  # [L][L] what layers that agree only by chance would show; None: zero
     n: int
 
 

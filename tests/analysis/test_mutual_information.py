@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
 from rmoe.analysis.mutual_information import (
     NUM_BINS,
@@ -101,6 +102,47 @@ def test_the_sample_is_evenly_spaced_whatever_the_batches(total: int, limit: int
             stream.update(part)
         assert stream.n == len(expected)
         np.testing.assert_allclose(stream.result(), want, rtol=1e-12)
+
+
+def test_chance_is_the_expected_information_of_relabelled_layers() -> None:
+    """Against scikit-learn's closed form, for one token seen 4,000 times."""
+    probs = _probabilities(layers=2, classes=8, tokens=1, seed=3)
+    bins = digitise(probs)[..., 0]
+    contingency = contingency_matrix(bins[0], bins[1], sparse=True)
+    expected = expected_mutual_information(contingency, 8)
+    stream = DigitisedMutualInformation(2, 4000)
+    stream.update(torch.from_numpy(probs).transpose(1, 2).expand(2, 4000, 8))
+    assert 0 < expected < stream.result()[0, 0]
+    assert stream.chance()[0, 1] == pytest.approx(expected, abs=0.01)
+    assert stream.chance()[0, 0] == pytest.approx(stream.result()[0, 0])  # the entropy knows no labels
+
+
+def test_independent_layers_show_chance_and_no_more() -> None:
+    probs = torch.from_numpy(_probabilities(layers=2, classes=16, tokens=5000)).transpose(1, 2)
+    stream = DigitisedMutualInformation(2, 5000)
+    stream.update(probs)
+    assert stream.result()[0, 1] > 0.5  # far from zero all the same
+    assert stream.result()[0, 1] == pytest.approx(stream.chance()[0, 1], abs=0.01)
+    same = DigitisedMutualInformation(2, 5000)
+    same.update(probs[:1].expand(2, -1, -1))
+    assert same.result()[0, 1] > same.chance()[0, 1] + 0.3
+
+
+@pytest.mark.parametrize(("total", "every"), [(997, 10), (40, 8), (1000, 1)])
+def test_chance_is_the_same_whatever_the_batches(
+    total: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmoe.analysis.mutual_information.CHANCE_TOKENS", total // every)
+    probs = torch.from_numpy(_probabilities(layers=2, classes=6, tokens=total)).transpose(1, 2)
+    chances = []
+    for sizes in ([total], [1] * total, [total // 3, total // 2, total - total // 3 - total // 2]):
+        stream = DigitisedMutualInformation(2, total)
+        for part in probs.split(sizes, dim=1):
+            stream.update(part)
+        chances.append(stream.chance())
+        assert stream._chance_n == -(-total // every)
+    np.testing.assert_allclose(chances[1], chances[0], rtol=1e-12)
+    np.testing.assert_allclose(chances[2], chances[0], rtol=1e-12)
 
 
 def test_chosen_experts_of_identical_routers_share_their_entropy() -> None:
