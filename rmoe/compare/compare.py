@@ -24,6 +24,7 @@ from rmoe.errors import RequestError, RunError
 from rmoe.records import write_record
 from rmoe.report import table
 from rmoe.report.analysis_schema import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
+from rmoe.report.charts.chart import counted
 from rmoe.report.page import write_report
 from rmoe.routing.zoo import ZOO
 from rmoe.training.config import RunConfig
@@ -157,6 +158,7 @@ def _plan(
         baseline=baseline,
         sweep=plans.parse_sweep(config, sweep),
         changes=plans.only_k(names, config),
+        optional=frozenset(names) - {*routers, baseline},
     )
 
 
@@ -183,11 +185,11 @@ def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tupl
         "defined for: it is no like-for-like comparison."
         for name, change in plan.changes.items()
     ]
+    plan, said = _buildable(plan, prepared.vocab_size)
+    notes += said
     if match_params:
         plan, said = _matched(plan, prepared.vocab_size)
         notes += said
-    else:
-        _check_routers(plan, prepared.vocab_size)
     if plan.config.preset == "quick":
         notes.append(
             "At the size of the quick preset no router is expected to win; the paper's small model saw none."
@@ -206,17 +208,32 @@ def _count(config: RunConfig, vocab_size: int) -> int:
     """
     import torch
 
-    from rmoe.model import RMoEForCausalLM
-    from rmoe.training.build import count_parameters, model_config
+    from rmoe.model import RMoEForCausalLM, count_parameters
+    from rmoe.training.build import model_config
 
     with torch.device("meta"):
-        return count_parameters(RMoEForCausalLM(model_config(config, vocab_size))).non_embedding
+        return count_parameters(RMoEForCausalLM(model_config(config, vocab_size)))["non_embedding"]
 
 
-def _check_routers(plan: Plan, vocab_size: int) -> None:
-    """Build every model on no device: a router that cannot work here is refused before the first step of any."""
+def _buildable(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
+    """Build every model on no device, so that a router that cannot work here is found before the first step of any.
+
+    Returns:
+        The plan without those of `all` that cannot work, and why each is left out.
+
+    Raises:
+        RequestError: a router that was named cannot work.
+    """
+    notes = []
     for router in plan.routers:
-        _count(plan.config_of(router, 0, {}), vocab_size)
+        try:
+            _count(plan.config_of(router, 0, {}), vocab_size)
+        except RequestError as error:
+            if router not in plan.optional:
+                raise
+            notes.append(f"{router} is left out: {error}")
+            plan = replace(plan, routers=tuple(name for name in plan.routers if name != router))
+    return plan, notes
 
 
 def _matched(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
@@ -270,7 +287,13 @@ def _train_missing(setting: _Setting, pool: Pool) -> None:
     def job(run: Run) -> Train:
         return Train(config=run.config.to_dict(), folder=str(setting.folder(run)))
 
-    steps = setting.plan.config.training.max_steps
+    steps, sharing = setting.plan.config.training.max_steps, setting.sharing
+    print(
+        f"training {counted([len(missing)], 'run')}, {sharing.jobs} at once with "
+        f"{counted([sharing.threads], 'thread')} each; logs in {setting.out / 'logs'}",
+        file=sys.stderr,
+        flush=True,
+    )
     with Progress({run.key: setting.folder(run) for run in missing}, steps) as progress:
         pool.map(missing, job, note)
 

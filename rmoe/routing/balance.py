@@ -101,21 +101,21 @@ def similarity_preserving(spec: options.SimilarityPreserving, view: LayerView) -
     return (gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().mean()
 
 
-def counts_in_scope(spec: RouterSpec, own: Tensor, earlier: Tensor | None) -> Tensor:
+def counts_in_scope(spec: RouterSpec, own: Tensor, earlier: Tensor | None, training: bool) -> Tensor:
     """The assignment counts the losses use, `[L, E]`, without gradient.
 
     Args:
         spec: `balance.scope` decides.
         own: this micro-batch's.
-        earlier: those of the earlier micro-batches of this optimizer step, already over all ranks; or None.
+        earlier: this rank's of the earlier micro-batches of this optimizer step; or None.
+        training: ranks add up their counts in training only, since an evaluation may run on one of them.
     """
     if spec.balance.scope == "micro_batch":
         return own
-    counts = own
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        counts = own.clone()
+    counts = own.clone() if earlier is None else own + earlier
+    if training and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
-    return counts if earlier is None else counts + earlier
+    return counts
 
 
 def balance_loss(
@@ -134,7 +134,7 @@ def balance_loss(
         shared: what they share.
         context: mask and shape of the micro-batch.
         coefficient: weight of losses whose own weight is None (the model's `router_aux_loss_coef`).
-        earlier: `[L, E]`, see `counts_in_scope`.
+        earlier: `[L, E]` of this rank's earlier micro-batches, see `counts_in_scope`.
 
     Returns:
         Scalar, at least float32; zero when the router has no balance loss.
@@ -142,7 +142,7 @@ def balance_loss(
     spec, num_experts = routers[0].spec, routers[0].num_experts
     with torch.no_grad():
         own = torch.stack([count_assignments(r.experts, num_experts, context.mask) for r in routings])
-        counts = counts_in_scope(spec, own, earlier)
+        counts = counts_in_scope(spec, own, earlier, routers[0].training)
     total = routings[0].probs.new_zeros(())
     for layer, (router, routing) in enumerate(zip(routers, routings, strict=True)):
         matrix = router.experts_matrix(shared)

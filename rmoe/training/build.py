@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from rmoe.errors import RequestError
-from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
+from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters, initialize
 from rmoe.routing.spec import RouterSpec
 from rmoe.routing.zoo import resolve
 from rmoe.training.config import RunConfig
@@ -117,20 +117,6 @@ def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) in wanted}
 
 
-def count_parameters(model: RMoEForCausalLM) -> Parameters:
-    """Parameter counts.
-
-    `non_embedding` leaves out the embedding and the output layer, as the paper's tables do. `active` is what one
-    token passes through: of the routed experts, `k` of `E`.
-    """
-    total = sum(p.numel() for p in model.parameters())
-    ends = {id(p): p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)}  # one if tied
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
-    config = model.config
-    idle = experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
-    return Parameters(
-        total=total,
-        non_embedding=total - sum(ends.values()),
-        router=sum(p.numel() for p in router_parameters(model).values()),
-        active=total - idle,
-    )
+def parameter_counts(model: RMoEForCausalLM) -> Parameters:
+    """`rmoe.model.count_parameters` as a result's record."""
+    return Parameters(**count_parameters(model))

@@ -20,12 +20,13 @@ from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.records import read_record, write_record
 from rmoe.training import result as records
 from rmoe.training import run_folder
-from rmoe.training.build import build_model, count_parameters, load_plugins, model_config
+from rmoe.training.build import build_model, load_plugins, model_config, parameter_counts
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
 from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.parallel import distribute, gathered
 from rmoe.training.place import Place, place_of, say, torch_settings, training_arguments
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, publish_model
@@ -43,6 +44,9 @@ MAY_DIFFER = frozenset(
         "data.download",
         "training.micro_batch_size",  # with the number of devices: the batch of a step stays what it was
         "training.max_skipped_batches",
+        "parallel.fsdp",
+        "parallel.expert",
+        "parallel.replicate",
         "checkpoints.keep",
         "logging.final_blocks",
         "logging.test",
@@ -101,6 +105,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
         if (out / run_folder.RESULT).exists():
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
+        model = distribute(model, config.parallel, place.world_size)
         return _run(config, out, corpus, model, record, place, resume, progress)
 
 
@@ -219,8 +224,9 @@ def _run(
     valid = _final(trainer, config, judge_on("valid", config.logging.final_blocks))
     test = judge_on("test", config.logging.final_blocks)(trainer.model) if config.logging.test else None
     routing = summarize_routing(trainer.model, corpus.valid, bf16=place.bf16)
+    model = gathered(trainer.model)
     if place.rank == 0:
-        publish_model(out, trainer.model, corpus.tokenizer)
+        publish_model(out, model, corpus.tokenizer)
         result = RunResult(
             router=config.router,
             router_spec=record.router_spec,
@@ -237,7 +243,7 @@ def _run(
             val=corpus.in_unit("valid", valid.loss),
             test=None if test is None else corpus.in_unit("test", test.loss),
             context=valid.context,
-            parameters=count_parameters(model),
+            parameters=parameter_counts(model),
             curves=curves(read_metrics(metrics.path), corpus.unit),
             seconds_per_1k_steps=1000 * trainer.train_seconds / trainer.state.global_step,
             peak_mib=peak_mib(trainer.args.device),

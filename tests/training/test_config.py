@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rmoe.errors import RequestError
-from rmoe.training.build import count_parameters, load_plugins, model_config, router_spec
+from rmoe.training.build import load_plugins, model_config, parameter_counts, router_spec
 from rmoe.training.config import RunConfig
 
 
@@ -28,7 +28,7 @@ def count(preset: str, router: str, vocab_size: int = 256):
 
     config = model_config(replace(RunConfig.from_preset(preset), router=router), vocab_size)
     with torch.device("meta"):
-        return count_parameters(RMoEForCausalLM(config))
+        return parameter_counts(RMoEForCausalLM(config))
 
 
 def test_medium_is_the_papers():
