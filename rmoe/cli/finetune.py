@@ -1,0 +1,51 @@
+"""`rmoe finetune`: instructions or labels."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rmoe.finetune.config import FinetuneConfig
+
+
+def run(
+    model: tyro.conf.Positional[Path],
+    *,
+    data: Path,
+    out: Path,
+    settings: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = FinetuneConfig(),  # noqa: B008 - frozen
+    resume: bool = False,
+    json: bool = False,
+) -> None:
+    """Fine-tune a model: the answers of instructions, or the labels of texts. Writes OUT/model.
+
+    Args:
+        model: a model folder, or the folder of a finished run.
+        data: JSON lines (.jsonl, .jsonl.gz): `instruction`, `input`, `output`, or `text`, `label`.
+        out: the run's folder: new, empty, or with --resume the run to go on with.
+        settings: see the table below.
+        resume: go on from the newest valid checkpoint in --out.
+        json: print the result as JSON.
+    """
+    import msgspec
+
+    from rmoe.cli.models import model_folder
+    from rmoe.finetune.run import finetune
+    from rmoe.training.run import Stopped
+
+    try:
+        result = finetune(model_folder(model), data, out, settings, resume=resume)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return
+    if json:
+        print(msgspec.json.encode(result).decode())
+        return
+    figures = "".join(f", {name} {value:.4f}" for name, value in result.scores.items())
+    print(
+        f"{result.model}: {result.steps} steps on {result.examples} examples, "
+        f"{result.trained_parameters:,} parameters trained{figures}"
+    )

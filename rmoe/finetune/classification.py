@@ -1,0 +1,122 @@
+"""Text classification: a head on a language model, and how well it does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from rmoe.data.tasks import Labelled
+from rmoe.errors import RequestError
+from rmoe.model.loading import register
+from rmoe.model.weights import open_weights
+
+_HEADS = ("score.", "lm_head.")
+
+
+def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int) -> PreTrainedModel:
+    """A model folder's model with a head for these labels; the head starts random unless the folder has one.
+
+    Raises:
+        RequestError: as `rmoe.load`; or the family has no classifier; or any weight but a head's does not fit.
+    """
+    open_weights(path)
+    register(path)
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise RequestError("model", config.model_type, "a family with a sequence classifier in transformers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            id2label=dict(enumerate(map(str, labels))),
+            label2id={str(label): index for index, label in enumerate(labels)},
+            pad_token_id=pad,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        wrong = [key for key in map(str, report[kind]) if not key.startswith(_HEADS)]
+        if wrong:
+            raise RequestError("model", str(path), f"weights that fit its configuration; {kind}: {wrong[0]}")
+    return model
+
+
+class LabelledTexts(Dataset[dict[str, Any]]):
+    """Token ids and the label's index; `collate` pads a batch."""
+
+    def __init__(
+        self, items: Sequence[Labelled], labels: Sequence[int | str], tokenizer: Any, length: int, pad: int
+    ) -> None:
+        self.ids = tokenizer([item.text for item in items], truncation=True, max_length=length)["input_ids"]
+        index = {label: number for number, label in enumerate(labels)}
+        self.labels = [index[item.label] for item in items]
+        self.pad = pad
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+    def collate(self, batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` `[B, longest]`, `labels` `[B]`; padding on the right."""
+        longest = max(len(item["input_ids"]) for item in batch)
+        rows = [item["input_ids"] + [self.pad] * (longest - len(item["input_ids"])) for item in batch]
+        mask = [[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in batch]
+        return {
+            "input_ids": torch.tensor(rows),
+            "attention_mask": torch.tensor(mask),
+            "labels": torch.tensor([item["labels"] for item in batch]),
+        }
+
+
+def label_set(items: Sequence[Labelled]) -> list[int | str]:
+    """The labels of a training set, in order.
+
+    Raises:
+        RequestError: fewer than two.
+    """
+    labels = sorted({item.label for item in items}, key=lambda label: (isinstance(label, str), label))
+    if len(labels) < 2:
+        raise RequestError("--data", labels, "texts with at least two different labels")
+    return labels
+
+
+@torch.inference_mode()
+def predict(model: PreTrainedModel, texts: LabelledTexts, batch_size: int = 64) -> list[int]:
+    """The label index the model gives each text."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    predicted: list[int] = []
+    for start in range(0, len(texts), batch_size):
+        batch = texts.collate([texts[i] for i in range(start, min(start + batch_size, len(texts)))])
+        logits = model(
+            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+        ).logits
+        predicted += logits.argmax(-1).tolist()
+    model.train(training)
+    return predicted
+
+
+def scores(predicted: Sequence[int], actual: Sequence[int]) -> dict[str, float]:
+    """Accuracy, macro-averaged F1, and what always naming the commonest label would get.
+
+    >>> scores([1, 1, 0, 1], [1, 0, 0, 1])["accuracy"]
+    0.75
+    """
+    right = Counter(a for p, a in zip(predicted, actual, strict=True) if p == a)
+    said, are = Counter(predicted), Counter(actual)
+    f1 = [2 * right[label] / (said[label] + are[label]) for label in said.keys() | are.keys()]
+    return {
+        "accuracy": sum(right.values()) / len(actual),
+        "f1_macro": sum(f1) / len(f1),
+        "majority_accuracy": max(are.values()) / len(actual),
+    }

@@ -1,0 +1,63 @@
+"""LoRA through PEFT: adapters on attention and on the experts' 3-D weights, routers trained whole or frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rmoe.errors import RequestError
+from rmoe.finetune.config import FinetuneConfig
+from rmoe.finetune.parts import module_names, router_parts
+
+
+def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
+    """Wrap a model for PEFT.
+
+    Args:
+        config: `lora_rank`, `lora_alpha`; `freeze` decides which parts of the router train beside the adapters.
+
+    Raises:
+        RequestError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise RequestError("--lora-rank", config.lora_rank, "0, or pip install 'rmoe[finetune]'") from None
+    parts = router_parts(model)
+    trained = frozenset[str]()
+    if config.freeze == "none":
+        trained = parts.layers | parts.gates | parts.cell
+    elif config.freeze == "router":
+        trained = parts.cell
+    routers = parts.layers | parts.gates | parts.cell
+    saved = module_names(model, trained)
+    if config.task == "classification":
+        saved.append("score")
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        target_modules=_attention(model, routers),
+        target_parameters=_experts(model),
+        modules_to_save=saved or None,
+    )
+    return get_peft_model(model, adapters)
+
+
+def _attention(model: nn.Module, routers: frozenset[str]) -> list[str]:
+    """Paths of all linear maps but experts, routers and heads."""
+    heads = ("lm_head", "score")
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not any(name.startswith(f"{path}.") for name in routers)
+        and ".experts." not in path
+        and path.rpartition(".")[2] not in heads
+    ]
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Paths of the experts' 3-D weights."""
+    return [name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name]

@@ -1,0 +1,92 @@
+"""Which parameters are the router's: each layer's own part, the family's gate under a graft, the shared cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rmoe.errors import RequestError
+from rmoe.finetune.config import FinetuneConfig
+from rmoe.graft.attach import CELL, OFFSET, is_grafted
+from rmoe.graft.discover import find_routed_stack
+from rmoe.training.build import router_parameters
+
+SHARED = "router_shared"
+
+
+@dataclass(frozen=True)
+class RouterParts:
+    """Names of parameters.
+
+    Attributes:
+        layers: what each layer has of its own: projector and `B` of a graft, projector and scorer of an RMoE model.
+        gates: the family's gates under a graft, or of a model without one.
+        cell: what all layers share.
+    """
+
+    layers: frozenset[str]
+    gates: frozenset[str]
+    cell: frozenset[str]
+
+
+def router_parts(model: PreTrainedModel) -> RouterParts:
+    """The router's parameters of an RMoE model, a grafted one, or any other MoE; none of a dense model."""
+    if hasattr(model, "routers"):
+        names = frozenset(router_parameters(model))
+        cell = frozenset(name for name in names if f".{SHARED}." in f".{name}")
+        return RouterParts(names - cell, frozenset(), cell)
+    try:
+        gates = find_routed_stack(model).gate_paths()
+    except RequestError:
+        return RouterParts(frozenset(), frozenset(), frozenset())
+    names = frozenset(name for name, _ in model.named_parameters())
+    within = frozenset(name for name in names if any(name.startswith(f"{path}.") for path in gates))
+    layers = frozenset(name for name in within if f".{OFFSET}." in name)
+    return RouterParts(
+        layers, within - layers, frozenset(name for name in names if f".{CELL}." in f".{name}")
+    )
+
+
+def choose_trained(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
+    """Set `requires_grad` of every parameter as `--freeze` and `--train` say.
+
+    Returns:
+        Names of the parameters that will be trained.
+
+    Raises:
+        RequestError: the model has no such router.
+    """
+    parts = router_parts(model)
+    every = {name for name, _ in model.named_parameters()}
+    if config.train != "all":
+        chosen = parts.layers | parts.cell | (parts.gates if config.train == "router+gate" else frozenset())
+        if not chosen:
+            allowed = "all; router+gate needs an MoE model" + (
+                "" if is_grafted(model) else ", router a graft or RMoE"
+            )
+            raise RequestError("--train", config.train, allowed)
+    else:
+        frozen = frozenset() if config.freeze == "none" else parts.layers | parts.gates
+        if config.freeze != "none" and not frozen:
+            raise RequestError("--freeze", config.freeze, "none: the model has no router")
+        chosen = frozenset(every - frozen - (parts.cell if config.freeze == "router+cell" else frozenset()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return sorted(chosen)
+
+
+def module_names(model: nn.Module, names: frozenset[str]) -> list[str]:
+    """Last names of the modules that PEFT copies to train these parameters whole: `gate`, `router_cell`."""
+    stack = find_routed_stack(model) if names else None  # type: ignore[arg-type]
+    found: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        owner = next((p for p in parts if p in (CELL, SHARED)), None)
+        if owner is None and stack is not None:
+            owner = next(
+                path.rpartition(".")[2] for path in stack.gate_paths() if name.startswith(f"{path}.")
+            )
+        found.add(str(owner))
+    return sorted(found)

@@ -1,0 +1,351 @@
+"""`finetune(...)`: from a model folder and a task file to a fine-tuned model folder, resumable.
+
+DIR/finetune.json   what was asked for
+DIR/metrics.jsonl   see `rmoe.training.metrics`
+DIR/checkpoints/    see `rmoe.training.checkpoint`
+DIR/adapter/        with LoRA: the adapters alone, as PEFT loads them
+DIR/model/          the fine-tuned model
+DIR/result.json     written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from rmoe.data.blocks import IGNORED
+from rmoe.data.tasks import Instruction, Labelled, read_tasks
+from rmoe.errors import RequestError
+from rmoe.finetune.classification import LabelledTexts, label_set, load_classifier, predict, scores
+from rmoe.finetune.config import FinetuneConfig
+from rmoe.finetune.instructions import PackedExamples, can_pack, encode, pack
+from rmoe.finetune.lora import with_lora
+from rmoe.finetune.parts import choose_trained
+from rmoe.graft.attach import is_grafted
+from rmoe.graft.folder import keep_originals
+from rmoe.model.loading import load
+from rmoe.model.weights import open_weights, tensor_sha256
+from rmoe.records import Record, read_record, write_record
+from rmoe.training import run_folder
+from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.evaluation import Evaluation
+from rmoe.training.metrics import MetricsLog
+from rmoe.training.progress import ProgressReport
+from rmoe.training.run import (
+    find_checkpoint,
+    place_of,
+    publish_model,
+    raise_unless_finished,
+    say,
+    signals,
+    torch_settings,
+    training_arguments,
+)
+from rmoe.training.trainer import Identity, RMoETrainer
+
+REQUEST = "finetune.json"
+VERSION = 1
+
+
+class Request(Record, frozen=True, kw_only=True):
+    """`finetune.json`."""
+
+    schema_version: int = VERSION
+    model: str
+    data: str
+    config: dict[str, Any]
+    model_sha256: (
+        str  # of the weights' names, sizes and first bytes: another model under the same path is noticed
+    )
+    data_sha256: str
+
+
+class FinetuneResult(Record, frozen=True, kw_only=True):
+    """`result.json`.
+
+    Attributes:
+        examples, left_out: of the data; left out because the prompt alone fills a sequence.
+        trained_parameters: how many numbers were trained.
+        scores: on the validation file: `accuracy`, `f1_macro`, `majority_accuracy`, or `answer_loss_nats`.
+    """
+
+    schema_version: int = VERSION
+    model: str
+    steps: int
+    examples: int
+    left_out: int
+    sequences: int
+    trained_parameters: int
+    scores: dict[str, float]
+
+
+@dataclass
+class Job:
+    """A task made ready: the model, what it learns from, and how it is judged."""
+
+    model: Any
+    dataset: Dataset[Any]
+    collate: Callable[..., Any] | None
+    examples: int
+    left_out: int
+    judge: Callable[[nn.Module], Evaluation] | None
+    score: Callable[[PreTrainedModel], dict[str, float]]
+
+
+def finetune(
+    source: Path,
+    data: Path,
+    out: Path,
+    config: FinetuneConfig,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Fine-tune one model.
+
+    Args:
+        source: a model folder: RMoE, grafted, or any other of transformers.
+        data: JSON lines of `instruction, input, output` or `text, label`.
+        out: a new or empty folder; with `resume` the run to go on with.
+
+    Raises:
+        RequestError: the request is wrong; nothing was written.
+        RunError: the run failed; it says what is saved.
+    """
+    if not resume:
+        run_folder.refuse_used(out)
+    disable_progress_bar()
+    tokenizer = _tokenizer(source)
+    job = (_instruction_job if config.task == "instruction" else _classification_job)(
+        source, data, config, tokenizer
+    )
+    dtypes = {name: p.dtype for name, p in job.model.named_parameters()}
+    trained = _prepare(job, config)
+    run = config.run_config(len(job.dataset))  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        stack.enter_context(torch_settings(run))
+        place = place_of(run)
+        request = Request(
+            model=str(source),
+            data=str(data),
+            config=config.to_dict(),
+            model_sha256=_model_sha256(source),
+            data_sha256=hashlib.sha256(data.read_bytes()).hexdigest(),
+        )
+        stack.enter_context(run_folder.locked(out))
+        if resume and (out / REQUEST).exists():
+            _require_same(out, request)
+        else:
+            run_folder.refuse_used(out)
+            write_record(out / REQUEST, request)
+        if (out / run_folder.RESULT).exists():
+            return read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
+        trainer = _train(job, run, request, out, place, resume, progress)
+        model = _merged(trainer.model, out, bool(config.lora_rank))
+        _restore_dtypes(model, dtypes)
+        keeps = is_grafted(model) and config.train != "all"
+        publish_model(out, model, tokenizer, (lambda folder: _complete(source, folder)) if keeps else None)
+        result = FinetuneResult(
+            model=str(out / run_folder.MODEL),
+            steps=trainer.state.global_step,
+            examples=job.examples,
+            left_out=job.left_out,
+            sequences=len(job.dataset),  # type: ignore[arg-type]
+            trained_parameters=trained,
+            scores=job.score(model),
+        )
+        write_record(out / run_folder.RESULT, result)
+        trainer.store.clear_staging()
+    return result
+
+
+# --- the two tasks -------------------------------------------------------------------------------
+
+
+def _instruction_job(source: Path, data: Path, config: FinetuneConfig, tokenizer: Any) -> Job:
+    items = read_tasks(data, Instruction)
+    valid = [] if config.valid is None else read_tasks(config.valid, Instruction)
+    model = load(source)
+    packs = config.packing and can_pack(model)
+    if config.packing and not packs:
+        say(
+            "not packing: this model has layers other than attention, which would carry one example into the next"
+        )
+
+    def sequences(of: list[Instruction]) -> tuple[PackedExamples, int]:
+        examples = encode(of, tokenizer, config.sequence_length)
+        rows = pack(examples, config.sequence_length) if packs else [[example] for example in examples]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return PackedExamples(rows, config.sequence_length, pad), len(of) - len(examples)
+
+    dataset, left_out = sequences(items)
+    judged = sequences(valid)[0] if valid else None
+    judge = None if judged is None else partial(_answer_loss, sequences=judged)
+    return Job(
+        model=model,
+        dataset=dataset,
+        collate=None,
+        examples=len(items) - left_out,
+        left_out=left_out,
+        judge=judge,
+        score=lambda model: {} if judge is None else {"answer_loss_nats": judge(model).loss},
+    )
+
+
+@torch.inference_mode()
+def _answer_loss(model: nn.Module, sequences: PackedExamples) -> Evaluation:
+    """Mean loss over the tokens of answers."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    nats, targets = 0.0, 0
+    for index in range(len(sequences)):
+        row = {name: tensor[None].to(device) for name, tensor in sequences[index].items()}
+        logits = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits
+        labels = row["labels"][0, 1:]
+        nats += F.cross_entropy(logits[0, :-1].float(), labels, ignore_index=IGNORED, reduction="sum").item()
+        targets += int((labels != IGNORED).sum())
+    model.train(training)
+    return Evaluation(nats, max(targets, 1), "the instruction and the answer so far")
+
+
+def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokenizer: Any) -> Job:
+    items = read_tasks(data, Labelled)
+    labels = label_set(items)
+    valid = [] if config.valid is None else read_tasks(config.valid, Labelled, labels)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise RequestError("model", str(source), "a tokenizer with a padding or end-of-text token")
+    model = load_classifier(source, labels, pad, config.seed)
+    dataset = LabelledTexts(items, labels, tokenizer, config.sequence_length, pad)
+    judged = LabelledTexts(valid, labels, tokenizer, config.sequence_length, pad) if valid else None
+    return Job(
+        model=model,
+        dataset=dataset,
+        collate=dataset.collate,
+        examples=len(items),
+        left_out=0,
+        judge=None,
+        score=lambda model: {} if judged is None else scores(predict(model, judged), judged.labels),
+    )
+
+
+# --- before, while and after training ------------------------------------------------------------
+
+
+def _tokenizer(source: Path) -> Any:
+    open_weights(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise RequestError("model", str(source), f"a model folder with its tokenizer ({said})") from None
+
+
+def _prepare(job: Job, config: FinetuneConfig) -> int:
+    """Choose what is trained and in which precision; returns how many numbers that is."""
+    if config.lora_rank:
+        job.model = with_lora(job.model, config)
+    else:
+        choose_trained(job.model, config)
+        for (
+            parameter
+        ) in job.model.parameters():  # exact, and what bfloat16 updates would lose at 2e-5 is kept
+            parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+
+
+def _train(
+    job: Job, run: Any, request: Request, out: Path, place: Any, resume: bool, progress: bool
+) -> RMoETrainer:
+    arguments = training_arguments(run, out, place)
+    if job.judge is None:
+        arguments.eval_strategy = "no"
+    reports = [ProgressReport("perplexity")] if progress else []
+    store = CheckpointStore(
+        out, hashlib.sha256(msgspec.json.encode(request)).hexdigest(), run.checkpoints.keep
+    )
+    metrics = MetricsLog(out / run_folder.METRICS)
+    training = run.training
+    identity = Identity(training.seed, request.data_sha256, training.batch_size, training.sequence_length)
+    trainer = RMoETrainer(
+        job.model,
+        arguments,
+        train_dataset=job.dataset,
+        eval_dataset=job.dataset if job.judge is not None else None,
+        data_collator=job.collate,
+        store=store,
+        metrics=metrics,
+        identity=identity,
+        in_unit=lambda split, loss: {"perplexity": math.exp(min(loss, 700.0))},
+        judge=job.judge,
+        max_skipped_batches=training.max_skipped_batches,
+        callbacks=list(reports),
+    )
+    checkpoint = find_checkpoint(trainer, metrics, out) if resume else None
+    try:
+        with signals(trainer):
+            torch.manual_seed(training.seed)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        for report in reports:
+            report.close()
+    raise_unless_finished(trainer, store)
+    return trainer
+
+
+def _merged(model: Any, out: Path, lora: bool) -> PreTrainedModel:
+    """The model itself; with LoRA its adapters are saved and then added to the weights."""
+    if not lora:
+        return model
+    model.save_pretrained(out / "adapter")
+    merged: PreTrainedModel = model.merge_and_unload()
+    return merged
+
+
+def _restore_dtypes(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+
+
+def _complete(source: Path, folder: Path) -> None:
+    """Keep in a trained graft's folder what is needed to undo it exactly."""
+    keep_originals(source, folder)
+
+
+def _model_sha256(source: Path) -> str:
+    weights = open_weights(source)
+    hasher = hashlib.sha256()
+    for name, tensor in weights.tensors():
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor_sha256(tensor.reshape(-1)[:64]).encode())
+    return hasher.hexdigest()
+
+
+def _require_same(out: Path, now: Request) -> None:
+    """Refuse to go on with another run.
+
+    Raises:
+        RequestError: naming the first setting that differs.
+    """
+    was = read_record(out / REQUEST, Request, VERSION)
+    before, after = (run_folder.flat(msgspec.to_builtins(each)) for each in (was, now))
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            allowed = f"{before.get(name)!r}, as the run in {out} was started with"
+            raise RequestError(name.removeprefix("config."), after.get(name), allowed)

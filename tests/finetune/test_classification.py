@@ -1,0 +1,109 @@
+"""Labels of texts: learned, scored, and refused where the training set has them not."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from rmoe.cli.main import main
+from rmoe.data.encode import byte_tokenizer
+from rmoe.data.tasks import Labelled
+from rmoe.errors import RequestError
+from rmoe.finetune.classification import label_set, scores
+from rmoe.finetune.config import FinetuneConfig
+from rmoe.finetune.run import finetune
+from rmoe.graft import GraftSpec, graft_folder
+from rmoe.routing.mechanisms import Recurrence
+from tests.finetune.conftest import write_lines
+
+
+def texts(number: int, seed: int) -> list[dict[str, Any]]:
+    """The label is whether the last letter is a vowel; two in three are."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(number):
+        good = draw.random() < 2 / 3
+        word = "".join(draw.choices("abcdefghij", k=draw.randint(3, 8)))
+        rows.append(
+            {"text": word + draw.choice("aeiou" if good else "bcdfg"), "label": "good" if good else "bad"}
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def grafted_qwen(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grafted Qwen3-MoE: a family with a classifier in transformers."""
+    folder = tmp_path_factory.mktemp("qwen")
+    config = Qwen3MoeConfig(
+        vocab_size=320,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    graft_folder(folder / "base", folder / "grafted", GraftSpec(recurrence=Recurrence(width=8)))
+    return folder / "grafted"
+
+
+@pytest.mark.parametrize("name", ["rmoe", "grafted"])
+def test_it_beats_the_majority(name: str, models: Path, grafted_qwen: Path, tmp_path: Path) -> None:
+    source = models / name if name == "rmoe" else grafted_qwen
+    train = write_lines(tmp_path / "train.jsonl", texts(240, 0))
+    valid = write_lines(tmp_path / "valid.jsonl", texts(120, 1))
+    config = FinetuneConfig(
+        task="classification",
+        valid=valid,
+        epochs=5.0,
+        batch_size=8,
+        learning_rate=5e-3,
+        sequence_length=32,
+        device="cpu",
+        threads=1,
+    )
+    result = finetune(source, train, tmp_path / "out", config, progress=False)
+    assert result.scores["accuracy"] > result.scores["majority_accuracy"] + 0.1
+    model = AutoModelForSequenceClassification.from_pretrained(result.model)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert any("router" in key for key in model.state_dict())
+
+
+def test_scores_are_sklearns() -> None:
+    draw = random.Random(0)
+    actual = [draw.choice([0, 1, 1, 2, 4]) for _ in range(200)]
+    predicted = [draw.choice([a, a, 0, 3]) for a in actual]
+    found = scores(predicted, actual)
+    assert found["accuracy"] == pytest.approx(accuracy_score(actual, predicted))
+    assert found["f1_macro"] == pytest.approx(f1_score(actual, predicted, average="macro"))
+    assert found["majority_accuracy"] == max(actual.count(label) for label in set(actual)) / 200
+
+
+def test_a_label_outside_the_training_set(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write_lines(tmp_path / "train.jsonl", texts(8, 0))
+    valid = write_lines(tmp_path / "valid.jsonl", [*texts(3, 1), {"text": "x", "label": "ugly"}])
+    argv = ["finetune", str(models / "rmoe"), "--task", "classification", "--data", str(train)]
+    assert main([*argv, "--valid", str(valid), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "valid.jsonl line 4" in line
+    assert "ugly" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_label_is_no_task() -> None:
+    with pytest.raises(RequestError, match="two different labels"):
+        label_set([Labelled(text="a", label=1), Labelled(text="b", label=1)])
+    assert label_set([Labelled(text="a", label=10), Labelled(text="b", label=9)]) == [9, 10]

@@ -1,0 +1,236 @@
+"""Whole fine-tuning runs: what changes, what does not, what is saved, what resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rmoe
+from rmoe.cli.main import main
+from rmoe.errors import RequestError
+from rmoe.finetune.config import FinetuneConfig
+from rmoe.finetune.run import FinetuneResult, finetune
+from rmoe.graft import undo_folder
+from rmoe.graft.folder import is_graft_tensor
+from rmoe.model.weights import open_weights, tensor_sha256
+from rmoe.training.metrics import read_metrics
+from rmoe.training.trainer import RMoETrainer
+from tests.finetune.conftest import instructions, write_lines
+
+FAST: dict[str, Any] = {
+    "batch_size": 4,
+    "sequence_length": 512,
+    "learning_rate": 1e-2,
+    "device": "cpu",
+    "threads": 1,
+}
+
+
+def tune(source: Path, data: Path, out: Path, resume: bool = False, **options: Any) -> FinetuneResult:
+    return finetune(source, data, out, FinetuneConfig(**FAST | options), progress=False, resume=resume)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {name: tensor_sha256(tensor) for name, tensor in open_weights(folder).tensors()}
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    one, other = hashes(before), hashes(after)
+    assert one.keys() == other.keys()
+    return {name for name in one if one[name] != other[name]}
+
+
+def is_gate(name: str) -> bool:
+    return ".mlp.gate." in name and not is_graft_tensor(name)
+
+
+def test_the_recipe_is_the_papers() -> None:
+    run = FinetuneConfig().run_config(52_000).training
+    assert (run.max_steps, run.batch_size, run.learning_rate) == (1219, 128, 2e-5)
+    assert (run.warmup_steps, run.schedule, run.weight_decay, run.min_learning_rate) == (
+        37,
+        "cosine",
+        0.0,
+        0.0,
+    )
+
+
+@pytest.mark.parametrize("name", ["rmoe", "olmoe", "grafted"])
+def test_it_learns(name: str, models: Path, alpaca: Path, tmp_path: Path) -> None:
+    result = tune(models / name, alpaca, tmp_path / "out", valid=alpaca, epochs=8.0)
+    losses = [
+        row["lm_loss"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if row["kind"] == "train"
+    ]
+    assert losses[-1] < 0.6 * losses[0]
+    assert result.scores["answer_loss_nats"] < losses[0]
+    assert (result.examples, result.left_out) == (24, 0)
+    model = rmoe.load(result.model)
+    assert model.dtype == (torch.float32 if name == "rmoe" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("train", ["router", "router+gate"])
+def test_training_the_router_alone_leaves_every_other_tensor(
+    train: str, models: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    result = tune(models / "grafted", alpaca, tmp_path / "out", train=train, epochs=2.0)
+    differ = changed(models / "grafted", Path(result.model))
+    assert {name for name in differ if not is_graft_tensor(name)} == (
+        {name for name in hashes(models / "grafted") if is_gate(name)} if train == "router+gate" else set()
+    )
+    assert any("router_cell" in name for name in differ)
+    assert any(name.endswith("router_offset.B") for name in differ)
+
+    assert undo_folder(Path(result.model), tmp_path / "undone").verified is True
+    assert changed(models / "olmoe", tmp_path / "undone") == set()
+
+
+@pytest.mark.parametrize("name", ["rmoe", "grafted"])
+@pytest.mark.parametrize("freeze", ["none", "router", "router+cell"])
+def test_freezing(freeze: str, name: str, models: Path, alpaca: Path, tmp_path: Path) -> None:
+    result = tune(models / name, alpaca, tmp_path / "out", freeze=freeze, epochs=2.0)
+    differ = changed(models / name, Path(result.model))
+    layers = {n for n in hashes(models / name) if ".mlp.gate." in n}
+    cell = {n for n in hashes(models / name) if ".router_shared." in n or ".router_cell." in n}
+    assert layers
+    assert cell
+    if freeze == "none":
+        assert differ & layers
+    else:
+        assert not differ & layers
+    if freeze == "router+cell":
+        assert not differ & cell
+    elif name == "rmoe":  # under a frozen graft whose B is zero the cell has no gradient
+        assert differ & cell
+    assert any("experts" in n for n in differ)
+
+
+@pytest.mark.parametrize("freeze", ["none", "router+cell"])
+@pytest.mark.parametrize("name", [pytest.param("rmoe", marks=pytest.mark.slow), "grafted"])
+def test_lora(name: str, freeze: str, models: Path, alpaca: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    result = tune(models / name, alpaca, tmp_path / "out", freeze=freeze, lora_rank=2, epochs=2.0)
+    total = sum(p.numel() for p in rmoe.load(models / name).parameters())
+    assert 0 < result.trained_parameters < total
+    differ = changed(models / name, Path(result.model))
+    assert any("experts" in n for n in differ)
+    assert any("q_proj" in n for n in differ)
+    assert any(".mlp.gate." in n for n in differ) == (freeze == "none")
+    merged, start = rmoe.load(result.model), rmoe.load(models / name)
+    adapted = peft.PeftModel.from_pretrained(start, tmp_path / "out" / "adapter").eval()
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(tokens).logits.float(), adapted(input_ids=tokens).logits.float(), rtol=0.05, atol=0.05
+        )
+
+
+class Killed(BaseException):
+    """Ends a run the way a kill does: nothing is saved for it."""
+
+
+@pytest.mark.parametrize(
+    "name", ["olmoe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rmoe", "grafted"))]
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    name: str, models: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the experts it has trained: transformers' own resume drops them for OLMoE and other fused families."""
+    whole = tune(models / name, alpaca, tmp_path / "whole", epochs=3.0)
+    assert whole.steps > 4
+    end_step, seen = RMoETrainer.end_step, []
+
+    def kill(self: RMoETrainer, control: Any) -> None:
+        seen.append(1)
+        if len(seen) == 4:
+            raise Killed
+        end_step(self, control)
+
+    monkeypatch.setattr(RMoETrainer, "end_step", kill)
+    with pytest.raises(Killed):
+        tune(models / name, alpaca, tmp_path / "killed", epochs=3.0)
+    monkeypatch.undo()
+    assert list((tmp_path / "killed" / "checkpoints").iterdir())
+    tune(models / name, alpaca, tmp_path / "killed", resume=True, epochs=3.0)
+    assert changed(Path(whole.model), tmp_path / "killed" / "model") == set()
+    assert any("experts" in n for n in changed(models / name, Path(whole.model)))
+
+
+def test_another_request_is_not_resumed(models: Path, alpaca: Path, tmp_path: Path) -> None:
+    tune(models / "rmoe", alpaca, tmp_path / "out", epochs=1.0)
+    with pytest.raises(RequestError, match="learning_rate"):
+        tune(models / "rmoe", alpaca, tmp_path / "out", resume=True, epochs=1.0, learning_rate=0.5)
+    with pytest.raises(RequestError, match="--out"):
+        tune(models / "rmoe", alpaca, tmp_path / "out", epochs=1.0)
+
+
+def test_from_the_command_line(
+    models: Path, alpaca: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "finetune",
+        str(models / "grafted"),
+        "--data",
+        str(alpaca),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    assert main([*argv, "--train", "router", "--epochs", "1", "--batch-size", "4", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == str(tmp_path / "out" / "model")
+    assert result["trained_parameters"] == 3 * 2 * 8 * 32 + 2 * 3 * (8 * 8 + 8)
+
+
+# --- requests that are wrong: one line, status 2, nothing written --------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], out: Path, *argv: str) -> str:
+    assert main(["finetune", *argv, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert not out.exists()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "Say it", "input": ""}, "output"),
+        ({"instruction": "Say it", "input": "", "output": "  "}, "`output` is empty"),
+        ({"instruction": 3, "output": "yes"}, "instruction"),
+    ],
+)
+def test_a_wrong_line_is_named(
+    row: dict[str, Any], said: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "bad.jsonl", [*instructions(2), row])
+    line = refused(capsys, tmp_path / "out", str(models / "rmoe"), "--data", str(data))
+    assert "bad.jsonl line 3" in line
+    assert said in line
+
+
+def test_what_does_not_go_together(
+    models: Path, alpaca: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "out", ("--data", str(alpaca))
+    both = refused(capsys, out, str(models / "rmoe"), *data, "--train", "router", "--freeze", "router")
+    assert "--train" in both
+    assert "--train" in refused(capsys, out, str(models / "olmoe"), *data, "--train", "router")
+    assert "--batch-size" in refused(capsys, out, str(models / "olmoe"), *data, "--batch-size", "0")
+    assert "--epochs" in refused(capsys, out, str(models / "olmoe"), *data, "--epochs", "0")
+
+
+def test_a_model_without_tokenizer_or_weights(
+    models: Path, alpaca: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(models / "rmoe", bare)
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer" in refused(capsys, tmp_path / "out", str(bare), "--data", str(alpaca))
+    (bare / "model.safetensors").unlink()
+    assert "no weights" in refused(capsys, tmp_path / "out", str(bare), "--data", str(alpaca))
