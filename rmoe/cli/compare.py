@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from rmoe.errors import RunError
 from rmoe.training.config import RunConfig
 
 
@@ -69,3 +70,6 @@ def run(
     for note in summary.notes:
         print(f"note: {note}")
     print(f"report: {(out / 'report' / 'index.html').resolve()}")
+    failed = sum(router.failed for router in summary.routers)
+    if failed:
+        raise RunError(f"runs that failed: {failed}", "every other run", "the same command trains them again")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.snapshot import MEASURES
@@ -18,23 +17,25 @@ from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import evaluate
 from rmoe.training.metrics import read_metrics
+from rmoe.training.place import Place, place_of, torch_settings
 from rmoe.training.run_folder import METRICS, MODEL
 
 
-def _load(folder: Path, config: RunConfig) -> torch.nn.Module:
+def _load(folder: Path, place: Place) -> PreTrainedModel:
     """A run's model, where the run computed it."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    device = "cpu" if config.training.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    return model.to(device)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return model.to("cpu" if place.cpu else "cuda")  # type: ignore[arg-type]
 
 
 def figure_on_test(config: RunConfig, folder: Path) -> float:
     """The finished model's figure on the whole test split, in the corpus's unit."""
     load_plugins(config.plugin)
-    corpus = prepare(config.data, config.training.sequence_length)
-    model = _load(folder / MODEL, config)
-    bf16 = next(model.parameters()).device.type == "cuda" and config.training.precision != "fp32"
-    return corpus.in_unit("test", evaluate(model, corpus.test, bf16=bf16).loss)
+    corpus, place = prepare(config.data, config.training.sequence_length), place_of(config)
+    with torch_settings(config):
+        evaluation = evaluate(
+            _load(folder / MODEL, place), corpus.test, limit=config.logging.final_blocks, bf16=place.bf16
+        )
+    return corpus.in_unit("test", evaluation.loss)
 
 
 def measure(config: RunConfig, folder: Path, name: str, tokens: int) -> ModelAnalysis:
@@ -43,13 +44,13 @@ def measure(config: RunConfig, folder: Path, name: str, tokens: int) -> ModelAna
     Also how stable that is against the checkpoint before the last, and what was recorded while it trained.
     """
     load_plugins(config.plugin)
-    corpus = prepare(config.data, config.training.sequence_length)
+    corpus, place = prepare(config.data, config.training.sequence_length), place_of(config)
     ids = _blocks(corpus.valid.tokens, tokens, config.training.sequence_length)
-    final = Subject(name, _load(folder / MODEL, config), config.training.max_steps)
+    final = Subject(name, _load(folder / MODEL, place), config.training.max_steps)
     earlier = _earlier_checkpoint(folder, config.training.max_steps)
     subjects = [final]
     if earlier is not None:
-        subjects.append(Subject(f"{name} earlier", _load(earlier, config), _step(earlier)))
+        subjects.append(Subject(f"{name} earlier", _load(earlier, place), _step(earlier)))
     analysis = analyze_models(
         subjects, ids, TokenText(corpus.tokenizer), AnalysisOptions(), stability=earlier is not None
     )[0]

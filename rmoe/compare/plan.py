@@ -16,6 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from rmoe.compare.schema import SweepValue, run_key
 from rmoe.errors import RequestError
 from rmoe.records import Record, read_record, write_record
@@ -54,6 +56,7 @@ class Plan:
         baseline: the router the others are judged against.
         sweep: setting -> values; every router is trained at every combination.
         changes: router -> settings it alone has: expert widths that match parameters, or its only `k`.
+        optional: routers nobody named, which `all` stood for: left out where they cannot work.
     """
 
     config: RunConfig
@@ -62,6 +65,7 @@ class Plan:
     baseline: str
     sweep: dict[str, tuple[SweepValue, ...]] = field(default_factory=dict)
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
 
     def runs(self) -> list[Run]:
         """Every run, seed by seed, so that an interrupted comparison has whole pairs."""
@@ -82,7 +86,7 @@ class Plan:
         return config.with_setting("logging.test", not self.sweep)
 
 
-def named_routers(asked: Iterable[str], add: Sequence[str] = ()) -> tuple[str, ...]:
+def named_routers(asked: Iterable[str]) -> tuple[str, ...]:
     """Router names without repetition; `all` is the whole zoo.
 
     Raises:
@@ -93,7 +97,6 @@ def named_routers(asked: Iterable[str], add: Sequence[str] = ()) -> tuple[str, .
         for one in ZOO if name == "all" else (name,):
             find(one)
             names[one] = None
-    names |= dict.fromkeys(add)
     if not names:
         raise RequestError("--routers", "", "names from `rmoe zoo`, separated by commas, or all")
     return tuple(names)
@@ -174,8 +177,8 @@ def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
     if (folder / COMPARISON).exists():
         stored = read_record(folder / COMPARISON, ComparisonRecord, COMPARISON_VERSION)
         _require_same(folder, stored, record)
-        merged = replace_changes(record, stored.changes | record.changes)
-        write_record(folder / COMPARISON, merged)
+        changes = stored.changes | record.changes
+        write_record(folder / COMPARISON, msgspec.structs.replace(record, changes=changes))
         return
     if folder.exists() and any(folder.iterdir()):
         raise RequestError(
@@ -183,13 +186,6 @@ def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / COMPARISON, record)
-
-
-def replace_changes(record: ComparisonRecord, changes: dict[str, dict[str, Any]]) -> ComparisonRecord:
-    """The record with the changes of more routers."""
-    return ComparisonRecord(
-        config=record.config, sweep=record.sweep, changes=changes, data_sha256=record.data_sha256
-    )
 
 
 def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord) -> None:

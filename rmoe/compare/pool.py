@@ -109,6 +109,8 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, KeyboardInterrupt):
+            print("stopping: what is being trained saves a checkpoint first ...", file=sys.stderr, flush=True)
         for worker in self._workers:
             worker.finish()
         self._threads.shutdown(wait=True)

@@ -78,7 +78,7 @@ def sample_model(name: str, seed: int, sharp: float) -> schema.ModelAnalysis:
         experts=EXPERTS,
         experts_per_token=CHOSEN,
         layer_names=[f"model.layers.{i}.mlp" for i in range(LAYERS)],
-        mi_digitised=schema.PairMeasure(values=(0.6 * mi).tolist(), n=n),
+        mi_digitised=schema.PairMeasure(values=(0.6 * mi).tolist(), chance=(0.1 * mi).tolist(), n=n),
         mi_chosen=schema.PairMeasure(values=mi.tolist(), n=n),
         entropy=schema.LayerHistogram(
             edges=edges.tolist(), counts=[np.histogram(e, edges)[0].tolist() for e in entropies], n=n

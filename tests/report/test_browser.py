@@ -117,6 +117,10 @@ def test_heat_maps_hold_the_analysis_numbers_on_one_scale(page, analysis):
                 [v for b, v in enumerate(row) if b != a] for a, row in enumerate(values)
             ]
             assert maps[model.name]["coloraxis"] == "coloraxis"
+        if field == "mi_digitised":
+            chance = maps["smoe, by chance"]
+            assert chance["z"][0][1] == analysis.models[0].mi_digitised.chance[0][1]
+            assert chance["coloraxis"] == "coloraxis"
     frequency = by_name(drawn(page, "frequency", "z,name"))
     middle = (LAYERS - 2) // 2
     pairs = by_name(drawn(page, "coactivation", "z,name"))

@@ -36,13 +36,15 @@ def mutual_information(models: Sequence[ModelAnalysis], looks: dict[str, Style])
             continue
         # The diagonal is a layer with itself, its entropy: it would flatten the scale of everything else.
         shown = [(name, _without_diagonal(measure.values)) for name, measure in having]
+        by_chance = [(f"{name}, by chance", _without_diagonal(m.chance)) for name, m in having if m.chance]
+        shown += by_chance
         off = [v for _, values in shown for row in values for v in row if v is not None]
         if not off:  # one layer: no pair
             continue
         top = max(len(values) for _, values in shown)
         data, layout, height = heat_maps(
             shown,
-            columns=3,
+            columns=min(len(having), 3),
             across=layer_axis(top, constrain="domain"),
             down=layer_axis(top, autorange="reversed"),
             colour={"cmin": min(0.0, *off), "cmax": max(off), "colorbar": {"title": {"text": "nats"}}},
@@ -53,15 +55,21 @@ def mutual_information(models: Sequence[ModelAnalysis], looks: dict[str, Style])
                 id=field.replace("_", "-"),
                 section=SECTION,
                 title=title,
-                definition=definition + " The diagonal is left blank.",
+                definition=definition
+                + (
+                    " “By chance”: the same with each layer's experts relabelled at random."
+                    if by_chance
+                    else ""
+                )
+                + " The diagonal is left blank.",
                 unit="nats",
                 sample=token_count([measure.n for _, measure in having]),
                 data=data,
                 layout=layout,
                 rows=[
-                    ["model", "layer", "other layer", "nats"],
+                    ["model", "layer", "other layer", "nats", "by chance"],
                     *[
-                        [name, a, b, value]
+                        [name, a, b, value, measure.chance[a][b] if measure.chance else ""]
                         for name, measure in having
                         for a, row in enumerate(measure.values)
                         for b, value in enumerate(row)
