@@ -120,6 +120,10 @@ def compare(
         saved = f"{runs}, and checkpoints of those under way, in {out}"
         raise RunError("interrupted", saved, "run the same command again") from None
     rows, problems = read_rows(setting.results)
+    if not any(row.status == "finished" for row in rows):
+        raise RunError(
+            f"every run failed, {rows[0].key} with: {rows[0].error}", "no model", f"see {out / 'logs'}"
+        )
     summary = summarise(
         rows,
         preset=config.preset,

@@ -17,7 +17,7 @@ from rmoe.compare import plan as plans
 from rmoe.compare.compare import Options, compare
 from rmoe.compare.schema import append_row, read_rows
 from rmoe.data.config import DataConfig
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
 from rmoe.training.config import LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 
 MODEL = ModelConfig(
@@ -248,7 +248,7 @@ def test_a_failed_run_is_a_row_and_the_others_are_reported(tmp_path):
     )
     summary = compare(good, ["smoe"], 2, out, options=QUIET)
     assert any("rmoe-seed1 failed and is left out: loss is NaN" in note for note in summary.notes)
-    with pytest.raises(RequestError, match="none finished"):
+    with pytest.raises(RunError, match="every run failed, smoe-seed0 with: .*not finite"):
         compare(config, ["smoe"], 1, tmp_path / "diverged", options=QUIET)
     rows, _ = read_rows(tmp_path / "diverged" / plans.RESULTS)
     assert rows[0].status == "failed"
