@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ def write_result(benchmark: str, figures: dict[str, Any], folder: Path | None) -
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "figures": figures,
+        "load_average": round(
+            os.getloadavg()[0], 1
+        ),  # beyond the cores' number, wall-clock figures say little
         "hardware": msgspec.to_builtins(hardware(torch.get_num_threads())),
         "versions": msgspec.to_builtins(versions()),
     }
