@@ -248,7 +248,7 @@ def test_a_failed_run_is_a_row_and_the_others_are_reported(tmp_path):
     )
     summary = compare(good, ["smoe"], 2, out, options=QUIET)
     assert any("rmoe-seed1 failed and is left out: loss is NaN" in note for note in summary.notes)
-    with pytest.raises(RunError, match="every run failed, smoe-seed0 with: .*not finite"):
+    with pytest.raises(RunError, match=r"every run failed, smoe-seed0 with: .*not finite"):
         compare(config, ["smoe"], 1, tmp_path / "diverged", options=QUIET)
     rows, _ = read_rows(tmp_path / "diverged" / plans.RESULTS)
     assert rows[0].status == "failed"
