@@ -45,7 +45,6 @@ class RMoEPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ("selection_bias", "temperature", "l1_weight")
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012 (transformers' own form)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -62,6 +61,10 @@ class RMoEPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """transformers looks for the experts' decorator in the source of this file; ours is in layers.py."""
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, but the default is `auto` (`rmoe.model.experts.choose_experts`)."""
+        return str(super().get_correct_experts_implementation(requested_experts or "auto"))
 
     def _grouped_mm_can_dispatch(self) -> bool:
         """As in transformers, and the kernel's rows must be multiples of 16 bytes; else the plain loop is the default.
@@ -141,6 +144,7 @@ class RMoEPreTrainedModel(PreTrainedModel):
             outputs.context,
             self.config.router_aux_loss_coef,
             None if earlier is None else earlier.counts,
+            None if outputs.router_stats is None else outputs.router_stats.counts,
         )
 
 
@@ -252,6 +256,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__(config)

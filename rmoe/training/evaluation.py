@@ -131,13 +131,22 @@ def _histograms(stream: StreamingHistogram) -> list[Histogram]:
 def _batches(
     blocks: BlockDataset, limit: int | None, rank: int = 0, world_size: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """This rank's blocks, in order, stacked. No DataLoader: it would draw from torch's default generator."""
+    """This rank's blocks, in order, stacked. No DataLoader: it would draw from torch's default generator.
+
+    Every rank gets as many batches as the others, at the end one without targets if need be: with sharded weights a
+    forward pass is something all ranks do together.
+    """
     size = max(1, TOKENS_PER_BATCH // blocks.sequence_length)
     stop = len(blocks) if limit is None else min(limit, len(blocks))
     mine = range(rank, stop, world_size)
-    for start in range(0, len(mine), size):
+    most = len(range(0, stop, world_size))  # of the first rank
+    for start in range(0, most, size):
         items = [blocks[index] for index in mine[start : start + size]]
-        yield {key: torch.stack([item[key] for item in items]) for key in items[0]}
+        if items:
+            yield {key: torch.stack([item[key] for item in items]) for key in items[0]}
+        else:
+            ids = blocks[0]["input_ids"][None]
+            yield {"input_ids": ids, "labels": torch.full_like(ids, IGNORED)}
 
 
 @contextmanager
@@ -147,7 +156,7 @@ def _inference(model: PreTrainedModel, bf16: bool) -> Iterator[torch.device]:
     device = next(model.parameters()).device
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             yield device
     finally:
         model.train(training)

@@ -151,6 +151,12 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
             for slot, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}/{slot}"] = torch.as_tensor(value).detach().contiguous().cpu()
     save_file(tensors, folder / OPTIMIZER)
+    return group_settings(optimizer, model)
+
+
+def group_settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
+    """The optimizer's groups as JSON, with names for parameters."""
+    names = group_names(optimizer, model)
     return [
         {key: _plain(value) for key, value in group.items() if key != "params"} | {"params": members}
         for group, members in zip(optimizer.param_groups, names, strict=True)

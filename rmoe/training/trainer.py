@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
@@ -38,13 +38,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from rmoe.data.blocks import BlockSampler
 from rmoe.data.config import SplitName
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
+from rmoe.training import sharded
 from rmoe.training import state as contents
 from rmoe.training.accounting import StepSums, Window
 from rmoe.training.build import router_parameters
 from rmoe.training.checkpoint import CheckpointStore, Damaged
 from rmoe.training.evaluation import Evaluation
 from rmoe.training.metrics import MetricsLog, Row
+from rmoe.training.parallel import is_sharded, total_norm
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -106,6 +108,10 @@ class RMoETrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
+        self._sharded = is_sharded(model)
+        args.save_only_model = (
+            self._sharded
+        )  # Trainer refuses sharded models otherwise; we save and load ourselves
         super().__init__(
             model=model,
             args=args,
@@ -171,7 +177,7 @@ class RMoETrainer(Trainer):
         if self._has_routers:
             inputs = {**inputs, "router_stats": self._sums.stats}
         if self._counts_items and num_items_in_batch is not None:
-            inputs = {**inputs, "num_items_in_batch": num_items_in_batch}
+            inputs = {**inputs, "num_items_in_batch": num_items_in_batch, "use_cache": False}
         else:
             num_items_in_batch = None
         outputs = model(**inputs)
@@ -209,8 +215,7 @@ class RMoETrainer(Trainer):
         """Keep NaN and infinity from the optimizer: without gradients its step changes nothing."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         routers = [p.grad for p in self._router_parameters if p.grad is not None]
-        self._grad_norm = float(get_total_norm(gradients))
-        self._router_grad_norm = float(get_total_norm(routers)) if routers else 0.0
+        self._grad_norm, self._router_grad_norm = total_norm(gradients), total_norm(routers)
         task, balance, finite, stop = self._sums.finish(
             finite=self._grad_norm < float("inf"), stop=self.stop_requested
         )
@@ -319,17 +324,42 @@ class RMoETrainer(Trainer):
             return
         # Every rank's generators; the rest is the same on all of them.
         random = gather_object([contents.capture_random(self.args.device)])
+        parts = self._write_parts(step) if self._sharded else None
         if self.is_world_process_zero():
-            self.store.save(step, lambda folder: self._write_checkpoint(folder, random))
+            self.store.save(step, lambda folder: self._write_checkpoint(folder, random, parts))
         self.accelerator.wait_for_everyone()
         self._saved_step = step
         self._clock = time.perf_counter()
 
-    def _write_checkpoint(self, folder: Path, random: list[tuple[Any, dict[str, Tensor]]]) -> None:
+    def _write_parts(self, step: int) -> Path:
+        """Every rank's parts of a sharded model and optimizer, in a folder the first rank takes them from."""
+        parts = self.store.staging / f"parts-{step}"
+        if self.is_world_process_zero():
+            self.store.clear_staging()
+            parts.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            sharded.save(parts, self.model, self.optimizer)
+        except CheckpointException as error:
+            said = " ".join(str(error).split())
+            raise RunError(
+                f"could not save checkpoint-{step}: {said}",
+                self.store.saved(),
+                "free disk space, then --resume",
+            ) from error
+        return parts
+
+    def _write_checkpoint(
+        self, folder: Path, random: list[tuple[Any, dict[str, Tensor]]], parts: Path | None = None
+    ) -> None:
         self.metrics.sync()  # a checkpoint never knows of steps that the rows before it lack
-        contents.save_model(folder, self.model)
+        if parts is None:
+            contents.save_model(folder, self.model)
+            groups = contents.save_optimizer(folder, self.optimizer, self.model)
+        else:
+            sharded.adopt(parts, folder)
+            groups = contents.group_settings(self.optimizer, self.model)
         self.model.config.save_pretrained(folder)
-        groups = contents.save_optimizer(folder, self.optimizer, self.model)
         contents.save_random(folder, [tensors for _, tensors in random])
         self.state.save_to_json(str(folder / TRAINER_STATE))
         state = contents.TrainingState(
@@ -369,18 +399,28 @@ class RMoETrainer(Trainer):
             raise Damaged(f"{TRAINER_STATE}: {' '.join(str(error).split())}") from None
         if trainer_step != state.step:
             raise Damaged(f"{TRAINER_STATE} is of step {trainer_step}, not {state.step}")
-        contents.check_model(folder, self.model)
-        contents.check_optimizer(folder, state, self.model)
+        if sharded.is_sharded_checkpoint(folder):
+            sharded.check(folder, state, self.model)
+        elif self._sharded:
+            raise RequestError("parallel.fsdp", "above 1", f"1: {folder} was written by whole processes")
+        else:
+            contents.check_model(folder, self.model)
+            contents.check_optimizer(folder, state, self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        contents.load_model(Path(resume_from_checkpoint), self.model if model is None else model)
+        folder = Path(resume_from_checkpoint)
+        reader = sharded if sharded.is_sharded_checkpoint(folder) else contents
+        reader.load_model(folder, self.model if model is None else model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
         state = contents.read_state(folder)
-        contents.load_optimizer(folder, state, self.optimizer, self.model)
+        if sharded.is_sharded_checkpoint(folder):
+            sharded.load_optimizer(folder, state, self.optimizer, self.model)
+        else:
+            contents.load_optimizer(folder, state, self.optimizer, self.model)
         self.lr_scheduler.load_state_dict(state.scheduler)
         self.skipped_batches, self.train_seconds = state.skipped_batches, state.train_seconds
         self._window = Window(state.pending)

@@ -132,8 +132,8 @@ def test_what_layouts_send():
     assert ep["all_to_all/tokens"] == 2 * 6 * 2 * 2 * (4 * 64 * 2 * 128 * 4 * 3 / 4)
     pipeline = traffic_of(needs, settings, Layout(pipeline=2), 4, 64, 2, bf16=False, checkpointing=False)
     states = next(t for t in pipeline if t.collective == "send")
-    assert states.bytes == 2 * 4 * 2 * 64 * (128 + 256) * 4
-    assert states.router_bytes == 2 * 4 * 2 * 64 * 256 * 4
+    assert states.bytes == 2 * 4 * 2 * 64 * (128 + 128) * 4
+    assert states.router_bytes == 2 * 4 * 2 * 64 * 128 * 4
 
 
 def test_layouts_fit_the_cluster_and_the_model():

@@ -1,0 +1,102 @@
+"""A model spread over processes by transformers' `DistributedConfig`: FSDP2, and within it expert parallelism.
+
+Plain data parallelism needs none of this: several processes make accelerate wrap the model in DDP. Tensor and pipeline
+parallelism are the library's (`distribute`, `rmoe.parallel.pipeline`); `rmoe train` does not run them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel
+
+from rmoe.errors import RequestError
+from rmoe.model import RMoEForCausalLM
+from rmoe.training.config import ParallelConfig
+
+
+def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int) -> RMoEForCausalLM:
+    """Shard a model that every process holds with equal weights; each keeps its part.
+
+    Args:
+        model: whole, on the CPU or this process's device.
+        parallel: group sizes; all 1 leaves the model as it is.
+        world_size: processes in all.
+
+    Raises:
+        RequestError: sizes that do not multiply to the number of processes, or that the model cannot be cut into.
+    """
+    if not parallel.shards:
+        return model
+    product = parallel.replicate * parallel.fsdp * parallel.tensor
+    if product != world_size:
+        raise RequestError(
+            "parallel", f"replicate x fsdp x tensor = {product}", f"the number of processes ({world_size})"
+        )
+    experts = model.config.num_experts
+    if experts % parallel.expert:
+        raise RequestError("parallel.expert", parallel.expert, f"a divisor of num_experts ({experts})")
+    settings = _distributed_config(parallel)
+    settings, _, mesh = type(model).prepare_distribute_model(settings)
+    return type(model).maybe_distribute_model(model, settings, mesh)
+
+
+def _distributed_config(parallel: ParallelConfig) -> object:
+    """transformers' configuration; 5.17 has no separate expert group and no replicas."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    known = DistributedConfig.__dataclass_fields__.keys()
+    wanted = {
+        "fsdp_size": parallel.fsdp,
+        "tp_size": parallel.tensor,
+        "ep_size": parallel.expert,
+        "dp_replicate_size": parallel.replicate,
+    }
+    missing = [name for name, size in wanted.items() if size > 1 and name not in known]
+    if missing:
+        raise RequestError("parallel", ", ".join(missing), "a transformers that has it (5.23 does)")
+    return DistributedConfig(**{name: size for name, size in wanted.items() if name in known})
+
+
+def gathered(model: PreTrainedModel) -> PreTrainedModel:
+    """The whole model: itself, or of a sharded one a copy on the CPU, filled on the first process only. Collective."""
+    if not is_sharded(model):
+        return model
+    config = copy.deepcopy(model.config)
+    config.distributed_config = None
+    target = type(model)(config)
+    own = target.state_dict()
+    for name, tensor in model.state_dict().items():
+        full = whole(tensor)
+        if torch.distributed.get_rank() == 0:
+            own[name].copy_(full)
+    return target
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter is only a part of one."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """The 2-norm over all tensors, whichever devices their parts are on; the same on every process.
+
+    Tensors of different device meshes (experts and the rest) cannot meet in one call, so their norms are taken mesh
+    by mesh.
+    """
+    by_mesh: dict[object, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_mesh[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
+    norms = [whole(get_total_norm(group)) for group in by_mesh.values()]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one: a collective, which every process must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
