@@ -36,7 +36,8 @@ def test_counts_of_real_models_agree_with_what_is_built():
     """The slope that the search assumes is the model's: counted on the meta device, against real parameters."""
     torch = pytest.importorskip("torch")
     from rmoe.compare.compare import _count
-    from rmoe.training.build import build_model, model_config, parameter_counts
+    from rmoe.model import count_parameters
+    from rmoe.training.build import build_model, model_config
     from rmoe.training.config import ModelConfig, RunConfig
 
     small = ModelConfig(
@@ -45,6 +46,6 @@ def test_counts_of_real_models_agree_with_what_is_built():
     config = RunConfig(router="rmoe", model=small)
     counts = [_count(config.with_setting("moe_intermediate_size", w), 256) for w in (8, 9, 12)]
     assert counts[2] - counts[0] == 4 * (counts[1] - counts[0])
-    real = parameter_counts(build_model(model_config(config, 256), seed=0))
-    assert counts[0] == real.non_embedding
+    real = count_parameters(build_model(model_config(config, 256), seed=0))
+    assert counts[0] == real["non_embedding"]
     assert torch.get_default_device().type == "cpu"
