@@ -16,7 +16,8 @@ class StepSums:
     """One optimizer step: losses and routing, summed over micro-batches and ranks.
 
     Attributes:
-        stats: over the micro-batches so far and all ranks; None before the first, or for a model without routers.
+        stats: this rank's, over the micro-batches so far; after `finish` those of all ranks. None before the
+            first, or for a model without routers.
     """
 
     def __init__(self, world_size: int = 1) -> None:
@@ -35,12 +36,10 @@ class StepSums:
         losses = torch.stack([lm_loss.detach().double(), balance_loss.detach().double() / self.world_size])
         self._losses = losses if self._losses is None else self._losses + losses
         if stats is not None:
-            if self.world_size > 1:
-                stats = RouterStats(*(self._summed(part) for part in stats))
             self.stats = stats if self.stats is None else self.stats.add(stats)
 
     def finish(self, finite: bool, stop: bool) -> tuple[float, float, bool, bool]:
-        """(lm_loss, balance_loss, finite, stop) of the step, the same on every rank.
+        """(lm_loss, balance_loss, finite, stop) of the step, the same on every rank. Once, after the last `add`.
 
         Args:
             finite: whether this rank's gradients are.
@@ -51,6 +50,7 @@ class StepSums:
         total = torch.cat([self._losses, flags])
         if self.world_size > 1:
             total = self._summed(total)
+            self.stats = None if self.stats is None else RouterStats(*map(self._summed, self.stats))
         lm_loss, balance_loss, bad, asked = total.tolist()
         return lm_loss, balance_loss, bad == 0 and bool(np.isfinite(lm_loss + balance_loss)), asked > 0
 

@@ -12,6 +12,7 @@ import msgspec
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from rmoe.errors import RequestError
 from rmoe.training.config import RunConfig
@@ -53,9 +54,15 @@ def place_of(config: RunConfig) -> Place:
     """Resolve device and precision.
 
     Raises:
-        RequestError: no GPU, no bfloat16 there, or a batch that cannot be shared out.
+        RequestError: no GPU, no bfloat16 there, a batch that cannot be shared out, or a tracker not installed.
     """
     training = config.training
+    trackers = get_available_reporting_integrations()
+    for name in config.logging.report_to:
+        if name not in trackers:
+            raise RequestError(
+                "logging.report_to", name, f"installed trackers: {', '.join(trackers) or 'none'}"
+            )
     gpu = torch.cuda.is_available()
     if training.device == "cuda" and not gpu:
         raise RequestError("training.device", "cuda", "cpu or auto: torch sees no GPU here")

@@ -41,6 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *argv: str) -> str:
         (["--model.hidden-act", "rleu"], "hidden_act is 'rleu'"),
         (["--plugin", "no_such_module"], "--plugin is 'no_such_module'"),
         (["--training.device", "cuda"], "training.device is 'cuda'"),
+        (["--logging.report-to", "pigeon"], "logging.report_to is 'pigeon'"),
     ],
 )
 def test_wrong_settings(capsys, monkeypatch, tmp_path, text, argv, said):
