@@ -1,4 +1,4 @@
-"""`rmoe eval`: how well a model predicts a text."""
+"""`rmoe eval`: how well a model predicts a text, and how it does on benchmark tasks."""
 
 from __future__ import annotations
 
@@ -14,24 +14,78 @@ from rmoe.errors import RequestError
 def run(
     model: tyro.conf.Positional[Path],
     *,
-    data: str,
+    data: str | None = None,
+    tasks: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
     context: int | None = None,
     overlap: int = 1,
     json: bool = False,
 ) -> None:
-    """Bits per byte and perplexity of a model on a whole text.
+    """Bits per byte and perplexity of a model on a whole text, or benchmark tasks of lm-evaluation-harness.
 
     Args:
         model: a model folder, or the folder of a finished run.
         data: a text file, a folder of texts, a .gz or .jsonl of text, or hf:NAME.
+        tasks: names separated by commas, `arc_easy,hellaswag`; with a local file in the place of the task's own
+            data, `arc_easy=FILE` (arc_easy, arc_challenge, piqa, lambada_openai, lambada_standard, gsm8k).
+        limit: with --tasks, only so many items of each.
+        num_fewshot: with --tasks, examples in the prompt; default the task's own number.
         context: tokens of one forward pass; default what the model was trained with, at most 4096.
         overlap: tokens each pass repeats from the one before, so that every token is predicted from at least so
             many; 1 is the cheapest and the harshest.
-        json: print one JSON object.
+        json: print one JSON object; with --tasks in the harness's own format.
     """
+    if (data is None) == (tasks is None):
+        raise RequestError("--data", data, "a text, or --tasks: one of the two")
     if context is not None and context < 2:
         raise RequestError("--context", context, "2 or more")
 
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # transformers' own, while it loads
+    if tasks is not None:
+        _benchmarks(model, tasks, limit, num_fewshot, context, json)
+    else:
+        assert data is not None
+        _text(model, data, context, overlap, json)
+
+
+def _benchmarks(
+    model: Path, tasks: str, limit: int | None, num_fewshot: int | None, context: int | None, json: bool
+) -> None:
+    if limit is not None and limit < 1:
+        raise RequestError("--limit", limit, "1 or more")
+
+    import rmoe
+    from rmoe.cli.models import model_folder, tokenizer_of
+    from rmoe.evaluation import parse_benchmarks, run_benchmarks
+
+    benchmarks = parse_benchmarks(tasks)
+    folder = model_folder(model)
+    results = run_benchmarks(
+        rmoe.load(folder),
+        tokenizer_of(folder),
+        benchmarks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        max_length=context,
+    )
+    if json:
+        print(jsonlib.dumps(results, indent=2, default=str))
+        return
+    for task, figures in results["results"].items():
+        said = [
+            f"{name.removesuffix(',none')} {value:.4f} ± {figures.get(error, 0.0):.4f}"
+            for name, value in figures.items()
+            if isinstance(value, float) and "_stderr" not in name
+            for error in [name.replace(",", "_stderr,")]
+            if isinstance(figures.get(error, 0.0), float)
+        ]
+        print(f"{task}: {', '.join(said)}")
+
+
+def _text(model: Path, data: str, context: int | None, overlap: int, json: bool) -> None:
     import rmoe
     from rmoe.cli.models import model_folder
     from rmoe.data import DataConfig, prepare

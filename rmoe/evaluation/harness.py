@@ -1,0 +1,120 @@
+"""lm-evaluation-harness through its Python API, with tasks from its own datasets or from local files."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from rmoe.errors import RequestError, RunError
+from rmoe.evaluation.local_tasks import LOCAL, local_task
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task of the harness; `file` is None where its data comes from the Hugging Face Hub."""
+
+    name: str
+    file: Path | None = None
+
+
+def parse_benchmarks(text: str) -> list[Benchmark]:
+    """Read `--tasks`: names separated by commas, each with `=FILE` if its data is local.
+
+    >>> parse_benchmarks("hellaswag,piqa=valid.jsonl")
+    [Benchmark(name='hellaswag', file=None), Benchmark(name='piqa', file=PosixPath('valid.jsonl'))]
+
+    Raises:
+        RequestError: empty, or a name twice.
+    """
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, separator, file = part.partition("=")
+        found.append(Benchmark(name, Path(file) if separator else None))
+    names = [benchmark.name for benchmark in found]
+    if not found or len(set(names)) < len(names):
+        raise RequestError("--tasks", text, "different names separated by commas, as arc_easy,piqa=FILE")
+    return found
+
+
+def run_benchmarks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    benchmarks: list[Benchmark],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    samples: bool = False,
+) -> dict[str, Any]:
+    """Judge a model.
+
+    Args:
+        limit: only so many items of each task.
+        num_fewshot: examples in the prompt; None is the task's own number.
+        max_length: tokens of context; None is the model's.
+        samples: keep each item's prompt and the model's answer.
+
+    Returns:
+        The harness's own result: `results`, `configs`, `versions`, `n-shot`, ...
+
+    Raises:
+        RequestError: the harness is not installed, a task does not exist, or a local file is bad.
+        RunError: a task's data could not be fetched.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise RequestError("--tasks", "lm_eval", "pip install 'rmoe[eval]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    remote = [benchmark.name for benchmark in benchmarks if benchmark.file is None]
+    manager = TaskManager(include_defaults=bool(remote))
+    for name in remote:
+        _require_task(name, manager.all_tasks)
+    with TemporaryDirectory(prefix="rmoe-tasks-") as folder:
+        tasks: list[Any] = [
+            benchmark.name
+            if benchmark.file is None
+            else local_task(benchmark.name, benchmark.file, Path(folder))
+            for benchmark in benchmarks
+        ]
+        language_model = HFLM(
+            pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size
+        )
+        try:
+            with redirect_stdout(sys.stderr):  # the harness prints; stdout is for the result
+                results: dict[str, Any] = simple_evaluate(
+                    model=language_model,
+                    tasks=tasks,
+                    task_manager=manager,
+                    limit=limit,
+                    num_fewshot=num_fewshot,
+                    log_samples=samples,
+                    bootstrap_iters=1000,
+                    verbosity="ERROR",
+                )
+        except (OSError, ConnectionError) as error:
+            if not remote:
+                raise
+            what = (
+                f"the data of {', '.join(remote)} could not be fetched: {' '.join(str(error).split())[:200]}"
+            )
+            local = f"with a network, or from a file: --tasks {remote[0]}=FILE"
+            raise RunError(what, "nothing was written", local) from error
+    return results
+
+
+def _require_task(name: str, known: list[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or sorted(LOCAL)
+        raise RequestError("--tasks", name, f"a task of the harness, such as {', '.join(near)}")
