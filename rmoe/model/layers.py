@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention
 
+from rmoe.model import experts as _  # noqa: F401 - registers sorted_mm and auto
 from rmoe.model.configuration_rmoe import RMoEConfig
+from rmoe.model.norm import RMSNorm
 from rmoe.routing.contract import RouterContext, Routing, State, dispatched_experts
 from rmoe.routing.initial import Initialized, Initializer, normal
 from rmoe.routing.router import SharedRouter, build_router
@@ -21,7 +23,7 @@ from rmoe.routing.router import SharedRouter, build_router
 def build_norm(config: RMoEConfig) -> nn.Module:
     if config.norm_type == "layernorm":
         return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-    return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class _Experts(Initialized):

@@ -66,19 +66,6 @@ class RMoEPreTrainedModel(PreTrainedModel):
         """As in transformers, but the default is `auto` (`rmoe.model.experts.choose_experts`)."""
         return str(super().get_correct_experts_implementation(requested_experts or "auto"))
 
-    def _grouped_mm_can_dispatch(self) -> bool:
-        """As in transformers, and the kernel's rows must be multiples of 16 bytes; else the plain loop is the default.
-
-        Raises:
-            ValueError: they are not; transformers then falls back, unless grouped_mm was asked for.
-        """
-        for name in ("hidden_size", "moe_intermediate_size"):
-            if getattr(self.config, name) % 8:
-                raise ValueError(
-                    f"grouped_mm needs {name} to be a multiple of 8, not {getattr(self.config, name)}"
-                )
-        return bool(super()._grouped_mm_can_dispatch())
-
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:

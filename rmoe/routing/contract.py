@@ -6,6 +6,7 @@ them without knowing what they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,11 +88,27 @@ def count_assignments(experts: Tensor, num_experts: int, mask: Tensor | None = N
     Returns:
         `[E]` int64.
     """
+    return _count(experts[None], num_experts, mask)[0]
+
+
+def count_by_layer(routings: Sequence[Routing], num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """`count_assignments` of each layer, all at once: `[L, E]`."""
+    return _count(torch.stack([routing.experts for routing in routings]), num_experts, mask)
+
+
+def _count(experts: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
+    """`[L, T, K]` -> `[L, E]`: one bin per layer and expert, and one for empty slots."""
     if mask is not None:
         experts = experts.masked_fill(~mask[:, None], num_experts)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
-    flat = experts.reshape(-1)
-    return counts.scatter_add(0, flat, torch.ones_like(flat))[:num_experts]
+    layers = experts.shape[0]
+    bins = torch.arange(layers, device=experts.device)[:, None, None] * (num_experts + 1)
+    flat = (experts + bins).reshape(-1)
+    if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+        counts = torch.bincount(flat, minlength=layers * (num_experts + 1))  # 30 times as fast as scatter_add
+    else:
+        counts = torch.zeros(layers * (num_experts + 1), dtype=torch.int64, device=flat.device)
+        counts = counts.scatter_add(0, flat, torch.ones_like(flat))
+    return counts.view(layers, num_experts + 1)[:, :num_experts]
 
 
 def dispatched_experts(routing: Routing, num_experts: int) -> Tensor:
@@ -102,17 +119,21 @@ def dispatched_experts(routing: Routing, num_experts: int) -> Tensor:
 
 
 def gate_entropy(probs: Tensor) -> Tensor:
-    """`-sum_n p_n ln p_n` in nats, `[T, C]` -> `[T]`; zero probabilities contribute zero (Fig. 4)."""
-    return torch.special.entr(probs).sum(-1)
+    """`-sum_n p_n ln p_n` in nats, `[*, C]` -> `[*]`; zero probabilities contribute zero (Fig. 4)."""
+    # torch.special.entr is the same, and on the CPU 20 times as slow.
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
 def router_stats(routings: tuple[Routing, ...], num_experts: int, mask: Tensor | None) -> RouterStats:
-    """The sums of one forward pass, layer by layer. No gradient flows into them."""
+    """The sums of one forward pass, all layers at once. No gradient flows into them."""
     with torch.no_grad():
-        counts = torch.stack([count_assignments(r.experts, num_experts, mask) for r in routings])
-        entropies = torch.stack([gate_entropy(r.probs).float() for r in routings])
+        counts = count_by_layer(routings, num_experts, mask)
+        entropies = gate_entropy(torch.stack([r.probs for r in routings])).float()  # [L, T]
         zero = torch.zeros((), dtype=torch.int64, device=counts.device)
-        dropped = torch.stack([zero if r.dropped is None else r.dropped.sum() for r in routings])
+        if any(r.dropped is not None for r in routings):
+            dropped = torch.stack([zero if r.dropped is None else r.dropped.sum() for r in routings])
+        else:
+            dropped = zero.expand(len(routings)).clone()
         if mask is None:
             tokens = zero + routings[0].experts.shape[0]
         else:

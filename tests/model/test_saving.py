@@ -17,7 +17,7 @@ from tests.model.small import config, model, tokens
 
 @pytest.mark.parametrize("router", ["rmoe", "eda", "hash", "smoe-dropout", "random-smoe", "omni-router"])
 def test_round_trip_is_exact(tmp_path: Path, router: str) -> None:
-    net = model(router=router).eval()
+    net = model(router=router, experts="auto").eval()
     net.update_routers(net(tokens()).router_stats, 3, 10)
     net.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -52,7 +52,7 @@ print(type(net).__module__)
 
 
 def test_fresh_process(tmp_path: Path) -> None:
-    net = model().eval()
+    net = model(experts="auto").eval()
     net.save_pretrained(tmp_path / "m")
     command = [sys.executable, "-c", FRESH, str(tmp_path / "m"), str(tmp_path / "logits.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

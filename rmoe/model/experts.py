@@ -1,0 +1,254 @@
+"""How the experts are computed: `sorted_mm`, our own path, and `auto`, which chooses between it and transformers'.
+
+Both are registered with transformers, so `experts_implementation="sorted_mm"` works for any of its MoE models whose
+experts are plain (no bias, no norm, weights `[E, out, in]`).
+
+`sorted_mm` visits the experts that were hit one after the other. What an expert needs between its two matrix
+products stays in the processor's cache: rows are gathered, activated, weighted and added to the result before the
+next expert begins. Nothing of `[T * K, d]` is ever made; only the inner products `[T * K, 2I]` wait for the
+backward pass. The weight `g` is applied to the activation, and its gradient is `<a, W_down^T dy>`, so that the
+experts' outputs need not be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
+
+from rmoe.errors import RequestError
+
+aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, aten.silu_backward),
+    "swish": (F.silu, aten.silu_backward),
+    "relu": (F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
+    "gelu": (F.gelu, aten.gelu_backward),
+}
+"""What `sorted_mm` can differentiate: name -> the function, and its gradient from (gradient, input)."""
+
+
+def experts_in_turn(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
+    """Put assignments into the experts' order.
+
+    Args:
+        index: `[T, K]` int64; `E` or more is an empty slot.
+
+    Returns:
+        `slots` `[T * K]`, assignments sorted by expert, stably; `tokens` `[T * K]`, whose they are; and for each
+        expert that was hit its number and its part of the two. Empty slots come last and are in no part.
+    """
+    flat = index.reshape(-1)
+    slots = torch.sort(flat, stable=True).indices
+    parts, start = [], 0
+    for expert, count in enumerate(torch.bincount(flat, minlength=num_experts).tolist()[:num_experts]):
+        if count:
+            parts.append((expert, slice(start, start + count)))
+            start += count
+    return slots, slots // index.shape[1], parts
+
+
+def _activate(inner: Tensor, width: int, act: str) -> Tensor:
+    """`act(gate) * up` of `[n, 2I]`, or `act(up)` of `[n, I]`: a new tensor."""
+    function = ACTIVATIONS[act][0]
+    if inner.shape[1] == width:
+        return function(inner)
+    return function(inner[:, :width]).mul_(inner[:, width:])
+
+
+@torch.library.custom_op("rmoe::sorted_experts", mutates_args=())
+def sorted_experts(
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, act: str
+) -> tuple[Tensor, Tensor]:
+    """`sum_n g_n W_down act(W_up x)`.
+
+    Args:
+        x: `[T, d]`. index: `[T, K]` int64, `E` or more in an empty slot. weights: `[T, K]`, in the dtype of `x`.
+        up: `[E, 2I, d]` (gate, then up) or `[E, I, d]`. down: `[E, d, I]`. act: a name in `ACTIVATIONS`.
+
+    Returns:
+        `[T, d]`, and the inner products `[T * K, 2I]` in the experts' order, for the backward pass.
+    """
+    width = down.shape[2]
+    slots, tokens, parts = experts_in_turn(index, up.shape[0])
+    weights = weights.reshape(-1)
+    inner = x.new_empty(slots.shape[0], up.shape[1])
+    out = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    for expert, part in parts:
+        rows = torch.mm(x.index_select(0, tokens[part]), up[expert].t(), out=inner[part])
+        hidden = _activate(rows, width, act).mul_(weights.index_select(0, slots[part])[:, None])
+        out.index_add_(0, tokens[part], torch.mm(hidden, down[expert].t()).to(out.dtype))
+    return out.to(x.dtype), inner
+
+
+@sorted_experts.register_fake
+def _(
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, act: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(index.numel(), up.shape[1])
+
+
+@torch.library.custom_op("rmoe::sorted_experts_backward", mutates_args=())
+def sorted_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    inner: Tensor,
+    act: str,
+    for_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, up and down from that of the output; without `for_experts` the last two are empty."""
+    gradient, width = ACTIVATIONS[act][1], down.shape[2]
+    gated = up.shape[1] != width
+    slots, tokens, parts = experts_in_turn(index, up.shape[0])
+    flat = weights.reshape(-1)
+    grad_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    grad_weights = torch.zeros_like(flat)
+    grad_up, grad_down = (torch.empty_like(w) if for_experts else w.new_empty(0) for w in (up, down))
+    for expert, part in parts:
+        token, slot, rows = tokens[part], slots[part], inner[part]
+        weight = flat.index_select(0, slot)[:, None]
+        outer = grad.index_select(0, token)  # [n, d]
+        inward = torch.mm(outer, down[expert])  # [n, I], of the unweighted activation
+        activated = _activate(rows, width, act)
+        grad_weights.index_copy_(0, slot, (inward * activated).sum(-1))
+        inward.mul_(weight)
+        if gated:
+            gate, linear = rows[:, :width], rows[:, width:]
+            grad_rows = torch.empty_like(rows)
+            torch.mul(inward, ACTIVATIONS[act][0](gate), out=grad_rows[:, width:])
+            grad_rows[:, :width] = gradient(inward.mul_(linear), gate)
+        else:
+            grad_rows = gradient(inward, rows)
+        if for_experts:
+            torch.mm(outer.t(), activated.mul_(weight), out=grad_down[expert])
+            torch.mm(grad_rows.t(), x.index_select(0, token), out=grad_up[expert])
+        grad_x.index_add_(0, token, torch.mm(grad_rows, up[expert]).to(grad_x.dtype))
+    if for_experts and len(parts) < up.shape[0]:
+        idle = sorted(set(range(up.shape[0])) - {expert for expert, _ in parts})
+        grad_up[idle], grad_down[idle] = 0, 0
+    return grad_x.to(x.dtype), grad_weights.view_as(weights), grad_up, grad_down
+
+
+@sorted_experts_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    inner: Tensor,
+    act: str,
+    for_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ups, downs = (torch.empty_like(w) if for_experts else w.new_empty(0) for w in (up, down))
+    return torch.empty_like(x), torch.empty_like(weights), ups, downs
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.act = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # `inner` would get one of zeros
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    for_experts = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    grads = torch.ops.rmoe.sorted_experts_backward(grad.contiguous(), *saved, ctx.act, for_experts)
+    grad_x, grad_weights, grad_up, grad_down = grads
+    return grad_x, None, grad_weights, grad_up if for_experts else None, grad_down if for_experts else None, None
+
+
+sorted_experts.register_autograd(_backward, setup_context=_keep)
+
+
+def one_token_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, act: str) -> Tensor:
+    """The same for `[1, d]`, without gradients: reads the weights of the chosen experts and no others."""
+    experts = index[0].tolist()
+    out = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    for slot, expert in enumerate(experts):
+        if expert < up.shape[0]:
+            hidden = _activate(torch.mv(up[expert], x[0])[None], down.shape[2], act)[0]
+            out.add_(torch.mv(down[expert], hidden.mul_(weights[0, slot])))
+    return out.to(x.dtype)[None]
+
+
+def sorted_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`sorted_mm`, as transformers calls an experts implementation.
+
+    Raises:
+        RequestError: experts that are not plain, or an activation it has no gradient for.
+    """
+    act = self.config.hidden_act
+    if not supports_sorted_mm(self):
+        raise RequestError("experts_implementation", "sorted_mm", f"another for {type(self).__name__} with {act}")
+    up, down = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
+    kind = hidden_states.device.type
+    if torch.is_autocast_enabled(kind):
+        low = torch.get_autocast_dtype(kind)
+        hidden_states, up, down = hidden_states.to(low), up.to(low), down.to(low)
+    weights = top_k_weights.to(hidden_states.dtype)
+    eager = not torch.compiler.is_compiling()
+    if eager and hidden_states.shape[0] == 1 and not torch.is_grad_enabled():
+        return one_token_experts(hidden_states, top_k_index, weights, up, down, act)
+    return sorted_experts(hidden_states, top_k_index, weights, up, down, act)[0]
+
+
+def supports_sorted_mm(experts: Any) -> bool:
+    """Whether `sorted_mm` computes what these experts mean."""
+    special = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm
+    default_gate = type(experts)._apply_gate is _default_apply_gate and experts.is_concatenated
+    return not special and (default_gate or not experts.has_gate) and experts.config.hidden_act in ACTIVATIONS
+
+
+def choose_experts(device: str, dtype: torch.dtype, tokens: int, hidden: int, width: int) -> str:
+    """The experts path that `auto` takes, a pure function: a run must not depend on how busy the machine was.
+
+    On the CPU `sorted_mm` was the fastest at every size measured, in float32 and bfloat16, from 1 to 4,096 tokens
+    (benchmarks/results, case "experts"). On a GPU nothing was measured: there it is transformers' own rule,
+    grouped_mm for bfloat16 with rows of whole 16 bytes, batched_mm for single tokens, and `sorted_mm`, which waits
+    for the device once a layer, for the rest.
+
+    Args:
+        device: type of the device. dtype: of the stream. tokens: `T`. hidden: `d`. width: of an expert.
+    """
+    if device == "cpu" or dtype != torch.bfloat16 or hidden % 8 or width % 8:
+        return "sorted_mm"
+    return "batched_mm" if tokens == 1 else "grouped_mm"
+
+
+def auto_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`auto`: what `choose_experts` says for these sizes; the plain loop where `sorted_mm` cannot."""
+    kind, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    tokens, hidden = hidden_states.shape
+    choice = choose_experts(kind, dtype, tokens, hidden, self.down_proj.shape[-1])
+    if choice == "sorted_mm" and not supports_sorted_mm(self):
+        choice = "eager"
+    function: Callable[..., Tensor] = {
+        "sorted_mm": sorted_mm_experts_forward,
+        "grouped_mm": grouped_mm_experts_forward,
+        "batched_mm": batched_mm_experts_forward,
+        "eager": type(self).forward.__wrapped__,
+    }[choice]
+    return function(self, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
