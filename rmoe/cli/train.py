@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,8 @@ def run(
         result = train(config, out, resume=resume)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        return
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         return
     unit = result.corpus.unit.replace("_", " ")
     figures = [

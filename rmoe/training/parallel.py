@@ -7,6 +7,7 @@ parallelism are the library's (`distribute`, `rmoe.parallel.pipeline`); `rmoe tr
 from __future__ import annotations
 
 import copy
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -32,6 +33,9 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     Raises:
         RequestError: sizes that do not multiply to the number of processes, or that the model cannot be cut into.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        # On a CPU accelerate would run DDP without a word; on a GPU it would shard behind our checkpoints' back.
+        raise RequestError("ACCELERATE_USE_FSDP", "true", "unset: ask for FSDP2 with --parallel.fsdp N")
     if not parallel.shards:
         return model
     product = parallel.replicate * parallel.fsdp * parallel.tensor

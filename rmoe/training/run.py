@@ -101,11 +101,13 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             hardware=hardware(threads),
         )
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
+        if config.parallel.tensor > 1:
+            raise RequestError("parallel.tensor", config.parallel.tensor, "1 (see examples/tensor_parallel.py)")
+        model = distribute(model, config.parallel, place.world_size)
         _enter(stack, out, record, resume)
         if (out / run_folder.RESULT).exists():
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
-        model = distribute(model, config.parallel, place.world_size)
         return _run(config, out, corpus, model, record, place, resume, progress)
 
 

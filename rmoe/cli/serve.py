@@ -1,0 +1,81 @@
+"""`rmoe serve`: an OpenAI-compatible endpoint for one model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from rmoe.errors import RequestError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def run(
+    model: tyro.conf.Positional[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    max_length: int | None = None,
+    concurrent: int = 4,
+    waiting: int = 64,
+    device: str = "auto",
+) -> None:
+    """Serve /v1/completions, /v1/chat/completions, /v1/models and /health; needs `pip install "rmoe[serve]"`.
+
+    Requests are computed one at a time; a closed connection stops its request and frees its slot.
+
+    Args:
+        model: a model folder, or the folder of a finished run.
+        host: where to listen. There is no authentication: anything but loopback is open to whoever can reach it.
+        port: 0 takes a free one and says which.
+        name: what clients call the model; default its folder's name.
+        max_length: tokens of prompt and answer together; default what the model was configured for.
+        concurrent: requests that may hold a slot.
+        waiting: requests that may wait for one; more are answered with 429.
+        device: cpu, cuda, or auto.
+    """
+    for option, value, ok in (
+        ("--port", port, 0 <= port <= 65_535),
+        ("--max-length", max_length, max_length is None or max_length >= 2),
+        ("--concurrent", concurrent, concurrent >= 1),
+        ("--waiting", waiting, waiting >= 0),
+    ):
+        if not ok:
+            raise RequestError(option, value, "a sensible number (see --help)")
+
+    from rmoe.cli.models import model_folder, tokenizer_of
+
+    folder = model_folder(model)
+    try:
+        import uvicorn
+
+        from rmoe.serving.limits import Limits
+        from rmoe.serving.server import build_app
+    except ImportError as error:
+        raise RequestError("rmoe serve", str(error), 'installed with pip install "rmoe[serve]"') from error
+    import torch
+
+    import rmoe
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    served = rmoe.load(folder, device=device)
+    longest = getattr(served.config, "max_position_embeddings", 4096)
+    limits = Limits(max_length=max_length or longest, concurrent=concurrent, waiting=waiting)
+    app = build_app(served, tokenizer_of(folder), name or folder.resolve().name, limits)
+    if host not in LOOPBACK:
+        print(f"warning: listening on {host} without authentication", file=sys.stderr, flush=True)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_keep_alive=5, access_log=False
+    )
+    server = uvicorn.Server(config)
+    try:
+        with config.bind_socket() as listening:
+            where = f"http://{host}:{listening.getsockname()[1]}"
+            print(f"serving {name or folder.resolve().name} at {where}/v1", file=sys.stderr, flush=True)
+            server.run(sockets=[listening])
+    except SystemExit as stop:  # uvicorn's way to say that the port is taken
+        raise RequestError("--port", port, f"a free port of {host}") from stop

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint for one model, with limits. Needs the extra `serve`."""

@@ -1,0 +1,215 @@
+"""transformers' OpenAI handlers behind our limits: one model, four routes, loopback unless told otherwise.
+
+transformers' own server also loads any model a client names, unloads them, and takes any generation setting; and it
+looks classes up inside transformers, where ours are not. Here the model is loaded once, by `rmoe.load`, strictly and
+from safetensors only, and handed to the handlers as loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager, TimedModel
+from transformers.cli.serving.utils import GenerateManager, GenerationState
+
+from rmoe.serving.limits import Limits, Refused, Slots, parse, tokens_asked
+
+POLL_SECONDS = 0.1
+
+
+class _Manager(GenerateManager):
+    """Generation that stops when nobody waits for it any more, streamed or not."""
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, torch.Tensor]:
+        gone = threading.Event()
+
+        def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), gone.is_set(), device=input_ids.device)
+
+        try:
+            sequences = await self.async_submit(
+                model.generate,
+                **inputs,
+                generation_config=gen_config,
+                tokenizer=processor,
+                stopping_criteria=StoppingCriteriaList([stop]),
+            )
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+        length = inputs["input_ids"].shape[-1]
+        generated = sequences[0, length:]
+        return processor.decode(generated, skip_special_tokens=True), length, generated
+
+
+class _State(GenerationState):
+    """One manager, for the one model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._one = _Manager()
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
+        return self._one
+
+
+class _Sampling:
+    """What both handlers leave out: a temperature means sampling, and the number of tokens is ours to say."""
+
+    def _build_generation_config(self, body: dict[str, Any], base: Any, use_cb: bool = False) -> Any:
+        config = super()._build_generation_config(body, base, use_cb=use_cb)  # type: ignore[misc]
+        config.do_sample = body.get("temperature", 0) > 0
+        if not config.do_sample:
+            config.temperature = config.top_p = config.top_k = None
+        config.use_cache = True
+        return config
+
+
+class _Chat(_Sampling, ChatCompletionHandler):
+    pass
+
+
+class _Completion(_Sampling, CompletionHandler):
+    pass
+
+
+def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits) -> FastAPI:
+    """The endpoint.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model; `/v1/chat/completions` needs its chat template.
+        name: what clients call the model.
+        limits: see `Limits`.
+    """
+    manager = ModelManager(device="cpu")  # it loads nothing: the model is here already
+    manager.force_model = name
+    manager.loaded_models[manager.process_model_name(name)] = TimedModel(model, -1, tokenizer)
+    state = _State()
+    handlers: dict[str, Any] = {"chat": _Chat(manager, state), "completion": _Completion(manager, state)}
+    slots = Slots(limits)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    vocabulary = int(model.config.vocab_size)
+
+    async def answer(request: Request, kind: str) -> Any:
+        body = parse(await _read(request, limits), kind, name, vocabulary)
+        length = await asyncio.to_thread(_prompt_length, tokenizer, body, kind)
+        body.pop("max_completion_tokens", None)
+        body["max_tokens"] = tokens_asked(body, length, limits)
+        identity = request.headers.get("x-request-id", "")[:64] or f"rmoe-{id(body):x}"
+        slot = slots.one()
+        await _unless_gone(request, slot.__aenter__())
+        try:
+            response = await _unless_gone(request, handlers[kind].handle_request(body, identity))
+        except BaseException:
+            await slot.__aexit__(None, None, None)
+            raise
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _releasing(response.body_iterator, slot)
+        else:
+            await slot.__aexit__(None, None, None)
+        return response
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Any:
+        return await answer(request, "completion")
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        return await answer(request, "chat")
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "rmoe"}]}
+
+    @app.get("/health")
+    async def health() -> Any:
+        return {"status": "ok", "busy": slots.busy, "waiting": slots.in_line}
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        return JSONResponse(error.body(), status_code=error.status)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"request failed: {said}", file=sys.stderr, flush=True)
+        return JSONResponse(Refused(500, "the server could not carry this out").body(), status_code=500)
+
+    return app
+
+
+def _prompt_length(tokenizer: Any, body: dict[str, Any], kind: str) -> int:
+    if kind == "completion":
+        return len(tokenizer(body["prompt"])["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise Refused(400, "this model has no chat template: use /v1/completions")
+    try:
+        rendered = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=True)
+    except Exception as error:  # a template refuses by raising what it likes
+        raise Refused(400, f"the chat template refuses: {' '.join(str(error).split())[:200]}") from None
+    return len(rendered["input_ids"] if isinstance(rendered, dict) or hasattr(rendered, "keys") else rendered)
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    """The body, if it is short enough and comes soon enough.
+
+    Raises:
+        Refused: it is not, or does not.
+    """
+
+    async def collect() -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limits.max_body_bytes:
+                raise Refused(413, f"the body is over {limits.max_body_bytes} bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(collect(), limits.body_seconds)
+    except TimeoutError:
+        raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """Await work, but give it up when the client has closed the connection.
+
+    Raises:
+        Refused: the client has gone (nobody will read it).
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=POLL_SECONDS)
+            if done:
+                return task.result()
+            if await request.is_disconnected():
+                raise Refused(499, "the client has gone")
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _releasing(parts: Any, slot: Any) -> AsyncIterator[Any]:
+    """Pass a stream on; its slot is free when it ends, however it ends."""
+    try:
+        async for part in parts:
+            yield part
+    finally:
+        await parts.aclose()
+        await slot.__aexit__(None, None, None)

@@ -1,0 +1,37 @@
+"""Two processes, every layout: the loss and each gradient are those of one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("layouts") / "report.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "tests.parallel.worker", str(out)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    "case", ["ddp rmoe", "fsdp2 rmoe", "fsdp2+ep rmoe", "tp rmoe", "pp rmoe", "pp rmoe-lstm"]
+)
+def test_equal_to_one_process(report, case):
+    found = report[case]
+    assert found["loss"] <= 1e-6
+    assert found["missing"] == []
+    assert len(found["gradients"]) == found["expected"]
+    assert max(found["gradients"].values()) <= 1e-6
+    assert any("router_shared" in name for name in found["gradients"])

@@ -1,0 +1,103 @@
+"""What each of two gloo processes does: every layout's gradients against one process's. Run by test_gradients."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
+from rmoe.parallel import Pipeline
+from rmoe.training.config import ParallelConfig
+from rmoe.training.parallel import distribute, whole
+
+IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def build(router: str) -> RMoEForCausalLM:
+    config = RMoEConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=4,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, initializer_range=0.05, router=router,
+    )  # fmt: skip
+    model = RMoEForCausalLM(config)
+    initialize(model, 0)
+    return model.train()
+
+
+def one_process(router: str, parts: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the mean over `parts` micro-batches."""
+    model = build(router)
+    total = 0.0
+    for ids in IDS.chunk(parts):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss / parts
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def data_parallel(model: torch.nn.Module, shared_batch: bool = False) -> tuple[float, dict[str, Tensor]]:
+    ids = IDS if shared_batch else IDS.chunk(2)[dist.get_rank()]
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    gradients = {
+        name.removeprefix("module."): whole(p.grad)
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    value = loss.detach()
+    if not shared_batch:
+        dist.all_reduce(value)
+        value = value / 2
+    return value.item(), gradients
+
+
+def pipelined(router: str) -> tuple[float, dict[str, Tensor]]:
+    pipeline = Pipeline(build(router), micro_batches=2)
+    loss = torch.tensor(pipeline.step(IDS, IDS) or 0.0)
+    dist.all_reduce(loss)
+    parts = pipeline.part.named_parameters()
+    found = {name if name.startswith("lm_head.") else f"model.{name}": p.grad for name, p in parts}
+    return loss.item(), {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+LAYOUTS: dict[str, Callable[[str], tuple[float, dict[str, Tensor]]]] = {
+    "ddp": lambda router: data_parallel(DistributedDataParallel(build(router))),
+    "fsdp2": lambda router: data_parallel(distribute(build(router), ParallelConfig(fsdp=2), 2)),
+    "fsdp2+ep": lambda router: data_parallel(distribute(build(router), ParallelConfig(fsdp=2, expert=2), 2)),
+    "tp": lambda router: data_parallel(distribute(build(router), ParallelConfig(tensor=2), 2), True),
+    "pp": pipelined,
+}
+
+
+def main(out: str) -> None:
+    dist.init_process_group("gloo")
+    report = {}
+    # The LSTM's state has two parts, which matters where it is sent from stage to stage.
+    for layout, router in [*((layout, "rmoe") for layout in LAYOUTS), ("pp", "rmoe-lstm")]:
+        run = LAYOUTS[layout]
+        loss, expected = one_process(router, 1 if layout == "tp" else 2)
+        found_loss, found = run(router)
+        missing = expected.keys() - found.keys() if layout != "pp" else set()
+        errors = {n: ((g - expected[n]).norm() / expected[n].norm()).item() for n, g in found.items()}
+        every: list = [None, None]
+        dist.all_gather_object(every, (errors, sorted(missing)))
+        report[f"{layout} {router}"] = {
+            "loss": abs(found_loss - loss),
+            "gradients": {name: error for errors, _ in every for name, error in errors.items()},
+            "expected": len(expected),
+            "missing": every[0][1],
+        }
+    if dist.get_rank() == 0:
+        with open(out, "w") as file:
+            json.dump(report, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
