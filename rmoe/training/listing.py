@@ -1,0 +1,146 @@
+"""What runs there are, and how they fare, read from their folders alone. Imports no torch.
+
+A run is a folder with the `config.json` of a run. Whether its process lives is asked of the kernel: a running process
+holds the lock of `run.lock`, and the lock of one that died is free, however it died.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from rmoe.errors import RequestError
+from rmoe.records import Record
+from rmoe.training.metrics import Row, read_metrics
+from rmoe.training.run_folder import CONFIG, LOCK, METRICS, RESULT, read_run
+
+State = Literal["running", "finished", "stopped", "died", "not begun"]
+
+
+class RunStatus(Record, frozen=True, kw_only=True):
+    """One run.
+
+    Attributes:
+        state: running; finished; stopped, with a checkpoint of its last step; died, without one; not begun.
+        step, steps: done, and to do in all.
+        loss: of the last training row, nats per token. validation: of the last evaluation.
+        tokens_per_s: of the last training row.
+        seconds_left: at that rate; None unless running.
+        quiet_s: since the last row was written.
+        checkpoint: step of the newest checkpoint folder, not verified.
+    """
+
+    folder: str
+    router: str
+    seed: int
+    state: State
+    step: int
+    steps: int
+    loss: float | None
+    validation: float | None
+    tokens_per_s: float | None
+    seconds_left: float | None
+    quiet_s: float | None
+    checkpoint: int | None
+
+
+def find_runs(root: Path, depth: int = 4) -> list[RunStatus]:
+    """The runs below a folder, by path; what is not a run's folder is passed over.
+
+    Raises:
+        RequestError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise RequestError("ROOT", str(root), "a folder")
+    found = []
+    for folder in _folders(root, depth):
+        try:
+            found.append(status_of(folder))
+        except RequestError:
+            continue  # a model's config.json, or one that is damaged: nothing this command can say about it
+    return found
+
+
+def _folders(root: Path, depth: int) -> Iterator[Path]:
+    """Folders with both a configuration and a lock, without going into runs or through links."""
+    if (root / CONFIG).is_file() and (root / LOCK).exists():
+        yield root
+        return
+    if depth:
+        for entry in sorted(root.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                yield from _folders(entry, depth - 1)
+
+
+def status_of(folder: Path) -> RunStatus:
+    """One run's status.
+
+    Raises:
+        RequestError: its configuration is not a run's.
+    """
+    config = read_run(folder).config
+    training = config["training"]
+    metrics = folder / METRICS
+    rows = read_metrics(metrics) if metrics.exists() else []
+    trained = _last(rows, "train")
+    evaluated = _last(rows, "eval")
+    step = max((row["step"] for row in rows), default=0)
+    checkpoint = _newest_checkpoint(folder)
+    state = _state(folder, step, checkpoint)
+    rate = trained.get("tokens_per_s") if trained else None
+    left = None
+    if state == "running" and rate:
+        left = (training["max_steps"] - step) * training["batch_size"] * training["sequence_length"] / rate
+    return RunStatus(
+        folder=str(folder),
+        router=config["router"],
+        seed=training["seed"],
+        state=state,
+        step=step,
+        steps=training["max_steps"],
+        loss=trained.get("loss") if trained else None,
+        validation=evaluated.get("loss") if evaluated else None,
+        tokens_per_s=rate,
+        seconds_left=left,
+        quiet_s=max(time.time() - metrics.stat().st_mtime, 0.0) if metrics.exists() else None,
+        checkpoint=checkpoint,
+    )
+
+
+def _last(rows: list[Row], kind: str) -> Row | None:
+    return next((row for row in reversed(rows) if row.get("kind") == kind), None)
+
+
+def _newest_checkpoint(folder: Path) -> int | None:
+    names = [path.name for path in (folder / "checkpoints").glob("checkpoint-*") if path.is_dir()]
+    steps = [int(name.rpartition("-")[2]) for name in names if name.rpartition("-")[2].isdigit()]
+    return max(steps, default=None)
+
+
+def _state(folder: Path, step: int, checkpoint: int | None) -> State:
+    if (folder / RESULT).exists():
+        return "finished"
+    if is_locked(folder):
+        return "running"
+    if checkpoint is None and step == 0:
+        return "not begun"
+    return "stopped" if checkpoint is not None and checkpoint >= step else "died"
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process writes in a run's folder now."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -1,0 +1,124 @@
+"""What vLLM's transformers backend asks of a model, read off ours; and the command with OpenAI's own client."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from rmoe.data.encode import byte_tokenizer
+from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
+from rmoe.model.layers import RMoESparseMoeBlock
+
+ROOT = Path(__file__).parents[2]
+
+
+def build() -> RMoEForCausalLM:
+    config = RMoEConfig(
+        vocab_size=256, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_experts=4,
+        moe_intermediate_size=8,
+    )  # fmt: skip
+    model = RMoEForCausalLM(config).eval()
+    initialize(model, 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("serve") / "tiny"
+    build().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_the_saved_folder_names_its_base_model(folder):
+    assert "AutoModel" in json.loads((folder / "config.json").read_text())["auto_map"]
+
+
+def test_keyword_arguments_reach_attention():
+    seen: list[object] = []
+
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        seen.append(kwargs.get("marker"))
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    AttentionInterface.register("rmoe_test", attention)
+    model = build()
+    model.config._attn_implementation = "rmoe_test"
+    marker = object()
+    model(input_ids=torch.zeros(1, 3, dtype=torch.int64), marker=marker)
+    assert seen == [marker, marker]
+    assert model._supports_attention_backend
+
+
+def test_experts_are_packed_and_called_as_expected():
+    block = build().model.layers[0].mlp
+    assert isinstance(block, RMoESparseMoeBlock)
+    assert block.experts.gate_up_proj.shape == (4, 16, 16)  # [E, 2I, d]
+    assert block.experts.down_proj.shape == (4, 16, 8)  # [E, d, I]
+    names = list(inspect.signature(type(block.experts).forward).parameters)
+    assert names[1:] == ["hidden_states", "top_k_index", "top_k_weights"] or "args" in names
+
+
+def test_mlp_returns_one_tensor():
+    model = build()
+    returned: list[object] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _module, _inputs, output: returned.append(output))
+    model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
+    assert [type(output) for output in returned] == [torch.Tensor]
+
+
+def test_there_are_plans_to_shard_by():
+    config = RMoEConfig()
+    assert "layers.*.mlp.experts.gate_up_proj" in config.base_model_tp_plan
+    assert "layers.*.mlp.experts" in config.base_model_ep_plan
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+    command = [sys.executable, "-m", "rmoe.cli.main", "serve", str(folder), "--port", "0"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"serving tiny at (\S+)", line):
+            yield found[1]
+            break
+    process.terminate()
+    assert process.wait(timeout=30) in (0, -15)
+
+
+@pytest.mark.slow
+def test_openais_client(address):
+    client = pytest.importorskip("openai").OpenAI(base_url=address, api_key="none")
+    assert address.startswith("http://127.0.0.1:")
+    whole = client.completions.create(model="tiny", prompt="abc", max_tokens=8)
+    parts = client.completions.create(model="tiny", prompt="abc", max_tokens=8, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize("arguments", [["--port", "70000"], ["--concurrent", "0"], ["--max-length", "1"]])
+def test_wrong_requests(folder, arguments, capsys):
+    from rmoe.cli.main import main
+
+    assert main(["serve", str(folder), *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_model(tmp_path, capsys):
+    from rmoe.cli.main import main
+
+    assert main(["serve", str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
