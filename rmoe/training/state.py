@@ -163,6 +163,19 @@ def group_settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[d
     ]
 
 
+def for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
+    """A scheduler's state for another number of parameter groups, which layouts cut differently.
+
+    All groups of a run follow one schedule, so what is kept per group is the same for each.
+    """
+    fitted = dict(scheduler)
+    for name in ("base_lrs", "lr_lambdas", "_last_lr"):
+        values = fitted.get(name)
+        if isinstance(values, list) and values and len(values) != groups:
+            fitted[name] = values[:1] * groups
+    return fitted
+
+
 def check_optimizer(folder: Path, state: TrainingState, model: nn.Module) -> None:
     """Check that the optimizer's tensors belong to this model's parameters, before anything is loaded.
 

@@ -421,7 +421,8 @@ class RMoETrainer(Trainer):
             sharded.load_optimizer(folder, state, self.optimizer, self.model)
         else:
             contents.load_optimizer(folder, state, self.optimizer, self.model)
-        self.lr_scheduler.load_state_dict(state.scheduler)
+        groups = len(self.optimizer.param_groups)
+        self.lr_scheduler.load_state_dict(contents.for_groups(state.scheduler, groups))
         self.skipped_batches, self.train_seconds = state.skipped_batches, state.train_seconds
         self._window = Window(state.pending)
         self._saved_step = state.step
