@@ -166,6 +166,6 @@ def balance_loss(
             experts_matrices=[router.experts_matrix(shared) for router in routers],
         )
         for loss, function in routers[0].losses:
-            weight = getattr(loss, "weight", None)
+            weight = loss.weight
             total = total + (coefficient if weight is None else weight) * function(loss, view).sum()
     return total / len(routings)

@@ -5,7 +5,7 @@ stand in the file that each `implementation` names, with their equations and sou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rmoe.routing.spec import (
     GateSpec,
@@ -465,21 +465,13 @@ class Stable(RouterKind):
 # ---- losses ----------------------------------------------------------------------------------------------
 
 
-def _weight_or_none(self: Any) -> None:
-    require(
-        self.weight is None or self.weight >= 0, f"loss.{self.kind}.weight", self.weight, "0 or more, or null"
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoadBalance(LossSpec):
     """`E sum_n f_n P_n` per layer (Switch). `count`: "assignments", `f` sums to 1 (divided by k); "tokens", to k."""
 
     kind = "load_balance"
     implementation = "rmoe.routing.balance:load_balance"
-    check = _weight_or_none
 
-    weight: float | None = None
     count: Literal["assignments", "tokens"] = "assignments"
 
 
@@ -489,7 +481,6 @@ class ZLoss(LossSpec):
 
     kind = "z"
     implementation = "rmoe.routing.balance:z_loss"
-    check = _weight_or_none
 
     weight: float | None = 1e-3
 
@@ -500,7 +491,6 @@ class SequenceBalance(LossSpec):
 
     kind = "sequence_balance"
     implementation = "rmoe.routing.balance:sequence_balance"
-    check = _weight_or_none
 
     weight: float | None = 1e-4
 
@@ -511,7 +501,6 @@ class MutualInformation(LossSpec):
 
     kind = "mutual_information"
     implementation = "rmoe.routing.balance:mutual_information"
-    check = _weight_or_none
 
     weight: float | None = 1e-3
 
@@ -522,6 +511,5 @@ class SimilarityPreserving(LossSpec):
 
     kind = "similarity_preserving"
     implementation = "rmoe.routing.balance:similarity_preserving"
-    check = _weight_or_none
 
     weight: float | None = 1e-2

@@ -208,13 +208,20 @@ class RouterKind(StageSpec):
         return self.load_implementation()(self, spec, geometry)
 
 
+@dataclass(frozen=True, kw_only=True)
 class LossSpec(StageSpec):
-    """One balance loss, a pure function of a layer's `Routing`, averaged over layers.
+    """One balance loss, a pure function of the layers' `Routing`, averaged over layers.
 
     `weight` multiplies it in the training loss; None stands for the model's `router_aux_loss_coef`.
     """
 
     stage = "loss"
+
+    weight: float | None = None
+
+    def check(self) -> None:
+        ok = self.weight is None or self.weight >= 0
+        require(ok, f"loss.{self.kind}.weight", self.weight, "0 or more, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
