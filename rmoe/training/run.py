@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rmoe.data import Corpus, prepare
 from rmoe.data.config import SplitName
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
 from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.records import read_record, write_record
 from rmoe.training import result as records
@@ -54,6 +55,8 @@ MAY_DIFFER = frozenset(
     }
 )
 """Settings that may change when a run is resumed: none decides what is learned."""
+
+DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True) -> RunResult:
@@ -108,7 +111,13 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
         if (out / run_folder.RESULT).exists():
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
-        return _run(config, out, corpus, model, record, place, resume, progress)
+        try:
+            return _run(config, out, corpus, model, record, place, resume, progress)
+        except OSError as error:
+            if error.errno not in DISK_TROUBLE:
+                raise
+            saved = CheckpointStore(out, "").saved()
+            raise RunError(f"could not write {out}: {error}", saved, "free disk space, then --resume") from error
 
 
 def read_result(folder: Path) -> RunResult:

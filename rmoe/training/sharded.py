@@ -7,6 +7,7 @@ model and nothing is pickled (torch's own format has a pickled index). Names are
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from rmoe.training.checkpoint import Damaged
-from rmoe.training.state import TrainingState, group_names
+from rmoe.training.state import TrainingState, check_slots, group_names
 
 PATTERN = "shard-*.safetensors"
 
@@ -59,26 +60,19 @@ def check(folder: Path, state: TrainingState, model: nn.Module) -> None:
     Raises:
         Damaged: anything is missing, added, or of another size.
     """
-    sizes: dict[str, int] = {}
-    for path in sorted(folder.glob(PATTERN)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    elements = 1
-                    for length in file.get_slice(name).get_shape():
-                        elements *= length
-                    sizes[name] = sizes.get(name, 0) + elements
-        except (SafetensorError, OSError) as error:
-            raise Damaged(f"{path.name}: {' '.join(str(error).split())}") from None
+    sizes = _sizes(folder)
+    slots = [name.removeprefix("optimizer/") for name in sizes if name.startswith("optimizer/")]
+    check_slots(slots, state.optimizer_tensors)
     expected = {f"model/{name}": max(t.numel(), 1) for name, t in model.state_dict().items()}
     parameters = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     for group in state.param_groups:
         for name in group["params"]:
             if name not in parameters:
                 raise Damaged(f"{name} is no trained parameter of this model")
-            for slot in ("exp_avg", "exp_avg_sq"):
-                expected[f"optimizer/{name}/{slot}"] = parameters[name]
-            expected[f"optimizer/{name}/step"] = 1
+            if f"{name}/step" in slots:  # one that never had a gradient has no state
+                for slot in ("exp_avg", "exp_avg_sq"):
+                    expected[f"optimizer/{name}/{slot}"] = parameters[name]
+                expected[f"optimizer/{name}/step"] = 1
     for name in sorted(expected.keys() | sizes.keys()):
         if name not in sizes:
             raise Damaged(f"{name} is missing")
@@ -86,6 +80,24 @@ def check(folder: Path, state: TrainingState, model: nn.Module) -> None:
             raise Damaged(f"{name} is not in this model")
         if sizes[name] != expected[name]:
             raise Damaged(f"{name} has {sizes[name]} elements, not {expected[name]}")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Elements of each tensor in all parts together, from their headers.
+
+    Raises:
+        Damaged: a part is not safetensors.
+    """
+    sizes: dict[str, int] = {}
+    for path in sorted(folder.glob(PATTERN)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    elements = math.prod(file.get_slice(name).get_shape())
+                    sizes[name] = sizes.get(name, 0) + elements
+        except (SafetensorError, OSError) as error:
+            raise Damaged(f"{path.name}: {' '.join(str(error).split())}") from None
+    return sizes
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -100,13 +112,16 @@ def load_optimizer(
 
     Groups may be cut differently than when they were saved (one per device mesh): settings go by parameter.
     """
+    present = _sizes(folder)
     settings = {name: stored for stored in state.param_groups for name in stored["params"]}
     for group, names in zip(optimizer.param_groups, group_names(optimizer, model), strict=True):
         stored = settings[names[0]]
         for key, value in stored.items():
             if key != "params":
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-        for parameter in group["params"]:
+        for parameter, name in zip(group["params"], names, strict=True):
+            if f"optimizer/{name}/step" not in present:
+                continue
             moments: dict[str, Any] = {
                 slot: torch.zeros_like(parameter) for slot in ("exp_avg", "exp_avg_sq")
             }

@@ -13,7 +13,7 @@ No pickle is written or read.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class TrainingState(Record, frozen=True, kw_only=True):
         pending: sums that the next metrics row will need.
         scheduler: the learning-rate scheduler's state.
         param_groups: the optimizer's groups; `params` holds parameter names.
+        optimizer_tensors: how many tensors the optimizer's state has.
         host_random: one per rank.
     """
 
@@ -69,6 +70,7 @@ class TrainingState(Record, frozen=True, kw_only=True):
     pending: dict[str, Any]
     scheduler: dict[str, Any]
     param_groups: list[dict[str, Any]]
+    optimizer_tensors: int
     host_random: list[HostRandom]
 
 
@@ -189,12 +191,39 @@ def check_optimizer(folder: Path, state: TrainingState, model: nn.Module) -> Non
         raise Damaged(
             f"{STATE}: {name} is {'not trained here' if name in grouped else 'without optimizer state'}"
         )
-    for key, shape in _headers(folder / OPTIMIZER).items():
+    headers = _headers(folder / OPTIMIZER)
+    for key, shape in headers.items():
         name, _, slot = key.rpartition("/")
         if name not in grouped:
             raise Damaged(f"{OPTIMIZER}: {name or key} is no trained parameter of this model")
         if slot != "step" and shape[0] != list(parameters[name].shape):
             raise Damaged(f"{OPTIMIZER}: {key} has shape {shape[0]}, not {list(parameters[name].shape)}")
+    check_slots(headers, state.optimizer_tensors)
+
+
+def check_slots(keys: Iterable[str], number: int) -> None:
+    """Check that no parameter has lost part or all of its optimizer state.
+
+    A parameter that never had a gradient has none, so the number of tensors is what was written down.
+
+    Args:
+        keys: `<parameter>/<slot>` of all tensors.
+        number: how many there were when the checkpoint was written.
+
+    Raises:
+        Damaged: a tensor is missing or added.
+    """
+    slots: dict[str, set[str]] = {}
+    for key in keys:
+        name, _, slot = key.rpartition("/")
+        slots.setdefault(name, set()).add(slot)
+    every = set().union(*slots.values())
+    for name, own in sorted(slots.items()):
+        if own != every:
+            raise Damaged(f"{name} lacks {', '.join(sorted(every - own))} of the optimizer")
+    found = sum(map(len, slots.values()))
+    if found != number:
+        raise Damaged(f"{found} optimizer tensors, not {number}")
 
 
 def load_optimizer(

@@ -370,6 +370,7 @@ class RMoETrainer(Trainer):
             pending=self._window.to_dict(),
             scheduler=self.lr_scheduler.state_dict(),
             param_groups=groups,
+            optimizer_tensors=sum(map(len, self.optimizer.state.values())),
             host_random=[host for host, _ in random],
         )
         contents.write_state(folder, state)

@@ -146,7 +146,7 @@ def test_optimizer_comes_back_bit_for_bit(tmp_path, model):
     second = optimizer()
     state = contents.TrainingState(
         step=1, seed=0, data_sha256="", batch_size=1, sequence_length=1, skipped_batches=0, train_seconds=0.0,
-        pending={}, scheduler={}, param_groups=groups, host_random=[],
+        pending={}, scheduler={}, param_groups=groups, optimizer_tensors=3 * 4, host_random=[],
     )  # fmt: skip
     contents.load_optimizer(tmp_path, state, second, model)
     assert [{k: v for k, v in g.items() if k != "params"} for g in second.param_groups] == [
