@@ -1,16 +1,12 @@
 """The cheap measures, for a training loop to record on a schedule.
 
-In `rmoe train`, every so many steps, over a few held-out batches in evaluation mode:
+`rmoe.training.evaluation.summarize_routing` takes one of a finished model; a training loop of your own, on a schedule:
 
     snapshot = RoutingSnapshot(model.config.num_experts)
     for batch in held_out:
         output = model(**batch, use_cache=False, output_routing=True, logits_to_keep=1)
         snapshot.update(output.routing, batch.get("attention_mask"))
-    metrics.write(step, routing=snapshot.measures())     # name -> one figure per layer; plain JSON
-
-In `rmoe compare`, from the rows so written:
-
-    analysis = msgspec.structs.replace(analysis, over_training=over_training(steps, [row["routing"] for row in rows]))
+    snapshot.measures()  # name -> one figure per layer; plain JSON
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
-from rmoe.analysis.snapshot import MEASURES
+from rmoe.analysis.snapshot import over_training
 from rmoe.analysis.token_text import TokenText
 from rmoe.data import prepare
 from rmoe.report.analysis_schema import ModelAnalysis, OverTraining
@@ -75,18 +75,13 @@ def _earlier_checkpoint(folder: Path, last: int) -> Path | None:
 
 def _over_training(folder: Path) -> list[OverTraining]:
     """The per-layer figures of `metrics.jsonl`."""
+    recorded = ("gate_entropy", "load_imbalance")
     rows = [row for row in read_metrics(folder / METRICS) if row["kind"] == "train"]
-    found = []
-    for name in ("gate_entropy", "load_imbalance"):
-        having = [row for row in rows if isinstance(row.get(name), list) and None not in row[name]]
-        if having:
-            found.append(
-                OverTraining(
-                    name=name,
-                    unit=MEASURES[name][0],
-                    definition=MEASURES[name][1].replace("held-out", "training"),
-                    step=[row["step"] for row in having],
-                    values=[row[name] for row in having],
-                )
-            )
-    return found
+    rows = [
+        row for row in rows if all(isinstance(row[name], list) and None not in row[name] for name in recorded)
+    ]
+    measures = over_training([row["step"] for row in rows], rows)
+    return [
+        msgspec.structs.replace(one, definition=one.definition.replace("held-out", "training"))
+        for one in measures
+    ]

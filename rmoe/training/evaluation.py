@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rmoe.analysis.confidence import GateConfidence
 from rmoe.analysis.histogram import StreamingHistogram
-from rmoe.analysis.load import frequency
-from rmoe.analysis.record import RoutingBatch, RoutingRecord
+from rmoe.analysis.snapshot import RoutingSnapshot
 from rmoe.data.blocks import IGNORED, BlockDataset
-from rmoe.routing.contract import count_assignments
 from rmoe.training.result import Histogram, RoutingSummary
 
 TOKENS_PER_BATCH = 8192
@@ -99,27 +95,19 @@ def summarize_routing(
         model: an `RMoEForCausalLM`.
     """
     limit = max(1, tokens // blocks.sequence_length)
-    experts = model.config.num_experts
-    confidence: GateConfidence | None = None
-    counts = torch.zeros(model.config.num_moe_layers, experts, dtype=torch.int64)
-    seen = 0
+    snapshot = RoutingSnapshot(model.config.num_experts)
     with _inference(model, bf16) as device:
         for batch in _batches(blocks, limit):
-            routing = model(input_ids=batch["input_ids"].to(device), output_routing=True).routing
-            stacked = RoutingBatch.stack([RoutingRecord.from_routing(layer, experts) for layer in routing])
-            if confidence is None:
-                confidence = GateConfidence(stacked.probs.shape[0], stacked.probs.shape[2])
-            confidence.update(stacked)
-            counts += torch.stack([count_assignments(layer, experts) for layer in stacked.experts])
-            seen += stacked.num_tokens
-    assert confidence is not None
+            snapshot.update(model(input_ids=batch["input_ids"].to(device), output_routing=True).routing)
+    measures = snapshot.measures()
+    assert snapshot.confidence is not None
     return RoutingSummary(
-        tokens=seen,
-        entropy_nats=(confidence.entropy_sum / seen).tolist(),
-        entropy_histogram=_histograms(confidence.entropy),
-        load=frequency(counts.numpy()).tolist(),
-        inner_balance=[math.exp(median) for median in confidence.log_inner.medians()[0]],
-        outer_balance=confidence.outer.medians()[0].tolist(),
+        tokens=snapshot.confidence.entropy.n,
+        entropy_nats=measures["gate_entropy"],
+        entropy_histogram=_histograms(snapshot.confidence.entropy),
+        load=snapshot.frequency(),
+        inner_balance=measures["inner_balance"],
+        outer_balance=measures["outer_balance"],
     )
 
 
