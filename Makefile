@@ -9,18 +9,21 @@ PIP_ARGS ?=
 # Test processes. Each runs torch on one thread: on two cores that beats one process with two threads.
 JOBS ?= 2
 DEMO_OUT ?= runs/demo
+TORTURE_REPORT ?= runs/torture.jsonl
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-all check lint format clean
+.PHONY: help install demo test test-all torture torture-full check lint format clean
 
 help:
 	@echo "make demo      train and compare three routers on two seeds (at most 6 minutes on two cores)"
 	@echo "make test      the quick tests and doctests"
 	@echo "make test-all  every test, the slow ones too"
+	@echo "make torture   kills, damage, full disks, hostile inputs: the table of docs/reliability.md (under 30 minutes)"
+	@echo "make torture-full  the same with five times the kills and an hour of fuzzing"
 	@echo "make check     lint, formatting, types, security, then the quick tests (what CI runs)"
 	@echo "make format    rewrite the code as the formatter wants it"
 	@echo "make clean     remove .venv and the tools' caches"
@@ -34,7 +37,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e ".[dev,data]"
+	$(PIP) -e ".[dev,data,serve]"
 	@touch $@
 
 install: $(VENV)/.installed-dev
@@ -51,6 +54,15 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(PYTEST) -m ""
+
+# One process: the kills are timed, and the fuzzer takes a core for itself.
+torture: LEVEL = normal
+torture-full: LEVEL = full
+torture torture-full: $(VENV)/.installed-dev
+	@mkdir -p $(dir $(TORTURE_REPORT)) && rm -f $(TORTURE_REPORT)
+	RMOE_TORTURE=$(LEVEL) RMOE_TORTURE_REPORT=$(abspath $(TORTURE_REPORT)) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m "" tests/torture
+	@cat $(TORTURE_REPORT)
 
 check: lint test
 

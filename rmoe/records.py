@@ -10,6 +10,9 @@ import msgspec
 
 from rmoe.errors import RequestError
 
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding bytes that are no JSON, or JSON of another form, raises: the last for nesting without end."""
+
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything written: immutable, and strict about unknown or missing fields when read."""
@@ -43,5 +46,5 @@ def read_record(path: Path, kind: type[R], version: int) -> R:
         if found != version:
             raise RequestError(f"{path}: schema_version", found, str(version))
         return msgspec.json.decode(data, type=kind)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *NOT_JSON) as error:
         raise RequestError(str(path), str(error), f"a {path.name} written by rmoe") from error

@@ -31,6 +31,6 @@ def tokenizer_of(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes the tokenizers library raise what it likes
         said = " ".join(str(error).split())[:200]
         raise RequestError("MODEL", str(folder), f"a model folder with its tokenizer ({said})") from error

@@ -14,6 +14,7 @@ import msgspec
 
 from rmoe.data.text import read_lines
 from rmoe.errors import RequestError
+from rmoe.records import NOT_JSON
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -108,7 +109,7 @@ def read_tasks(path: Path, kind: type[T], labels: Collection[int | str] | None =
         try:
             item = decode(line)
             problem = item.problem()
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             problem = str(error)
         if problem is None and isinstance(item, Labelled) and labels is not None and item.label not in labels:
             problem = f"`label` is {item.label!r}, which the training set does not have"
@@ -132,7 +133,7 @@ def kind_of(path: Path) -> type[Task]:
             continue
         try:
             keys = msgspec.json.decode(line, type=dict[str, msgspec.Raw]).keys()
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             raise RequestError(f"{path.name} line {number}", str(error), allowed) from error
         for kind in KINDS:
             if required(kind) <= keys:

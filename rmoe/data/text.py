@@ -21,6 +21,7 @@ import msgspec
 
 from rmoe.data.config import SplitName
 from rmoe.errors import RequestError
+from rmoe.records import NOT_JSON
 
 SEPARATOR = b"\n\n\f\n"
 # The files a folder contributes, each also as `.gz`. A file given by its own path may have any suffix.
@@ -169,7 +170,7 @@ def read_documents(path: Path, field: str) -> Iterator[bytes]:
         try:
             text = decode(line)[field]
             yield text.encode()
-        except (msgspec.DecodeError, KeyError, AttributeError, UnicodeError) as error:
+        except (*NOT_JSON, KeyError, AttributeError, UnicodeError) as error:
             problem = f"no field {field!r}" if isinstance(error, KeyError) else str(error)
             allowed = f"a JSON object with text in the field {field!r}"
             raise RequestError(f"data.path: {path.name} line {number}", problem, allowed) from error

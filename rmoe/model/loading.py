@@ -49,7 +49,7 @@ def load(
         register(folder)
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from None
     model, report = _model_class(config).from_pretrained(
         path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **changes

@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError("model", str(path), f"a JSON file ({error})") from None
     if not isinstance(data, dict):
         raise RequestError("model", str(path), "a JSON object")

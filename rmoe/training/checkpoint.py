@@ -21,7 +21,7 @@ import msgspec
 from safetensors import SafetensorError
 
 from rmoe.errors import RunError
-from rmoe.records import Record
+from rmoe.records import NOT_JSON, Record
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -203,7 +203,7 @@ def verify(folder: Path, step: int, run: str) -> None:
         sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=SealedManifest)
     except FileNotFoundError:
         raise Damaged(f"no {MANIFEST}") from None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, *NOT_JSON) as error:
         raise Damaged(f"unreadable {MANIFEST}: {_phrase(error)}") from None
     manifest = sealed.manifest
     if _own_sha256(manifest) != sealed.sha256:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from rmoe.errors import RequestError
 from rmoe.records import Record
+from rmoe.training.config import RunConfig
 from rmoe.training.metrics import Row, read_metrics
 from rmoe.training.run_folder import CONFIG, LOCK, METRICS, RESULT, read_run
 
@@ -82,8 +83,8 @@ def status_of(folder: Path) -> RunStatus:
     Raises:
         RequestError: its configuration is not a run's.
     """
-    config = read_run(folder).config
-    training = config["training"]
+    config = RunConfig.from_dict(read_run(folder).config)
+    training = config.training
     metrics = folder / METRICS
     rows = read_metrics(metrics) if metrics.exists() else []
     trained = _last(rows, "train")
@@ -91,24 +92,29 @@ def status_of(folder: Path) -> RunStatus:
     step = max((row["step"] for row in rows), default=0)
     checkpoint = _newest_checkpoint(folder)
     state = _state(folder, step, checkpoint)
-    rate = trained.get("tokens_per_s") if trained else None
+    rate = _figure(trained, "tokens_per_s")
     left = None
     if state == "running" and rate:
-        left = (training["max_steps"] - step) * training["batch_size"] * training["sequence_length"] / rate
+        left = (training.max_steps - step) * training.batch_size * training.sequence_length / rate
     return RunStatus(
         folder=str(folder),
-        router=config["router"],
-        seed=training["seed"],
+        router=config.router,
+        seed=training.seed,
         state=state,
         step=step,
-        steps=training["max_steps"],
-        loss=trained.get("loss") if trained else None,
-        validation=evaluated.get("loss") if evaluated else None,
+        steps=training.max_steps,
+        loss=_figure(trained, "loss"),
+        validation=_figure(evaluated, "loss"),
         tokens_per_s=rate,
         seconds_left=left,
         quiet_s=max(time.time() - metrics.stat().st_mtime, 0.0) if metrics.exists() else None,
         checkpoint=checkpoint,
     )
+
+
+def _figure(row: Row | None, name: str) -> float | None:
+    value = None if row is None else row.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _last(rows: list[Row], kind: str) -> Row | None:

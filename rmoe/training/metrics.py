@@ -29,6 +29,8 @@ from typing import Any
 
 import msgspec
 
+from rmoe.records import NOT_JSON
+
 Row = dict[str, Any]
 
 
@@ -65,9 +67,11 @@ def read_metrics(path: Path) -> list[Row]:
     rows = []
     for line in path.read_bytes().splitlines():
         try:
-            rows.append(msgspec.json.decode(line, type=Row))
-        except msgspec.DecodeError:
+            row = msgspec.json.decode(line, type=Row)
+        except NOT_JSON:
             continue
+        if isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 

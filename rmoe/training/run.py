@@ -24,6 +24,7 @@ from rmoe.training import run_folder
 from rmoe.training.build import build_model, load_plugins, model_config, parameter_counts
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
+from rmoe.training.disk import require_space
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
 from rmoe.training.metrics import MetricsLog, read_metrics
@@ -104,6 +105,8 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             hardware=hardware(threads),
         )
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
+        if not resume:
+            require_space(out, model, config.checkpoints.keep)
         if config.parallel.tensor > 1:
             raise RequestError("parallel.tensor", config.parallel.tensor, "1 (see examples/tensor_parallel.py)")
         model = distribute(model, config.parallel, place.world_size)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmoe.records import Record
+from rmoe.records import NOT_JSON, Record
 from rmoe.training.checkpoint import Damaged
 
 MODEL, OPTIMIZER, RNG, STATE = (
@@ -82,7 +82,7 @@ def read_state(folder: Path) -> TrainingState:
     """
     try:
         state = msgspec.json.decode((folder / STATE).read_bytes(), type=TrainingState)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *NOT_JSON) as error:
         raise Damaged(f"{STATE}: {' '.join(str(error).split())}") from None
     if state.schema_version != STATE_VERSION:
         raise Damaged(f"{STATE} has version {state.schema_version}, not {STATE_VERSION}")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rmoe.errors import RunError
+import rmoe
+from rmoe.errors import RequestError, RunError
+from rmoe.training.disk import bytes_of_a_run
 from rmoe.training.run import train
 from tests.torture.conftest import AMOUNT
 from tests.torture.test_damage import interrupted
@@ -44,6 +46,22 @@ def fill(disk: Path, leave: int) -> Path:
     space = os.statvfs(disk)
     filler.write_bytes(b"\0" * max(space.f_bavail * space.f_frsize - leave, 0))
     return filler
+
+
+def test_what_cannot_fit_is_refused_before_it_begins(finished, text, tmp_path, monkeypatch):
+    """The estimate covers what a run really holds, and is not far above it."""
+    model = rmoe.load(finished / "model")
+    needed = bytes_of_a_run(model, keep=2)
+    real = [
+        sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        for folder in (finished / "checkpoints" / "checkpoint-20", finished / "model")
+    ]
+    assert needed == pytest.approx(3 * real[0] + real[1], rel=0.1)
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, needed - 1))
+    with pytest.raises(RequestError, match="for 3 checkpoints and the model"):
+        train(tiny.config(text), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("share", SHARES if AMOUNT.everything else SHARES[4:5])
