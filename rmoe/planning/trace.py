@@ -287,10 +287,16 @@ def _fake_model(
         mode = stack.enter_context(FakeTensorMode())
         # Without data torch's own grouped_mm takes bfloat16 only; transformers' stand-in keeps the same tensors.
         stack.enter_context(mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False))
+        stack.enter_context(mock.patch("torch.bincount", _bincount))
         model = RMoEForCausalLM._from_config(
             copy.deepcopy(config), attn_implementation=attention, experts_implementation=experts
         )
         yield model.train(), mode
+
+
+def _bincount(values: Tensor, minlength: int) -> Tensor:
+    """Its result's shape depends on data, which there is none of; routing counts have `minlength` bins."""
+    return torch.zeros(minlength, dtype=torch.int64)
 
 
 def _attention(
