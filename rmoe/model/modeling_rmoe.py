@@ -216,7 +216,7 @@ class RMoEModel(RMoEPreTrainedModel):
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                use_cache=use_cache,
+                use_cache=past_key_values is not None,
                 **kwargs,
             )
             hidden_states.append(hidden)
