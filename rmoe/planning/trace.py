@@ -118,7 +118,9 @@ def needs_of(config: RMoEConfig, sequence_length: int, bf16: bool) -> Needs:
         )
     except RuntimeError as error:  # data-dependent shapes
         said = " ".join(str(error).split())[:200]
-        raise RequestError("router", config.router, f"a router that runs without data ({said})") from error
+        raise RequestError(
+            "router", config.router_spec.router.kind, f"a router that runs without data ({said})"
+        ) from error
 
 
 # --- parameters ----------------------------------------------------------------------------------
@@ -286,7 +288,9 @@ def _fake_model(
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode())
         # Without data torch's own grouped_mm takes bfloat16 only; transformers' stand-in keeps the same tensors.
-        stack.enter_context(mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False))
+        stack.enter_context(
+            mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False)
+        )
         stack.enter_context(mock.patch("torch.bincount", _bincount))
         model = RMoEForCausalLM._from_config(
             copy.deepcopy(config), attn_implementation=attention, experts_implementation=experts

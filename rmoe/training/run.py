@@ -108,7 +108,9 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
         if not resume:
             require_space(out, model, config.checkpoints.keep)
         if config.parallel.tensor > 1:
-            raise RequestError("parallel.tensor", config.parallel.tensor, "1 (see examples/tensor_parallel.py)")
+            raise RequestError(
+                "parallel.tensor", config.parallel.tensor, "1 (see examples/tensor_parallel.py)"
+            )
         model = distribute(model, config.parallel, place.world_size)
         _enter(stack, out, record, resume)
         if (out / run_folder.RESULT).exists():
@@ -120,7 +122,9 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             if error.errno not in DISK_TROUBLE:
                 raise
             saved = CheckpointStore(out, "").saved()
-            raise RunError(f"could not write {out}: {error}", saved, "free disk space, then --resume") from error
+            raise RunError(
+                f"could not write {out}: {error}", saved, "free disk space, then --resume"
+            ) from error
 
 
 def read_result(folder: Path) -> RunResult:
