@@ -30,7 +30,7 @@ def run(
     """Put a recurrent router onto a pretrained MoE, or an MoE in the place of a dense model, function unchanged.
 
     Args:
-        model: a model folder in safetensors; with --undo, a grafted one.
+        model: a model folder in safetensors, or the folder of a finished run; with --undo, a grafted one.
         out: the folder to write, new or empty.
         router: a row of `rmoe zoo`; its recurrence is taken, the family's own gate scores.
         width: p, width of the router state; default the row's.
@@ -52,8 +52,10 @@ def run(
     if out is None:
         raise RequestError("--out", None, "a folder that is new or empty")
 
+    from rmoe.cli.models import model_folder
     from rmoe.graft import GraftSpec, graft_folder, undo_folder, upcycle_folder
 
+    model = model_folder(model)
     if upcycle:
         made = upcycle_folder(model, out, router, num_experts=experts, top_k=top_k, seed=seed)
         size = sum(p.numel() for p in made.parameters())

@@ -67,6 +67,10 @@ def attach(model: PreTrainedModel, spec: GraftSpec) -> RoutedStack:
     Parameters take the model's dtype and each gate's device. On a model without weights (the meta device) they are
     made where torch makes tensors at that moment: with values, or on the meta device too, to be loaded.
     """
+    if hasattr(model, "update_routers"):
+        raise RequestError(
+            "model", model.config.model_type, "an MoE of another family; this one's router has memory"
+        )
     stack = find_routed_stack(model)
     backbone = model.get_submodule(stack.backbone)
     layers = model.get_submodule(stack.layers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import warnings
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.utils import logging
 
 from rmoe.errors import RequestError
 from rmoe.graft.attach import OFFSET, graft
+from rmoe.graft.auto import GRAFT_MODEL_TYPE
 from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.routing.mechanisms import Recurrence
@@ -135,9 +137,13 @@ _TASKS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, M
 TOKENS = torch.arange(3, 25).view(2, 11)
 
 
+class NotTried(Exception):
+    """Nothing is known of a family, because no tiny model of it runs; the text says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FamilyResult:
-    """One row of `rmoe graft --list`."""
+    """One row of `rmoe graft --list`. `reason` is why it does not work, or what it is limited to."""
 
     model_type: str
     works: bool
@@ -146,7 +152,8 @@ class FamilyResult:
 
 def moe_model_types() -> list[str]:
     """Every model type of the installed transformers whose configuration counts experts, promised ones first."""
-    others = [t for t in CONFIG_MAPPING if t not in PROMISED and _expert_fields(CONFIG_MAPPING[t])]
+    own = {"rmoe", GRAFT_MODEL_TYPE}
+    others = [t for t in CONFIG_MAPPING if t not in own.union(PROMISED) and _expert_fields(CONFIG_MAPPING[t])]
     return [*PROMISED, *sorted(others)]
 
 
@@ -162,7 +169,8 @@ def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
     """A random model of a family at a few thousand parameters, gates and their biases random too, in evaluation mode.
 
     Raises:
-        RequestError: no variant of the tiny sizes gives a model that runs; says what the first one failed with.
+        NotTried: no variant of the tiny sizes gives a model that runs; says what the first one failed with.
+        RequestError: the model cannot be grafted.
     """
     failures = []
     for variant in _VARIANTS:
@@ -170,15 +178,13 @@ def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
             model = _random_model(_tiny_config(model_type, variant), seed).to(dtype).eval()
             with torch.no_grad():
                 model(**tiny_inputs(model))
-        except RequestError:
+        except (RequestError, NotTried):
             raise
         except Exception as error:  # whatever a family's own code says to sizes it cannot have
             failures.append(" ".join(f"{type(error).__name__}: {error}".split()))
         else:
             return model
-    raise RequestError(
-        "model_type", model_type, f"a family whose tiny model runs; this one: {failures[0]:.160}"
-    )
+    raise NotTried(f"not tried: its tiny random model does not run here: {failures[0]:.120}")
 
 
 def tiny_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -194,7 +200,7 @@ def _tiny_config(model_type: str, variant: dict[str, Any]) -> PreTrainedConfig:
 def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     model_class = next((mapping[type(config)] for mapping in _TASKS if type(config) in mapping), None)
     if model_class is None:
-        raise RequestError("model_type", config.model_type, "a model type with a model of its own")
+        raise NotTried("not tried: a part of another model type, without a model of its own in transformers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
@@ -217,16 +223,28 @@ def try_family(model_type: str) -> FamilyResult:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for dtype in (torch.float32, torch.bfloat16):
-                reason = _differs(tiny_model(model_type, dtype=dtype))
+                model = tiny_model(model_type, dtype=dtype)
+                reason = _differs(model)
                 if reason:
                     return FamilyResult(model_type, False, f"{reason} ({dtype})")
+            limit = _limit(model)
+    except NotTried as error:
+        return FamilyResult(model_type, False, str(error))
     except RequestError as error:
         return FamilyResult(model_type, False, f"needs {error.allowed}")
     except Exception as error:  # a family may fail in any way of its own; the list goes on and says how
         return FamilyResult(model_type, False, " ".join(f"{type(error).__name__}: {error}".split())[:200])
     finally:
         logging.set_verbosity(verbosity)
-    return FamilyResult(model_type, True, "")
+    return FamilyResult(model_type, True, limit)
+
+
+def _limit(model: PreTrainedModel) -> str:
+    """What a graft that works does not reach."""
+    backbone = model.get_submodule(find_routed_stack(model).backbone)
+    if "deepstack_visual_embeds" in inspect.signature(backbone.forward).parameters:
+        return "text alone: this family adds image features between layers, which stops with an error"
+    return ""
 
 
 def _differs(model: PreTrainedModel) -> str:
@@ -253,7 +271,7 @@ def try_families() -> list[FamilyResult]:
 
 def markdown_table(rows: list[FamilyResult]) -> str:
     """The rows as `docs/graft.md` has them, ending in a newline."""
-    lines = ["| model type | takes a graft | why not |", "|---|---|---|"]
+    lines = ["| model type | takes a graft | why not, or how far |", "|---|---|---|"]
     lines += [
         f"| `{row.model_type}` | {'yes' if row.works else 'no'} | {row.reason.replace('|', '/')} |"
         for row in rows
