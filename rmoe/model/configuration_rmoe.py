@@ -27,6 +27,10 @@ def _expert_parallel_plan() -> dict[str, str]:
     return projections | {"layers.*.mlp.experts": dispatch}
 
 
+MOST_LAYERS = 10_000
+"""Layers are built one by one: a damaged `config.json` that asks for 2**63 of them must not hang."""
+
+
 @strict
 class RMoEConfig(PreTrainedConfig):
     """Configuration of an RMoE model.
@@ -130,6 +134,8 @@ class RMoEConfig(PreTrainedConfig):
         for name in (*positive, "head_dim", "num_key_value_heads", "num_experts", "num_experts_per_tok"):
             if getattr(self, name) <= 0:
                 raise RequestError(name, getattr(self, name), "1 or more")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise RequestError("num_hidden_layers", self.num_hidden_layers, f"1 to {MOST_LAYERS}")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if groups is None or heads % groups:
             raise RequestError("num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")

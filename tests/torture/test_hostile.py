@@ -106,6 +106,17 @@ def test_fuzzer(inputs, note, capsys):
         print(f"\nfuzzer: {tried} inputs in {time.monotonic() - begun:.0f} s")
 
 
+def test_layers_without_end_do_not_hang(inputs, tmp_path):
+    """Found by the fuzzer."""
+    import rmoe
+
+    model = Path(shutil.copytree(inputs.run / "model", tmp_path / "model"))
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"num_hidden_layers": 2', f'"num_hidden_layers": {2**63}'))
+    with pytest.raises(RequestError, match="num_hidden_layers"):
+        rmoe.load(model)
+
+
 def test_no_pickle_is_opened(inputs, tmp_path, capsys):
     """A MODEL argument never opens one, whatever it is called."""
     model = Path(shutil.copytree(inputs.run / "model", tmp_path / "model"))
