@@ -38,7 +38,7 @@ def run(
         sweep: SETTING=VALUE,VALUE,...: each router gets its own value, chosen on validation with equal budgets; the
             test split is then evaluated once. May be given several times.
         match_params: give every router the baseline's number of parameters, by the width of its experts.
-        jobs: runs at once. Results do not depend on it; the default is what was measured best for the size.
+        jobs: runs at once. Results do not depend on it; the default fills the cores, one thread a run, at small sizes.
         margin: differences smaller than this, in bits, count as none.
         timing_rounds: turns each router gets in the phase that times it alone; 0 leaves time and memory blank.
         analysis_tokens: tokens of the validation split whose routing is measured; 0 leaves that out.
