@@ -88,13 +88,14 @@ def sorted_experts(
         rows = torch.mm(x.index_select(0, tokens[part]), up[expert].t(), out=inner[part])
         hidden = _activate(rows, width, act).mul_(weights.index_select(0, slots[part])[:, None])
         out.index_add_(0, tokens[part], torch.mm(hidden, down[expert].t()).to(out.dtype))
+    inner[parts[-1][1].stop if parts else 0 :] = (
+        0  # of empty slots: nobody reads it, but an output is defined
+    )
     return out.to(x.dtype), inner
 
 
 @sorted_experts.register_fake
-def _(
-    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, act: str
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, act: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(index.numel(), up.shape[1])
 
 
@@ -171,13 +172,22 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     for_experts = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     grads = torch.ops.rmoe.sorted_experts_backward(grad.contiguous(), *saved, ctx.act, for_experts)
     grad_x, grad_weights, grad_up, grad_down = grads
-    return grad_x, None, grad_weights, grad_up if for_experts else None, grad_down if for_experts else None, None
+    return (
+        grad_x,
+        None,
+        grad_weights,
+        grad_up if for_experts else None,
+        grad_down if for_experts else None,
+        None,
+    )
 
 
 sorted_experts.register_autograd(_backward, setup_context=_keep)
 
 
-def one_token_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, act: str) -> Tensor:
+def one_token_experts(
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, act: str
+) -> Tensor:
     """The same for `[1, d]`, without gradients: reads the weights of the chosen experts and no others."""
     experts = index[0].tolist()
     out = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
@@ -188,7 +198,9 @@ def one_token_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, dow
     return out.to(x.dtype)[None]
 
 
-def sorted_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def sorted_mm_experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """`sorted_mm`, as transformers calls an experts implementation.
 
     Raises:
@@ -196,7 +208,9 @@ def sorted_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Ten
     """
     act = self.config.hidden_act
     if not supports_sorted_mm(self):
-        raise RequestError("experts_implementation", "sorted_mm", f"another for {type(self).__name__} with {act}")
+        raise RequestError(
+            "experts_implementation", "sorted_mm", f"another for {type(self).__name__} with {act}"
+        )
     up, down = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
     kind = hidden_states.device.type
     if torch.is_autocast_enabled(kind):
@@ -220,7 +234,7 @@ def choose_experts(device: str, dtype: torch.dtype, tokens: int, hidden: int, wi
     """The experts path that `auto` takes, a pure function: a run must not depend on how busy the machine was.
 
     On the CPU `sorted_mm` was the fastest at every size measured, in float32 and bfloat16, from 1 to 4,096 tokens
-    (benchmarks/results, case "experts"). On a GPU nothing was measured: there it is transformers' own rule,
+    (benchmarks/results, case "block"). On a GPU nothing was measured: there it is transformers' own rule,
     grouped_mm for bfloat16 with rows of whole 16 bytes, batched_mm for single tokens, and `sorted_mm`, which waits
     for the device once a layer, for the rest.
 
@@ -232,7 +246,9 @@ def choose_experts(device: str, dtype: torch.dtype, tokens: int, hidden: int, wi
     return "batched_mm" if tokens == 1 else "grouped_mm"
 
 
-def auto_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def auto_experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """`auto`: what `choose_experts` says for these sizes; the plain loop where `sorted_mm` cannot."""
     kind, dtype = hidden_states.device.type, hidden_states.dtype
     if torch.is_autocast_enabled(kind):

@@ -112,7 +112,9 @@ def test_layers_without_end_do_not_hang(inputs, tmp_path):
 
     model = Path(shutil.copytree(inputs.run / "model", tmp_path / "model"))
     config = (model / "config.json").read_text()
-    (model / "config.json").write_text(config.replace('"num_hidden_layers": 2', f'"num_hidden_layers": {2**63}'))
+    (model / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', f'"num_hidden_layers": {2**63}')
+    )
     with pytest.raises(RequestError, match="num_hidden_layers"):
         rmoe.load(model)
 
