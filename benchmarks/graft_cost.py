@@ -3,7 +3,8 @@
     python benchmarks/graft_cost.py [--out benchmarks/results] [--threads N] [--hidden-size D] [--layers L]
 
 A random Qwen3-MoE of one size up to what memory allows; rounds alternate between the plain and the grafted model,
-forward alone and forward with backward. Memory is what tensors take, counted by torch's own hooks on saved
+forward alone and forward with backward. Time is processor time: on a shared machine wall-clock time also says
+what else was running. Memory is what tensors take, counted by torch's own hooks on saved
 tensors, not the process's: on a CPU the allocator's figures say more about what ran before.
 """
 
@@ -23,12 +24,14 @@ from rmoe.graft import GraftSpec, graft
 from rmoe.graft.folder import is_graft_tensor
 from rmoe.routing.mechanisms import Recurrence
 
-BATCH, LENGTH, ROUNDS, WIDTH = 2, 512, 6, 128
+BATCH, LENGTH, ROUNDS, WIDTH = 2, 512, 7, 128
 
 
 def main() -> None:
     """Measure, print, and with --out keep the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder for a dated result")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--hidden-size", type=int, default=1024)
@@ -61,10 +64,10 @@ def main() -> None:
         ids = torch.randint(0, 1024, (BATCH, LENGTH), generator=generator)
         for name, model in models.items() if number % 2 else reversed(models.items()):
             for part, run in (("forward", forward), ("training", training)):
-                start = time.perf_counter()
+                start = time.process_time()
                 run(model, ids)
                 if number:  # the first round warms up
-                    seconds[f"{name} {part}"].append(time.perf_counter() - start)
+                    seconds[f"{name} {part}"].append(time.process_time() - start)
     added = sum(p.numel() for n, p in grafted.named_parameters() if is_graft_tensor(n))
     ids = torch.randint(0, 1024, (BATCH, LENGTH), generator=generator)
     saved = {name: saved_bytes(model, ids) for name, model in models.items()}
@@ -85,13 +88,13 @@ def main() -> None:
             "tokens_per_pass": tokens,
             "plain_parameters": sum(p.numel() for p in plain.parameters()),
             "added_parameters": added,
-            "plain_forward_ms": 1e3 * median(seconds["plain forward"]),
-            "plain_training_ms": 1e3 * median(seconds["plain training"]),
-            "added_forward_share": share("forward"),
-            "added_training_share": share("training"),
+            "plain_forward_processor_ms": 1e3 * median(seconds["plain forward"]),
+            "plain_training_processor_ms": 1e3 * median(seconds["plain training"]),
+            "added_forward_processor_share": share("forward"),
+            "added_training_processor_share": share("training"),
             "predicted_share_of_flops": graft_flops(d) * layers / model_flops(config),
             "added_saved_bytes_per_token_and_layer": (saved["grafted"] - saved["plain"]) / tokens / layers,
-            "predicted_saved_bytes_per_token_and_layer": predicted_saved_bytes(d),
+            "predicted_saved_bytes_per_token_and_layer": predicted_saved_bytes(d, layers),
             "rounds": ROUNDS,
         },
         arguments.out,
@@ -143,13 +146,13 @@ def model_flops(config: Qwen3MoeConfig) -> int:
     return config.num_hidden_layers * (attention + experts + router) + 2 * d * config.vocab_size
 
 
-def predicted_saved_bytes(d: int) -> int:
+def predicted_saved_bytes(d: int, layers: int) -> float:
     """Of one token and layer, float32: what the graft's backward pass has to read.
 
-    `x + B h` for the gate (d); the projection and the state (p each); the two sides' products (3 p each: both
-    candidates' terms are used); the gates s, z and the candidate n (p each), and `h - n` (p).
+    `x + B h` for the gate (d); the projection and the new state (p each); the state's products (3 p, kept whole for
+    the candidate's third); the gates s and z, the candidate n, and `h - n` (p each); and `h_0` once (p).
     """
-    return 4 * (d + 2 * WIDTH + 2 * 3 * WIDTH + 4 * WIDTH)
+    return 4 * (d + 2 * WIDTH + 3 * WIDTH + 4 * WIDTH + WIDTH / layers)
 
 
 if __name__ == "__main__":
