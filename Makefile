@@ -24,6 +24,7 @@ help:
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make torture   kills, damage, full disks, hostile inputs: the table of docs/reliability.md (under 30 minutes)"
 	@echo "make torture-full  the same with five times the kills and an hour of fuzzing"
+	@echo "make bench     measure speed and memory against transformers' models; writes benchmarks/results"
 	@echo "make check     lint, formatting, types, security, then the quick tests (what CI runs)"
 	@echo "make format    rewrite the code as the formatter wants it"
 	@echo "make clean     remove .venv and the tools' caches"
@@ -63,6 +64,12 @@ torture torture-full: $(VENV)/.installed-dev
 	RMOE_TORTURE=$(LEVEL) RMOE_TORTURE_REPORT=$(abspath $(TORTURE_REPORT)) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -m "" tests/torture
 	@cat $(TORTURE_REPORT)
+
+# Refuses what its own tests do not vouch for. About an hour on two cores; BENCH="--sizes quick" is a few minutes.
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.suite $(BENCH)
+	cd benchmarks && for case in mutual_information recording_overhead graft_cost; do \
+		$(abspath $(BIN))/python $$case.py --out results || exit 1; done
 
 check: lint test
 
