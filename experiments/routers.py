@@ -1,7 +1,8 @@
 """Routers of the experiments that the zoo does not have: a plugin, `--plugin experiments/routers.py`.
 
 The zoo's state is 128 wide, as in the paper, where the model is 352 wide. At the experiments' width of 96 that would be no
-bottleneck at all, so every row with a state is there once more with 32: the paper's ratio. `NAME-p32` is the zoo's NAME.
+bottleneck at all, so every row with a state of 128 (EDA: 256) is there once more with 32: the paper's ratio.
+`NAME-p32` is the zoo's NAME.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rmoe.routing.zoo import ZOO, ZooRow, find, register, vary
 WIDTH = 32
 
 for _name, _row in list(ZOO.items()):
-    if isinstance(_row.spec.recurrence, Recurrence):
+    if isinstance(_row.spec.recurrence, Recurrence) and "-p" not in _name:
         _summary = f"{_row.summary}; here p = {WIDTH}"
         register(
             f"{_name}-p{WIDTH}",
