@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 
 from rmoe.errors import RequestError
 from rmoe.model.configuration_rmoe import RMoEConfig
+from rmoe.model.head import LMHead, lm_loss
 from rmoe.model.initialize import initializers_of, own_tensors
 from rmoe.model.layers import RMoEDecoderLayer, build_norm
 from rmoe.model.outputs import (
@@ -248,7 +249,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__(config)
         self.model = RMoEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +280,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        output_logits: bool = True,
         **kwargs: Any,
     ) -> RMoECausalLMOutputWithPast:
         """As any transformers causal LM; with labels, `loss = lm_loss + aux_loss`.
@@ -288,6 +290,10 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
             output_routing: return each layer's `Routing`.
             router_stats: sums of the earlier micro-batches of this optimizer step, for losses over the global batch.
             num_items_in_batch: predicted tokens of the whole optimizer step; the loss is then a sum over them.
+            output_logits: False, with labels, takes the loss a chunk of tokens at a time and returns no logits; for a
+                large vocabulary they would be the largest tensor of the step. `rmoe train` asks for that; other
+                trainers find logits beside the loss, as in transformers. They are computed whole all the same where
+                the head is split over the vocabulary (tensor parallelism) or is not this package's (a replaced one).
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -299,18 +305,25 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = lm_loss = aux_loss = None
-        if labels is not None or shift_labels is not None:
-            lm_loss = self.loss_function(
-                logits,
-                labels,
-                self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-            )
-            aux_loss = self._balance_loss(outputs, router_stats).to(lm_loss.dtype)
-            loss = lm_loss + aux_loss
+        hidden = outputs.last_hidden_state[:, kept]
+        wants_loss = labels is not None or shift_labels is not None
+        head: nn.Module = self.lm_head  # may have been replaced: by an adapter, or for another vocabulary
+        logits = loss = nats = aux_loss = None
+        if wants_loss and not output_logits and isinstance(head, LMHead) and head.gives_loss:
+            nats = lm_loss(head, hidden, labels, shift_labels, num_items_in_batch)
+        else:
+            logits = head(hidden)
+            if wants_loss:
+                nats = self.loss_function(
+                    logits,
+                    labels,
+                    self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=shift_labels,
+                )
+        if nats is not None:
+            aux_loss = self._balance_loss(outputs, router_stats).to(nats.dtype)
+            loss = nats + aux_loss
         wants_logits = (
             self.config.output_router_logits if output_router_logits is None else output_router_logits
         )
@@ -322,7 +335,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if wants_logits else None,
-            lm_loss=lm_loss,
+            lm_loss=nats,
             routing=outputs.routing if output_routing else None,
             router_stats=outputs.router_stats,
         )

@@ -39,6 +39,7 @@ from transformers.trainer_callback import PrinterCallback
 from rmoe.data.blocks import BlockSampler
 from rmoe.data.config import SplitName
 from rmoe.errors import RequestError, RunError
+from rmoe.model import RMoEForCausalLM
 from rmoe.training import sharded
 from rmoe.training import state as contents
 from rmoe.training.accounting import StepSums, Window
@@ -137,6 +138,7 @@ class RMoETrainer(Trainer):
         self.last_evaluation: tuple[int, Evaluation] | None = None
         self._counts_items = getattr(model, "loss_type", None) == "ForCausalLM"
         self._has_routers = hasattr(model, "update_routers")
+        self._skips_logits = isinstance(model, RMoEForCausalLM)
         self._router_parameters = list(router_parameters(model).values())
         self._window, self._sums = Window(), StepSums(self.world_size)
         self._step_losses = (0.0, 0.0)
@@ -176,6 +178,8 @@ class RMoETrainer(Trainer):
         """
         if self._has_routers:
             inputs = {**inputs, "router_stats": self._sums.stats}
+        if self._skips_logits and not return_outputs:
+            inputs = {**inputs, "output_logits": False}
         if self._counts_items and num_items_in_batch is not None:
             inputs = {**inputs, "num_items_in_batch": num_items_in_batch, "use_cache": False}
         else:

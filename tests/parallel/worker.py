@@ -42,7 +42,9 @@ def one_process(router: str, parts: int) -> tuple[float, dict[str, Tensor]]:
 
 def data_parallel(model: torch.nn.Module, shared_batch: bool = False) -> tuple[float, dict[str, Tensor]]:
     ids = IDS if shared_batch else IDS.chunk(2)[dist.get_rank()]
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    out = model(input_ids=ids, labels=ids, use_cache=False, output_logits=False)
+    assert (out.logits is None) != shared_batch  # a head split over the vocabulary gives logits
+    loss = out.loss
     loss.backward()
     gradients = {
         name.removeprefix("module."): whole(p.grad)

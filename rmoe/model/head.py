@@ -1,0 +1,157 @@
+"""The output layer, which can give the cross-entropy instead of logits and then never holds all of them.
+
+Of `[T, V]` logits, their log-probabilities and their gradient, a large vocabulary makes the largest tensors of a
+training step. Here a chunk of tokens is taken at a time, and the chunk's gradients while its logits are there, so
+nothing is computed twice: 2 * T * V * d FLOPs forward and 4 * T * V * d for the gradients, as without chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""transformers' `ignore_index`."""
+
+CHUNK_BYTES = 2**25
+"""One chunk's logits in float32: 32 MiB, 262 tokens at a vocabulary of 32,000."""
+
+
+@torch.library.custom_op("rmoe::chunked_cross_entropy", mutates_args=())
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`-sum_t ln softmax(W h_t)[target_t]` and its gradients.
+
+    Args:
+        hidden: `[T, d]`. weight: `[V, d]`. targets: `[T]` int64, -100 does not count.
+        dtype: of the matrix products; softmax and sums are in at least float32.
+        for_hidden, for_weight: which gradients are wanted; the other is empty.
+
+    Returns:
+        The sum; its gradient by `hidden`, in the dtype of `hidden`; by `weight`, in at least float32.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    low = weight.to(dtype)
+    total = hidden.new_zeros((), dtype=wide)
+    grad_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else weight.new_empty(0, dtype=wide)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        h, target = hidden[part].to(dtype), targets[part]
+        log_probs = F.log_softmax((h @ low.t()).to(wide), -1)
+        total += F.nll_loss(log_probs, target, ignore_index=IGNORED, reduction="sum")
+        if not (for_hidden or for_weight):
+            continue
+        counts = (target != IGNORED).to(wide)[:, None]
+        grad = log_probs.exp_().scatter_add_(1, target.clamp(min=0)[:, None], -counts)
+        grad = grad.mul_(counts).to(dtype)
+        if for_hidden:
+            grad_hidden[part] = grad @ low
+        if for_weight and dtype == wide:
+            grad_weight.addmm_(grad.t(), h)
+        elif for_weight:
+            grad_weight += grad.t() @ h
+    return total, grad_hidden, grad_weight
+
+
+@chunked_cross_entropy.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        torch.empty_like(hidden) if for_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=wide) if for_weight else weight.new_empty(0, dtype=wide),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.weight_dtype, (ctx.for_hidden, ctx.for_weight) = inputs[1].dtype, inputs[4:]
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    hidden, weight = ctx.saved_tensors
+    grad_hidden = hidden * grad.to(hidden.dtype) if ctx.for_hidden else None
+    grad_weight = (weight * grad).to(ctx.weight_dtype) if ctx.for_weight else None
+    return grad_hidden, grad_weight, None, None, None, None
+
+
+chunked_cross_entropy.register_autograd(_backward, setup_context=_keep)
+
+
+class LMHead(nn.Linear):
+    """`W h` `[*, d] -> [*, V]`; with targets the sum of their cross-entropy.
+
+    The loss is taken inside the module's own `forward`, where FSDP2 has gathered the weight.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    @property
+    def gives_loss(self) -> bool:
+        """Not under tensor parallelism: each process has a part of the vocabulary, and the plan's output is logits."""
+        return not getattr(self, "_is_hooked", False)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """`targets` `[*]` int64, -100 does not count -> scalar, nats, at least float32."""
+        if targets is None:
+            return super().forward(hidden)
+        kind, dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        wanted = torch.is_grad_enabled()
+        with torch.autocast(kind, enabled=False):
+            total: Tensor = chunked_cross_entropy(
+                hidden.reshape(-1, hidden.shape[-1]),
+                self.weight,
+                targets.reshape(-1).to(hidden.device),
+                dtype,
+                wanted and hidden.requires_grad,
+                wanted and self.weight.requires_grad,
+            )[0]
+        return total
+
+
+def lm_loss(
+    head: LMHead,
+    hidden: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """transformers' `ForCausalLMLoss`, from hidden states.
+
+    Args:
+        hidden: `[B, S, d]`. labels: `[B, S]`, shifted here. shift_labels: `[B, S]`, shifted already.
+        num_items_in_batch: what the sum is divided by; None is the number of labels that count.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    total = head(hidden, shift_labels)
+    if num_items_in_batch is None:
+        return total / (shift_labels != IGNORED).sum().to(total.device)
+    items = num_items_in_batch
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
