@@ -1,7 +1,7 @@
 """Routers of the experiments that the zoo does not have: a plugin, `--plugin experiments/routers.py`.
 
-The zoo's state is 128 wide, as in the paper, where the model is 352 wide. At the experiments' width of 96 that would be no
-bottleneck at all, so every row with a state of 128 (EDA: 256) is there once more with 32: the paper's ratio.
+The zoo's state is 128 wide, as in the paper, where the model is 352 wide. At the experiments' width of 96 that would be
+no bottleneck at all, so every row with a state of 128 (EDA: 256) is there once more with 32: the paper's ratio.
 `NAME-p32` is the zoo's NAME.
 """
 
