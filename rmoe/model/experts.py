@@ -13,6 +13,7 @@ experts' outputs need not be kept.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
+    ExpertsInterface,
     _default_apply_gate,
     batched_mm_experts_forward,
     grouped_mm_experts_forward,
@@ -235,15 +237,57 @@ def choose_experts(device: str, dtype: torch.dtype, tokens: int, hidden: int, wi
 
     On the CPU `sorted_mm` was the fastest at every size measured, in float32 and bfloat16, from 1 to 4,096 tokens
     (benchmarks/results, case "block"). On a GPU nothing was measured: there it is transformers' own rule,
-    grouped_mm for bfloat16 with rows of whole 16 bytes, batched_mm for single tokens, and `sorted_mm`, which waits
+    batched_mm for single tokens, grouped_mm for bfloat16 with rows of whole 16 bytes, and `sorted_mm`, which waits
     for the device once a layer, for the rest.
 
     Args:
         device: type of the device. dtype: of the stream. tokens: `T`. hidden: `d`. width: of an expert.
     """
-    if device == "cpu" or dtype != torch.bfloat16 or hidden % 8 or width % 8:
+    if device == "cpu":
         return "sorted_mm"
-    return "batched_mm" if tokens == 1 else "grouped_mm"
+    if tokens == 1:
+        return "batched_mm"
+    return "grouped_mm" if dtype == torch.bfloat16 and in_whole_16_bytes(hidden, width) else "sorted_mm"
+
+
+def in_whole_16_bytes(hidden: int, width: int) -> bool:
+    """Whether rows of 2-byte numbers are: torch's grouped product refuses others."""
+    return hidden % 8 == 0 and width % 8 == 0
+
+
+ExpertsForward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+class _Cast:
+    """Experts as they are, but for the dtype of their weights."""
+
+    def __init__(self, experts: Any, dtype: torch.dtype) -> None:
+        self.experts, self.down_proj = experts, experts.down_proj.to(dtype)
+        if experts.has_gate:
+            self.gate_up_proj = experts.gate_up_proj.to(dtype)
+        else:
+            self.up_proj = experts.up_proj.to(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.experts, name)
+
+
+def heeds_autocast(function: ExpertsForward) -> ExpertsForward:
+    """An experts implementation whose products are in autocast's dtype, where torch's kernel takes the sizes.
+
+    The grouped product is not on autocast's list, and computes in whatever dtype the weights have.
+    """
+
+    @wraps(function)
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        kind = hidden_states.device.type
+        sizes = hidden_states.shape[-1], self.down_proj.shape[-1]
+        if not (torch.is_autocast_enabled(kind) and in_whole_16_bytes(*sizes)):
+            return function(self, hidden_states, top_k_index, top_k_weights)
+        low = torch.get_autocast_dtype(kind)
+        return function(_Cast(self, low), hidden_states.to(low), top_k_index, top_k_weights.to(low))
+
+    return forward
 
 
 def auto_experts_forward(
@@ -257,14 +301,14 @@ def auto_experts_forward(
     choice = choose_experts(kind, dtype, tokens, hidden, self.down_proj.shape[-1])
     if choice == "sorted_mm" and not supports_sorted_mm(self):
         choice = "eager"
-    function: Callable[..., Tensor] = {
-        "sorted_mm": sorted_mm_experts_forward,
-        "grouped_mm": grouped_mm_experts_forward,
-        "batched_mm": batched_mm_experts_forward,
-        "eager": type(self).forward.__wrapped__,
-    }[choice]
+    function = EXPERTS.get_interface(choice, type(self).forward.__wrapped__)
     return function(self, hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
 ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
+
+EXPERTS = ExpertsInterface()
+"""All implementations as this package's models run them."""
+EXPERTS["grouped_mm"] = heeds_autocast(grouped_mm_experts_forward)
+EXPERTS["batched_mm"] = heeds_autocast(batched_mm_experts_forward)

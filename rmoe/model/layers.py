@@ -12,8 +12,8 @@ from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from rmoe.model import experts as _  # noqa: F401 - registers sorted_mm and auto
 from rmoe.model.configuration_rmoe import RMoEConfig
+from rmoe.model.experts import EXPERTS
 from rmoe.model.norm import RMSNorm
 from rmoe.routing.contract import RouterContext, Routing, State, dispatched_experts
 from rmoe.routing.initial import Initialized, Initializer, normal
@@ -66,14 +66,14 @@ class _Experts(Initialized):
         return out
 
 
-@use_experts_implementation(has_gate=True)
+@use_experts_implementation(experts_interface=EXPERTS, has_gate=True)
 class GatedExperts(_Experts):
     """`W_down (act(W_gate x) * W_up x)` (SwiGLU with silu)."""
 
     gated = True
 
 
-@use_experts_implementation(has_gate=False)
+@use_experts_implementation(experts_interface=EXPERTS, has_gate=False)
 class UngatedExperts(_Experts):
     """`W_down act(W_up x)` (the enwik8 model, with ReLU)."""
 

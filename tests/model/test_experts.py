@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations import moe
 
 from rmoe.errors import RequestError
 from rmoe.model.experts import choose_experts, sorted_experts
@@ -22,8 +26,8 @@ DECISIONS = {
 }
 
 
-def experts(implementation: str, gated: bool, dtype: torch.dtype) -> _Experts:
-    settings = config(**(PRE if gated else POST))
+def experts(implementation: str, gated: bool, dtype: torch.dtype, **sizes: int) -> _Experts:
+    settings = config(**(PRE if gated else POST), **sizes)
     settings._experts_implementation = implementation
     torch.manual_seed(0)
     built = (GatedExperts if gated else UngatedExperts)(settings)
@@ -37,7 +41,7 @@ def outputs_and_gradients(
     built: _Experts, decision: str, dtype: torch.dtype, count: int = 23
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(count, 36, generator=generator).to(dtype).requires_grad_()
+    x = torch.randn(count, built.hidden_dim, generator=generator).to(dtype).requires_grad_()
     weights = torch.rand(count, 2, generator=generator).to(dtype)
     index = DECISIONS[decision](count, 5)
     weights = weights.masked_fill(index == 5, 0.0).requires_grad_()
@@ -100,11 +104,36 @@ def test_one_token_without_gradients_reads_chosen_experts_only() -> None:
         assert (built(x, index, weights) - want).abs().max() < 1e-12
 
 
-def test_autocast_computes_in_bfloat16() -> None:
-    built = experts("auto", True, torch.float32)
-    x, index, weights = torch.randn(9, 36), torch.randint(0, 5, (9, 2)), torch.rand(9, 2)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("path", ["auto", "sorted_mm", "grouped_mm", "batched_mm"])
+def test_autocast_computes_in_bfloat16(path: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path's products, and so its result, are in autocast's dtype; gradients are in the weights' own."""
+    products: list[torch.dtype] = []
+    for name in ("_grouped_linear", "_batched_linear"):
+        monkeypatch.setattr(moe, name, _recording(getattr(moe, name), products))
+    sizes = {"hidden_size": 48, "moe_intermediate_size": 24}
+    exact = outputs_and_gradients(experts("eager", gated, torch.float32, **sizes), "even", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert built(x, index, weights).dtype == torch.bfloat16
+        low = outputs_and_gradients(experts(path, gated, torch.float32, **sizes), "even", torch.float32)
+    assert low["out"].dtype == torch.bfloat16
+    assert set(products) == ({torch.bfloat16} if path in ("grouped_mm", "batched_mm") else set())
+    assert low["down_proj"].dtype == low["x"].dtype == torch.float32
+    for name, value in exact.items():
+        assert 0 < (low[name].float() - value).norm() < 0.02 * value.norm(), name
+
+
+def test_autocast_with_rows_torch_cannot_group() -> None:
+    built = experts("grouped_mm", True, torch.float32)  # 36 wide
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outputs_and_gradients(built, "even", torch.float32)["out"].dtype == torch.float32
+
+
+def _recording(function: Callable[..., Tensor], products: list[torch.dtype]) -> Callable[..., Tensor]:
+    def linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        products.extend((x.dtype, weight.dtype))
+        return function(x, weight, *args, **kwargs)
+
+    return linear
 
 
 def test_auto_is_the_default_and_a_pure_function() -> None:
@@ -112,6 +141,7 @@ def test_auto_is_the_default_and_a_pure_function() -> None:
     assert choose_experts("cpu", torch.float32, 4096, 352, 352) == "sorted_mm"
     assert choose_experts("cuda", torch.bfloat16, 4096, 352, 352) == "grouped_mm"
     assert choose_experts("cuda", torch.bfloat16, 4096, 36, 20) == "sorted_mm"
+    assert choose_experts("cuda", torch.float32, 1, 36, 20) == "batched_mm"  # no wait for the device
 
 
 def test_unknown_activation() -> None:
