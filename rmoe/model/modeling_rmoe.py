@@ -24,6 +24,7 @@ from rmoe.model.outputs import (
     RMoEModelOutputWithPast,
     RMoESequenceClassifierOutput,
 )
+from rmoe.model.recompute import keep_decisions
 from rmoe.model.sharing import write_auto_code
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, router_stats
@@ -72,10 +73,16 @@ class RMoEPreTrainedModel(PreTrainedModel):
     ) -> None:
         """As in transformers, but never reentrant: that form silently loses the balance losses' gradient.
 
+        Routing decisions are kept, not made again (`rmoe.model.recompute`); `context_fn` among the kwargs overrides it.
+
         Raises:
             RequestError: `use_reentrant=True`.
         """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        options = {
+            "use_reentrant": False,
+            "context_fn": keep_decisions,
+            **(gradient_checkpointing_kwargs or {}),
+        }
         if options["use_reentrant"]:
             raise RequestError(
                 "use_reentrant", True, "False: the reentrant form loses the balance loss's gradient"
