@@ -144,8 +144,8 @@ def gradients(run: Finished) -> Figures:
         assert split is not None
         assert split.balance is not None
         balance, language_model = _norm(split.balance[0]), _norm(split.language_model[0])
-        step = int(folder.name.rpartition("-")[2])
-        figures[f"balance_share@{step}"] = balance / (balance + language_model)
+        share = int(folder.name.rpartition("-")[2]) / run.config.training.max_steps
+        figures[f"balance_share@{share:g}"] = balance / (balance + language_model)
     return figures
 
 

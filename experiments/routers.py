@@ -1,8 +1,8 @@
 """Routers of the experiments that the zoo does not have: a plugin, `--plugin experiments/routers.py`.
 
 The zoo's state is 128 wide, as in the paper, where the model is 352 wide. At the CPU size's width of 96 that would be
-no bottleneck at all, so every row with a state of 128 (EDA: 256) is there once more with 32, the paper's ratio, and with
-128 for the GPU size: `NAME-p32` and `NAME-p128` are the zoo's NAME.
+no bottleneck at all, so every row with a state of 128 (EDA: 256) is there once more with 32, the paper's ratio, and
+with 128 for the GPU size: `NAME-p32` and `NAME-p128` are the zoo's NAME.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from rmoe.routing.zoo import ZOO, ZooRow, find, register, vary
 
 WIDTHS = (32, 128)  # of the CPU size, of the GPU size
 
-# Width -> gate entropy in nats that RMoE of that width, seed 0, ended at on validation text (mean over layers): what the
-# steered SMoE is steered to. For the GPU size it has to be measured first: train `rmoe-p128`, and enter it here.
+# Width -> gate entropy in nats that RMoE of that width, seed 0, ended at on validation text (mean over layers): what
+# the steered SMoE is steered to. For the GPU size it has to be measured first: train `rmoe-p128`, and enter it here.
 ENTROPY_OF_RMOE = {32: 2.694}
 
 for _width in WIDTHS:

@@ -21,8 +21,10 @@ import msgspec
 from experiments.figures import Figures, Finished, figures_of
 from rmoe.compare import statistics
 from rmoe.compare.compare import Options, compare
+from rmoe.compare.plan import named_routers
 from rmoe.compare.schema import Interval, read_rows, run_key
 from rmoe.errors import RequestError, RunError
+from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.environment import hardware, versions
 
@@ -119,6 +121,23 @@ def read(name: str, size: str) -> Experiment:
     """An experiment with its routers' names as this size has them."""
     text = (HERE / f"{name}.toml").read_text(encoding="utf-8").replace("{p}", str(STATE_WIDTH[size]))
     return msgspec.convert(tomllib.loads(text), Experiment)
+
+
+def require_whole(name: str, experiment: Experiment) -> None:
+    """Before anything is trained: every router exists, and every part names routers that its grids train.
+
+    Raises:
+        RequestError: one does not.
+    """
+    load_plugins((PLUGIN,))
+    trained = {grid.folder: set(named_routers(grid.routers)) for grid in experiment.grid}
+    for part in (part for one in experiment.statement for part in one.part):
+        for grid in filter(None, (part.grid, part.beyond)):
+            for router in (part.router, part.against):
+                if router not in trained.get(grid, ()):
+                    raise RequestError(
+                        f"{name}: part", f"{router} in {grid}", "a router that the grid trains"
+                    )
 
 
 def train(grid: Grid, place: Workplace) -> dict[str, dict[int, Path]]:
@@ -302,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if unknown := set(asked.names) - set(NAMES):
             raise RequestError("NAME", ", ".join(sorted(unknown)), f"one of {', '.join(NAMES)}")
+        for name in asked.names:
+            require_whole(name, read(name, place.size))
         for name in asked.names:
             carry_out(name, place, asked.results)
     except (RequestError, RunError) as error:
