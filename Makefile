@@ -65,9 +65,11 @@ torture torture-full: $(VENV)/.installed-dev
 		$(BIN)/python -m pytest -m "" tests/torture
 	@cat $(TORTURE_REPORT)
 
-# Refuses what its own tests do not vouch for. About an hour on two cores; BENCH="--sizes quick" is a few minutes.
+# Refuses what its own tests do not vouch for. About an hour on two cores, the tests included; a part of the suite is
+# BENCH="--cases step block --sizes quick", and parts of one day go into one file.
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.suite $(BENCH)
+	$(BIN)/python -m benchmarks.sharing --out benchmarks/results
 	cd benchmarks && for case in mutual_information recording_overhead graft_cost; do \
 		$(abspath $(BIN))/python $$case.py --out results || exit 1; done
 

@@ -1,27 +1,69 @@
-"""How things are measured: in turn, warmed up, medians; and what the machine could do at best."""
+"""How things are measured: in turn, warmed up, medians; what the machine could do at best; memory of tensors."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from rmoe.errors import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST_SECONDS = 0.02
+"""A contestant's turn lasts at least so long; one that needs less is called several times."""
+
+
+class Work(NamedTuple):
+    """What one phase cannot do without: FLOPs of matrix products, and bytes to and from memory."""
+
+    flops: float = 0.0
+    nbytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to be measured.
+
+    Attributes:
+        build: makes it; what it gives is called again and again.
+        phases: the least work of one call, phase by phase; empty where nothing is to be said.
+        tokens: that one call deals with.
+        memory: what peak memory is. `tensors`: bytes in torch tensors at their peak, from nothing, by torch's own
+            accounting (a CPU allocator keeps pages that nobody uses, and libraries take hundreds of MB, so
+            resident memory says little about a model); `resident`: growth of the process, for what is no tensor;
+            `child`: a call gives the resident memory, in MiB, of the command that it runs.
+    """
+
+    build: Callable[[], Callable[[], object]]
+    phases: tuple[Work, ...] = ()
+    tokens: int | None = None
+    memory: Literal["tensors", "resident", "child"] = "tensors"
+
 
 class Timing(NamedTuple):
-    """Medians over rounds.
+    """Medians over rounds, of one call.
 
     Attributes:
         wall_ms: wall clock.
-        cpu_ms: processor time of all threads, which other processes on the machine stretch little.
-        ratio: of the first contestant's `cpu_ms` (wall clock on a GPU), paired round by round.
+        cpu_ms: processor time of all threads; beyond threads x wall clock something is wrong, far below it the
+            machine was busy or the work did not spread.
+        ratio: of the first contestant's wall clock, paired round by round.
+        spread: half the distance between the ratio's quartiles.
     """
 
     wall_ms: float
     cpu_ms: float
     ratio: float
+    spread: float
 
 
 def synchronize(device: str) -> None:
@@ -29,36 +71,40 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def compare(
-    contestants: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
-) -> dict[str, Timing]:
-    """Time each contestant once a round, forwards and backwards in turn (A B C, C B A), after two rounds unmeasured.
+def compare(calls: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, Timing]:
+    """Time each call once a round, forwards and backwards in turn (A B C, C B A), after two rounds unmeasured.
 
     Args:
-        contestants: name -> one step of it; the first is what the others are divided by.
+        calls: name -> one step of it; the first is what the others are divided by.
         rounds: at least 20 for a figure that is published.
     """
-    wall: dict[str, list[float]] = {name: [] for name in contestants}
-    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = dict.fromkeys(calls, 1)
     for number in range(-2, rounds):
-        for name in list(contestants)[:: 1 if number % 2 else -1]:
+        for name in list(calls)[:: 1 if number % 2 else -1]:
             synchronize(device)
             started, used = time.perf_counter(), time.process_time()
-            contestants[name]()
+            for _ in range(repeats[name]):
+                calls[name]()
             synchronize(device)
+            spent, used = time.perf_counter() - started, time.process_time() - used
             if number >= 0:
-                cpu[name].append(time.process_time() - used)
-                wall[name].append(time.perf_counter() - started)
-    paired = cpu if device == "cpu" else wall
-    first = paired[next(iter(contestants))]
-    return {
-        name: Timing(
+                wall[name].append(spent / repeats[name])
+                cpu[name].append(used / repeats[name])
+            elif number == -1 and rounds > 2:
+                repeats[name] = max(1, math.ceil(LEAST_SECONDS / spent))
+    found, first = {}, wall[next(iter(calls))]
+    for name in calls:
+        ratios = sorted(b / a for a, b in zip(first, wall[name], strict=True))
+        quarter = len(ratios) // 4
+        found[name] = Timing(
             wall_ms=1e3 * median(wall[name]),
             cpu_ms=1e3 * median(cpu[name]),
-            ratio=median(b / a for a, b in zip(first, paired[name], strict=True)),
+            ratio=median(ratios),
+            spread=(ratios[-1 - quarter] - ratios[quarter]) / 2,
         )
-        for name in contestants
-    }
+    return found
 
 
 class Roofline(NamedTuple):
@@ -67,17 +113,21 @@ class Roofline(NamedTuple):
     gflops: float
     gbytes: float
 
-    def seconds(self, flops: float, nbytes: float = 0.0) -> float:
-        """The least time for this work: whichever of the two takes longer."""
-        return max(flops / self.gflops, nbytes / self.gbytes) / 1e9
+    def seconds(self, *phases: Work) -> float:
+        """The least time: of each phase whichever of the two takes longer."""
+        return sum(max(work.flops / self.gflops, work.nbytes / self.gbytes) for work in phases) / 1e9
+
+    def best(self, other: Roofline) -> Roofline:
+        return Roofline(max(self.gflops, other.gflops), max(self.gbytes, other.gbytes))
 
 
-def measure_roofline(device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 20) -> Roofline:
-    """Best of some large matrix products (CPU: on processor time divided by threads) and of some large copies."""
-    n, length = (1024, 1 << 25) if device == "cpu" else (8192, 1 << 28)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source, target = torch.ones(length, device=device), torch.empty(length, device=device)
-    out = torch.empty_like(a)
+def measure_roofline(device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 12) -> Roofline:
+    """By wall clock, with the threads that the cases use: best of some large products and of some large copies.
+
+    Measured right before and right after each case, the better of the two counting, so that a rate taken while the
+    machine was busy does not flatter what was measured while it was not.
+    """
+    sizes, length = ((1024, 2048), 1 << 25) if device == "cpu" else ((8192,), 1 << 28)
 
     def best(work: Callable[[], object]) -> float:
         times = []
@@ -89,6 +139,100 @@ def measure_roofline(device: str = "cpu", dtype: torch.dtype = torch.float32, re
             times.append(time.perf_counter() - started)
         return min(times)
 
-    rate = 2 * n**3 / best(lambda: torch.mm(a, b, out=out)) / 1e9
-    bandwidth = 2 * 4 * length / best(lambda: target.copy_(source)) / 1e9
-    return Roofline(rate, bandwidth)
+    rate = 0.0
+    for n in sizes:
+        a, b, out = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
+        rate = max(rate, 2 * n**3 / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) / 1e9)
+    source, target = torch.ones(length, device=device), torch.empty(length, device=device)
+    return Roofline(rate, 2 * 4 * length / best(lambda: target.copy_(source)) / 1e9)
+
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::mv")
+
+
+def product_seconds(call: Callable[[], object], device: str, repeats: int = 5) -> float:
+    """Seconds of one call that are spent inside matrix products, from torch's profiler; the median of some calls."""
+    activity = torch.profiler.ProfilerActivity
+    found = []
+    for _ in range(repeats):
+        with torch.profiler.profile(
+            activities=[activity.CPU, *([activity.CUDA] if device == "cuda" else [])]
+        ) as p:
+            call()
+            synchronize(device)
+        spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+        found.append(sum(getattr(e, spent) for e in p.key_averages() if e.key in PRODUCTS) / 1e6)
+    return median(found)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def peak_in_own_process(case: str, size: str, device: str, contestant: str, threads: int) -> float:
+    """Peak memory of a contestant, MiB, of three calls in a process of its own.
+
+    It is forked from a server that has done the imports and nothing else, which saves seconds and leaves no trace:
+    of `tensors` none was there before, and a forked process counts its own resident memory.
+
+    Raises:
+        RunError: it fails there.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.cases"])
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(_peak_of, case, size, device, contestant, threads).result()
+        except BrokenProcessPool as error:
+            what = f"memory of {contestant} in {case} failed: {error}"
+            raise RunError(what, "the timings", "run the same command again") from error
+
+
+def _peak_of(case: str, size: str, device: str, contestant: str, threads: int) -> float:
+    from benchmarks.cases import CASES, setting_for
+
+    torch.set_num_threads(threads)
+    return peak_mib(CASES[case].contestants(setting_for(size, device))[contestant], device)
+
+
+def peak_mib(contestant: Contestant, device: str) -> float:
+    """Build and call three times, here and now; see `Contestant.memory`."""
+
+    def thrice() -> None:
+        call = contestant.build()
+        for _ in range(3):
+            call()
+
+    if contestant.memory == "child":
+        return float(contestant.build()())  # type: ignore[arg-type]
+    if contestant.memory == "resident":
+        before = resident_peak_mib()
+        thrice()
+        return resident_peak_mib() - before
+    if device == "cuda":
+        thrice()
+        return torch.cuda.max_memory_allocated() / 2**20
+    return tensor_peak(thrice) / 2**20
+
+
+def resident_peak_mib() -> float:
+    """Of this process since its program started. `ru_maxrss` would begin with that of the process that started it."""
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    return int(line.split()[1]) / 1024
+
+
+def tensor_peak(work: Callable[[], object]) -> int:
+    """Bytes that torch's CPU allocator had given out at most, of what was allocated during `work`."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        work()
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    peak, waiting = 0, list(results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation and event.extra_fields.device.type == "cpu":
+            peak = max(peak, event.extra_fields.total_allocated)
+    return peak

@@ -105,21 +105,23 @@ def _plain(size: Size) -> dict[str, Any]:
 
 def training_step(
     model: Any, size: Size, device: str = "cpu", compiled: bool = False, bf16: bool = False
-) -> Callable[[], float]:
-    """Forward, backward, fused AdamW and zeroing on one fixed batch; gives the loss."""
+) -> Callable[[], Tensor]:
+    """Forward, backward, fused AdamW and zeroing on one fixed batch; gives the loss, on its device."""
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(
         0, size.vocab, (size.batch, size.length), generator=torch.Generator().manual_seed(0)
     ).to(device)
     run = torch.compile(model) if compiled else model
+    # As each family's own trainer calls it: ours takes the loss and keeps no logits.
+    options = {"output_logits": False} if isinstance(model, RMoEForCausalLM) else {}
 
-    def step() -> float:
+    def step() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss: Tensor = run(input_ids=ids, labels=ids, use_cache=False, **options).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return loss.detach()
 
     return step

@@ -1,35 +1,45 @@
 """Run the registered cases and write one dated JSON file and one table.
 
-    python -m benchmarks.suite [--sizes quick medium 0.9B] [--cases step block ...] [--rounds 20] [--out DIR]
+    python -m benchmarks.suite [--cases step block ...] [--sizes quick medium 0.9B] [--only smoe rmoe ...]
+                               [--rounds 20] [--out DIR] [--name suite] [--eager] [--no-memory]
 
-Ratios are medians of pairs taken round by round in one run. A case is refused while its tests are red.
+Ratios are medians of pairs taken round by round in one run. A case is refused while its tests are red. The whole is
+about 40 minutes on two cores; called several times with a part each and the same --name, it adds to that day's file,
+a case and size measured again taking the place of what was there. Each case says the roofline of its own minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
-from benchmarks.cases import CASES, Case, Setting
-from benchmarks.measure import measure_roofline
-from benchmarks.sizes import ON_CPU, ON_GPU
+from benchmarks.cases import CASES, COMPILED, Case, Contestants, Setting, setting_for
+from benchmarks.measure import (
+    ROOT,
+    Roofline,
+    compare,
+    measure_roofline,
+    peak_in_own_process,
+    product_seconds,
+)
+from benchmarks.report import write_report
+from benchmarks.sizes import ON_CPU
 from rmoe.training.environment import hardware, versions
 
-ROOT = Path(__file__).resolve().parents[1]
-OF_NO_SIZE = ("start-up",)
-COLUMNS = (
-    "contestant", "wall_ms", "cpu_ms", "ratio", "roofline_ms", "share_of_roofline", "tokens_per_s", "peak_mib", "extra",
-    "extra_by_roofline",
-)  # fmt: skip
+Row = dict[str, Any]
+Calls = dict[str, Callable[[], object]]
 
 
 def tests_are_green(case: Case, seen: dict[str, bool]) -> bool:
@@ -41,113 +51,209 @@ def tests_are_green(case: Case, seen: dict[str, bool]) -> bool:
     return all(seen[path] for path in case.tests)
 
 
-def run_cases(cases: list[str], settings: list[Setting], check_tests: bool = True) -> list[dict[str, Any]]:
-    """Each case at each size: `{case, size, compiled, rows}`, or `{case, refused}`."""
-    results: list[dict[str, Any]] = []
-    seen: dict[str, bool] = {}
-    for name in cases:
-        if check_tests and not tests_are_green(CASES[name], seen):
-            results.append({"case": name, "refused": f"tests are red: {', '.join(CASES[name].tests)}"})
-            continue
-        for setting in settings[:1] if name in OF_NO_SIZE else settings:
-            print(f"{name}, {setting.size.name}", file=sys.stderr, flush=True)
-            size = None if name in OF_NO_SIZE else vars(setting.size)
-            rows = CASES[name].measure(setting)
-            results.append(
-                {
-                    "case": name,
-                    "size": size,
-                    "compiled": setting.compiled,
-                    "rows": rows,
-                    "load": os.getloadavg()[0],
-                }
-            )
-    return results
-
-
-def as_markdown(report: dict[str, Any]) -> str:
-    """The report as tables."""
-    machine, roofline = report["hardware"], report["roofline"]
-    gpu = machine["accelerator"] or "none, not measured on a GPU"
-    lines = [
-        f"# Benchmarks, {report['date']}",
-        "",
-        f"{machine['cpu']}, {machine['threads']} threads; GPU: {gpu}; "
-        f"{', '.join(f'{k} {v}' for k, v in report['versions']['libraries'].items())}; "
-        f"code {report['versions']['code']}.",
-        f"Roofline: {roofline['gflops']:.0f} GFLOP/s in matrix products, {roofline['gbytes']:.1f} GB/s copied. "
-        f"Medians of {report['rounds']} rounds; `ratio` is paired, over the first row of its table.",
-    ]
-    for result in report["results"]:
-        if "refused" in result:
-            lines += ["", f"## {result['case']}: refused", "", result["refused"]]
-            continue
-        size = result["size"]
-        of = (
-            ""
-            if size is None
-            else f", {size['name']} ({size['layers']} layers, {size['batch']} x {size['length']} tokens)"
-        )
-        lines += ["", f"## {result['case']}{of}{', compiled' if result['compiled'] else ''}", ""]
-        columns = [c for c in COLUMNS if any(c in row for row in result["rows"])]
-        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        for row in result["rows"]:
-            cells = [row.get(c, "") for c in columns]
-            lines.append(
-                "| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def make_report(cases: list[str], settings: list[Setting], rounds: int, check_tests: bool) -> dict[str, Any]:
-    """Measure, with what the figures come from."""
+def chosen(contestants: Contestants, only: Sequence[str], eager: bool) -> Contestants:
+    """The first contestant, by which the others' times are divided, and those asked for."""
+    first, *_ = contestants
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "rounds": rounds,
-        "roofline": settings[0].roofline._asdict(),
-        "hardware": msgspec.to_builtins(hardware(torch.get_num_threads())),
-        "versions": msgspec.to_builtins(versions()),
-        "results": run_cases(cases, settings, check_tests),
+        name: contestant
+        for name, contestant in contestants.items()
+        if name == first or ((not only or name in only) and not (eager and name.endswith(COMPILED)))
     }
 
 
-def write_report(report: dict[str, Any], folder: Path, name: str) -> Path:
-    """`<date>-<name>.json` and `.md`; gives the table's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{report['date']}-{name}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(as_markdown(report))
-    return stem.with_suffix(".md")
+def groups(names: Sequence[str], together: int) -> list[list[str]]:
+    """At most `together` at a time, the first in each."""
+    first, *others = names
+    step = max(1, together - 1)
+    return [[first, *others[i : i + step]] for i in range(0, len(others), step)] or [[first]]
+
+
+def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int, memory: bool = True) -> Row:
+    """Times of all, and each one's memory: `{case, size, roofline, rows, ...}`."""
+    dtype, load = torch.bfloat16 if setting.bf16 else torch.float32, os.getloadavg()[0]
+    started, roofline, rows = time.monotonic(), measure_roofline(setting.device, dtype), {}
+    for names in groups(list(contestants), setting.size.together):
+        calls, peaks = build(contestants, names, setting.device)
+        timings = compare(calls, rounds, setting.device)
+        for name in names:
+            if name in rows:
+                continue
+            rows[name] = {"contestant": name, **timings[name]._asdict()}
+            if name in peaks:
+                rows[name]["peak_mib"] = peaks[name]
+            if case.products:
+                rows[name]["product_ms"] = 1e3 * product_seconds(calls[name], setting.device)
+        del calls
+        forget()
+    roofline = roofline.best(measure_roofline(setting.device, dtype))
+    if memory:
+        for name, row in rows.items():
+            if "peak_mib" not in row:
+                row["peak_mib"] = peak_in_own_process(
+                    case.name, setting.size.name, setting.device, name, torch.get_num_threads()
+                )
+            row["memory_ratio"] = row["peak_mib"] / max(next(iter(rows.values()))["peak_mib"], 1e-9)
+    for name, row in rows.items():
+        beside(row, contestants[name].phases, contestants[name].tokens, roofline)
+    return {
+        "case": case.name,
+        "size": vars(setting.size) if case.sized else None,
+        "roofline": roofline._asdict(),
+        "rounds": rounds,
+        "memory": next(iter(contestants.values())).memory,
+        "load_before": round(load, 1),
+        "seconds": round(time.monotonic() - started),
+        "rows": list(rows.values()),
+    }
+
+
+def build(contestants: Contestants, names: Sequence[str], device: str) -> tuple[Calls, dict[str, float]]:
+    """The calls; on a GPU also what each one's tensors take at their peak in three calls, MiB, by its allocator."""
+    calls: Calls = {}
+    peaks: dict[str, float] = {}
+    for name in names:
+        if device != "cuda" or contestants[name].memory != "tensors":
+            calls[name] = contestants[name].build()
+            continue
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        calls[name] = contestants[name].build()
+        for _ in range(3):
+            calls[name]()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return calls, peaks
+
+
+def beside(row: Row, phases: Sequence[Any], tokens: int | None, roofline: Roofline) -> None:
+    """Put the roofline and the rate beside a row's time."""
+    if phases:
+        row["roofline_ms"] = 1e3 * roofline.seconds(*phases)
+        row["share_of_roofline"] = row["roofline_ms"] / row["wall_ms"]
+        row["gflops"] = sum(work.flops for work in phases) / 1e9
+    if phases and "product_ms" in row:
+        row["products_share_of_rate"] = 1e3 * row["gflops"] / roofline.gflops / row["product_ms"]
+    if tokens is not None:
+        row["tokens_per_s"] = tokens / (row["wall_ms"] / 1e3)
+
+
+def forget() -> None:
+    """Free what the last group held: compiled graphs keep their models."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def extra_of_the_router(result: Row, setting: Setting) -> None:
+    """What RMoE's step takes beyond SMoE's, beside the roofline of the FLOPs that it adds."""
+    size, rows = setting.size, {row["contestant"]: row for row in result["rows"]}
+    flops = 3.0 * size.tokens * (size.router_flops("rmoe") - size.router_flops("smoe"))
+    least_ms = flops / result["roofline"]["gflops"] / 1e6
+    for ending in ("", COMPILED):
+        smoe, rmoe = rows.get("smoe" + ending), rows.get("rmoe" + ending)
+        if smoe and rmoe:
+            rmoe["extra"] = rmoe["ratio"] / smoe["ratio"] - 1
+            rmoe["extra_by_roofline"] = least_ms / smoe["wall_ms"]
+
+
+def run_cases(
+    cases: Sequence[str],
+    sizes: Sequence[str],
+    device: str,
+    rounds: int,
+    *,
+    only: Sequence[str] = (),
+    eager: bool = False,
+    memory: bool = True,
+    check_tests: bool = True,
+    each: Callable[[Row], None] = lambda result: None,
+) -> list[Row]:
+    """Each case at each size; `each` is told every result as it comes. A refused case is `{case, refused}`."""
+    results: list[Row] = []
+    seen: dict[str, bool] = {}
+    for name in cases:
+        if check_tests and not tests_are_green(CASES[name], seen):
+            results.append(
+                {"case": name, "size": None, "refused": f"tests are red: {', '.join(CASES[name].tests)}"}
+            )
+            each(results[-1])
+            continue
+        for size in sizes if CASES[name].sized else sizes[:1]:
+            print(f"{name}, {size}", file=sys.stderr, flush=True)
+            setting = setting_for(size, device)
+            contestants = chosen(CASES[name].contestants(setting), only, eager)
+            results.append(measure(CASES[name], setting, contestants, rounds, memory))
+            if name == "step":
+                extra_of_the_router(results[-1], setting)
+            each(results[-1])
+    return results
+
+
+def new_report(rounds: int) -> Row:
+    """What the figures come from; `results` is still empty."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "rounds": rounds,
+        "hardware": msgspec.to_builtins(hardware(torch.get_num_threads())),
+        "versions": msgspec.to_builtins(versions()),
+        "results": [],
+    }
+
+
+def merge(report: Row, result: Row) -> None:
+    """Put a result in, in the place of one for the same case and size."""
+
+    def key(one: Row) -> tuple[str, str | None]:
+        return one["case"], one["size"]["name"] if one["size"] else None
+
+    report["results"] = [one for one in report["results"] if key(one) != key(result)] + [result]
+    order = [*CASES]
+    names = [*ON_CPU, None]
+    report["results"].sort(key=lambda one: (order.index(one["case"]), names.index(key(one)[1])))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", choices=list(ON_CPU), default=["quick", "medium", "0.9B"])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--sizes", nargs="+", choices=list(ON_CPU), default=["quick", "medium", "0.9B"])
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="contestants, beside the first")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compiled", action="store_true", help="cases step and decode through torch.compile")
+    parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="times only")
     parser.add_argument(
         "--without-tests", action="store_true", help="measure even if tests are red; not for publishing"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--name", default="suite")
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    roofline = measure_roofline(device, dtype)
-    sizes = ON_GPU if device == "cuda" else ON_CPU
-    settings = [
-        Setting(sizes[name], device, roofline, chosen.rounds, device == "cuda", chosen.compiled)
-        for name in chosen.sizes
-    ]
-    report = make_report(chosen.cases, settings, chosen.rounds, not chosen.without_tests)
-    table = write_report(report, chosen.out, chosen.name)
-    print(table.read_text())
-    if any("refused" in result for result in report["results"]):
+    report = new_report(options.rounds)
+    path = options.out / f"{report['date']}-{options.name}.json"
+    if path.exists():
+        report["results"] = json.loads(path.read_text())["results"]
+    code = report["versions"]["code"]
+
+    def keep(result: Row) -> None:
+        merge(report, {**result, "code": code})
+        write_report(report, path)
+
+    results = run_cases(
+        options.cases,
+        options.sizes,
+        device,
+        options.rounds,
+        only=options.only,
+        eager=options.eager,
+        memory=options.memory,
+        check_tests=not options.without_tests,
+        each=keep,
+    )
+    print(path.with_suffix(".md").read_text())
+    if any("refused" in result for result in results):
         raise SystemExit(1)
 
 

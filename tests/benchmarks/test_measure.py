@@ -1,0 +1,114 @@
+"""The measuring itself: turns, medians, rooflines, and memory that is exactly what tensors take."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.measure import (
+    Contestant,
+    Roofline,
+    Work,
+    compare,
+    measure_roofline,
+    peak_in_own_process,
+    peak_mib,
+    product_seconds,
+    tensor_peak,
+)
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+    compare({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
+    assert order == ["a", "b", "b", "a"] * 2 or order == ["b", "a", "a", "b"] * 2
+
+
+def test_ratio_and_spread() -> None:
+    found = compare({"a": partial(time.sleep, 0.02), "b": partial(time.sleep, 0.06)}, rounds=4)
+    assert found["a"].ratio == 1
+    assert found["a"].spread == 0
+    assert 2 < found["b"].ratio < 4
+    assert found["b"].wall_ms >= 60
+    assert found["b"].cpu_ms < found["b"].wall_ms  # it slept
+
+
+def test_short_calls_are_repeated() -> None:
+    calls = []
+    found = compare({"a": lambda: calls.append(time.sleep(0.001))}, rounds=3)
+    assert len(calls) > 3 * 5
+    assert 1 <= found["a"].wall_ms < 10  # of one call
+
+
+def test_roofline_is_the_slower_of_the_two_in_each_phase() -> None:
+    roofline = Roofline(100.0, 10.0)
+    assert roofline.seconds(Work(2e11, 1e10)) == 2.0
+    assert roofline.seconds(Work(1e11, 3e10)) == 3.0
+    assert roofline.seconds(Work(1e11), Work(nbytes=3e10)) == 4.0
+    assert roofline.best(Roofline(50.0, 20.0)) == Roofline(100.0, 20.0)
+
+
+def test_roofline_of_this_machine() -> None:
+    found = measure_roofline(repeats=1)
+    assert found.gflops > 0.1
+    assert found.gbytes > 0.1
+
+
+def test_products_are_part_of_a_call() -> None:
+    a = torch.randn(300, 300)
+
+    def call() -> None:
+        (a @ a).exp().sin()
+
+    started = time.perf_counter()
+    call()
+    whole = time.perf_counter() - started
+    assert 0 < product_seconds(call, "cpu", repeats=1) < 100 * whole
+    assert product_seconds(lambda: a.exp(), "cpu", repeats=1) == 0
+
+
+def test_peak_counts_what_lives_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(5):
+            torch.ones(1 << 20)
+
+    def together() -> None:
+        _ = [torch.ones(1 << 20) for _ in range(5)]
+
+    assert tensor_peak(one_after_the_other) == 4 << 20
+    assert tensor_peak(together) == 20 << 20
+
+
+def test_peak_of_a_contestant_holds_what_it_was_built_from() -> None:
+    def build():
+        weights = torch.ones(1 << 20)
+        return lambda: weights * 2
+
+    assert peak_mib(Contestant(build), "cpu") == pytest.approx(8, abs=0.01)
+
+
+def test_peak_in_a_process_of_its_own_is_the_same_each_time() -> None:
+    """Tensors' bytes do not depend on what ran before; the resident size would."""
+    first, again = (peak_in_own_process("block", "toy", "cpu", "per-expert loop", 1) for _ in range(2))
+    assert first == again > 0
+
+
+def _grow() -> float:
+    held = []
+
+    def build():
+        held.append(bytearray(64 << 20))
+        return lambda: None
+
+    return peak_mib(Contestant(build, memory="resident"), "cpu")
+
+
+def test_resident_growth() -> None:
+    """In a forked process, whose peak begins with what it has; this one's may have been far above that."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        assert pool.submit(_grow).result() == pytest.approx(64, abs=8)
