@@ -34,8 +34,8 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         pipeline.update_routers(step, STEPS)
-        if loss is not None:
-            print(f"step {step}  loss {loss:.4f}")
+        if pipeline.is_last:
+            print(f"step {step}  loss {sum(loss):.4f}")
 
     weights = pipeline.state_dict()
     if weights is not None:

@@ -6,16 +6,20 @@ all of it back the same way, so the last stage's loss is the model's loss, and i
 
 What all routers share (the recurrent cell) is needed on every stage: each holds a copy, gradients are summed over the
 stages before the optimizer steps, and equal copies that take equal steps stay equal.
+
+Whole pipelines can be replicated: each sees its own sequences, and gradients are averaged over the copies.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from transformers.masking_utils import create_causal_mask
 
@@ -29,6 +33,8 @@ from rmoe.routing.noise import CounterNoise
 class PipelinePart(nn.Module):
     """One stage of a model; takes over the model's own modules, so the model is used up by it.
 
+    Parameters and buffers have the names they have in the model.
+
     Args:
         model: whole, with the weights to start from; equal on all stages.
         index, count: which stage of how many.
@@ -37,29 +43,49 @@ class PipelinePart(nn.Module):
         RequestError: more stages than layers, tied embeddings, or a router that needs what only one stage has.
     """
 
+    is_distributed_loading_by_transformers = True
+    """What transformers' Trainer asks before it wraps a model in DDP: this one sees to its gradients itself."""
+
     def __init__(self, model: RMoEForCausalLM, index: int, count: int) -> None:
         super().__init__()
         _check(model, count)
-        trunk, layers = model.model, model.config.num_hidden_layers
+        whole, layers = model.model, model.config.num_hidden_layers
         self.config, self.index, self.count = model.config, index, count
         self.num_layers = model.config.num_moe_layers
         mine = range(index * layers // count, (index + 1) * layers // count)
-        self.layers = nn.ModuleDict({str(i): trunk.layers[i] for i in mine})
-        self.router_shared = trunk.router_shared
-        self.rotary_emb, self.dropout = trunk.rotary_emb, trunk.dropout
-        self.embed_tokens = trunk.embed_tokens if index == 0 else None
-        self.norm = trunk.norm if index == count - 1 else None
+        trunk: Any = nn.Module()
+        trunk.layers = nn.ModuleDict({str(i): whole.layers[i] for i in mine})
+        trunk.router_shared = whole.router_shared
+        trunk.rotary_emb, trunk.dropout = whole.rotary_emb, whole.dropout
+        trunk.embed_tokens = whole.embed_tokens if index == 0 else None
+        trunk.norm = whole.norm if index == count - 1 else None
+        self.model = trunk
         self.lm_head = model.lm_head if index == count - 1 else None
-        self.uses_noise = trunk.uses_noise
+        self.uses_noise = whole.uses_noise
         self.routing_noise_key: Tensor
-        self.register_buffer("routing_noise_key", trunk.routing_noise_key, persistent=False)
+        self.register_buffer("routing_noise_key", whole.routing_noise_key, persistent=False)
         self.stats: RouterStats | None = None
+
+    @property
+    def trunk(self) -> Any:
+        """This stage's part of the `RMoEModel`."""
+        return self.model
 
     @property
     def routers(self) -> list[Any]:
         """The routers of this stage's layers, lowest first."""
-        layers: list[Any] = list(self.layers.values())
+        layers: list[Any] = list(self.model.layers.values())
         return [layer.mlp.gate for layer in layers if not layer.is_dense]
+
+    @torch.no_grad()
+    def update_routers(self, stats: RouterStats, step: int, total_steps: int) -> None:
+        """As the model's, with the stats of all stages. A router reads its own layer's line of them."""
+        for router in self.routers:
+            router.update_all(stats, step, total_steps)
+
+    def set_routing_noise(self, seed: int, step: int) -> None:
+        """As the model's; `step` counts micro-batches."""
+        self.routing_noise_key.fill_((seed << 32) + step)
 
     def forward(self, entering: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
         """Run a micro-batch through this stage's layers.
@@ -71,8 +97,9 @@ class PipelinePart(nn.Module):
         Returns:
             `(hidden, *state, balance)`, or on the last stage `(logits [B, S, V], balance)`.
         """
-        if self.embed_tokens is not None:
-            hidden = self.dropout(self.embed_tokens(entering))
+        trunk = self.model
+        if trunk.embed_tokens is not None:
+            hidden = trunk.dropout(trunk.embed_tokens(entering))
             state: tuple[Tensor, ...] = ()
             balance = torch.zeros(1, device=hidden.device)
         else:
@@ -87,13 +114,13 @@ class PipelinePart(nn.Module):
             past_key_values=None,
             position_ids=positions,
         )
-        rotary = self.rotary_emb(hidden, positions)
+        rotary = trunk.rotary_emb(hidden, positions)
         routings = []
-        for layer in self.layers.values():
+        for layer in trunk.layers.values():
             hidden, state, routing, _ = layer(
                 hidden,
                 state,
-                shared=self.router_shared,
+                shared=trunk.router_shared,
                 context=context,
                 position_embeddings=rotary,
                 attention_mask=mask,
@@ -103,16 +130,15 @@ class PipelinePart(nn.Module):
             if routing is not None:
                 routings.append(routing)
         if routings:
-            own = balance_loss(
-                self.routers, routings, self.router_shared, context, self.config.router_aux_loss_coef
-            )
-            balance = balance + own * (
-                len(routings) / self.num_layers
-            )  # its mean is over this stage's layers
-            self._count(router_stats(tuple(routings), self.config.num_experts, None))
-        if self.norm is None or self.lm_head is None:
+            coefficient = self.config.router_aux_loss_coef
+            own = balance_loss(self.routers, routings, trunk.router_shared, context, coefficient)
+            # Its mean is over this stage's layers.
+            balance = balance + own * (len(routings) / self.num_layers)
+            if self.training:
+                self._count(router_stats(tuple(routings), self.config.num_experts, None))
+        if trunk.norm is None or self.lm_head is None:
             return (hidden, *state, balance)
-        return self.lm_head(self.norm(hidden)), balance
+        return self.lm_head(trunk.norm(hidden)), balance
 
     def _context(self, hidden: Tensor) -> RouterContext:
         batch, length = hidden.shape[:2]
@@ -124,11 +150,6 @@ class PipelinePart(nn.Module):
 
     def _count(self, stats: RouterStats) -> None:
         self.stats = stats if self.stats is None else self.stats.add(stats)
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """This stage's part of the model's state dict, under the model's names."""
-        tensors = self.state_dict()
-        return {name if name.startswith("lm_head.") else f"model.{name}": t for name, t in tensors.items()}
 
 
 def _check(model: RMoEForCausalLM, count: int) -> None:
@@ -143,44 +164,102 @@ def _check(model: RMoEForCausalLM, count: int) -> None:
         raise RequestError("balance.scope", spec.balance.scope, "micro_batch, in a pipeline")
 
 
+class StepLoss(NamedTuple):
+    """The mean losses of a batch, nats per token; zero on every stage but the last."""
+
+    lm: float
+    balance: float
+
+
 class Pipeline:
-    """Trains a model whose layers are spread over the processes of the default group, one stage each.
+    """Trains a model whose layers are spread over processes, one stage each.
 
     Args:
         model: whole, equal on all processes.
         micro_batches: a step's batch is cut into so many; more of them leave less of the time idle.
         device: of this process.
+        replicas: pipelines side by side; neighbouring processes are one pipeline.
     """
 
     def __init__(
-        self, model: RMoEForCausalLM, micro_batches: int, device: torch.device | str = "cpu"
+        self,
+        model: RMoEForCausalLM,
+        micro_batches: int,
+        device: torch.device | str = "cpu",
+        replicas: int = 1,
     ) -> None:
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self.part = PipelinePart(model, self.rank, self.count).to(device).train()
-        self.micro_batches = micro_batches
-        self._targets = 0
-        stage = PipelineStage(self.part, self.rank, self.count, torch.device(device))
-        self.schedule = ScheduleGPipe(stage, micro_batches, loss_fn=self._loss, scale_grads=False)
+        self.device, self.micro_batches, self.replicas = torch.device(device), micro_batches, replicas
+        self.rank, self.count = dist.get_rank(), dist.get_world_size() // replicas
+        mesh = init_device_mesh(self.device.type, (replicas, self.count), mesh_dim_names=("replica", "stage"))
+        self.stages, self.copies = mesh["stage"].get_group(), mesh["replica"].get_group()
+        self.index = self.rank % self.count
+        self.part = PipelinePart(model, self.index, self.count).to(self.device).train()
+        self.stats: RouterStats | None = None
+        self._schedule: ScheduleGPipe | None = None
+        self._targets = 0.0
+        self._losses = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-    def step(self, input_ids: Tensor, labels: Tensor) -> float | None:
+    @property
+    def is_last(self) -> bool:
+        """Whether this process has the model's end, and so the loss."""
+        return self.index == self.count - 1
+
+    def step(self, input_ids: Tensor, labels: Tensor) -> StepLoss:
         """Forward and backward of one batch; afterwards this stage's parameters have the model's gradients.
 
-        Args:
-            input_ids, labels: `[B, S]` int64, the same on every process; labels are shifted here, -100 ignored.
+        `stats` then has the routing of this batch, all layers', on every stage.
 
-        Returns:
-            The loss, on the last stage.
+        Args:
+            input_ids, labels: `[B, S]` int64, the same on every stage, every batch of the same shape; labels are
+                shifted here, -100 ignored.
         """
+        if self._schedule is None:
+            self._schedule = self._build(input_ids[: len(input_ids) // self.micro_batches])
         self.part.stats = None
-        self._targets = int((labels[:, 1:] != -100).sum())
-        losses: list[Tensor] = []
-        inputs = (input_ids,) if self.rank == 0 else ()
-        if self.rank == self.count - 1:
-            self.schedule.step(*inputs, target=labels, losses=losses)
+        self._losses.zero_()
+        self._targets = self._mean_over_copies((labels[:, 1:] != -100).sum())
+        inputs = (input_ids,) if self.index == 0 else ()
+        if self.is_last:
+            self._schedule.step(*inputs, target=labels, losses=[])
         else:
-            self.schedule.step(*inputs)
-        self._sum_shared()
-        return torch.stack(losses).sum().item() if losses else None
+            self._schedule.step(*inputs)
+        self._combine_gradients()
+        self.stats = self._gathered_stats()
+        return StepLoss(*self._losses.tolist())
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> Tensor | None:
+        """Logits `[B, S, V]` of a batch, on the last stage; nothing is kept for a backward pass."""
+        entering = (input_ids,) if self.index == 0 else tuple(_receive(self.rank - 1, self.device))
+        leaving = self.part(*entering)
+        if self.is_last:
+            return leaving[0]
+        _send(leaving, self.rank + 1)
+        return None
+
+    def _build(self, example: Tensor) -> ScheduleGPipe:
+        """The schedule, from the shapes that a micro-batch has between stages.
+
+        torch would find them out by a training forward pass; this one is in eval mode, so that it draws no random
+        number and counts nothing, and a resumed run takes the same steps as one that went on.
+        """
+        self.part.eval()
+        with torch.no_grad():
+            entering = (example,) if self.index == 0 else tuple(_receive(self.rank - 1, self.device))
+            leaving = self.part(*entering)
+            if not self.is_last:
+                _send(leaving, self.rank + 1)
+        self.part.train()
+        stage = PipelineStage(
+            self.part,
+            self.index,
+            self.count,
+            self.device,
+            input_args=tuple(_like(tensor) for tensor in entering),
+            output_args=tuple(_like(tensor) for tensor in leaving),
+            group=self.stages,
+        )
+        return ScheduleGPipe(stage, self.micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def _loss(self, output: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """The micro-batch's part of the batch's mean loss: parts add up."""
@@ -188,46 +267,67 @@ class Pipeline:
         nats = F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
         )
-        return nats / self._targets + balance.sum() / self.micro_batches
+        parts = torch.stack([nats / self._targets, balance.sum() / self.micro_batches])
+        self._losses += parts.detach().double()
+        return parts.sum()
 
-    def _sum_shared(self) -> None:
-        """Add the stages' gradients of what they all hold; a stage that did not use it adds zero."""
+    def _mean_over_copies(self, number: Tensor) -> float:
+        total = number.to(self.device, torch.float64)
+        dist.all_reduce(total, group=self.copies)
+        return float(total) / self.replicas
+
+    def _combine_gradients(self) -> None:
+        """Sum over stages what all of them hold (one that did not use it adds zero); then average over copies."""
         for parameter in self._shared():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+            dist.all_reduce(parameter.grad, group=self.stages)
+        if self.replicas > 1:
+            for parameter in self.part.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad, group=self.copies)
+                    parameter.grad /= self.replicas
 
     def _shared(self) -> list[nn.Parameter]:
-        return [] if self.part.router_shared is None else list(self.part.router_shared.parameters())
+        cell = self.part.trunk.router_shared
+        return [] if cell is None else list(cell.parameters())
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> float:
+        """The 2-norm of the gradients of these parameters of all stages together, the same on every process."""
+        shared = {id(p) for p in self._shared()}
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for p in parameters:
+            if p.grad is not None and (id(p) not in shared or self.index == 0):
+                square += p.grad.double().square().sum()
+        dist.all_reduce(square, group=self.stages)
+        return float(square.sqrt())
 
     def clip(self, max_norm: float) -> float:
         """Scale the whole model's gradients to a norm of at most `max_norm`; returns the norm before."""
-        shared = {id(p) for p in self._shared()}
-        counted = [
-            p.grad
-            for p in self.part.parameters()
-            if p.grad is not None and (id(p) not in shared or self.rank == 0)
-        ]
-        square = torch.stack([gradient.double().square().sum() for gradient in counted]).sum()
-        dist.all_reduce(square)
-        norm = float(square.sqrt())
+        parameters = list(self.part.parameters())
+        norm = self.norm(parameters)
         if norm > max_norm:
-            for parameter in self.part.parameters():
+            for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(max_norm / (norm + 1e-6))
         return norm
 
-    @torch.no_grad()
     def update_routers(self, step: int, total_steps: int) -> None:
-        """As the model's: once after each optimizer step. A router reads its own layer's line of the stats."""
-        stats = self._gathered_stats()
-        for router in self.part.routers:
-            router.update_all(stats, step, total_steps)
+        """As the model's: once after each optimizer step, with the routing of that step."""
+        assert self.stats is not None
+        stats = self.stats
+        if self.replicas > 1:
+            stats = RouterStats(*(tensor.clone() for tensor in stats))
+            for tensor in stats:
+                dist.all_reduce(tensor, group=self.copies)
+        self.part.update_routers(stats, step, total_steps)
 
-    def _gathered_stats(self) -> RouterStats:
+    def _gathered_stats(self) -> RouterStats | None:
         every: list[Any] = [None] * self.count
-        dist.all_gather_object(every, self.part.stats)
+        dist.all_gather_object(every, self.part.stats, group=self.stages)
         present = [stats for stats in every if stats is not None]
+        if not present:
+            return None
         return RouterStats(
             counts=torch.cat([stats.counts for stats in present]),
             tokens=present[0].tokens,
@@ -237,9 +337,43 @@ class Pipeline:
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """The whole model's, on the first process; the shared copies are equal and one is kept."""
-        every: list[Any] = [None] * self.count
-        mine = {name: tensor.cpu() for name, tensor in self.part.named_tensors().items()}
-        dist.gather_object(mine, every if self.rank == 0 else None)
-        if self.rank != 0:
-            return None
-        return {name: tensor for part in every for name, tensor in part.items()}
+        return self.collect(self.part.state_dict())
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Tensors of all stages of the first pipeline, by name, on the first process's CPU; None elsewhere.
+
+        One stage after the other, so nobody but the first process holds more than its own. Collective.
+        """
+        if self.rank == 0:
+            found = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+            for stage in range(1, self.count):
+                names: list[Any] = [None]
+                dist.recv_object_list(names, src=stage, device=self.device)
+                received = (tensor.cpu() for tensor in _receive(stage, self.device))
+                found |= dict(zip(names[0], received, strict=True))
+            return found
+        if self.rank < self.count:
+            dist.send_object_list([list(tensors)], dst=0, device=self.device)
+            _send(list(tensors.values()), 0)
+        return None
+
+
+def _send(tensors: Sequence[Tensor], to: int) -> None:
+    device = tensors[0].device
+    dist.send_object_list([[(t.shape, t.dtype) for t in tensors]], dst=to, device=device)
+    for tensor in tensors:
+        dist.send(tensor.detach().to(device).contiguous(), dst=to)
+
+
+def _receive(source: int, device: torch.device) -> list[Tensor]:
+    shapes: list[Any] = [None]
+    dist.recv_object_list(shapes, src=source, device=device)
+    tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes[0]]
+    for tensor in tensors:
+        dist.recv(tensor, src=source)
+    return tensors
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Shape and dtype; with a gradient, if it can have one, for that is what crosses between stages."""
+    return torch.empty_like(tensor).requires_grad_(tensor.is_floating_point())

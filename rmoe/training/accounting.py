@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rmoe.analysis.load import load_imbalance
 from rmoe.routing.contract import RouterStats
+from rmoe.training.place import Ranks
 
 
 class StepSums:
@@ -20,8 +21,8 @@ class StepSums:
             first, or for a model without routers.
     """
 
-    def __init__(self, world_size: int = 1) -> None:
-        self.world_size = world_size
+    def __init__(self, ranks: Ranks = Ranks()) -> None:  # noqa: B008 - it is frozen
+        self.ranks = ranks
         self.stats: RouterStats | None = None
         self._losses: Tensor | None = None
 
@@ -30,10 +31,11 @@ class StepSums:
 
         Args:
             lm_loss: this rank's and micro-batch's share of the step's mean loss: shares add up to it.
-            balance_loss: this micro-batch's part of the mean over micro-batches; ranks are averaged.
+            balance_loss: this micro-batch's part of the mean over micro-batches; what ranks with different
+                sequences have is averaged.
             stats: routing of this rank's micro-batch.
         """
-        losses = torch.stack([lm_loss.detach().double(), balance_loss.detach().double() / self.world_size])
+        losses = torch.stack([lm_loss.detach().double(), balance_loss.detach().double() / self.ranks.data])
         self._losses = losses if self._losses is None else self._losses + losses
         if stats is not None:
             self.stats = stats if self.stats is None else self.stats.add(stats)
@@ -47,10 +49,11 @@ class StepSums:
         """
         assert self._losses is not None
         flags = torch.tensor([not finite, stop], dtype=torch.float64, device=self._losses.device)
-        total = torch.cat([self._losses, flags])
-        if self.world_size > 1:
+        total = torch.cat([self._losses * self.ranks.speaks, flags])
+        if self.ranks.world > 1:
             total = self._summed(total)
-            self.stats = None if self.stats is None else RouterStats(*map(self._summed, self.stats))
+            if self.stats is not None:
+                self.stats = RouterStats(*(self._summed(t * self.ranks.speaks) for t in self.stats))
         lm_loss, balance_loss, bad, asked = total.tolist()
         return lm_loss, balance_loss, bad == 0 and bool(np.isfinite(lm_loss + balance_loss)), asked > 0
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rmoe.analysis.histogram import StreamingHistogram
 from rmoe.analysis.snapshot import RoutingSnapshot
 from rmoe.data.blocks import IGNORED, BlockDataset
+from rmoe.training.place import Ranks
 from rmoe.training.result import Histogram, RoutingSummary
 
 TOKENS_PER_BATCH = 8192
@@ -53,33 +54,34 @@ def evaluate(
     *,
     limit: int | None = None,
     bf16: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks = Ranks(),  # noqa: B008 - it is frozen
 ) -> Evaluation:
     """Sum a causal language model's loss over blocks; every target counts once.
 
     Draws no random number, so how often a run is evaluated does not change what it learns.
 
     Args:
-        model: takes `input_ids` `[B, S]`, returns `.logits` `[B, S, V]`; put into eval mode and back.
+        model: takes `input_ids` `[B, S]`, returns `.logits` `[B, S, V]`, or None where another process has them;
+            put into eval mode and back.
         blocks: of a split.
         limit: only so many blocks, from the first; None is all.
         bf16: under bfloat16 autocast, as the model was trained.
-        rank, world_size: with more than one process each takes its share and the sums are added.
+        ranks: with several processes each group that sees the same takes its share; the sums are added.
     """
-    batches = _batches(blocks, limit, rank, world_size)
+    batches = _batches(blocks, limit, ranks.data_rank, ranks.data)
     nats = torch.zeros((), dtype=torch.float64)
     targets = 0
     with _inference(model, bf16) as device:
         for batch in batches:
             labels = batch["labels"][:, 1:].to(device)
-            logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits[:, :-1]
-            losses = F.cross_entropy(
-                logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-            )
+            logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+            if logits is None or not ranks.speaks:
+                continue
+            flat = logits[:, :-1].float().flatten(0, 1)
+            losses = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
             nats += losses.double().sum().cpu()
             targets += int((labels != IGNORED).sum())
-    if world_size > 1:
+    if ranks.world > 1:
         sums = torch.tensor([float(nats), float(targets)], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
         nats, targets = sums[0], int(sums[1])

@@ -1,7 +1,7 @@
-"""A model spread over processes by transformers' `DistributedConfig`: FSDP2, and within it expert parallelism.
+"""A model spread over processes by transformers' `DistributedConfig`: FSDP2, tensor and expert parallelism.
 
-Plain data parallelism needs none of this: several processes make accelerate wrap the model in DDP. Tensor and pipeline
-parallelism are the library's (`distribute`, `rmoe.parallel.pipeline`); `rmoe train` does not run them.
+Plain data parallelism needs none of this: several processes make accelerate wrap the model in DDP. Pipelines are
+`rmoe.parallel.pipeline`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         # On a CPU accelerate would run DDP without a word; on a GPU it would shard behind our checkpoints' back.
         raise RequestError("ACCELERATE_USE_FSDP", "true", "unset: ask for FSDP2 with --parallel.fsdp N")
+    parallel.require_processes(world_size)
     if not parallel.shards:
         return model
-    product = parallel.replicate * parallel.fsdp * parallel.tensor
-    if product != world_size:
-        raise RequestError(
-            "parallel", f"replicate x fsdp x tensor = {product}", f"the number of processes ({world_size})"
-        )
     experts = model.config.num_experts
     if experts % parallel.expert:
         raise RequestError("parallel.expert", parallel.expert, f"a divisor of num_experts ({experts})")
     settings = _distributed_config(parallel)
     settings, _, mesh = type(model).prepare_distribute_model(settings)
-    return type(model).maybe_distribute_model(model, settings, mesh)
+    model = type(model).maybe_distribute_model(model, settings, mesh)
+    # Trainer would ask accelerate to deal out batches to tensor-parallel groups, which that refuses on a CPU; here
+    # `Ranks` says who sees what.
+    model._tp_size = 1
+    return model
 
 
 def _distributed_config(parallel: ParallelConfig) -> object:
@@ -69,9 +69,7 @@ def _distributed_config(parallel: ParallelConfig) -> object:
 
 
 def gathered(model: PreTrainedModel) -> PreTrainedModel:
-    """The whole model: itself, or of a sharded one a copy on the CPU, filled on the first process only. Collective."""
-    if not is_sharded(model):
-        return model
+    """A whole copy of a sharded model on the CPU, filled on the first process only. Collective."""
     config = copy.deepcopy(model.config)
     config.distributed_config = None
     target = type(model)(config)

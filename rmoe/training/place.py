@@ -41,13 +41,40 @@ def torch_settings(config: RunConfig) -> Iterator[int]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
+class Ranks(msgspec.Struct, frozen=True):
+    """The processes of a run, and which of them see which sequences.
+
+    Those of a tensor-parallel group and the stages of a pipeline work together on the same sequences: they are
+    neighbours, `same` of them. `Ranks()` is one process alone.
+    """
+
+    world: int = 1
+    rank: int = 0
+    same: int = 1
+    staged: bool = False  # they are stages of a pipeline
+
+    @property
+    def data(self) -> int:
+        """Groups of processes that see different sequences."""
+        return self.world // self.same
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these groups this process is in."""
+        return self.rank // self.same
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process's sums count: of those that see the same, one's; of stages the last, with the loss."""
+        return self.rank % self.same == (self.same - 1 if self.staged else 0)
+
+
 class Place(msgspec.Struct, frozen=True):
     """Where and how precisely to compute."""
 
     cpu: bool
     bf16: bool
-    world_size: int
-    rank: int
+    ranks: Ranks
 
 
 def place_of(config: RunConfig) -> Place:
@@ -72,23 +99,26 @@ def place_of(config: RunConfig) -> Place:
     bf16 = training.precision == "bf16" or (
         training.precision == "auto" and not cpu and torch.cuda.is_bf16_supported()
     )
-    state = PartialState(cpu=cpu)
-    world_size = state.num_processes
-    if training.batch_size % world_size:
+    state, parallel = PartialState(cpu=cpu), config.parallel
+    parallel.require_processes(state.num_processes)
+    ranks = Ranks(state.num_processes, state.process_index, parallel.same_data, parallel.pipeline > 1)
+    if training.batch_size % ranks.data:
         raise RequestError(
-            "training.batch_size", training.batch_size, f"a multiple of {world_size} processes"
+            "training.batch_size", training.batch_size, f"a multiple of {ranks.data} processes"
         )
-    share = training.batch_size // world_size
+    share = training.batch_size // ranks.data
     if training.micro_batch_size is not None and share % training.micro_batch_size:
         raise RequestError(
             "training.micro_batch_size", training.micro_batch_size, f"a divisor of {share}, a process's share"
         )
-    return Place(cpu, bf16, world_size, state.process_index)
+    return Place(cpu, bf16, ranks)
 
 
 def training_arguments(config: RunConfig, out: Path, place: Place) -> TrainingArguments:
     training = config.training
-    micro = training.micro_batch_size or training.batch_size // place.world_size
+    share = training.batch_size // place.ranks.data
+    staged = place.ranks.staged  # a pipeline cuts up its batch itself
+    micro = share if staged or training.micro_batch_size is None else training.micro_batch_size
     schedule = {
         "constant": ("constant_with_warmup", {}),
         "cosine": ("cosine_with_min_lr", {"min_lr": training.min_learning_rate}),
@@ -98,7 +128,7 @@ def training_arguments(config: RunConfig, out: Path, place: Place) -> TrainingAr
         output_dir=str(out),
         max_steps=training.max_steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // (micro * place.world_size),
+        gradient_accumulation_steps=share // micro,
         learning_rate=training.learning_rate,
         lr_scheduler_type=schedule[0],
         lr_scheduler_kwargs=schedule[1],

@@ -18,6 +18,7 @@ from rmoe.data import Corpus, prepare
 from rmoe.data.config import SplitName
 from rmoe.errors import RequestError, RunError
 from rmoe.model import RMoEConfig, RMoEForCausalLM
+from rmoe.parallel import Pipeline
 from rmoe.records import read_record, write_record
 from rmoe.training import result as records
 from rmoe.training import run_folder
@@ -28,7 +29,8 @@ from rmoe.training.disk import require_space
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
 from rmoe.training.metrics import MetricsLog, read_metrics
-from rmoe.training.parallel import distribute, gathered
+from rmoe.training.parallel import distribute
+from rmoe.training.pipelined import PipelineTrainer, build_pipeline
 from rmoe.training.place import Place, place_of, say, torch_settings, training_arguments
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, publish_model
@@ -49,6 +51,8 @@ MAY_DIFFER = frozenset(
         "parallel.fsdp",
         "parallel.expert",
         "parallel.replicate",
+        "parallel.tensor",
+        "parallel.pipeline",
         "checkpoints.keep",
         "logging.final_blocks",
         "logging.test",
@@ -107,17 +111,18 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
         if not resume:
             require_space(out, model, config.checkpoints.keep)
-        if config.parallel.tensor > 1:
-            raise RequestError(
-                "parallel.tensor", config.parallel.tensor, "1 (see examples/tensor_parallel.py)"
-            )
-        model = distribute(model, config.parallel, place.world_size)
+        if config.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if place.ranks.staged:
+            learner: RMoEForCausalLM | Pipeline = build_pipeline(model, config, place)
+        else:
+            learner = distribute(model, config.parallel, place.ranks.world)
         _enter(stack, out, record, resume)
         if (out / run_folder.RESULT).exists():
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
         try:
-            return _run(config, out, corpus, model, record, place, resume, progress)
+            return _run(config, out, corpus, learner, record, place, resume, progress)
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
@@ -186,14 +191,12 @@ def _run(
     config: RunConfig,
     out: Path,
     corpus: Corpus,
-    model: RMoEForCausalLM,
+    learner: RMoEForCausalLM | Pipeline,
     record: RunRecord,
     place: Place,
     resume: bool,
     progress: bool,
 ) -> RunResult:
-    if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     store = CheckpointStore(out, fingerprint(record), config.checkpoints.keep)
     metrics = MetricsLog(out / run_folder.METRICS)
 
@@ -206,13 +209,13 @@ def _run(
             corpus.blocks(split),
             limit=limit,
             bf16=place.bf16,
-            rank=place.rank,
-            world_size=place.world_size,
+            ranks=place.ranks,
         )
 
     reports = [ProgressReport(corpus.unit)] if progress else []
-    trainer = RMoETrainer(
-        model,
+    kind: Any = PipelineTrainer if isinstance(learner, Pipeline) else RMoETrainer
+    trainer: RMoETrainer = kind(
+        learner,
         training_arguments(config, out, place),
         train_dataset=corpus.train,
         eval_dataset=corpus.valid,
@@ -227,12 +230,15 @@ def _run(
         in_unit=in_unit,
         judge=judge_on("valid", config.logging.evaluate_blocks),
         max_skipped_batches=config.training.max_skipped_batches,
+        ranks=place.ranks,
         callbacks=list(reports),
     )
     checkpoint = find_checkpoint(trainer, metrics, out) if resume else None
     try:
         with signals(trainer):
-            torch.manual_seed(config.training.seed)  # dropout's stream; nothing else draws from it
+            # Dropout's stream; nothing else draws from it. Stages of a pipeline draw for different layers.
+            stage = place.ranks.rank % place.ranks.same if place.ranks.staged else 0
+            torch.manual_seed(config.training.seed + 1_000_003 * stage)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         for report in reports:
@@ -240,10 +246,12 @@ def _run(
     raise_unless_finished(trainer, store)
 
     valid = _final(trainer, config, judge_on("valid", config.logging.final_blocks))
-    test = judge_on("test", config.logging.final_blocks)(trainer.model) if config.logging.test else None
-    routing = summarize_routing(trainer.model, corpus.valid, bf16=place.bf16)
-    model = gathered(trainer.model)
-    if place.rank == 0:
+    test = judge_on("test", config.logging.final_blocks)(trainer.judged) if config.logging.test else None
+    routing = None if place.ranks.staged else summarize_routing(trainer.model, corpus.valid, bf16=place.bf16)
+    model = trainer.storage.whole_model()
+    if place.ranks.rank == 0:
+        if routing is None:  # no stage sees the whole routing
+            routing = summarize_routing(model, corpus.valid, bf16=place.bf16)
         publish_model(out, model, corpus.tokenizer)
         result = RunResult(
             router=config.router,
@@ -300,5 +308,5 @@ def _final(trainer: RMoETrainer, config: RunConfig, judge: Any) -> Evaluation:
         and last[0] == trainer.state.global_step
     ):
         return last[1]
-    evaluation: Evaluation = judge(trainer.model)
+    evaluation: Evaluation = judge(trainer.judged)
     return evaluation

@@ -100,29 +100,32 @@ def write_state(folder: Path, state: TrainingState) -> None:
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without second names of tied tensors; of each set the first name stays."""
     tensors: dict[str, Tensor] = {}
-    seen: set[tuple[Any, ...]] = set()
-    for name, tensor in model.state_dict().items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        tensors[name] = tensor
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():  # tied parameters are one object
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
     return tensors
 
 
-def save_model(folder: Path, model: nn.Module) -> None:
-    """Write `model.safetensors`, under the names the model itself uses."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in unique_tensors(model).items()}
-    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that have optimizer state, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def check_model(folder: Path, model: nn.Module) -> None:
-    """Compare names, shapes and dtypes with the model's, reading headers only.
+def save_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors`, under the names the model itself uses (`unique_tensors`)."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(plain, folder / MODEL, metadata={"format": "pt"})
+
+
+def check_model(folder: Path, expected: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and dtypes with `unique_tensors` of a model, reading headers only.
 
     Raises:
         Damaged: anything is missing, added, or different.
     """
-    _check_tensors(folder / MODEL, unique_tensors(model))
+    _check_tensors(folder / MODEL, expected)
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -131,7 +134,7 @@ def load_model(folder: Path, model: nn.Module) -> None:
     Raises:
         Damaged: see `check_model`.
     """
-    check_model(folder, model)
+    check_model(folder, unique_tensors(model))
     model.load_state_dict(load_file(folder / MODEL), strict=False)  # strict by the check; ties have one name
 
 
@@ -144,16 +147,19 @@ def group_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
-    """Write `optimizer.safetensors`; returns the groups, with names for parameters, for `TrainingState`."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the optimizer's state, as `<parameter>/<slot>`."""
     tensors = {}
-    names = group_names(optimizer, model)
-    for group, members in zip(optimizer.param_groups, names, strict=True):
+    for group, members in zip(optimizer.param_groups, group_names(optimizer, model), strict=True):
         for parameter, name in zip(group["params"], members, strict=True):
             for slot, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{slot}"] = torch.as_tensor(value).detach().contiguous().cpu()
-    save_file(tensors, folder / OPTIMIZER)
-    return group_settings(optimizer, model)
+                tensors[f"{name}/{slot}"] = torch.as_tensor(value).detach()
+    return tensors
+
+
+def save_optimizer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `optimizer.safetensors`."""
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / OPTIMIZER)
 
 
 def group_settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
@@ -178,16 +184,14 @@ def for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
     return fitted
 
 
-def check_optimizer(folder: Path, state: TrainingState, model: nn.Module) -> None:
-    """Check that the optimizer's tensors belong to this model's parameters, before anything is loaded.
+def check_optimizer(folder: Path, state: TrainingState, trained: Mapping[str, Tensor]) -> None:
+    """Check that the optimizer's tensors belong to these parameters, before anything is loaded.
 
     Raises:
         Damaged: a parameter the model lacks, or a moment of another shape.
     """
-    parameters = dict(model.named_parameters())
-    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     grouped = {name for group in state.param_groups for name in group.get("params", ())}
-    for name in sorted(grouped ^ trained):
+    for name in sorted(grouped ^ trained.keys()):
         raise Damaged(
             f"{STATE}: {name} is {'not trained here' if name in grouped else 'without optimizer state'}"
         )
@@ -196,8 +200,8 @@ def check_optimizer(folder: Path, state: TrainingState, model: nn.Module) -> Non
         name, _, slot = key.rpartition("/")
         if name not in grouped:
             raise Damaged(f"{OPTIMIZER}: {name or key} is no trained parameter of this model")
-        if slot != "step" and shape[0] != list(parameters[name].shape):
-            raise Damaged(f"{OPTIMIZER}: {key} has shape {shape[0]}, not {list(parameters[name].shape)}")
+        if slot != "step" and shape[0] != list(trained[name].shape):
+            raise Damaged(f"{OPTIMIZER}: {key} has shape {shape[0]}, not {list(trained[name].shape)}")
     check_slots(headers, state.optimizer_tensors)
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
@@ -38,9 +37,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from rmoe.data.blocks import BlockSampler
 from rmoe.data.config import SplitName
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
-from rmoe.training import sharded
 from rmoe.training import state as contents
 from rmoe.training.accounting import StepSums, Window
 from rmoe.training.build import router_parameters
@@ -48,6 +46,8 @@ from rmoe.training.checkpoint import CheckpointStore, Damaged
 from rmoe.training.evaluation import Evaluation
 from rmoe.training.metrics import MetricsLog, Row
 from rmoe.training.parallel import is_sharded, total_norm
+from rmoe.training.place import Ranks
+from rmoe.training.storage import Gathered, OptimizerRecord, Sharded, Storage, Whole
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -75,6 +75,7 @@ class RMoETrainer(Trainer):
         in_unit: a split's mean loss per token (nats) as `{"bits_per_byte": ...}` or the like, for the rows.
         judge: evaluates the model on the validation split; None where there is none.
         max_skipped_batches: how many batches with NaN or infinity may be left out.
+        ranks: which processes see which sequences; None is different ones for each.
         callbacks: of transformers; `on_log` gets each row, its lists as `name/0`, `name/1`, ...
         eval_dataset, data_collator, processing_class, optimizers: as in transformers.
 
@@ -102,6 +103,7 @@ class RMoETrainer(Trainer):
         in_unit: Callable[[SplitName, float], dict[str, float]],
         judge: Callable[[nn.Module], Evaluation] | None = None,
         max_skipped_batches: int = 0,
+        ranks: Ranks | None = None,
         callbacks: list[TrainerCallback] | None = None,
         eval_dataset: Any = None,
         data_collator: Any = None,
@@ -109,10 +111,7 @@ class RMoETrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
-        self._sharded = is_sharded(model)
-        args.save_only_model = (
-            self._sharded
-        )  # Trainer refuses sharded models otherwise; we save and load ourselves
+        args.save_only_model = True  # Trainer refuses sharded models otherwise; we save and load ourselves
         super().__init__(
             model=model,
             args=args,
@@ -129,7 +128,8 @@ class RMoETrainer(Trainer):
         self.store, self.metrics, self.identity = store, metrics, identity
         self.in_unit, self.judge = in_unit, judge
         self.max_skipped_batches = max_skipped_batches
-        self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.ranks = ranks or Ranks(self.accelerator.num_processes, self.accelerator.process_index)
+        self.storage = self._storage()
         self.skipped_batches = 0
         self.train_seconds = 0.0
         self.diverged = False
@@ -140,14 +140,32 @@ class RMoETrainer(Trainer):
         self._has_routers = hasattr(model, "update_routers")
         self._skips_logits = isinstance(model, RMoEForCausalLM)
         self._router_parameters = list(router_parameters(model).values())
-        self._window, self._sums = Window(), StepSums(self.world_size)
+        self._window, self._sums = Window(), StepSums(self.ranks)
         self._step_losses = (0.0, 0.0)
         self._step_taken = False
         self._grad_norm, self._router_grad_norm, self._learning_rate = 0.0, 0.0, 0.0
         self._saved_step: int | None = None
         self._clock = time.perf_counter()
 
+    def _storage(self) -> Storage:
+        if not is_sharded(self.model):
+            return Whole(self.model)
+        return Sharded(self.model) if self.ranks.same == 1 else Gathered(self.model)
+
+    @property
+    def judged(self) -> nn.Module:
+        """What can be evaluated; on all processes together."""
+        return self.model
+
     # --- one optimizer step --------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """As in transformers, but processes that work together on the same sequences are dealt the same."""
+        loader = super().get_train_dataloader()
+        if self.ranks.same > 1:
+            shard: Any = loader.batch_sampler
+            shard.num_processes, shard.process_index = self.ranks.data, self.ranks.data_rank
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """The whole run as one epoch: no step straddles two, and resuming is skipping."""
@@ -157,11 +175,16 @@ class RMoETrainer(Trainer):
 
     def begin_step(self) -> None:
         """Called before the first micro-batch of a step."""
-        self._sums = StepSums(self.world_size)
+        self._sums = StepSums(self.ranks)
         if self._has_routers:
             # Noise is keyed by (seed and rank, forward passes of a rank so far).
-            seed = (self.identity.seed + 1_000_003 * self.rank) % 2**31
-            self.model.set_routing_noise(seed, self.state.global_step * self.args.gradient_accumulation_steps)
+            seed = (self.identity.seed + 1_000_003 * self.ranks.data_rank) % 2**31
+            self.model.set_routing_noise(seed, self.state.global_step * self.micro_batches)
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of a process in a step."""
+        return int(self.args.gradient_accumulation_steps)
 
     def compute_loss(
         self,
@@ -173,25 +196,27 @@ class RMoETrainer(Trainer):
         """The micro-batch's part of the step's loss: its gradients, summed, are those of the mean loss.
 
         The language-model part is a sum over its tokens divided by the step's tokens on all ranks; the balance
-        part a mean over micro-batches, whose number must not change its weight. Ranks average gradients, so
-        what is already a share of the whole is multiplied by their number.
+        part a mean over micro-batches, whose number must not change its weight. Ranks with different sequences
+        average their gradients, so what is already a share of the whole is multiplied by their number. Trainer
+        counts the tokens of all ranks, and so those of ranks that see the same more than once.
         """
         if self._has_routers:
             inputs = {**inputs, "router_stats": self._sums.stats}
         if self._skips_logits and not return_outputs:
             inputs = {**inputs, "output_logits": False}
         if self._counts_items and num_items_in_batch is not None:
-            inputs = {**inputs, "num_items_in_batch": num_items_in_batch, "use_cache": False}
+            items = num_items_in_batch / self.ranks.same if self.ranks.same > 1 else num_items_in_batch
+            inputs = {**inputs, "num_items_in_batch": items, "use_cache": False}
         else:
             num_items_in_batch = None
         outputs = model(**inputs)
         task_loss, balance_loss = self._split_loss(outputs)
         micro_batches = self.current_gradient_accumulation_steps
         if num_items_in_batch is None:
-            task_loss = task_loss / (micro_batches * self.world_size)
+            task_loss = task_loss / (micro_batches * self.ranks.data)
         balance_loss = balance_loss / micro_batches
         self._sums.add(task_loss, balance_loss, getattr(outputs, "router_stats", None))
-        loss = task_loss * self.world_size + balance_loss
+        loss = task_loss * self.ranks.data + balance_loss
         return (loss, outputs) if return_outputs else loss
 
     def _split_loss(self, outputs: Any) -> tuple[Tensor, Tensor]:
@@ -217,9 +242,8 @@ class RMoETrainer(Trainer):
 
     def _judge_gradients(self, model: nn.Module) -> None:
         """Keep NaN and infinity from the optimizer: without gradients its step changes nothing."""
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        routers = [p.grad for p in self._router_parameters if p.grad is not None]
-        self._grad_norm, self._router_grad_norm = total_norm(gradients), total_norm(routers)
+        self._grad_norm = self.gradient_norm(list(model.parameters()))
+        self._router_grad_norm = self.gradient_norm(self._router_parameters)
         task, balance, finite, stop = self._sums.finish(
             finite=self._grad_norm < float("inf"), stop=self.stop_requested
         )
@@ -228,6 +252,10 @@ class RMoETrainer(Trainer):
         if not finite:
             model.zero_grad(set_to_none=True)
             self._skip(task, balance)
+
+    def gradient_norm(self, parameters: list[nn.Parameter]) -> float:
+        """The 2-norm of their gradients, the same on every process."""
+        return total_norm(p.grad for p in parameters if p.grad is not None)
 
     def _skip(self, task_loss: float, balance_loss: float) -> None:
         step = self.state.global_step + 1
@@ -291,7 +319,7 @@ class RMoETrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Judge the model on the validation split and write a row."""
         assert self.judge is not None
-        evaluation = self.judge(self.model)
+        evaluation = self.judge(self.judged)
         self.last_evaluation = (self.state.global_step, evaluation)
         self._publish(
             {
@@ -328,41 +356,21 @@ class RMoETrainer(Trainer):
             return
         # Every rank's generators; the rest is the same on all of them.
         random = gather_object([contents.capture_random(self.args.device)])
-        parts = self._write_parts(step) if self._sharded else None
+        write = self.storage.collect(self.store, step, self.optimizer)
         if self.is_world_process_zero():
-            self.store.save(step, lambda folder: self._write_checkpoint(folder, random, parts))
+            self.store.save(step, lambda folder: self._write_checkpoint(folder, random, write))
         self.accelerator.wait_for_everyone()
         self._saved_step = step
         self._clock = time.perf_counter()
 
-    def _write_parts(self, step: int) -> Path:
-        """Every rank's parts of a sharded model and optimizer, in a folder the first rank takes them from."""
-        parts = self.store.staging / f"parts-{step}"
-        if self.is_world_process_zero():
-            self.store.clear_staging()
-            parts.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            sharded.save(parts, self.model, self.optimizer)
-        except CheckpointException as error:
-            said = " ".join(str(error).split())
-            raise RunError(
-                f"could not save checkpoint-{step}: {said}",
-                self.store.saved(),
-                "free disk space, then --resume",
-            ) from error
-        return parts
-
     def _write_checkpoint(
-        self, folder: Path, random: list[tuple[Any, dict[str, Tensor]]], parts: Path | None = None
+        self,
+        folder: Path,
+        random: list[tuple[Any, dict[str, Tensor]]],
+        write_tensors: Callable[[Path], OptimizerRecord],
     ) -> None:
         self.metrics.sync()  # a checkpoint never knows of steps that the rows before it lack
-        if parts is None:
-            contents.save_model(folder, self.model)
-            groups = contents.save_optimizer(folder, self.optimizer, self.model)
-        else:
-            sharded.adopt(parts, folder)
-            groups = contents.group_settings(self.optimizer, self.model)
+        optimizer = write_tensors(folder)
         self.model.config.save_pretrained(folder)
         contents.save_random(folder, [tensors for _, tensors in random])
         self.state.save_to_json(str(folder / TRAINER_STATE))
@@ -373,8 +381,8 @@ class RMoETrainer(Trainer):
             train_seconds=self.train_seconds,
             pending=self._window.to_dict(),
             scheduler=self.lr_scheduler.state_dict(),
-            param_groups=groups,
-            optimizer_tensors=sum(map(len, self.optimizer.state.values())),
+            param_groups=optimizer.groups,
+            optimizer_tensors=optimizer.tensors,
             host_random=[host for host, _ in random],
         )
         contents.write_state(folder, state)
@@ -382,7 +390,7 @@ class RMoETrainer(Trainer):
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint this run can go on from; the same answer on every rank."""
         found = [self.store.newest_valid(self._check)] if self.is_world_process_zero() else [None]
-        if self.world_size > 1:
+        if self.ranks.world > 1:
             torch.distributed.broadcast_object_list(found)
         return found[0]
 
@@ -404,28 +412,17 @@ class RMoETrainer(Trainer):
             raise Damaged(f"{TRAINER_STATE}: {' '.join(str(error).split())}") from None
         if trainer_step != state.step:
             raise Damaged(f"{TRAINER_STATE} is of step {trainer_step}, not {state.step}")
-        if sharded.is_sharded_checkpoint(folder):
-            sharded.check(folder, state, self.model)
-        elif self._sharded:
-            raise RequestError("parallel.fsdp", "above 1", f"1: {folder} was written by whole processes")
-        else:
-            contents.check_model(folder, self.model)
-            contents.check_optimizer(folder, state, self.model)
+        self.storage.check(folder, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        reader = sharded if sharded.is_sharded_checkpoint(folder) else contents
-        reader.load_model(folder, self.model if model is None else model)
+        self.storage.load_model(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
         state = contents.read_state(folder)
-        if sharded.is_sharded_checkpoint(folder):
-            sharded.load_optimizer(folder, state, self.optimizer, self.model)
-        else:
-            contents.load_optimizer(folder, state, self.optimizer, self.model)
+        self.storage.load_optimizer(folder, state, self.optimizer)
         groups = len(self.optimizer.param_groups)
         self.lr_scheduler.load_state_dict(contents.for_groups(state.scheduler, groups))
         self.skipped_batches, self.train_seconds = state.skipped_batches, state.train_seconds
@@ -436,11 +433,13 @@ class RMoETrainer(Trainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        state, tensors = contents.read_state(folder), contents.load_random(folder, self.rank)
-        if self.rank < len(state.host_random) and tensors:
-            contents.restore_random(state.host_random[self.rank], tensors, self.args.device)
+        # Those that compute the same in parts must draw the same; stages compute different things.
+        rank = self.ranks.rank if self.ranks.staged else self.ranks.data_rank * self.ranks.same
+        state, tensors = contents.read_state(folder), contents.load_random(folder, rank)
+        if rank < len(state.host_random) and tensors:
+            contents.restore_random(state.host_random[rank], tensors, self.args.device)
         else:  # more ranks than the checkpoint was written by: a stream of its own for each new one
-            torch.manual_seed((self.identity.seed + 1_000_003 * self.rank + state.step) % 2**31)
+            torch.manual_seed((self.identity.seed + 1_000_003 * rank + state.step) % 2**31)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: mixed precision is bfloat16."""

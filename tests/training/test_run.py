@@ -280,10 +280,10 @@ def test_disk_full_in_mid_run(text, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     write = contents.save_optimizer
 
-    def full(folder, optimizer, model):
+    def full(folder, tensors):
         if folder.name == "checkpoint-8":
             raise OSError(28, "No space left on device")
-        return write(folder, optimizer, model)
+        return write(folder, tensors)
 
     with monkeypatch.context() as patched:
         patched.setattr(contents, "save_optimizer", full)

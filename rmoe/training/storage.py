@@ -1,0 +1,239 @@
+"""How a run's tensors get into a checkpoint and out of it again, by how its processes hold them.
+
+    Whole      every process has everything (one process, DDP): the first writes
+    Sharded    every process has a part (FSDP2, with experts dealt out or not): all write, nobody holds everything
+    Gathered   parts that cannot be written side by side (tensor parallelism: torch 2.13 reports overlapping chunks of
+               the packed experts) or that are other tensors altogether (pipelines): the first collects and writes
+
+Whole and Gathered write the same files (`rmoe.training.state`), Sharded its own (`rmoe.training.sharded`). Each reads
+both, so a checkpoint moves between layouts and numbers of processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rmoe.errors import RunError
+from rmoe.model import RMoEForCausalLM
+from rmoe.parallel import Pipeline
+from rmoe.training import sharded
+from rmoe.training import state as contents
+from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.parallel import gathered, whole
+from rmoe.training.state import TrainingState
+
+Optimizer = torch.optim.Optimizer
+
+
+class OptimizerRecord(NamedTuple):
+    """What `TrainingState` keeps of an optimizer: its groups with names for parameters, and how many tensors it has."""
+
+    groups: list[dict[str, Any]]
+    tensors: int
+
+
+class Storage(ABC):
+    """See the module's text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @abstractmethod
+    def collect(
+        self, store: CheckpointStore, step: int, optimizer: Optimizer
+    ) -> Callable[[Path], OptimizerRecord]:
+        """Get ready to write. Collective; the result is for the first process, which gives it a staged folder."""
+
+    def expected(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """(`unique_tensors`, `trained_parameters`) of the whole model: shapes and dtypes are looked at."""
+        return contents.unique_tensors(self.model), contents.trained_parameters(self.model)
+
+    def check(self, folder: Path, state: TrainingState) -> None:
+        """Look at a checkpoint's tensors before any is loaded. By one process.
+
+        Raises:
+            Damaged: they are not this model's.
+        """
+        tensors, trained = self.expected()
+        if sharded.is_sharded_checkpoint(folder):
+            sharded.check(folder, state, tensors, trained)
+        else:
+            contents.check_model(folder, tensors)
+            contents.check_optimizer(folder, state, trained)
+
+    def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+        """Fill tensors in place, each process its own. Collective."""
+        sharded.read(folder, targets)
+
+    def load_model(self, folder: Path) -> None:
+        """Load the model's tensors, each process its own. Collective."""
+        self.read(folder, sharded.tensors_of(self.model))
+
+    def load_optimizer(self, folder: Path, state: TrainingState, optimizer: Optimizer) -> None:
+        """Load the optimizer's state, each process its own. Collective."""
+        sharded.load_optimizer(folder, state, optimizer, self.model, self.read)
+
+    @abstractmethod
+    def whole_model(self) -> Any:
+        """The whole model, with its weights on the first process. Collective."""
+
+
+class Whole(Storage):
+    """Every process has everything."""
+
+    def collect(
+        self, store: CheckpointStore, step: int, optimizer: Optimizer
+    ) -> Callable[[Path], OptimizerRecord]:
+        def write(folder: Path) -> OptimizerRecord:
+            tensors = contents.optimizer_tensors(optimizer, self.model)
+            contents.save_model(folder, contents.unique_tensors(self.model))
+            contents.save_optimizer(folder, tensors)
+            return OptimizerRecord(contents.group_settings(optimizer, self.model), len(tensors))
+
+        return write
+
+    def load_model(self, folder: Path) -> None:
+        if sharded.is_sharded_checkpoint(folder):
+            super().load_model(folder)
+        else:
+            contents.load_model(folder, self.model)
+
+    def load_optimizer(self, folder: Path, state: TrainingState, optimizer: Optimizer) -> None:
+        if sharded.is_sharded_checkpoint(folder) or not self._has_groups_of(state, optimizer):
+            super().load_optimizer(folder, state, optimizer)
+        else:
+            contents.load_optimizer(folder, state, optimizer, self.model)
+
+    def _has_groups_of(self, state: TrainingState, optimizer: Optimizer) -> bool:
+        names = contents.group_names(optimizer, self.model)
+        return names == [group["params"] for group in state.param_groups]
+
+    def whole_model(self) -> Any:
+        return self.model
+
+
+class Sharded(Storage):
+    """Every process has a part of each tensor, and writes it."""
+
+    def collect(
+        self, store: CheckpointStore, step: int, optimizer: Optimizer
+    ) -> Callable[[Path], OptimizerRecord]:
+        parts = store.staging / f"parts-{step}"
+        if dist.get_rank() == 0:
+            store.clear_staging()
+            parts.mkdir(parents=True)
+        dist.barrier()
+        try:
+            sharded.save(parts, self.model, optimizer)
+        except CheckpointException as error:
+            said = " ".join(str(error).split())
+            raise RunError(
+                f"could not save checkpoint-{step}: {said}", store.saved(), "free disk space, then --resume"
+            ) from error
+
+        def write(folder: Path) -> OptimizerRecord:
+            sharded.adopt(parts, folder)
+            tensors = sum(map(len, optimizer.state.values()))
+            return OptimizerRecord(contents.group_settings(optimizer, self.model), tensors)
+
+        return write
+
+    def whole_model(self) -> Any:
+        return gathered(self.model)  # type: ignore[arg-type]
+
+
+class Gathered(Storage):
+    """The first process collects everything and writes; each reads whole tensors and keeps its part.
+
+    Args:
+        model: cut up by tensor parallelism, or with `pipeline` its part of one.
+    """
+
+    def __init__(self, model: nn.Module, pipeline: Pipeline | None = None) -> None:
+        super().__init__(model)
+        self.pipeline = pipeline
+        self._expected = tuple(self._union(tensors) for tensors in super().expected())
+
+    def collect(
+        self, store: CheckpointStore, step: int, optimizer: Optimizer
+    ) -> Callable[[Path], OptimizerRecord]:
+        model = self._on_first(contents.unique_tensors(self.model))
+        moments = self._on_first(contents.optimizer_tensors(optimizer, self.model))
+        groups = self._groups(optimizer)
+
+        def write(folder: Path) -> OptimizerRecord:
+            contents.save_model(folder, model)
+            contents.save_optimizer(folder, moments)
+            return OptimizerRecord(groups, len(moments))
+
+        return write
+
+    def expected(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        tensors, trained = self._expected
+        return tensors, trained
+
+    def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+        full = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in targets.items()}
+        sharded.read(folder, full, alone=True)
+        for name, target in targets.items():
+            if isinstance(target, DTensor):
+                part = distribute_tensor(
+                    full[name].to(target.device), target.device_mesh, target.placements, src_data_rank=None
+                )
+                target.to_local().copy_(part.to_local())
+            else:
+                target.copy_(full[name])
+
+    def whole_model(self) -> Any:
+        if self.pipeline is None:
+            return gathered(self.model)  # type: ignore[arg-type]
+        tensors = self.pipeline.state_dict()
+        if tensors is None:
+            return None
+        model = RMoEForCausalLM(self.pipeline.part.config)
+        model.load_state_dict(tensors)
+        return model
+
+    def _on_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors, on the first process; nothing elsewhere."""
+        if self.pipeline is not None:
+            return self.pipeline.collect(tensors) or {}
+        first, found = dist.get_rank() == 0, {}
+        for name, tensor in tensors.items():
+            full = whole(tensor)
+            if first:
+                found[name] = full.cpu()
+        return found
+
+    def _groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The groups' settings; stages have the same groups, with their own parameters in them."""
+        own = contents.group_settings(optimizer, self.model)
+        if self.pipeline is None:
+            return own
+        every: list[Any] = [None] * self.pipeline.count
+        dist.all_gather_object(every, own, group=self.pipeline.stages)
+        for group, *others in zip(own, *every, strict=True):
+            group["params"] = list(dict.fromkeys(name for other in others for name in other["params"]))
+        return own
+
+    def _union(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Names, shapes and dtypes of all stages' tensors, without their data."""
+        own = {name: (t.shape, t.dtype) for name, t in tensors.items()}
+        every: list[Any] = [own]
+        if self.pipeline is not None:
+            every = [None] * self.pipeline.count
+            dist.all_gather_object(every, own, group=self.pipeline.stages)
+        return {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for part in every
+            for name, (shape, dtype) in part.items()
+        }
