@@ -126,16 +126,18 @@ def sorted_experts_backward(
         weight = flat.index_select(0, slot)[:, None]
         outer = grad.index_select(0, token)  # [n, d]
         inward = torch.mm(outer, down[expert])  # [n, I], of the unweighted activation
-        activated = _activate(rows, width, act)
-        grad_weights.index_copy_(0, slot, (inward * activated).sum(-1))
-        inward.mul_(weight)
+        gate = rows[:, :width]  # all there is where experts have no gate
+        activated = ACTIVATIONS[act][0](gate)
         if gated:
-            gate, linear = rows[:, :width], rows[:, width:]
-            grad_rows = torch.empty_like(rows)
-            torch.mul(inward, ACTIVATIONS[act][0](gate), out=grad_rows[:, width:])
-            grad_rows[:, :width] = gradient(inward.mul_(linear), gate)
+            linear, grad_rows = rows[:, width:], torch.empty_like(rows)
+            grad_linear = torch.mul(activated, weight, out=grad_rows[:, width:])
+            activated.mul_(linear)
+        grad_weights.index_copy_(0, slot, (inward * activated).sum(-1))
+        if gated:
+            grad_linear.mul_(inward)
+            grad_rows[:, :width] = gradient(inward.mul_(weight).mul_(linear), gate)
         else:
-            grad_rows = gradient(inward, rows)
+            grad_rows = gradient(inward.mul_(weight), rows)
         if for_experts:
             torch.mm(outer.t(), activated.mul_(weight), out=grad_down[expert])
             torch.mm(grad_rows.t(), x.index_select(0, token), out=grad_up[expert])
@@ -191,12 +193,19 @@ def one_token_experts(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, act: str
 ) -> Tensor:
     """The same for `[1, d]`, without gradients: reads the weights of the chosen experts and no others."""
-    experts = index[0].tolist()
-    out = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    for slot, expert in enumerate(experts):
-        if expert < up.shape[0]:
-            hidden = _activate(torch.mv(up[expert], x[0])[None], down.shape[2], act)[0]
-            out.add_(torch.mv(down[expert], hidden.mul_(weights[0, slot])))
+    row, width = x[0], down.shape[2]
+    out = torch.zeros_like(row, dtype=torch.promote_types(x.dtype, torch.float32))
+    for expert, weight in zip(index[0].tolist(), weights[0].tolist(), strict=True):
+        if expert >= up.shape[0]:
+            continue
+        inner = torch.mv(up[expert], row)
+        hidden = ACTIVATIONS[act][0](inner[:width])
+        if inner.shape[0] != width:
+            hidden.mul_(inner[width:])
+        if out.dtype == x.dtype:
+            out.addmv_(down[expert], hidden, alpha=weight)
+        else:
+            out.add_(torch.mv(down[expert], hidden), alpha=weight)
     return out.to(x.dtype)[None]
 
 

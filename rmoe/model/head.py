@@ -26,26 +26,29 @@ def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    items: Tensor,
     dtype: torch.dtype,
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`-sum_t ln softmax(W h_t)[target_t]` and its gradients.
+    """`-sum_t ln softmax(W h_t)[target_t] / items` and its gradients.
 
     Args:
-        hidden: `[T, d]`. weight: `[V, d]`. targets: `[T]` int64, -100 does not count.
+        hidden: `[T, d]`. weight: `[V, d]`. targets: `[T]` int64, -100 does not count. items: scalar.
         dtype: of the matrix products; softmax and sums are in at least float32.
         for_hidden, for_weight: which gradients are wanted; the other is empty.
 
     Returns:
-        The sum; its gradient by `hidden`, in the dtype of `hidden`; by `weight`, in at least float32.
+        The loss; its gradient by `hidden`, in the dtype of `hidden`; by `weight`, in at least float32.
     """
     wide = torch.promote_types(dtype, torch.float32)
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     low = weight.to(dtype)
     total = hidden.new_zeros((), dtype=wide)
     grad_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else weight.new_empty(0, dtype=wide)
+    empty = torch.empty_like if hidden.shape[0] else torch.zeros_like  # the first chunk writes it
+    grad_weight = empty(weight, dtype=wide) if for_weight else weight.new_empty(0, dtype=wide)
+    items = items.to(wide)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         h, target = hidden[part].to(dtype), targets[part]
@@ -55,14 +58,20 @@ def chunked_cross_entropy(
             continue
         counts = (target != IGNORED).to(wide)[:, None]
         grad = log_probs.exp_().scatter_add_(1, target.clamp(min=0)[:, None], -counts)
-        grad = grad.mul_(counts).to(dtype)
+        grad = grad.mul_(counts / items).to(dtype)
         if for_hidden:
             grad_hidden[part] = grad @ low
-        if for_weight and dtype == wide:
+        if for_weight and start == 0:
+            grad_weight = _product(grad.t(), h, grad_weight)
+        elif for_weight and dtype == wide:
             grad_weight.addmm_(grad.t(), h)
         elif for_weight:
             grad_weight += grad.t() @ h
-    return total, grad_hidden, grad_weight
+    return total / items, grad_hidden, grad_weight
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
 
 
 @chunked_cross_entropy.register_fake
@@ -70,6 +79,7 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    items: Tensor,
     dtype: torch.dtype,
     for_hidden: bool,
     for_weight: bool,
@@ -86,22 +96,27 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.weight_dtype, (ctx.for_hidden, ctx.for_weight) = inputs[1].dtype, inputs[4:]
+    ctx.weight_dtype, (ctx.for_hidden, ctx.for_weight) = inputs[1].dtype, inputs[5:]
 
 
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     hidden, weight = ctx.saved_tensors
-    grad_hidden = hidden * grad.to(hidden.dtype) if ctx.for_hidden else None
-    grad_weight = (weight * grad).to(ctx.weight_dtype) if ctx.for_weight else None
-    return grad_hidden, grad_weight, None, None, None, None
+    # On the CPU a look at the number is free, and the gradient by the weight may be the largest tensor there is.
+    # (A tracer's tensor is of a type of its own, and has no number.)
+    as_it_is = type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
+    if not as_it_is:
+        hidden, weight = hidden * grad.to(hidden.dtype), weight * grad
+    grad_hidden = hidden if ctx.for_hidden else None
+    grad_weight = weight.to(ctx.weight_dtype) if ctx.for_weight else None
+    return grad_hidden, grad_weight, None, None, None, None, None
 
 
 chunked_cross_entropy.register_autograd(_backward, setup_context=_keep)
 
 
 class LMHead(nn.Linear):
-    """`W h` `[*, d] -> [*, V]`; with targets the sum of their cross-entropy.
+    """`W h` `[*, d] -> [*, V]`; with targets their cross-entropy.
 
     The loss is taken inside the module's own `forward`, where FSDP2 has gathered the weight.
     """
@@ -114,24 +129,35 @@ class LMHead(nn.Linear):
         """Not under tensor parallelism: each process has a part of the vocabulary, and the plan's output is logits."""
         return not getattr(self, "_is_hooked", False)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """`targets` `[*]` int64, -100 does not count -> scalar, nats, at least float32."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, items: Tensor | int | None = None
+    ) -> Tensor:
+        """Logits; or a scalar in nats, at least float32.
+
+        Args:
+            hidden: `[*, d]`.
+            targets: `[*]` int64, -100 does not count.
+            items: what the sum is divided by; None is the number of targets that count.
+        """
         if targets is None:
             return super().forward(hidden)
+        targets = targets.reshape(-1).to(hidden.device)
+        count = (targets != IGNORED).sum() if items is None else torch.as_tensor(items, device=hidden.device)
         kind, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         wanted = torch.is_grad_enabled()
         with torch.autocast(kind, enabled=False):
-            total: Tensor = chunked_cross_entropy(
+            loss: Tensor = chunked_cross_entropy(
                 hidden.reshape(-1, hidden.shape[-1]),
                 self.weight,
-                targets.reshape(-1).to(hidden.device),
+                targets,
+                count,
                 dtype,
                 wanted and hidden.requires_grad,
                 wanted and self.weight.requires_grad,
             )[0]
-        return total
+        return loss
 
 
 def lm_loss(
@@ -150,8 +176,5 @@ def lm_loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    total = head(hidden, shift_labels)
-    if num_items_in_batch is None:
-        return total / (shift_labels != IGNORED).sum().to(total.device)
-    items = num_items_in_batch
-    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+    loss: Tensor = head(hidden, shift_labels, num_items_in_batch)
+    return loss

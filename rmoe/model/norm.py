@@ -43,7 +43,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.dtype in (torch.float32, torch.float64) and x.dtype == self.weight.dtype
-        if x.device.type == "cpu" and wide and not torch.compiler.is_compiling():
+        many = x.numel() > x.shape[-1] or torch.is_grad_enabled()  # for one row, calls cost more than passes
+        if x.device.type == "cpu" and wide and many and not torch.compiler.is_compiling():
             out: Tensor = _RMSNormCPU.apply(x, self.weight, self.variance_epsilon)
             return out
         if x.dtype == self.weight.dtype:

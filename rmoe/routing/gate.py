@@ -65,10 +65,13 @@ class Softmax(Gate):
             weights = probs.gather(-1, experts)
         if self.current_k is not None:
             experts = torch.where(self._unused(logits, self.current_k), self.num_experts, experts)
-        experts, weights = self.without_skipped(experts, weights)
+        may_be_empty = self.current_k is not None or logits.shape[-1] > self.num_experts
+        if may_be_empty:
+            experts, weights = self.without_skipped(experts, weights)
         if self.spec.renormalize:
+            total = weights.sum(-1, keepdim=True)
             # A token whose every slot is empty keeps zero weights: the floor only avoids 0 / 0.
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+            weights = weights / (total.clamp(min=torch.finfo(total.dtype).tiny) if may_be_empty else total)
         return Routing(logits, probs, weights, experts)
 
     def _unused(self, like: Tensor, current_k: Tensor) -> Tensor:

@@ -38,24 +38,35 @@ def test_equals_transformers(
     given = (None, labels) if shifted_already else (labels, None)
     got = lm_loss(head, hidden, *given, items)
     assert abs(got.detach() - want.detach()) < 1e-14
-    gradients = (torch.autograd.grad(3 * loss, (hidden, head.weight)) for loss in (got, want))
-    for ours, theirs in zip(*gradients, strict=True):
-        assert (ours - theirs).abs().max() < 1e-14
+    for factor in (1.0, 3.0):  # the gradient of the loss; twice, as with retain_graph
+        gradients = (
+            torch.autograd.grad(factor * loss, (hidden, head.weight), retain_graph=True)
+            for loss in (got, want)
+        )
+        for ours, theirs in zip(*gradients, strict=True):
+            assert (ours - theirs).abs().max() < 1e-14
 
 
-def test_no_label_counts() -> None:
+def test_no_token_or_no_label_counts() -> None:
     """Mean over nothing is NaN, as in transformers; a sum over items is 0, and so are its gradients."""
     head, hidden, labels = small_head()
     nothing = torch.full_like(labels, -100)
     assert lm_loss(head, hidden, nothing).isnan()
-    loss = lm_loss(head, hidden, nothing, num_items_in_batch=5)
-    assert float(loss.detach()) == 0
-    assert all((g == 0).all() for g in torch.autograd.grad(loss, (hidden, head.weight)))
+    for part in (hidden, hidden[:0]):
+        loss = lm_loss(head, part, nothing[: len(part)], num_items_in_batch=5)
+        assert float(loss.detach()) == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, (part, head.weight)))
 
 
 def test_the_operator_keeps_torchs_rules() -> None:
     head, hidden, labels = small_head()
-    arguments = (hidden.detach().view(-1, 5).requires_grad_(), head.weight, labels.view(-1), torch.float64)
+    arguments = (
+        hidden.detach().view(-1, 5).requires_grad_(),
+        head.weight,
+        labels.view(-1),
+        torch.tensor(0.3),
+        torch.float64,
+    )
     torch.library.opcheck(chunked_cross_entropy, (*arguments, True, True))
     torch.library.opcheck(chunked_cross_entropy, (*arguments, False, False))
 
