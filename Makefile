@@ -56,14 +56,17 @@ test: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev
 	$(PYTEST) -m ""
 
-# One process: the kills are timed, and the fuzzer takes a core for itself.
+# One process: the kills are timed, and the fuzzer takes a core for itself. TORTURE="-k kill" (damage, disk, malformed,
+# fuzzer, parallel, serving) runs a part.
+TORTURE ?=
+TORTURE_TESTS := tests/torture tests/parallel tests/training/test_ranks.py tests/serving
 torture: LEVEL = normal
 torture-full: LEVEL = full
 torture torture-full: $(VENV)/.installed-dev
 	@mkdir -p $(dir $(TORTURE_REPORT)) && rm -f $(TORTURE_REPORT)
 	RMOE_TORTURE=$(LEVEL) RMOE_TORTURE_REPORT=$(abspath $(TORTURE_REPORT)) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -m "" tests/torture
-	@cat $(TORTURE_REPORT)
+		$(BIN)/python -m pytest -m "" --durations 15 $(TORTURE_TESTS) $(TORTURE)
+	@$(BIN)/python -m tests.torture.table $(TORTURE_REPORT)
 
 # Refuses what its own tests do not vouch for. About an hour on two cores, the tests included; a part of the suite is
 # BENCH="--cases step block --sizes quick", and parts of one day go into one file.

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
 
-Trains on random tokens for a few steps. All processes see the same batch. `rmoe train` does not offer this layout:
-the packed expert matrices cannot be saved in parts (torch 2.13 reports overlapping chunks).
+Trains on random tokens for a few steps. All processes see the same batch. `rmoe train --parallel.tensor 2` does this
+with data, checkpoints and the rest; here is what a loop of one's own needs.
 """
 
 from __future__ import annotations

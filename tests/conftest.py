@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def note() -> Callable[..., None]:
+    """Append a line of figures to $RMOE_TORTURE_REPORT, where that is set: the table of docs/reliability.md."""
+
+    def write(**figures: object) -> None:
+        if path := os.environ.get("RMOE_TORTURE_REPORT"):
+            with Path(path).open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+
+    return write

@@ -30,7 +30,9 @@ def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer("a")  # some damage shows itself only in use
+        return tokenizer
     except Exception as error:  # a damaged file makes the tokenizers library raise what it likes
         said = " ".join(str(error).split())[:200]
         raise RequestError("MODEL", str(folder), f"a model folder with its tokenizer ({said})") from error

@@ -49,11 +49,19 @@ def load(
         register(folder)
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from None
-    model, report = _model_class(config).from_pretrained(
-        path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **changes
-    )
+    except RequestError:
+        raise
+    except Exception as error:  # what a damaged configuration makes transformers raise is anyone's guess
+        raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from error
+    try:
+        model, report = _model_class(config).from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **changes
+        )
+    except (RequestError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"[:200]
+        raise RequestError("model", str(path), f"files that make a model ({said})") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         wrong = sorted(map(str, report[kind]))
         if wrong:

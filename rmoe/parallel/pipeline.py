@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from transformers.masking_utils import create_causal_mask
 
 from rmoe.errors import RequestError
@@ -176,7 +176,8 @@ class Pipeline:
 
     Args:
         model: whole, equal on all processes.
-        micro_batches: a step's batch is cut into so many; more of them leave less of the time idle.
+        micro_batches: a step's batch is cut into so many; more of them leave less of the time idle. A stage holds the
+            activations of as many as there are stages at most (1F1B).
         device: of this process.
         replicas: pipelines side by side; neighbouring processes are one pipeline.
     """
@@ -195,7 +196,7 @@ class Pipeline:
         self.index = self.rank % self.count
         self.part = PipelinePart(model, self.index, self.count).to(self.device).train()
         self.stats: RouterStats | None = None
-        self._schedule: ScheduleGPipe | None = None
+        self._schedule: Schedule1F1B | None = None
         self._targets = 0.0
         self._losses = torch.zeros(2, dtype=torch.float64, device=self.device)
 
@@ -237,7 +238,7 @@ class Pipeline:
         _send(leaving, self.rank + 1)
         return None
 
-    def _build(self, example: Tensor) -> ScheduleGPipe:
+    def _build(self, example: Tensor) -> Schedule1F1B:
         """The schedule, from the shapes that a micro-batch has between stages.
 
         torch would find them out by a training forward pass; this one is in eval mode, so that it draws no random
@@ -259,7 +260,7 @@ class Pipeline:
             output_args=tuple(_like(tensor) for tensor in leaving),
             group=self.stages,
         )
-        return ScheduleGPipe(stage, self.micro_batches, loss_fn=self._loss, scale_grads=False)
+        return Schedule1F1B(stage, self.micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def _loss(self, output: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """The micro-batch's part of the batch's mean loss: parts add up."""

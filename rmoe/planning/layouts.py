@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rmoe.model import RMoEConfig
+from rmoe.model.head import CHUNK_BYTES
 from rmoe.planning.hardware import Cluster
 from rmoe.planning.trace import Needs, Parameters
 
@@ -80,7 +81,8 @@ class Memory:
         weights, gradients, optimizer: float32 master weights, their gradients, AdamW's two moments.
         gathered: whole layers that FSDP has put together for computing, this one and the next.
         activations: what autograd keeps, weight copies of autocast included.
-        loss: float32 gradients of logits and of log-probabilities, while the loss is differentiated.
+        loss: what is alive besides while the loss is taken and differentiated: a chunk's logits, or where they cannot
+            be taken in chunks (TP, PP) float32 gradients of logits and of log-probabilities.
         layer: activations of the one layer that is being recomputed or differentiated, and gradients inside it:
             together 1.26 to 1.43 times the activations in real steps of three architectures.
     """
@@ -120,17 +122,17 @@ def memory_of(
     """Memory of a layout at `batch` sequences of `length` tokens per forward pass of a device.
 
     Activations between TP's splits are whole on every device of its group: the experts' and attention's insides
-    are a share, the rest is not, and is counted in full here, so TP's figure is an upper bound. A pipeline of
-    `p` stages holds at most `p` micro-batches at once (GPipe with `p` micro-batches).
+    are a share, the rest is not, and is counted in full here, so TP's figure is an upper bound. The first of `p`
+    stages of a pipeline holds at most `p` micro-batches at once (1F1B).
     """
     own, kept = needs.parameters, needs.activations
     parameters = parameters_per_device(own, layout)
     layers = config.num_hidden_layers / layout.pipeline
-    micro = batch  # a pipeline's micro-batches add up to the batch
     body = kept.layer
     if layout.tensor > 1:
         body = kept.boundary + (kept.layer - kept.boundary) * (0.5 + 0.5 / layout.tensor)
-    activations = micro * (layers * (kept.boundary if checkpointing else body) + kept.ends)
+    held = batch * layout.pipeline
+    activations = held * (layers * (kept.boundary if checkpointing else body) + kept.ends)
     fixed = kept.fixed / layout.pipeline / layout.tensor if layout.fsdp == 1 else 0.0
     gathered = 0.0
     if layout.fsdp > 1:
@@ -144,9 +146,17 @@ def memory_of(
         optimizer=2 * FULL * parameters,
         gathered=gathered,
         activations=activations + fixed,
-        loss=2 * micro * length * config.vocab_size * FULL / layout.tensor,
-        layer=1.3 * micro * body,
+        loss=_loss_bytes(config, layout, batch * length),
+        layer=1.3 * batch * body,
     )
+
+
+def _loss_bytes(config: RMoEConfig, layout: Layout, tokens: int) -> float:
+    logits = FULL * tokens * config.vocab_size
+    if layout.tensor * layout.pipeline > 1:
+        return 2 * logits / layout.tensor
+    # The chunk's logits and their log-probabilities; then the output matrix's gradient once more, scaled.
+    return max(2 * min(CHUNK_BYTES, logits), FULL * config.vocab_size * config.hidden_size)
 
 
 # --- traffic -------------------------------------------------------------------------------------

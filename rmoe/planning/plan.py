@@ -21,7 +21,7 @@ class LayoutPlan(Record, frozen=True, kw_only=True):
     Attributes:
         fits: its peak is within the usable memory.
         micro_batch_size: sequences of one forward pass of a device.
-        accumulation: forward passes per optimizer step.
+        accumulation: forward passes per optimizer step; in a pipeline the micro-batches that travel through it.
         memory_gib: weights, gradients, optimizer, gathered, activations, loss, peak; on the fullest device.
         activations_gib: `plain` and `checkpointed`, at this micro-batch.
         traffic: what one device sends per step, by collective.
@@ -169,7 +169,7 @@ def _evaluate(
     peak_flops = cluster.accelerator.bf16_tflops * 1e12 * cluster.compute_efficiency * (1 if bf16 else 0.5)
     flops = needs.flops.training + (needs.flops.forward if checkpointing else 0.0)
     compute = passes * micro * length * flops / layout.tensor / layout.pipeline / peak_flops
-    bubble = compute * (layout.pipeline - 1) / max(min(micro, 4 * layout.pipeline), 1)
+    bubble = compute * (layout.pipeline - 1) / passes
     optimizer = held.weights / 4 * ADAMW_BYTES / (cluster.accelerator.memory_gb_per_s * 1e9)
     hidden = sum(t.bytes / cluster.bandwidth(t.group) for t in traffic if t.hidden)
     exposed = sum(t.bytes / cluster.bandwidth(t.group) for t in traffic if not t.hidden)
@@ -218,7 +218,7 @@ def _options(layout: Layout, micro: int, checkpointing: bool) -> str:
         "expert": layout.expert,
         "pipeline": layout.pipeline,
     }
-    if layout.fsdp > 1 and layout.replicate > 1:
+    if layout.replicate > 1 and layout.fsdp * layout.pipeline > 1:
         sizes["replicate"] = layout.replicate
     asked = [f"--parallel.{name} {size}" for name, size in sizes.items() if size > 1]
     asked.append(f"--training.micro-batch-size {micro}")

@@ -62,8 +62,9 @@ class Activations:
 
     Attributes:
         layer: of one decoder layer (the mean over routing and dense ones), per sequence.
-        ends: of embedding, last norm, output matrix and loss, per sequence.
-        fixed: low-precision copies of weights under autocast, position tables; for the whole model.
+        ends: of embedding, last norm and loss, per sequence.
+        fixed: the output matrix's gradient, which is taken with the loss; low-precision copies of weights under
+            autocast, position tables; for the whole model.
         boundary: what enters one layer, per sequence: the hidden states and the router's state.
         state: the router's part of `boundary`.
     """
@@ -227,7 +228,7 @@ def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> _Saved:
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            model(input_ids=ids, labels=ids, use_cache=False)
+            model(input_ids=ids, labels=ids, use_cache=False, output_logits=False)  # as `rmoe train` does
     hidden, state = entering[0]
     return _Saved(sum(size for _, size in storages.values()), hidden + state, state)
 

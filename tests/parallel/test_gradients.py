@@ -28,8 +28,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "case", ["ddp rmoe", "fsdp2 rmoe", "fsdp2+ep rmoe", "tp rmoe", "pp rmoe", "pp rmoe-lstm"]
 )
-def test_equal_to_one_process(report, case):
+def test_equal_to_one_process(report, case, note):
     found = report[case]
+    note(kind=f"layout: {case}", gradient=max(found["gradients"].values()), loss=found["loss"])
     assert found["loss"] <= 1e-6
     assert found["missing"] == []
     assert len(found["gradients"]) == found["expected"]

@@ -1,4 +1,4 @@
-"""The launch lines of docs/scale.md run as they are written, with fewer steps; sharded runs resume bit for bit."""
+"""The launch lines of docs/scale.md run as they are written, with fewer steps, and resume bit for bit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from rmoe.cli.main import main
 from rmoe.training.metrics import read_metrics
 from tests.training import tiny
 from tests.training.test_kill import SETTINGS
@@ -19,7 +21,11 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 LINES = re.findall(r"^torchrun .*$", (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
-SHORT = [*SETTINGS, "--training.max-steps", "10", "--model.hidden-dropout", "0", "--router", "smoe-global"]
+SHORT = [*SETTINGS, "--training.max-steps", "10"]
+PLAIN = ["--model.hidden-dropout", "0"]
+GLOBAL = [*PLAIN, "--router", "smoe-global"]
+"""Its losses are over the global batch, here one micro-batch of each process: they do not depend on how that is cut."""
+RECURRENT = ["--router", "rmoe", "--router-option", "recurrence.width=16", "--training.micro-batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +58,24 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(out / "metrics.jsonl")]
 
 
+@pytest.fixture
+def same_losses(note, request) -> Callable[[Path, Path], None]:
+    def check(out: Path, one: Path) -> None:
+        pairs = zip(losses(out), losses(one), strict=True)
+        difference = max(abs(a - b) for a, b in pairs)
+        note(kind=f"losses: {request.node.name}", difference=difference)
+        assert difference <= 1e-6
+
+    return check
+
+
 def line_with(words: str) -> str:
     (found,) = [line for line in LINES if line.partition("quick")[2].startswith(f" {words}--out")]
     return found
 
 
 def test_there_is_a_line_for_every_layout():
-    assert len(LINES) == 5
+    assert len(LINES) == 7
 
 
 @pytest.mark.parametrize("script", ["tensor", "pipeline"])
@@ -73,38 +90,79 @@ def test_scripts(script):
 
 @pytest.fixture(scope="module")
 def one(text, tmp_path_factory) -> Path:
-    return train(line_with(""), text, tmp_path_factory.mktemp("one") / "run", ranks=1)
+    return train(line_with(""), text, tmp_path_factory.mktemp("one") / "run", *GLOBAL, ranks=1)
+
+
+@pytest.fixture(scope="module")
+def one_recurrent(text, tmp_path_factory) -> Path:
+    return train(line_with(""), text, tmp_path_factory.mktemp("one") / "run", *RECURRENT, *PLAIN, ranks=1)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ddp(text, one, tmp_path, ranks):
-    out = train(line_with(""), text, tmp_path / "run", ranks=ranks)
-    assert losses(out) == pytest.approx(losses(one), abs=1e-6)
+def test_ddp(text, one, same_losses, tmp_path, ranks):
+    out = train(line_with(""), text, tmp_path / "run", *GLOBAL, ranks=ranks)
+    same_losses(out, one)
 
 
 @pytest.mark.parametrize("words", ["--parallel.fsdp 2 ", "--parallel.fsdp 2 --parallel.expert 2 "])
-def test_sharded_training_equals_one_process_and_resumes(text, one, tmp_path, words):
-    line = line_with(words)
-    out = train(line, text, tmp_path / "run")
-    assert losses(out) == pytest.approx(losses(one), abs=1e-6)
+def test_sharded_training_equals_one_process(text, one, same_losses, tmp_path, words):
+    out = train(line_with(words), text, tmp_path / "run", *GLOBAL)
+    same_losses(out, one)
     assert not list(out.rglob("*.bin"))
     assert not list(out.rglob(".metadata"))
 
-    for name, ranks in (("again", 2), ("alone", 1)):
-        other = tmp_path / name
-        shutil.copytree(out, other)
-        for path in ("model", "checkpoints/checkpoint-10"):
-            shutil.rmtree(other / path)
-        (other / "result.json").unlink()
-        resumed = line if ranks == 2 else line_with("")
-        train(
-            resumed.replace(" --preset quick", ""),
-            text,
-            other,
-            "--resume",
-            *(("--parallel.fsdp", "1", "--parallel.expert", "1") if ranks == 1 else ()),
-            ranks=ranks,
-        )
-        assert losses(other) == pytest.approx(losses(one), abs=1e-6)
-        if ranks == 2:
-            assert tiny.weights(other) == tiny.weights(out)
+
+@pytest.mark.parametrize("words", ["--parallel.tensor 2 ", "--parallel.pipeline 2 "])
+def test_cut_models_equal_one_process(text, one_recurrent, same_losses, tmp_path, words):
+    """They see the micro-batches that one process sees, so a loss over each of those is the same too."""
+    out = train(line_with(words), text, tmp_path / "run", *RECURRENT, *PLAIN)
+    same_losses(out, one_recurrent)
+
+
+def test_fsdp_and_tensor_parallelism_together(text, one, same_losses, tmp_path):
+    line = line_with("--parallel.fsdp 2 ").replace(
+        "--parallel.fsdp 2", "--parallel.fsdp 2 --parallel.tensor 2"
+    )
+    out = train(line, text, tmp_path / "run", *GLOBAL, ranks=4)
+    same_losses(out, one)
+
+
+LAYOUTS = [
+    "--parallel.fsdp 2 ",
+    "--parallel.fsdp 2 --parallel.expert 2 ",
+    "--parallel.tensor 2 ",
+    "--parallel.pipeline 2 ",
+]
+
+
+@pytest.mark.parametrize("words", LAYOUTS)
+def test_resume(text, tmp_path, words):
+    """Dropout on. DDP's is in tests/training/test_ranks.py."""
+    line = line_with(words)
+    whole = train(line, text, tmp_path / "whole", *RECURRENT)
+    out = tmp_path / "again"
+    shutil.copytree(whole, out)
+    for path in ("model", "checkpoints/checkpoint-10"):
+        shutil.rmtree(out / path)
+    (out / "result.json").unlink()
+    train(line.replace(" --preset quick", ""), text, out, "--resume")
+    assert losses(out) == losses(whole)
+    assert tiny.weights(out) == tiny.weights(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--parallel.pipeline", "2", "--parallel.fsdp", "2"], "parallel.pipeline is 2"),
+        (["--parallel.tensor", "3"], "the number of processes (1)"),
+        (["--parallel.pipeline", "2"], "the number of processes (1)"),
+        (["--parallel.expert", "3"], "parallel.expert is 3"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(text, tmp_path, capsys, options, said):
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(text), "--out", str(out), *SHORT, *options]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+    assert not out.exists()

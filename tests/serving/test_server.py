@@ -164,7 +164,7 @@ def test_other_refusals(port):
     assert "no chat template" in answer["error"]["message"]
 
 
-def test_sixteen_at_once(port, capsys):
+def test_sixteen_at_once(port, capsys, note):
     """100 requests: every one answered, none with an error."""
 
     def ask(number: int) -> tuple[int, float]:
@@ -178,6 +178,7 @@ def test_sixteen_at_once(port, capsys):
     cuts = quantiles([seconds for _, seconds in answers], n=20)
     with capsys.disabled():
         print(f"\n100 requests, 16 at once: p50 {cuts[9]:.3f} s, p95 {cuts[18]:.3f} s")
+    note(kind="endpoint", requests=100, answered=len(answers), p50=cuts[9], p95=cuts[18])
     until_free(port)
 
 

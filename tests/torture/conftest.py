@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +23,6 @@ class Amount:
 AMOUNTS = {"short": Amount(1, 0, False), "normal": Amount(10, 300, True), "full": Amount(50, 3600, True)}
 LEVEL = os.environ.get("RMOE_TORTURE", "short")
 AMOUNT = AMOUNTS[LEVEL]
-
-
-@pytest.fixture(scope="session")
-def note() -> Callable[..., None]:
-    """Append a line of figures to $RMOE_TORTURE_REPORT, where that is set."""
-
-    def write(**figures: object) -> None:
-        if path := os.environ.get("RMOE_TORTURE_REPORT"):
-            with Path(path).open("a") as file:
-                file.write(json.dumps({"level": LEVEL, **figures}) + "\n")
-
-    return write
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def attempt(seed: int, kind_index: int, inputs: Inputs) -> str:
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=[kind.__name__ for kind in KINDS])
-def test_malformed(kind, inputs):
+def test_malformed(kind, inputs, note):
     @hypothesis_settings(
         max_examples=EXAMPLES if AMOUNT.everything else 20,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -90,6 +90,7 @@ def test_malformed(kind, inputs):
         attempt(seed, kind, inputs)
 
     check()
+    note(kind=f"malformed: {KINDS[kind].__name__}")
 
 
 @pytest.mark.slow

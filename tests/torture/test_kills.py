@@ -1,20 +1,26 @@
-"""SIGKILL at random moments, one process and two ranks: every run ends in the bits of an uninterrupted one.
+"""SIGKILL at random moments and while saving, one process and two: every run ends in the bits of an uninterrupted one.
 
-A checkpoint is written after every step, so many of the kills fall into the middle of saving.
+A checkpoint is written after every step, so many of the random kills fall into the middle of saving, too.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
+from rmoe.training.config import CheckpointConfig
 from tests.torture.conftest import AMOUNT
 from tests.training import tiny
 from tests.training.test_kill import ROOT, SETTINGS
@@ -25,39 +31,109 @@ TIMEOUT = 300.0
 """No process here needs a tenth of it: whoever is not done by then is stuck."""
 
 
-def start(ranks: int, text: Path, out: Path, *more: str) -> subprocess.Popen:
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launch, "-m", "rmoe.cli.main", "train", "--data", str(text), "--out", str(out), *more]
-    # A session of its own, so that all of it can be killed in one blow, as when a machine dies.
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+class Running(Protocol):
+    """A run at work."""
+
+    def alive(self) -> bool: ...
+
+    def kill(self) -> None:
+        """All of it in one blow, as when a machine dies."""
+
+    def finish(self) -> None:
+        """Wait for its end, which must be a good one."""
 
 
-def finish(process: subprocess.Popen) -> str:
-    try:
-        _, stderr = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"stuck: {process.communicate()[1]}") from None
-    assert process.returncode == 0, stderr
-    return stderr
+class Launched:
+    """`rmoe train` as its users start it, in a session of its own."""
+
+    def __init__(self, ranks: int, out: Path, arguments: list[str]) -> None:
+        launch = [sys.executable]
+        if ranks > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*launch, "-m", "rmoe.cli.main", "train", "--out", str(out), *arguments]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def finish(self) -> None:
+        try:
+            _, stderr = self.process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"stuck: {self.process.communicate()[1]}") from None
+        assert self.process.returncode == 0, stderr
 
 
-def wait_until_training(process: subprocess.Popen, out: Path) -> None:
-    """Until this process, not an earlier one, has published a checkpoint."""
-    before = newest(out)
+class Forked:
+    """One process, forked from one that has everything imported: for kills by the dozen in seconds."""
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rmoe.training.run"])
+
+    def __init__(self, text: Path, out: Path, resume: bool) -> None:
+        self.process = self.context.Process(target=_train, args=(text, out, resume))
+        self.process.start()
+
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def finish(self) -> None:
+        self.process.join(TIMEOUT)
+        assert self.process.exitcode == 0
+
+
+def _train(text: Path, out: Path, resume: bool) -> None:
+    from rmoe.training.run import train
+
+    config = replace(tiny.config(text, max_steps=STEPS), checkpoints=CheckpointConfig(every=1))
+    train(config, out, resume=resume, progress=False)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to run and a moment to kill at."""
+
+    start: Callable[[Path, Path, bool], Running]
+    saving: bool = False
+
+
+def _launched(ranks: int, options: list[str], text: Path, out: Path, resume: bool) -> Running:
+    return Launched(ranks, out, ["--data", str(text), *(["--resume"] if resume else [*RUN, *options])])
+
+
+ONE, TWO = partial(_launched, 1, []), partial(_launched, 2, [])
+SHARDED = partial(_launched, 2, ["--parallel.fsdp", "2"])
+KINDS = {
+    "one process": Kind(ONE),
+    "one process, while saving": Kind(ONE, saving=True),
+    "two ranks": Kind(TWO),
+    "two ranks, while saving": Kind(TWO, saving=True),
+    "two ranks, FSDP2": Kind(SHARDED),
+    "two ranks, FSDP2, while saving": Kind(SHARDED, saving=True),
+}
+
+
+def wait_for(process: Running, seen: Callable[[], bool], pause: float) -> None:
     deadline = time.monotonic() + TIMEOUT
-    while process.poll() is None and newest(out) == before:
-        assert time.monotonic() < deadline, "stuck before the first checkpoint"
-        time.sleep(0.002)
+    while process.alive() and not seen():
+        assert time.monotonic() < deadline, "stuck"
+        time.sleep(pause)
 
 
 def newest(out: Path) -> int:
@@ -65,39 +141,56 @@ def newest(out: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
-def torture(kind: str, text: Path, folder: Path, kills: int, seed: int) -> dict[str, object]:
+def is_saving(out: Path) -> bool:
+    """Something that is not a checkpoint yet, or not any more, lies there."""
+    return any((out / "staging").glob("*"))
+
+
+def torture(kind: Kind, text: Path, folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill runs until `kills` kills have hit; finish each run and compare it with an uninterrupted one."""
-    ranks = 1 if kind == "one process" else 2
-    more = [*RUN, "--parallel.fsdp", "2"] if kind == "fsdp2" else RUN
     moments = random.Random(seed)
-    finish(start(ranks, text, folder / "whole", *more))
+    kind.start(text, folder / "whole", False).finish()
     expected = tiny.weights(folder / "whole")
     hit = staged = runs = 0
     while hit < kills:
         runs += 1
         out = folder / f"run-{runs}"
         while hit < kills and not (out / "result.json").exists():
-            process = start(ranks, text, out, *(["--resume"] if (out / "config.json").exists() else more))
-            wait_until_training(process, out)
-            time.sleep(moments.uniform(0, 0.6))
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            before = newest(out)
+            process = kind.start(text, out, (out / "config.json").exists())
+            # This process, not an earlier one, has published a checkpoint.
+            wait_for(process, lambda: newest(out) != before, 0.002)  # noqa: B023 - called before the next turn
+            time.sleep(moments.uniform(0, 0.3))
+            if kind.saving:
+                wait_for(process, lambda: is_saving(out), 0.0)  # noqa: B023
+                time.sleep(moments.uniform(0, 0.004))
+            if process.alive():
+                process.kill()
                 hit += 1
-                staged += any((out / "staging").glob("*"))
-            process.communicate()
+                staged += is_saving(out)
+            else:
+                process.finish()
         if not (out / "result.json").exists():
-            finish(start(ranks, text, out, "--resume"))
+            kind.start(text, out, True).finish()
         assert tiny.weights(out) == expected
-    return {"kind": kind, "kills": hit, "while_saving": staged, "runs": runs, "identical": runs}
+    return {"kills": hit, "while_saving": staged, "runs": runs, "identical": runs}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["one process"] if not AMOUNT.everything else ["one process", "two ranks", "fsdp2"],
-)
+SEED = int(os.environ.get("RMOE_TORTURE_SEED", "0"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
-def test_killed_at_random_moments(kind, text, tmp_path, note, capsys):
-    figures = torture(kind, text, tmp_path, AMOUNT.kills, seed=int(os.environ.get("RMOE_TORTURE_SEED", "0")))
+@pytest.mark.skipif(not AMOUNT.everything, reason="RMOE_TORTURE=normal or full")
+def test_killed(kind, text, tmp_path, note, capsys):
+    figures = {"kind": f"kill -9: {kind}"} | torture(KINDS[kind], text, tmp_path, AMOUNT.kills, SEED)
     note(**figures)
     with capsys.disabled():
         print(f"\n{figures}")
+
+
+@pytest.mark.parametrize("saving", [False, True], ids=["any time", "while saving"])
+def test_killed_in_short(saving, text, tmp_path):
+    """The short form: a few kills of processes that need no second to start."""
+    figures = torture(Kind(Forked, saving), text, tmp_path, kills=3, seed=SEED)
+    assert figures["kills"] == 3
