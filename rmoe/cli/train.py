@@ -17,6 +17,7 @@ def run(
     out: Path,
     config: Annotated[RunConfig, tyro.conf.arg(name="")],
     resume: bool = False,
+    profile: bool = False,
 ) -> None:
     """Train one model; writes config.json, metrics.jsonl, checkpoints/, model/ and result.json into --out.
 
@@ -28,11 +29,12 @@ def run(
         config: see the tables below.
         resume: go on from the newest valid checkpoint in --out, bit for bit. Without --preset the settings are
             those of the run there.
+        profile: also record three steps: a trace and a page of where their time went, in OUT/profile.
     """
     from rmoe.training.run import Stopped, train
 
     try:
-        result = train(config, out, resume=resume)
+        result = train(config, out, resume=resume, profile=profile)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return

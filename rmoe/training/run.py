@@ -12,6 +12,7 @@ import msgspec
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from rmoe.data import Corpus, prepare
@@ -32,6 +33,7 @@ from rmoe.training.metrics import MetricsLog, read_metrics
 from rmoe.training.parallel import distribute
 from rmoe.training.pipelined import PipelineTrainer, build_pipeline
 from rmoe.training.place import Place, place_of, say, torch_settings, training_arguments
+from rmoe.training.profile import StepProfiler
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, publish_model
 from rmoe.training.result import RunResult
@@ -64,7 +66,9 @@ MAY_DIFFER = frozenset(
 DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
 
-def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True) -> RunResult:
+def train(
+    config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True, profile: bool = False
+) -> RunResult:
     """Train one model.
 
     The same configuration gives the same bits on the same machine, also when the run was killed in between.
@@ -75,6 +79,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
         resume: go on with the run in `out`, from its newest valid checkpoint; at step 0 where there is none.
             A finished run is left as it is.
         progress: show how far it is, on stderr.
+        profile: also record a few steps into `out/profile`, see `rmoe.training.profile`.
 
     Returns:
         The result, also written to `out/result.json`.
@@ -84,6 +89,10 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
         RunError: the run failed; it says what is saved.
         Stopped: SIGTERM or SIGINT ended it after a checkpoint.
     """
+    if profile and config.training.compile:
+        raise RequestError("profile", True, "off with training.compile: a compiled region has no stages")
+    if profile and config.parallel.pipeline > 1:
+        raise RequestError("profile", True, "off with parallel.pipeline above 1")
     if not resume:
         run_folder.refuse_used(out)
     disable_progress_bar()  # transformers' own, one for each file it writes
@@ -122,7 +131,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
         try:
-            return _run(config, out, corpus, learner, record, place, resume, progress)
+            return _run(config, out, corpus, learner, record, place, resume, progress, profile)
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
@@ -196,6 +205,7 @@ def _run(
     place: Place,
     resume: bool,
     progress: bool,
+    profile: bool,
 ) -> RunResult:
     store = CheckpointStore(out, fingerprint(record), config.checkpoints.keep)
     metrics = MetricsLog(out / run_folder.METRICS)
@@ -213,6 +223,10 @@ def _run(
         )
 
     reports = [ProgressReport(corpus.unit)] if progress else []
+    callbacks: list[TrainerCallback] = list(reports)
+    if profile and isinstance(learner, RMoEForCausalLM):
+        tokens = config.training.batch_size * config.training.sequence_length // place.ranks.data
+        callbacks.append(StepProfiler(learner, out, tokens))
     kind: Any = PipelineTrainer if isinstance(learner, Pipeline) else RMoETrainer
     trainer: RMoETrainer = kind(
         learner,
@@ -231,7 +245,7 @@ def _run(
         judge=judge_on("valid", config.logging.evaluate_blocks),
         max_skipped_batches=config.training.max_skipped_batches,
         ranks=place.ranks,
-        callbacks=list(reports),
+        callbacks=callbacks,
     )
     checkpoint = find_checkpoint(trainer, metrics, out) if resume else None
     try:
