@@ -80,14 +80,21 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 def _section(result: dict[str, Any]) -> list[str]:
     if "refused" in result:
         return [f"## {result['case']}: refused", "", result["refused"]]
-    size, roofline = result["size"], result["roofline"]
+    size, said = result["size"], []
     of = "" if size is None else f", {size['name']} ({_shape(size)})"
     columns = [column for column in COLUMNS if any(column in row for row in result["rows"])]
+    if "roofline" in result:
+        roofline = result["roofline"]
+        said = [
+            f"{result['rounds']} rounds",
+            f"{roofline['gflops']:.0f} GFLOP/s",
+            f"{roofline['gbytes']:.1f} GB/s",
+        ]
+    said.append(MEMORY[result["memory"]] if "memory" in result else "memory not measured")
     lines = [
         f"## {result['case']}{of}",
         "",
-        f"{result['rounds']} rounds; {roofline['gflops']:.0f} GFLOP/s, {roofline['gbytes']:.1f} GB/s; "
-        + (f"{MEMORY[result['memory']]}." if "peak_mib" in columns else "memory not measured."),
+        f"{'; '.join(said)}.",
         "",
         "| " + " | ".join(COLUMNS[column] for column in columns) + " |",
         "|" + "---|" * len(columns),

@@ -1,11 +1,12 @@
 """Run the registered cases and write one dated JSON file and one table.
 
     python -m benchmarks.suite [--cases step block ...] [--sizes quick medium 0.9B] [--only smoe rmoe ...]
-                               [--rounds 20] [--out DIR] [--name suite] [--eager] [--no-memory]
+                               [--rounds 20] [--out DIR] [--name suite] [--eager] [--parts times memory]
 
 Ratios are medians of pairs taken round by round in one run. A case is refused while its tests are red. The whole is
 about 40 minutes on two cores; called several times with a part each and the same --name, it adds to that day's file,
-a case and size measured again taking the place of what was there. Each case says the roofline of its own minutes.
+what is measured again taking the place of what was there. Each case says the roofline of its own minutes, and each
+row's ratio is to the first contestant in the same minutes. Times want a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from rmoe.training.environment import hardware, versions
 
 Row = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
+PARTS = ("times", "memory")
 
 
 def tests_are_green(case: Case, seen: dict[str, bool]) -> bool:
@@ -68,8 +70,25 @@ def groups(names: Sequence[str], together: int) -> list[list[str]]:
     return [[first, *others[i : i + step]] for i in range(0, len(others), step)] or [[first]]
 
 
-def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int, memory: bool = True) -> Row:
-    """Times of all, and each one's memory: `{case, size, roofline, rows, ...}`."""
+def memory_of(case: Case, setting: Setting, contestants: Contestants) -> Row:
+    """Peak memory alone, which a busy machine does not change: `{case, size, memory, rows}`."""
+    threads = torch.get_num_threads()
+    rows: list[Row] = []
+    for name in contestants:
+        mib = peak_in_own_process(case.name, setting.size.name, setting.device, name, threads)
+        rows.append({"contestant": name, "peak_mib": mib})
+        rows[-1]["memory_ratio"] = mib / max(rows[0]["peak_mib"], 1e-9)
+    kind = next(iter(contestants.values())).memory
+    return {
+        "case": case.name,
+        "size": vars(setting.size) if case.sized else None,
+        "memory": kind,
+        "rows": rows,
+    }
+
+
+def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int) -> Row:
+    """Times of all, paired: `{case, size, roofline, rounds, rows, ...}`."""
     dtype, load = torch.bfloat16 if setting.bf16 else torch.float32, os.getloadavg()[0]
     started, roofline, rows = time.monotonic(), measure_roofline(setting.device, dtype), {}
     for names in groups(list(contestants), setting.size.together):
@@ -86,13 +105,10 @@ def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int,
         del calls
         forget()
     roofline = roofline.best(measure_roofline(setting.device, dtype))
-    if memory:
-        for name, row in rows.items():
-            if "peak_mib" not in row:
-                row["peak_mib"] = peak_in_own_process(
-                    case.name, setting.size.name, setting.device, name, torch.get_num_threads()
-                )
-            row["memory_ratio"] = row["peak_mib"] / max(next(iter(rows.values()))["peak_mib"], 1e-9)
+    if peaks:
+        first = rows[next(iter(rows))]["peak_mib"]
+        for row in rows.values():
+            row["memory_ratio"] = row["peak_mib"] / first
     for name, row in rows.items():
         beside(row, contestants[name].phases, contestants[name].tokens, roofline)
     return {
@@ -100,7 +116,7 @@ def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int,
         "size": vars(setting.size) if case.sized else None,
         "roofline": roofline._asdict(),
         "rounds": rounds,
-        "memory": next(iter(contestants.values())).memory,
+        **({"memory": "tensors"} if peaks else {}),
         "load_before": round(load, 1),
         "seconds": round(time.monotonic() - started),
         "rows": list(rows.values()),
@@ -164,7 +180,7 @@ def run_cases(
     *,
     only: Sequence[str] = (),
     eager: bool = False,
-    memory: bool = True,
+    parts: Sequence[str] = PARTS,
     check_tests: bool = True,
     each: Callable[[Row], None] = lambda result: None,
 ) -> list[Row]:
@@ -179,13 +195,19 @@ def run_cases(
             each(results[-1])
             continue
         for size in sizes if CASES[name].sized else sizes[:1]:
-            print(f"{name}, {size}", file=sys.stderr, flush=True)
             setting = setting_for(size, device)
             contestants = chosen(CASES[name].contestants(setting), only, eager)
-            results.append(measure(CASES[name], setting, contestants, rounds, memory))
-            if name == "step":
-                extra_of_the_router(results[-1], setting)
-            each(results[-1])
+            for part in parts:
+                print(f"{part} of {name}, {size}", file=sys.stderr, flush=True)
+                if part == "times":
+                    results.append(measure(CASES[name], setting, contestants, rounds))
+                    if name == "step":
+                        extra_of_the_router(results[-1], setting)
+                elif device == "cpu" or next(iter(contestants.values())).memory != "tensors":
+                    results.append(memory_of(CASES[name], setting, contestants))
+                else:
+                    continue  # `build` has seen to it
+                each(results[-1])
     return results
 
 
@@ -201,14 +223,19 @@ def new_report(rounds: int) -> Row:
 
 
 def merge(report: Row, result: Row) -> None:
-    """Put a result in, in the place of one for the same case and size."""
+    """Put a result in: its rows take the place of those of the same case, size and contestant, field by field."""
 
     def key(one: Row) -> tuple[str, str | None]:
         return one["case"], one["size"]["name"] if one["size"] else None
 
+    old = next((one for one in report["results"] if key(one) == key(result)), {})
+    if "rows" in old and "rows" in result:
+        rows = {row["contestant"]: row for row in old["rows"]}
+        for row in result["rows"]:
+            rows[row["contestant"]] = {**rows.get(row["contestant"], {}), **row}
+        result = {**old, **result, "rows": list(rows.values())}
     report["results"] = [one for one in report["results"] if key(one) != key(result)] + [result]
-    order = [*CASES]
-    names = [*ON_CPU, None]
+    order, names = [*CASES], [*ON_CPU, None]
     report["results"].sort(key=lambda one: (order.index(one["case"]), names.index(key(one)[1])))
 
 
@@ -222,7 +249,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="times only")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="a GPU takes both at once"
+    )
     parser.add_argument(
         "--without-tests", action="store_true", help="measure even if tests are red; not for publishing"
     )
@@ -248,7 +277,7 @@ def main() -> None:
         options.rounds,
         only=options.only,
         eager=options.eager,
-        memory=options.memory,
+        parts=options.parts,
         check_tests=not options.without_tests,
         each=keep,
     )

@@ -19,6 +19,7 @@ from benchmarks.suite import (
     groups,
     main,
     measure,
+    memory_of,
     merge,
     new_report,
     run_cases,
@@ -37,7 +38,7 @@ def roofline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", QUICK_ONES)
 def test_every_case_gives_figures(name: str) -> None:
     contestants = chosen(CASES[name].contestants(TOY), (), eager=True)
-    result = measure(CASES[name], TOY, contestants, rounds=1, memory=False)
+    result = measure(CASES[name], TOY, contestants, rounds=1)
     assert [row["contestant"] for row in result["rows"]] == list(contestants)
     assert all(row["wall_ms"] > 0 and row["cpu_ms"] > 0 for row in result["rows"])
     assert result["rows"][0]["ratio"] == 1
@@ -52,13 +53,14 @@ def test_compiled_contestants(name: str) -> None:
     contestants = CASES[name].contestants(TOY)
     compiled = {n: c for n, c in contestants.items() if n.endswith(COMPILED)}
     if compiled:
-        assert measure(CASES[name], TOY, compiled, rounds=1, memory=False)["rows"]
+        assert measure(CASES[name], TOY, compiled, rounds=1)["rows"]
 
 
 def test_start_up() -> None:
     contestants = chosen(CASES["start-up"].contestants(TOY), ("rmoe --help",), eager=True)
     (row,) = measure(CASES["start-up"], TOY, contestants, rounds=1)["rows"]
     assert row["wall_ms"] > 0
+    (row,) = memory_of(CASES["start-up"], TOY, contestants)["rows"]
     assert 5 < row["peak_mib"] < 500
 
 
@@ -78,7 +80,7 @@ def test_groups_share_the_first() -> None:
 def test_a_row_of_a_later_group_is_paired_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = replace(TOY, size=replace(TOY.size, together=2))
     contestants = chosen(CASES["router"].contestants(TOY), ("rmoe", "eda"), eager=True)
-    rows = measure(CASES["router"], setting, contestants, rounds=3, memory=False)["rows"]
+    rows = measure(CASES["router"], setting, contestants, rounds=3)["rows"]
     assert [row["contestant"] for row in rows] == ["smoe", "rmoe", "eda"]
     assert all(row["ratio"] > 1 for row in rows[1:])
 
@@ -98,7 +100,7 @@ def test_parts_of_a_report_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     for case, rounds in (("data", "1"), ("router", "1"), ("data", "2")):
         options = (
-            f"--cases {case} --sizes toy --rounds {rounds} --eager --no-memory --without-tests --name part"
+            f"--cases {case} --sizes toy --rounds {rounds} --eager --parts times --without-tests --name part"
         )
         monkeypatch.setattr("sys.argv", ["suite", *options.split(), "--out", str(tmp_path)])
         main()
@@ -119,6 +121,21 @@ def test_merging_keeps_sizes_apart() -> None:
     for size, mark in (("toy", 1), ("quick", 2), ("toy", 3)):
         merge(report, {"case": "step", "size": {"name": size}, "mark": mark})
     assert [result["mark"] for result in report["results"]] == [3, 2]
+
+
+def test_times_and_memory_of_one_case_become_one_table() -> None:
+    report, size = new_report(1), {"name": "toy"}
+    times = {"rounds": 20, "rows": [{"contestant": "a", "wall_ms": 1.0}, {"contestant": "b", "wall_ms": 2.0}]}
+    memory = {"memory": "tensors", "rows": [{"contestant": "a", "peak_mib": 3.0}]}
+    again = {"rows": [{"contestant": "b", "wall_ms": 4.0}]}
+    for part in (times, memory, again):
+        merge(report, {"case": "step", "size": size, **part})
+    (result,) = report["results"]
+    assert result["rows"] == [
+        {"contestant": "a", "wall_ms": 1.0, "peak_mib": 3.0},
+        {"contestant": "b", "wall_ms": 4.0},
+    ]
+    assert (result["rounds"], result["memory"]) == (20, "tensors")
 
 
 def test_extra_work_beside_its_roofline() -> None:
