@@ -57,7 +57,8 @@ def grafted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]
         family = {key: value for key, value in config_dict.items() if key not in ("model_type", "auto_map")}
         return base.from_dict.__func__(cls, family, **kwargs)  # type: ignore[attr-defined]
 
-    body = {"__module__": base.__module__, "to_dict": to_dict, "from_dict": classmethod(from_dict)}
+    # This module, not the family's: transformers 5.17 registers no models for a configuration from its own modules.
+    body = {"__module__": __name__, "to_dict": to_dict, "from_dict": classmethod(from_dict)}
     config_class = type(CLASS_PREFIX + base.__name__, (base,), body)
     for auto, base_model in _family_models(base):
         auto.register(config_class, grafted_model_class(base_model, config_class), exist_ok=True)  # type: ignore[arg-type]
