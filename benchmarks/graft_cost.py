@@ -3,8 +3,8 @@
     python benchmarks/graft_cost.py [--out benchmarks/results] [--threads N] [--hidden-size D] [--layers L]
 
 A random Qwen3-MoE of one size up to what memory allows; rounds alternate between the plain and the grafted model,
-forward alone and forward with backward. Time is processor time: on a shared machine wall-clock time also says
-what else was running. Memory is what tensors take, counted by torch's own hooks on saved
+forward alone and forward with backward. Time is given on the wall and on the processor: on a shared machine the former
+also says what else was running, and with several threads the latter counts those that wait. Memory is what tensors take, counted by torch's own hooks on saved
 tensors, not the process's: on a CPU the allocator's figures say more about what ran before.
 """
 
@@ -59,21 +59,23 @@ def main() -> None:
     models = {"plain": plain, "grafted": grafted}
     tokens = BATCH * LENGTH
     seconds: dict[str, list[float]] = {f"{m} {p}": [] for m in models for p in ("forward", "training")}
+    wall: dict[str, list[float]] = {name: [] for name in seconds}
     generator = torch.Generator().manual_seed(0)
     for number in range(ROUNDS + 1):
         ids = torch.randint(0, 1024, (BATCH, LENGTH), generator=generator)
         for name, model in models.items() if number % 2 else reversed(models.items()):
             for part, run in (("forward", forward), ("training", training)):
-                start = time.process_time()
+                started, start = time.perf_counter(), time.process_time()
                 run(model, ids)
                 if number:  # the first round warms up
                     seconds[f"{name} {part}"].append(time.process_time() - start)
+                    wall[f"{name} {part}"].append(time.perf_counter() - started)
     added = sum(p.numel() for n, p in grafted.named_parameters() if is_graft_tensor(n))
     ids = torch.randint(0, 1024, (BATCH, LENGTH), generator=generator)
     saved = {name: saved_bytes(model, ids) for name, model in models.items()}
 
-    def share(part: str) -> float:
-        pairs = zip(seconds[f"grafted {part}"], seconds[f"plain {part}"], strict=True)
+    def share(part: str, measured: dict[str, list[float]]) -> float:
+        pairs = zip(measured[f"grafted {part}"], measured[f"plain {part}"], strict=True)
         return median(after / before for after, before in pairs) - 1
 
     write_result(
@@ -90,8 +92,12 @@ def main() -> None:
             "added_parameters": added,
             "plain_forward_processor_ms": 1e3 * median(seconds["plain forward"]),
             "plain_training_processor_ms": 1e3 * median(seconds["plain training"]),
-            "added_forward_processor_share": share("forward"),
-            "added_training_processor_share": share("training"),
+            "added_forward_processor_share": share("forward", seconds),
+            "added_training_processor_share": share("training", seconds),
+            "plain_forward_ms": 1e3 * median(wall["plain forward"]),
+            "plain_training_ms": 1e3 * median(wall["plain training"]),
+            "added_forward_share": share("forward", wall),
+            "added_training_share": share("training", wall),
             "predicted_share_of_flops": graft_flops(d) * layers / model_flops(config),
             "added_saved_bytes_per_token_and_layer": (saved["grafted"] - saved["plain"]) / tokens / layers,
             "predicted_saved_bytes_per_token_and_layer": predicted_saved_bytes(d, layers),
