@@ -3,9 +3,10 @@
     python benchmarks/graft_cost.py [--out benchmarks/results] [--threads N] [--hidden-size D] [--layers L]
 
 A random Qwen3-MoE of one size up to what memory allows; rounds alternate between the plain and the grafted model,
-forward alone and forward with backward. Time is given on the wall and on the processor: on a shared machine the former
-also says what else was running, and with several threads the latter counts those that wait. Memory is what tensors take, counted by torch's own hooks on saved
-tensors, not the process's: on a CPU the allocator's figures say more about what ran before.
+forward alone and forward with backward. Time is given on the wall and on the processor: on a shared machine the
+former also says what else was running, and with several threads the latter counts those that wait. Memory is what
+tensors take, counted by torch's own hooks on saved tensors, not the process's: on a CPU the allocator's figures say
+more about what ran before.
 """
 
 from __future__ import annotations
