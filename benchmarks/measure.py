@@ -147,10 +147,16 @@ def measure_roofline(device: str = "cpu", dtype: torch.dtype = torch.float32, re
     return Roofline(rate, 2 * 4 * length / best(lambda: target.copy_(source)) / 1e9)
 
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::mv")
+PRODUCTS = (
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::mv", "aten::addmv_",
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::_flash_attention_forward", "aten::_flash_attention_backward",
+    "aten::_efficient_attention_forward", "aten::_efficient_attention_backward",
+)  # fmt: skip
+"""Operators that are matrix products, or like attention's kernels hardly anything else."""
 
 
-def product_seconds(call: Callable[[], object], device: str, repeats: int = 5) -> float:
+def product_seconds(call: Callable[[], object], device: str, repeats: int = 3) -> float:
     """Seconds of one call that are spent inside matrix products, from torch's profiler; the median of some calls."""
     activity = torch.profiler.ProfilerActivity
     found = []

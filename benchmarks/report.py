@@ -15,6 +15,7 @@ COLUMNS = {
     "tokens_per_s": "tokens/s",
     "roofline_ms": "roofline ms",
     "share_of_roofline": "share of roofline",
+    "product_ms": "ms in products",
     "products_share_of_rate": "products / matrix rate",
     "extra": "extra",
     "extra_by_roofline": "extra by roofline",

@@ -100,7 +100,7 @@ def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int)
             rows[name] = {"contestant": name, **timings[name]._asdict()}
             if name in peaks:
                 rows[name]["peak_mib"] = peaks[name]
-            if case.products:
+            if case.products and not name.endswith(COMPILED):  # whose kernels have no names of their own
                 rows[name]["product_ms"] = 1e3 * product_seconds(calls[name], setting.device)
         del calls
         forget()

@@ -26,7 +26,7 @@ COMPILABLE = ("smoe", "rmoe", "OLMoE grouped_mm", "Mixtral grouped_mm")
 """`eager` experts loop over those that were hit: there is no compiling that whole."""
 
 
-@case("step", "tests/model")
+@case("step", "tests/model", products=True)
 def step(setting: Setting) -> Contestants:
     """Forward, loss with balance, backward, fused AdamW.
 
