@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rmoe.cli.models import Plugins, set_up
 from rmoe.errors import RequestError
 
 
@@ -24,6 +25,7 @@ def run(
     explored_tokens: int = 256,
     device: str | None = None,
     single_file: bool = False,
+    plugin: Plugins = (),
 ) -> None:
     """Measure the routing of a model, ours or any Hugging Face MoE.
 
@@ -41,9 +43,8 @@ def run(
         explored_tokens: tokens kept for the token explorer.
         device: as torch names it; default a GPU if there is one.
         single_file: put the plotting library inside the page, so that it can be sent alone.
+        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
-    from transformers.utils import logging
-
     from rmoe.analysis.analyze import AnalysisOptions
     from rmoe.analysis.command import analyze_folders
     from rmoe.report.analysis_schema import write_analysis
@@ -51,7 +52,7 @@ def run(
 
     if out.exists() and not out.is_dir():
         raise RequestError("--out", str(out), "a folder")
-    logging.disable_progress_bar()  # an error is to be the one line on stderr
+    set_up(plugin)
     options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
     models = [model] if compare_with is None else [model, compare_with]
     analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)

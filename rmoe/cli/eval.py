@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from rmoe.cli.models import Plugins, set_up
 from rmoe.errors import RequestError
 
 
@@ -20,6 +21,7 @@ def run(
     num_fewshot: int | None = None,
     context: int | None = None,
     overlap: int = 1,
+    plugin: Plugins = (),
     json: bool = False,
 ) -> None:
     """Bits per byte and perplexity of a model on a whole text, or benchmark tasks of lm-evaluation-harness.
@@ -34,6 +36,7 @@ def run(
         context: tokens of one forward pass; default what the model was trained with, at most 4096.
         overlap: tokens each pass repeats from the one before, so that every token is predicted from at least so
             many; 1 is the cheapest and the harshest.
+        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
         json: print one JSON object; with --tasks in the harness's own format.
     """
     if (data is None) == (tasks is None):
@@ -41,9 +44,7 @@ def run(
     if context is not None and context < 2:
         raise RequestError("--context", context, "2 or more")
 
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # transformers' own, while it loads
+    set_up(plugin)
     if tasks is not None:
         _benchmarks(model, tasks, limit, num_fewshot, context, json)
     else:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from rmoe.cli.models import Plugins
 from rmoe.finetune.config import FinetuneConfig
 
 
@@ -18,6 +19,7 @@ def run(
     out: Path,
     settings: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = FinetuneConfig(),  # noqa: B008 - frozen
     resume: bool = False,
+    plugin: Plugins = (),
     json: bool = False,
 ) -> None:
     """Fine-tune a model: the answers of instructions, or the labels of texts. Writes OUT/model.
@@ -28,14 +30,16 @@ def run(
         out: the run's folder: new, empty, or with --resume the run to go on with.
         settings: see the table below.
         resume: go on from the newest valid checkpoint in --out.
+        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
         json: print the result as JSON.
     """
     import msgspec
 
-    from rmoe.cli.models import model_folder
+    from rmoe.cli.models import model_folder, set_up
     from rmoe.finetune.run import finetune
     from rmoe.training.run import Stopped
 
+    set_up(plugin)
     try:
         result = finetune(model_folder(model), data, out, settings, resume=resume)
     except Stopped as stopped:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from rmoe.cli.models import Plugins
 from rmoe.errors import RequestError
 
 
@@ -17,6 +18,7 @@ def run(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    plugin: Plugins = (),
 ) -> None:
     """Continue a text.
 
@@ -27,6 +29,7 @@ def run(
         temperature: 0 takes the likeliest token each time; above it tokens are drawn.
         top_p: draw only from the likeliest tokens that hold this much of the probability.
         seed: of the draws.
+        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     for name, value, allowed, ok in (
         ("--prompt", prompt, "a text that is not empty", bool(prompt)),
@@ -40,8 +43,9 @@ def run(
     import torch
 
     import rmoe
-    from rmoe.cli.models import model_folder, tokenizer_of
+    from rmoe.cli.models import model_folder, set_up, tokenizer_of
 
+    set_up(plugin)
     folder = model_folder(model)
     language_model = rmoe.load(folder)
     tokenizer = tokenizer_of(folder)

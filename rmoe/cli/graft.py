@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from rmoe.cli.models import Plugins
 from rmoe.errors import RequestError
 
 
@@ -24,6 +25,7 @@ def run(
     top_k: int = 2,
     undo: bool = False,
     keep_trained: bool = False,
+    plugin: Plugins = (),
     list: bool = False,
     json: bool = False,
 ) -> None:
@@ -41,6 +43,7 @@ def run(
         top_k: with --upcycle, experts for each token.
         undo: write the model that MODEL was grafted from, and check that it is that, bit for bit.
         keep_trained: with --undo, accept a base that training has changed.
+        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
         list: try every MoE model type of the installed transformers and say which take a graft.
         json: print JSON.
     """
@@ -52,9 +55,10 @@ def run(
     if out is None:
         raise RequestError("--out", None, "a folder that is new or empty")
 
-    from rmoe.cli.models import model_folder
+    from rmoe.cli.models import model_folder, set_up
     from rmoe.graft import GraftSpec, graft_folder, undo_folder, upcycle_folder
 
+    set_up(plugin)
     model = model_folder(model)
     if upcycle:
         made = upcycle_folder(model, out, router, num_experts=experts, top_k=top_k, seed=seed)

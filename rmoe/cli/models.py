@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+import tyro
 
 from rmoe.errors import RequestError
+
+Plugins: TypeAlias = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+def set_up(plugins: tuple[str, ...]) -> None:
+    """Before a model is read: import what registers its routers, and keep transformers' progress bars off the screen.
+
+    Raises:
+        RequestError: no such plugin.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from rmoe.training.build import load_plugins
+
+    disable_progress_bar()
+    load_plugins(plugins)
 
 
 def model_folder(path: Path) -> Path:

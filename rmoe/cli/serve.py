@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from rmoe.cli.models import Plugins
 from rmoe.errors import RequestError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -22,6 +23,7 @@ def run(
     concurrent: int = 4,
     waiting: int = 64,
     device: str = "auto",
+    plugin: Plugins = (),
 ) -> None:
     """Serve /v1/completions, /v1/chat/completions, /v1/models and /health; needs `pip install "rmoe[serve]"`.
 
@@ -36,6 +38,7 @@ def run(
         concurrent: requests that may hold a slot.
         waiting: requests that may wait for one; more are answered with 429.
         device: cpu, cuda, or auto.
+        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     for option, value, ok in (
         ("--port", port, 0 <= port <= 65_535),
@@ -46,8 +49,9 @@ def run(
         if not ok:
             raise RequestError(option, value, "a sensible number (see --help)")
 
-    from rmoe.cli.models import model_folder, tokenizer_of
+    from rmoe.cli.models import model_folder, set_up, tokenizer_of
 
+    set_up(plugin)
     folder = model_folder(model)
     try:
         import uvicorn

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,44 @@ def test_generate_goes_on_with_the_prompt(capsys, run):
 
     draw = ["generate", run, "--prompt", "x", "--max-new-tokens", "12", "--temperature", "1.5", "--seed"]
     assert output(capsys, *draw, "1") == output(capsys, *draw, "1") != output(capsys, *draw, "2")
+
+
+PLUGIN = """
+from dataclasses import dataclass
+
+from rmoe.routing.mechanisms import Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Borrowed(Linear):
+    kind = "borrowed"
+"""
+
+
+def test_a_model_whose_router_a_plugin_registers(capsys, tmp_path):
+    """As its user meets it: made elsewhere, read by a process that has not seen the plugin."""
+    (tmp_path / "borrowed.py").write_text(PLUGIN)
+    make = f"""
+from rmoe.data.encode import byte_tokenizer
+from rmoe.model import RMoEConfig, RMoEForCausalLM
+from rmoe.routing.zoo import resolve, vary
+from rmoe.training.build import load_plugins
+import sys
+
+load_plugins(({str(tmp_path / "borrowed.py")!r},))
+kind = next(m for name, m in sys.modules.items() if name.startswith("rmoe_plugin_")).Borrowed
+config = RMoEConfig(
+    vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_experts=4,
+    moe_intermediate_size=8, router=vary(resolve("smoe"), scorer=kind()).to_dict(),
+)
+RMoEForCausalLM(config).save_pretrained({str(tmp_path / "model")!r})
+byte_tokenizer().save_pretrained({str(tmp_path / "model")!r})
+"""
+    subprocess.run([sys.executable, "-c", make], check=True, capture_output=True)
+    generate = ["generate", str(tmp_path / "model"), "--prompt", "a", "--max-new-tokens", "1"]
+    assert cli.main(generate) == 2
+    assert "scorer.kind is 'borrowed'" in capsys.readouterr().err
+    assert output(capsys, *generate, "--plugin", tmp_path / "borrowed.py").startswith("a")
 
 
 def test_a_checkpoint_is_a_model_too(run):
