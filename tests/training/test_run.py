@@ -394,3 +394,19 @@ def test_an_edited_config_json_is_refused(text, tmp_path, monkeypatch):
     (out / "config.json").write_text(json.dumps(record | {"extra": 1}))
     with pytest.raises(RequestError, match=r"config\.json"):
         train(tiny.config(text), out, resume=True, progress=False)
+
+
+@pytest.mark.slow
+def test_compiled_training_learns_the_same(text, tmp_path):
+    """`--training.compile` through inductor, with gradient accumulation, evaluation and a checkpoint on the way."""
+    # Without dropout: inductor draws other masks.
+    base = tiny.config(text, max_steps=6, micro_batch_size=2)
+    base = replace(base, model=replace(base.model, hidden_dropout=0.0, attention_dropout=0.0))
+    for name, compiled in (("plain", False), ("compiled", True)):
+        config = replace(base, training=replace(base.training, compile=compiled))
+        train(config, tmp_path / name, progress=False)
+    plain, compiled = (
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("plain", "compiled")
+    )
+    assert compiled == pytest.approx(plain, abs=1e-4)
