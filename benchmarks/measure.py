@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,10 @@ from rmoe.errors import RunError
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 0.02
 """A contestant's turn lasts at least so long; one that needs less is called several times."""
+
+
+BUSY = 0.1
+"""Cores that others may keep busy in a round that counts as undisturbed."""
 
 
 class Work(NamedTuple):
@@ -71,40 +76,78 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def compare(calls: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, Timing]:
+def busy_seconds() -> tuple[float, float]:
+    """Processor seconds that this machine and this process (with its children) have spent so far."""
+    mine = os.times()
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    except OSError:  # not Linux: others are not seen
+        return sum(mine[:4]), sum(mine[:4])
+    user, nice, system, _, _, irq, softirq = fields[:7]
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"), sum(mine[:4])
+
+
+class Round(NamedTuple):
+    """Of each call its seconds on the wall and of the processor; and how many cores others kept busy meanwhile."""
+
+    wall: dict[str, float]
+    cpu: dict[str, float]
+    others: float
+
+
+def one_round(
+    calls: dict[str, Callable[[], object]], order: list[str], repeats: dict[str, int], device: str
+) -> Round:
+    """Each call in turn."""
+    wall, cpu = {}, {}
+    (machine, mine), began = busy_seconds(), time.perf_counter()
+    for name in order:
+        synchronize(device)
+        started, used = time.perf_counter(), time.process_time()
+        for _ in range(repeats[name]):
+            calls[name]()
+        synchronize(device)
+        wall[name] = (time.perf_counter() - started) / repeats[name]
+        cpu[name] = (time.process_time() - used) / repeats[name]
+    machine_after, mine_after = busy_seconds()
+    others = (machine_after - machine - (mine_after - mine)) / (time.perf_counter() - began)
+    return Round(wall, cpu, max(0.0, others))
+
+
+def compare(
+    calls: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> tuple[dict[str, Timing], float]:
     """Time each call once a round, forwards and backwards in turn (A B C, C B A), after two rounds unmeasured.
+
+    Rounds during which other processes kept more than `BUSY` of a core busy are measured again, up to as many more;
+    what is used are the `rounds` least disturbed.
 
     Args:
         calls: name -> one step of it; the first is what the others are divided by.
         rounds: at least 20 for a figure that is published.
+
+    Returns:
+        By name; and the cores that others kept busy during the rounds used, on average.
     """
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    cpu: dict[str, list[float]] = {name: [] for name in calls}
-    repeats = dict.fromkeys(calls, 1)
-    for number in range(-2, rounds):
-        for name in list(calls)[:: 1 if number % 2 else -1]:
-            synchronize(device)
-            started, used = time.perf_counter(), time.process_time()
-            for _ in range(repeats[name]):
-                calls[name]()
-            synchronize(device)
-            spent, used = time.perf_counter() - started, time.process_time() - used
-            if number >= 0:
-                wall[name].append(spent / repeats[name])
-                cpu[name].append(used / repeats[name])
-            elif number == -1 and rounds > 2:
-                repeats[name] = max(1, math.ceil(LEAST_SECONDS / spent))
-    found, first = {}, wall[next(iter(calls))]
-    for name in calls:
-        ratios = sorted(b / a for a, b in zip(first, wall[name], strict=True))
+    names, repeats = list(calls), dict.fromkeys(calls, 1)
+    one_round(calls, names, repeats, device)
+    for name, seconds in one_round(calls, names[::-1], repeats, device).wall.items():
+        repeats[name] = max(1, math.ceil(LEAST_SECONDS / seconds)) if rounds > 2 else 1
+    done: list[Round] = []
+    while sum(one.others <= BUSY for one in done) < rounds and len(done) < 2 * rounds:
+        done.append(one_round(calls, names[:: -1 if len(done) % 2 else 1], repeats, device))
+    used = sorted(done, key=lambda one: one.others)[:rounds]
+    found = {}
+    for name in names:
+        ratios = sorted(one.wall[name] / one.wall[names[0]] for one in used)
         quarter = len(ratios) // 4
         found[name] = Timing(
-            wall_ms=1e3 * median(wall[name]),
-            cpu_ms=1e3 * median(cpu[name]),
+            wall_ms=1e3 * median(one.wall[name] for one in used),
+            cpu_ms=1e3 * median(one.cpu[name] for one in used),
             ratio=median(ratios),
             spread=(ratios[-1 - quarter] - ratios[quarter]) / 2,
         )
-    return found
+    return found, sum(one.others for one in used) / len(used)
 
 
 class Roofline(NamedTuple):

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import gc
 import json
-import os
 import subprocess
 import sys
 import time
@@ -89,11 +88,13 @@ def memory_of(case: Case, setting: Setting, contestants: Contestants) -> Row:
 
 def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int) -> Row:
     """Times of all, paired: `{case, size, roofline, rounds, rows, ...}`."""
-    dtype, load = torch.bfloat16 if setting.bf16 else torch.float32, os.getloadavg()[0]
+    dtype = torch.bfloat16 if setting.bf16 else torch.float32
     started, roofline, rows = time.monotonic(), measure_roofline(setting.device, dtype), {}
+    disturbed = 0.0
     for names in groups(list(contestants), setting.size.together):
         calls, peaks = build(contestants, names, setting.device)
-        timings = compare(calls, rounds, setting.device)
+        timings, others = compare(calls, rounds, setting.device)
+        disturbed = max(disturbed, others)
         for name in names:
             if name in rows:
                 continue
@@ -117,7 +118,7 @@ def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int)
         "roofline": roofline._asdict(),
         "rounds": rounds,
         **({"memory": "tensors"} if peaks else {}),
-        "load_before": round(load, 1),
+        "others_cores": round(disturbed, 2),
         "seconds": round(time.monotonic() - started),
         "rows": list(rows.values()),
     }
