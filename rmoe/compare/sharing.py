@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from rmoe.training.config import ModelConfig, TrainingConfig
 
-# Multiply-adds of one layer's matrix products on one micro-batch, below which a second thread is taken to gain less
-# than a second process would. A choice, not yet a measurement.
+# Multiply-adds of one layer's matrix products on one micro-batch, below which runs share the machine with one thread
+# each. Measured on two cores by benchmarks/sharing.py (its dated results, part `steps`): two runs with one thread each
+# make more steps per second than one with two threads at every size tried, 1.59 times as many at the quick preset's
+# (2**26), 1.13 to 1.34 times from 2**28 to 2**33. There is no size where it turns; this is the first power of two above
+# what was tried, and beyond it what a second run needs is memory.
 SMALL_STEP = 2**34
 
 
