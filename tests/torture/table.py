@@ -46,10 +46,12 @@ SAME_BITS = "seen and said; the checkpoint before used; same bits at the end"
 TABLE: list[tuple[str, str, Callable[[Rows], str]]] = [
     ("kill -9: one process", "`kill -9` of one process at random moments", kills),
     ("kill -9: one process, while saving", "the same, while a checkpoint is being written", kills),
-    ("kill -9: two ranks", "`kill -9` of two ranks (DDP) at random moments", kills),
-    ("kill -9: two ranks, while saving", "the same, while a checkpoint is being written", kills),
-    ("kill -9: two ranks, FSDP2", "`kill -9` of two ranks (FSDP2, sharded checkpoints)", kills),
-    ("kill -9: two ranks, FSDP2, while saving", "the same, while a checkpoint is being written", kills),
+    ("kill -9: two ranks", "`kill -9` of two ranks (DDP), every other while saving", kills),
+    (
+        "kill -9: two ranks, FSDP2",
+        "`kill -9` of two ranks (FSDP2, sharded checkpoints), the same",
+        kills,
+    ),
     ("damage: ", "kinds of damage to the newest checkpoint", counted(SAME_BITS)),
     (
         "disk full",

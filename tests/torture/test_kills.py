@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +20,7 @@ from typing import Protocol
 
 import pytest
 
-from rmoe.training.config import CheckpointConfig
+from rmoe.training.config import CheckpointConfig, ParallelConfig, RunConfig
 from tests.torture.conftest import AMOUNT
 from tests.training import tiny
 from tests.training.test_kill import ROOT, SETTINGS
@@ -44,88 +44,99 @@ class Running(Protocol):
 
 
 class Launched:
-    """`rmoe train` as its users start it, in a session of its own."""
+    """`rmoe train` as its users start it."""
 
-    def __init__(self, ranks: int, out: Path, arguments: list[str]) -> None:
-        launch = [sys.executable]
-        if ranks > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*launch, "-m", "rmoe.cli.main", "train", "--out", str(out), *arguments]
+    def __init__(self, out: Path, arguments: list[str]) -> None:
+        command = [sys.executable, "-m", "rmoe.cli.main", "train", "--out", str(out), *arguments]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
         )
 
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.communicate()
 
     def finish(self) -> None:
         try:
             _, stderr = self.process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
             raise AssertionError(f"stuck: {self.process.communicate()[1]}") from None
         assert self.process.returncode == 0, stderr
 
 
 class Forked:
-    """One process, forked from one that has everything imported: for kills by the dozen in seconds."""
+    """Ranks forked from a process that has everything imported: no seconds to start, so kills by the dozen."""
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rmoe.training.run"])
 
-    def __init__(self, text: Path, out: Path, resume: bool) -> None:
-        self.process = self.context.Process(target=_train, args=(text, out, resume))
-        self.process.start()
+    def __init__(self, ranks: int, fsdp: int, text: Path, out: Path, resume: bool) -> None:
+        config = replace(
+            tiny.config(text, max_steps=STEPS),
+            checkpoints=CheckpointConfig(every=1),
+            parallel=ParallelConfig(fsdp=fsdp),
+        )
+        surroundings = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": free_port()}
+        self.processes = []
+        for rank in range(ranks):
+            own = {"RANK": rank, "LOCAL_RANK": rank, **surroundings} if ranks > 1 else {}
+            arguments = (config, out, resume, {"MASTER_ADDR": "127.0.0.1"} | own)
+            self.processes.append(self.context.Process(target=_train, args=arguments))
+        for process in self.processes:
+            process.start()
 
     def alive(self) -> bool:
-        return self.process.is_alive()
+        return all(process.is_alive() for process in self.processes)
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
 
     def finish(self) -> None:
-        self.process.join(TIMEOUT)
-        assert self.process.exitcode == 0
+        for process in self.processes:
+            process.join(TIMEOUT)
+            assert process.exitcode == 0
 
 
-def _train(text: Path, out: Path, resume: bool) -> None:
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def _train(config: RunConfig, out: Path, resume: bool, surroundings: dict[str, object]) -> None:
+    os.environ |= {name: str(value) for name, value in surroundings.items()}
     from rmoe.training.run import train
 
-    config = replace(tiny.config(text, max_steps=STEPS), checkpoints=CheckpointConfig(every=1))
     train(config, out, resume=resume, progress=False)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to run and a moment to kill at."""
+    """A way to run, and at which kills (every n-th) to wait until a checkpoint is being written; 0 is never."""
 
     start: Callable[[Path, Path, bool], Running]
-    saving: bool = False
+    every_saving: int = 0
 
 
-def _launched(ranks: int, options: list[str], text: Path, out: Path, resume: bool) -> Running:
-    return Launched(ranks, out, ["--data", str(text), *(["--resume"] if resume else [*RUN, *options])])
+def _launched(text: Path, out: Path, resume: bool) -> Running:
+    return Launched(out, ["--data", str(text), *(["--resume"] if resume else RUN)])
 
 
-ONE, TWO = partial(_launched, 1, []), partial(_launched, 2, [])
-SHARDED = partial(_launched, 2, ["--parallel.fsdp", "2"])
 KINDS = {
-    "one process": Kind(ONE),
-    "one process, while saving": Kind(ONE, saving=True),
-    "two ranks": Kind(TWO),
-    "two ranks, while saving": Kind(TWO, saving=True),
-    "two ranks, FSDP2": Kind(SHARDED),
-    "two ranks, FSDP2, while saving": Kind(SHARDED, saving=True),
+    "one process": Kind(_launched),
+    "one process, while saving": Kind(partial(Forked, 1, 1), every_saving=1),
+    "two ranks": Kind(partial(Forked, 2, 1), every_saving=2),
+    "two ranks, FSDP2": Kind(partial(Forked, 2, 2), every_saving=2),
 }
 
 
@@ -161,7 +172,7 @@ def torture(kind: Kind, text: Path, folder: Path, kills: int, seed: int) -> dict
             # This process, not an earlier one, has published a checkpoint.
             wait_for(process, lambda: newest(out) != before, 0.002)  # noqa: B023 - called before the next turn
             time.sleep(moments.uniform(0, 0.3))
-            if kind.saving:
+            if kind.every_saving and hit % kind.every_saving == 0:
                 wait_for(process, lambda: is_saving(out), 0.0)  # noqa: B023
                 time.sleep(moments.uniform(0, 0.004))
             if process.alive():
@@ -189,8 +200,7 @@ def test_killed(kind, text, tmp_path, note, capsys):
         print(f"\n{figures}")
 
 
-@pytest.mark.parametrize("saving", [False, True], ids=["any time", "while saving"])
-def test_killed_in_short(saving, text, tmp_path):
-    """The short form: a few kills of processes that need no second to start."""
-    figures = torture(Kind(Forked, saving), text, tmp_path, kills=3, seed=SEED)
+def test_killed_in_short(text, tmp_path):
+    """The short form: a few kills, every other while saving, of processes that need no second to start."""
+    figures = torture(Kind(partial(Forked, 1, 1), every_saving=2), text, tmp_path, kills=3, seed=SEED)
     assert figures["kills"] == 3
