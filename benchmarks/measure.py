@@ -191,27 +191,41 @@ def measure_roofline(device: str = "cpu", dtype: torch.dtype = torch.float32, re
 
 
 PRODUCTS = (
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::mv", "aten::addmv_",
-    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
-    "aten::_flash_attention_forward", "aten::_flash_attention_backward",
-    "aten::_efficient_attention_forward", "aten::_efficient_attention_backward",
-)  # fmt: skip
-"""Operators that are matrix products, or like attention's kernels hardly anything else."""
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_grouped_mm",
+    "aten::mv",
+    "aten::addmv_",
+)
+ATTENTION = tuple(
+    f"aten::_{kernel}{way}"
+    for kernel, ways in {
+        "scaled_dot_product_flash_attention_for_cpu": ("", "_backward"),
+        "flash_attention": ("_forward", "_backward"),
+        "efficient_attention": ("_forward", "_backward"),
+        "cudnn_attention": ("_forward", "_backward"),
+    }.items()
+    for way in ways
+)
 
 
-def product_seconds(call: Callable[[], object], device: str, repeats: int = 3) -> float:
-    """Seconds of one call that are spent inside matrix products, from torch's profiler; the median of some calls."""
+def kernel_ms(call: Callable[[], object], device: str, repeats: int = 3) -> dict[str, float]:
+    """Milliseconds of one call inside matrix products and attention's kernels, from torch's profiler; medians."""
     activity = torch.profiler.ProfilerActivity
-    found = []
+    spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    found: dict[str, list[float]] = {"product_ms": [], "attention_ms": []}
     for _ in range(repeats):
         with torch.profiler.profile(
             activities=[activity.CPU, *([activity.CUDA] if device == "cuda" else [])]
-        ) as p:
+        ) as profiler:
             call()
             synchronize(device)
-        spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-        found.append(sum(getattr(e, spent) for e in p.key_averages() if e.key in PRODUCTS) / 1e6)
-    return median(found)
+        events = profiler.key_averages()
+        for kind, names in (("product_ms", PRODUCTS), ("attention_ms", ATTENTION)):
+            found[kind].append(sum(getattr(event, spent) for event in events if event.key in names) / 1e3)
+    return {kind: median(values) for kind, values in found.items()}
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

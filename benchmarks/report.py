@@ -16,6 +16,7 @@ COLUMNS = {
     "roofline_ms": "roofline ms",
     "share_of_roofline": "share of roofline",
     "product_ms": "ms in products",
+    "attention_ms": "in attention",
     "products_share_of_rate": "products / matrix rate",
     "extra": "extra",
     "extra_by_roofline": "extra by roofline",
@@ -90,6 +91,7 @@ def _section(result: dict[str, Any]) -> list[str]:
             f"{result['rounds']} rounds",
             f"{roofline['gflops']:.0f} GFLOP/s",
             f"{roofline['gbytes']:.1f} GB/s",
+            f"others kept {result['others_cores']} cores busy",
         ]
     said.append(MEMORY[result["memory"]] if "memory" in result else "memory not measured")
     lines = [

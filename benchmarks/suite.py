@@ -30,9 +30,9 @@ from benchmarks.measure import (
     ROOT,
     Roofline,
     compare,
+    kernel_ms,
     measure_roofline,
     peak_in_own_process,
-    product_seconds,
 )
 from benchmarks.report import write_report
 from benchmarks.sizes import ON_CPU
@@ -102,7 +102,7 @@ def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int)
             if name in peaks:
                 rows[name]["peak_mib"] = peaks[name]
             if case.products and not name.endswith(COMPILED):  # whose kernels have no names of their own
-                rows[name]["product_ms"] = 1e3 * product_seconds(calls[name], setting.device)
+                rows[name] |= kernel_ms(calls[name], setting.device)
         del calls
         forget()
     roofline = roofline.best(measure_roofline(setting.device, dtype))
@@ -147,7 +147,9 @@ def beside(row: Row, phases: Sequence[Any], tokens: int | None, roofline: Roofli
         row["roofline_ms"] = 1e3 * roofline.seconds(*phases)
         row["share_of_roofline"] = row["roofline_ms"] / row["wall_ms"]
         row["gflops"] = sum(work.flops for work in phases) / 1e9
-    if phases and "product_ms" in row:
+    if (
+        phases and row.get("product_ms") and not row.get("attention_ms")
+    ):  # then they are all there is to count
         row["products_share_of_rate"] = 1e3 * row["gflops"] / roofline.gflops / row["product_ms"]
     if tokens is not None:
         row["tokens_per_s"] = tokens / (row["wall_ms"] / 1e3)

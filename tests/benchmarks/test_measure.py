@@ -17,10 +17,10 @@ from benchmarks.measure import (
     Round,
     Work,
     compare,
+    kernel_ms,
     measure_roofline,
     peak_in_own_process,
     peak_mib,
-    product_seconds,
     tensor_peak,
 )
 
@@ -96,8 +96,17 @@ def test_products_are_part_of_a_call() -> None:
     started = time.perf_counter()
     call()
     whole = time.perf_counter() - started
-    assert 0 < product_seconds(call, "cpu", repeats=1) < 100 * whole
-    assert product_seconds(lambda: a.exp(), "cpu", repeats=1) == 0
+    assert 0 < kernel_ms(call, "cpu", repeats=1)["product_ms"] < 1e5 * whole
+    assert kernel_ms(lambda: a.exp(), "cpu", repeats=1) == {"product_ms": 0, "attention_ms": 0}
+
+
+def test_attentions_kernels_are_told_apart() -> None:
+    q = torch.randn(1, 2, 64, 16, requires_grad=True)
+
+    def call() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+
+    assert kernel_ms(call, "cpu", repeats=1)["attention_ms"] > 0
 
 
 def test_peak_counts_what_lives_at_once() -> None:
