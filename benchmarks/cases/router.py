@@ -21,7 +21,7 @@ from rmoe.routing.zoo import resolve
 ZAYA = "ZAYA1 (transformers, k = 1)"
 
 
-@case("router", "tests/routing", "tests/contract/test_contract.py")
+@case("router", "tests/routing", "tests/contract/test_contract.py", products=True)
 def router(setting: Setting) -> Contestants:
     """All layers' routers, forward and backward, on random hidden states.
 
