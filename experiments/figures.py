@@ -30,7 +30,7 @@ from rmoe.training.run import read_result
 Figures = dict[str, float]
 
 ROUTING_TOKENS = 16_384
-DOMAIN_BLOCKS = 400  # of the training's sequence length
+DOMAIN_BLOCKS = 200  # of the training's sequence length
 GRADIENT_BLOCKS = 32
 PHASES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the training
 INSTRUCTIONS, HELD_OUT = 400, 100
