@@ -20,15 +20,71 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.cli.serving.utils import (
+    DirectStreamer,
+    GenerateManager,
+    GenerationState,
+    _GenerationCancelled,
+    _StreamError,
+)
 
 from rmoe.serving.limits import Limits, Refused, Slots, parse, tokens_asked
 
 POLL_SECONDS = 0.1
 
 
+class _Streamer(DirectStreamer):
+    """As transformers', which loses an answer's end in the middle of a character: sent as the whole answer shows it."""
+
+    def __init__(self, tokenizer: Any, loop: Any, queue: Any, response_parser: Any = None) -> None:
+        self._ids: list[int] = []
+        self._sent = ""
+        super().__init__(tokenizer, loop, queue, response_parser=response_parser)
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._first:
+            self._ids += value.tolist()
+        super().put(value)
+
+    def _enqueue(self, item: Any) -> None:
+        if isinstance(item, str):
+            self._sent += item
+        super()._enqueue(item)
+
+    def end(self) -> None:
+        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if self._parser is None and whole != self._sent and whole.startswith(self._sent):
+            self._enqueue(whole[len(self._sent) :])
+        super().end()
+
+
 class _Manager(GenerateManager):
     """Generation that stops when nobody waits for it any more, streamed or not."""
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue, DirectStreamer]:
+        """As transformers', with our streamer."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        streamer = _Streamer(processor._tokenizer, loop, queue, response_parser=response_parser)
+
+        def work() -> None:
+            try:
+                model.generate(**inputs, streamer=streamer, generation_config=gen_config, tokenizer=processor)
+            except _GenerationCancelled:
+                loop.call_soon_threadsafe(queue.put_nowait, None)
+            except Exception as error:
+                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(str(error)))
+
+        self.submit(work)
+        return queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -25,7 +26,7 @@ from hypothesis import strategies as st  # noqa: E402
 from rmoe.data.encode import byte_tokenizer  # noqa: E402
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize  # noqa: E402
 from rmoe.serving.limits import FIELDS, Limits, Refused, parse  # noqa: E402
-from rmoe.serving.server import build_app  # noqa: E402
+from rmoe.serving.server import _Streamer, build_app  # noqa: E402
 
 LIMITS = Limits(max_length=4096, concurrent=2, waiting=200, max_body_bytes=20_000)
 
@@ -104,6 +105,25 @@ def test_streaming_gives_the_same_text(port):
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
     assert text == post(port, {"prompt": "abc", "max_tokens": 12})[1]["choices"][0]["text"]
     assert chunks[-1]["usage"]["completion_tokens"] == 12
+
+
+@pytest.mark.parametrize("answer", [b"abc", "aé€".encode(), "a€".encode()[:-1], b"k\xff\xe2", b"\xe2\x82"])
+def test_a_stream_cut_in_mid_character_is_the_whole_answer(answer):
+    tokenizer = byte_tokenizer()
+
+    async def stream() -> str:
+        queue: asyncio.Queue[str | None] = asyncio.Queue()
+        streamer = _Streamer(tokenizer._tokenizer, asyncio.get_running_loop(), queue)
+        streamer.put(torch.tensor([1, 2]))  # the prompt
+        for byte in answer:
+            streamer.put(torch.tensor([byte]))
+        streamer.end()
+        parts = []
+        while (part := await queue.get()) is not None:
+            parts.append(part)
+        return "".join(parts)
+
+    assert asyncio.run(stream()) == tokenizer.decode(list(answer), skip_special_tokens=True)
 
 
 def test_models_and_nothing_else(port):
