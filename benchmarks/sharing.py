@@ -60,6 +60,11 @@ def with_threads(config: RunConfig, threads: int) -> RunConfig:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, threads=threads))
 
 
+def with_steps(config: RunConfig, steps: int | None) -> RunConfig:
+    training = config.training if steps is None else dataclasses.replace(config.training, max_steps=steps)
+    return dataclasses.replace(config, training=training)
+
+
 def whole_grid(config: RunConfig, seeds: int = SEEDS) -> dict[str, Any]:
     """Seconds of each way, and whether those with equal threads gave equal bits."""
     prepare(config.data, config.training.sequence_length)
@@ -138,12 +143,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("grid", "steps"), default=["grid", "steps"])
     parser.add_argument("--sizes", nargs="+", choices=list(LADDER), help="default: all of a part")
     parser.add_argument("--steps", type=int, default=20, help="measured of each size")
+    parser.add_argument("--grid-steps", type=int, help="of each run of a grid; default: the preset's")
     parser.add_argument("--out", type=Path, help="folder for a dated result")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     if "grid" in options.parts:
         chosen = [name for name in GRIDS if name in (options.sizes or GRIDS)]
-        figures["grid"] = {name: whole_grid(GRIDS[name]) for name in chosen}
+        figures["grid"] = {name: whole_grid(with_steps(GRIDS[name], options.grid_steps)) for name in chosen}
     if "steps" in options.parts:
         figures["steps"] = ladder(options.sizes or list(LADDER), options.steps)
     write_result("-".join(["sharing", *options.parts]), figures, options.out)
