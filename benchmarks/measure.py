@@ -258,23 +258,16 @@ def _peak_of(case: str, size: str, device: str, contestant: str, threads: int) -
 
 
 def peak_mib(contestant: Contestant, device: str) -> float:
-    """Build and call three times, here and now; see `Contestant.memory`."""
-
-    def thrice() -> None:
-        call = contestant.build()
-        for _ in range(3):
-            call()
-
+    """Build, and the peak of three calls, here and now; see `Contestant.memory`."""
     if contestant.memory == "child":
         return float(contestant.build()())  # type: ignore[arg-type]
     if contestant.memory == "resident":
         before = resident_peak_mib()
-        thrice()
+        call = contestant.build()
+        for _ in range(3):
+            call()
         return resident_peak_mib() - before
-    if device == "cuda":
-        thrice()
-        return torch.cuda.max_memory_allocated() / 2**20
-    return tensor_peak(thrice) / 2**20
+    return tensor_peak(contestant.build) / 2**20
 
 
 def resident_peak_mib() -> float:
@@ -285,17 +278,33 @@ def resident_peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def tensor_peak(work: Callable[[], object]) -> int:
-    """Bytes that torch's CPU allocator had given out at most, of what was allocated during `work`."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        work()
+CALLS = "what is measured"
+
+
+def tensor_peak(build: Callable[[], Callable[[], object]]) -> int:
+    """Bytes that torch's CPU allocator has given out at most during three calls, what was built included.
+
+    What building itself needs for a moment (initial values) does not count.
+    """
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
+        call = build()
+        with torch.profiler.record_function(CALLS):
+            for _ in range(3):
+                call()
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    peak, waiting = 0, list(results.experimental_event_tree())
+    events, waiting = [], list(results.experimental_event_tree())
     while waiting:
-        event = waiting.pop()
-        waiting.extend(event.children)
-        if event.tag == torch._C._profiler._EventType.Allocation and event.extra_fields.device.type == "cpu":
-            peak = max(peak, event.extra_fields.total_allocated)
-    return peak
+        events.append(waiting.pop())
+        waiting.extend(events[-1].children)
+    began = next(event.start_time_ns for event in events if event.name == CALLS)
+    allocation = torch._C._profiler._EventType.Allocation
+    changes = sorted(
+        (event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size)
+        for event in events
+        if event.tag == allocation and event.extra_fields.device.type == "cpu"
+    )
+    if not changes:
+        return 0
+    before = changes[0][1] - changes[0][2]  # what an earlier profile left in the books
+    return max((total for at, total, _ in changes if at >= began), default=before) - before

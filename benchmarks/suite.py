@@ -132,9 +132,9 @@ def build(contestants: Contestants, names: Sequence[str], device: str) -> tuple[
         if device != "cuda" or contestants[name].memory != "tensors":
             calls[name] = contestants[name].build()
             continue
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         calls[name] = contestants[name].build()
+        torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             calls[name]()
         peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20

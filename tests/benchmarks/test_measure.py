@@ -117,8 +117,17 @@ def test_peak_counts_what_lives_at_once() -> None:
     def together() -> None:
         _ = [torch.ones(1 << 20) for _ in range(5)]
 
-    assert tensor_peak(one_after_the_other) == 4 << 20
-    assert tensor_peak(together) == 20 << 20
+    assert tensor_peak(lambda: one_after_the_other) == 4 << 20
+    assert tensor_peak(lambda: together) == 20 << 20
+
+
+def test_peak_leaves_out_what_building_needed_for_a_moment() -> None:
+    def build():
+        torch.ones(1 << 22)
+        kept = torch.ones(1 << 20)
+        return lambda: kept.add_(1)[:1].clone()
+
+    assert 4 << 20 <= tensor_peak(build) < 5 << 20
 
 
 def test_peak_of_a_contestant_holds_what_it_was_built_from() -> None:
