@@ -59,7 +59,8 @@ test-all: $(VENV)/.installed-dev
 # One process: the kills are timed, and the fuzzer takes a core for itself. TORTURE="-k kill" (damage, disk, malformed,
 # fuzzer, parallel, serving) runs a part.
 TORTURE ?=
-TORTURE_TESTS := tests/torture tests/parallel tests/training/test_ranks.py tests/serving
+TORTURE_TESTS := tests/torture tests/parallel/test_gradients.py tests/parallel/test_launch.py tests/training/test_ranks.py \
+	tests/serving
 torture: LEVEL = normal
 torture-full: LEVEL = full
 torture torture-full: $(VENV)/.installed-dev
