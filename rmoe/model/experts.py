@@ -236,7 +236,7 @@ def sorted_mm_experts_forward(
 
 def supports_sorted_mm(experts: Any) -> bool:
     """Whether `sorted_mm` computes what these experts mean."""
-    special = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm
+    special = experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False)
     default_gate = type(experts)._apply_gate is _default_apply_gate and experts.is_concatenated
     return not special and (default_gate or not experts.has_gate) and experts.config.hidden_act in ACTIVATIONS
 
