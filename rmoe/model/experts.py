@@ -244,10 +244,11 @@ def supports_sorted_mm(experts: Any) -> bool:
 def choose_experts(device: str, dtype: torch.dtype, tokens: int, hidden: int, width: int) -> str:
     """The experts path that `auto` takes, a pure function: a run must not depend on how busy the machine was.
 
-    On the CPU `sorted_mm` was the fastest at every size measured, in float32 and bfloat16, from 1 to 4,096 tokens
-    (benchmarks/results, case "block"). On a GPU nothing was measured: there it is transformers' own rule,
-    batched_mm for single tokens, grouped_mm for bfloat16 with rows of whole 16 bytes, and `sorted_mm`, which waits
-    for the device once a layer, for the rest.
+    On the CPU `sorted_mm` was the fastest for single tokens and at training's sizes (benchmarks/results, cases "block"
+    and "decode 1"); when decoding 8 or 64 sequences a model over `grouped_mm` was 13 to 15% faster, which this rule
+    does not use yet. On a GPU nothing was measured: there it is transformers' own rule, batched_mm for single tokens,
+    grouped_mm for bfloat16 with rows of whole 16 bytes, and `sorted_mm`, which waits for the device once a layer,
+    for the rest.
 
     Args:
         device: type of the device. dtype: of the stream. tokens: `T`. hidden: `d`. width: of an expert.
