@@ -131,20 +131,22 @@ def domains(run: Finished) -> Figures:
 
 
 def gradients(run: Finished) -> Figures:
-    """The balance loss's share of the router's gradient at every checkpoint kept, `|balance| / (|balance| + |LM|)`."""
+    """The balance loss's share of the router's gradient, `|balance| / (|balance| + |LM|)`, at checkpoints kept."""
     length = run.config.training.sequence_length
     corpus = prepare(run.config.data, length)
     blocks = np.asarray(corpus.valid.tokens[: GRADIENT_BLOCKS * length]).reshape(-1, length)
     options = AnalysisOptions(gradient_tokens=blocks.size, explored_tokens=0)
     figures: Figures = {}
     for folder in sorted((run.folder / "checkpoints").glob("checkpoint-*")):
+        share = int(folder.name.rpartition("-")[2]) / run.config.training.max_steps
+        if share not in PHASES:
+            continue
         subject = Subject(folder.name, rmoe.load(folder))
         (found,) = analyze_models([subject], blocks, TokenText(corpus.tokenizer), options)
         split = found.gradient_split
         assert split is not None
         assert split.balance is not None
         balance, language_model = _norm(split.balance[0]), _norm(split.language_model[0])
-        share = int(folder.name.rpartition("-")[2]) / run.config.training.max_steps
         figures[f"balance_share@{share:g}"] = balance / (balance + language_model)
     return figures
 
