@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,11 @@ def zoo_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     ZOO.clear()
     ZOO.update(before)
+
+
+def test_the_examples_in_its_documentation() -> None:
+    """Here, not by pytest's own collection: that would import the plugin and register its routers for all tests."""
+    assert doctest.testmod(run).failed == 0
 
 
 @pytest.mark.parametrize("name", run.NAMES)
