@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def zoo_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     ZOO.clear()
     ZOO.update(before)
+    for name in [name for name in sys.modules if name.startswith("rmoe_plugin_")]:
+        del sys.modules[name]  # the next test's plugin registers itself anew
 
 
 def test_the_examples_in_its_documentation() -> None:
