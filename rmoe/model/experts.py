@@ -241,20 +241,27 @@ def supports_sorted_mm(experts: Any) -> bool:
     return not special and (default_gate or not experts.has_gate) and experts.config.hidden_act in ACTIVATIONS
 
 
-def choose_experts(device: str, dtype: torch.dtype, tokens: int, hidden: int, width: int) -> str:
+FEW_ROWS = 64
+"""On the CPU, without gradients: below so many tokens an expert `grouped_mm` is faster than `sorted_mm`."""
+
+
+def choose_experts(
+    device: str, dtype: torch.dtype, tokens: int, rows: float, hidden: int, width: int, grad: bool
+) -> str:
     """The experts path that `auto` takes, a pure function: a run must not depend on how busy the machine was.
 
-    On the CPU `sorted_mm` was the fastest for single tokens and at training's sizes (benchmarks/results, cases "block"
-    and "decode 1"); when decoding 8 or 64 sequences a model over `grouped_mm` was 13 to 15% faster, which this rule
-    does not use yet. On a GPU nothing was measured: there it is transformers' own rule, batched_mm for single tokens,
-    grouped_mm for bfloat16 with rows of whole 16 bytes, and `sorted_mm`, which waits for the device once a layer,
-    for the rest.
+    Measured on the CPU (benchmarks/results, cases "block" and "decode"): for a single token `sorted_mm`,
+    which then reads the chosen experts' weights and no others; without gradients and below `FEW_ROWS` tokens an expert
+    `grouped_mm` takes 0.4 to 0.9 of its time; at training's sizes `sorted_mm` is the fastest. On a GPU nothing was
+    measured: there it is transformers' own rule, batched_mm for single tokens, grouped_mm for bfloat16 with rows of
+    whole 16 bytes, and `sorted_mm`, which waits for the device once a layer, for the rest.
 
     Args:
-        device: type of the device. dtype: of the stream. tokens: `T`. hidden: `d`. width: of an expert.
+        device: type of the device. dtype: of the stream. tokens: `T`. rows: of an expert on average, `T k / E`.
+        hidden: `d`. width: of an expert. grad: whether a backward pass may follow.
     """
     if device == "cpu":
-        return "sorted_mm"
+        return "grouped_mm" if tokens > 1 and rows < FEW_ROWS and not grad else "sorted_mm"
     if tokens == 1:
         return "batched_mm"
     return "grouped_mm" if dtype == torch.bfloat16 and in_whole_16_bytes(hidden, width) else "sorted_mm"
@@ -308,7 +315,9 @@ def auto_experts_forward(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     tokens, hidden = hidden_states.shape
-    choice = choose_experts(kind, dtype, tokens, hidden, self.down_proj.shape[-1])
+    rows = top_k_index.numel() / self.num_experts
+    width, grad = self.down_proj.shape[-1], torch.is_grad_enabled()
+    choice = choose_experts(kind, dtype, tokens, rows, hidden, width, grad)
     if choice == "sorted_mm" and not supports_sorted_mm(self):
         choice = "eager"
     function = EXPERTS.get_interface(choice, type(self).forward.__wrapped__)

@@ -41,13 +41,12 @@ def chunked_cross_entropy(
     Returns:
         The loss; its gradient by `hidden`, in the dtype of `hidden`; by `weight`, in at least float32.
     """
-    wide = torch.promote_types(dtype, torch.float32)
+    total, grad_hidden, grad_weight = _outputs(hidden, weight, dtype, for_hidden, for_weight)
+    wide = total.dtype
+    if not hidden.shape[0]:
+        grad_weight.zero_()  # otherwise the first chunk writes it
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     low = weight.to(dtype)
-    total = hidden.new_zeros((), dtype=wide)
-    grad_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
-    empty = torch.empty_like if hidden.shape[0] else torch.zeros_like  # the first chunk writes it
-    grad_weight = empty(weight, dtype=wide) if for_weight else weight.new_empty(0, dtype=wide)
     items = items.to(wide)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
@@ -74,22 +73,21 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
 
 
-@chunked_cross_entropy.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    items: Tensor,
-    dtype: torch.dtype,
-    for_hidden: bool,
-    for_weight: bool,
+def _outputs(
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, for_hidden: bool, for_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operator gives, not filled but for the sum, which begins at zero."""
     wide = torch.promote_types(dtype, torch.float32)
     return (
-        hidden.new_empty((), dtype=wide),
+        hidden.new_zeros((), dtype=wide),
         torch.empty_like(hidden) if for_hidden else hidden.new_empty(0),
         torch.empty_like(weight, dtype=wide) if for_weight else weight.new_empty(0, dtype=wide),
     )
+
+
+chunked_cross_entropy.register_fake(
+    lambda hidden, weight, targets, items, *rest: _outputs(hidden, weight, *rest)
+)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -234,6 +234,8 @@ class RMoEModel(RMoEPreTrainedModel):
         hidden = self.norm(hidden)
         hidden_states[-1] = hidden
         all_routing = tuple(routings)
+        decoding = past_key_values is not None and embeds.shape[1] == 1 and not self.training
+        stats = None if decoding else router_stats(all_routing, self.config.num_experts, context.mask)
         return RMoEModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
@@ -241,7 +243,7 @@ class RMoEModel(RMoEPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
             router_logits=tuple(routing.logits for routing in all_routing),
             routing=all_routing,
-            router_stats=router_stats(all_routing, self.config.num_experts, context.mask),
+            router_stats=stats,
             context=context,
         )
 

@@ -20,7 +20,8 @@ class RMoEModelOutputWithPast(MoeModelOutputWithPast):
 
     Attributes:
         routing: one `Routing` per routing layer.
-        router_stats: sums over this call's real tokens.
+        router_stats: sums over this call's real tokens; None while decoding (one token a sequence, with a cache),
+            where nobody learns from them and they would be a fortieth of a small model's step.
         context: mask and shape the routing was done under.
     """
 
@@ -37,7 +38,7 @@ class RMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
         lm_loss: mean cross-entropy in nats, or its sum over `num_items_in_batch`.
         aux_loss: all balance losses with their weights: exactly what is added to `lm_loss`.
         routing: one `Routing` per routing layer, when asked for.
-        router_stats: sums over this call's real tokens, always.
+        router_stats: sums over this call's real tokens, asked for or not; None while decoding.
     """
 
     lm_loss: Tensor | None = None

@@ -138,10 +138,28 @@ def _recording(function: Callable[..., Tensor], products: list[torch.dtype]) -> 
 
 def test_auto_is_the_default_and_a_pure_function() -> None:
     assert type(model().model)(config()).config._experts_implementation == "auto"
-    assert choose_experts("cpu", torch.float32, 4096, 352, 352) == "sorted_mm"
-    assert choose_experts("cuda", torch.bfloat16, 4096, 352, 352) == "grouped_mm"
-    assert choose_experts("cuda", torch.bfloat16, 4096, 36, 20) == "sorted_mm"
-    assert choose_experts("cuda", torch.float32, 1, 36, 20) == "batched_mm"  # no wait for the device
+    sizes = {"hidden": 352, "width": 352}
+    assert choose_experts("cpu", torch.float32, 4096, 512, **sizes, grad=True) == "sorted_mm"
+    assert choose_experts("cpu", torch.float32, 8, 1, **sizes, grad=True) == "sorted_mm"
+    assert choose_experts("cpu", torch.float32, 8, 1, **sizes, grad=False) == "grouped_mm"
+    assert choose_experts("cpu", torch.float32, 1, 1 / 8, **sizes, grad=False) == "sorted_mm"  # reads chosen ones only
+    assert choose_experts("cpu", torch.float32, 4096, 64, **sizes, grad=False) == "sorted_mm"
+    assert choose_experts("cuda", torch.bfloat16, 4096, 512, **sizes, grad=True) == "grouped_mm"
+    odd = {"rows": 1, "hidden": 36, "width": 20, "grad": False}
+    assert choose_experts("cuda", torch.bfloat16, 4096, **odd) == "sorted_mm"
+    assert choose_experts("cuda", torch.float32, 1, **odd) == "batched_mm"  # no wait for the device
+
+
+def test_auto_asks_for_rows_of_an_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, asked = experts("auto", True, torch.float32), []
+    monkeypatch.setattr("rmoe.model.experts.choose_experts", lambda *of: asked.append(of) or "eager")
+    built(torch.randn(10, 36), torch.zeros(10, 2).long(), torch.rand(10, 2))
+    with torch.no_grad():
+        built(torch.randn(1, 36), torch.zeros(1, 2).long(), torch.rand(1, 2))
+    assert asked == [
+        ("cpu", torch.float32, 10, 4.0, 36, built.intermediate_dim, True),
+        ("cpu", torch.float32, 1, 0.4, 36, built.intermediate_dim, False),
+    ]
 
 
 def test_unknown_activation() -> None:
