@@ -15,7 +15,6 @@ from benchmarks.cases.router import hidden_states
 from benchmarks.measure import Contestant, Work
 from benchmarks.sizes import FLOAT, Size
 
-
 PATHS: dict[str, str] = {
     "auto": "auto",
     "sorted_mm": "sorted_mm",
@@ -68,9 +67,7 @@ def _experts(size: Size, implementation: str) -> nn.Module:
     return experts
 
 
-def _run(
-    make: Callable[[Size], nn.Module], size: Size, setting: Setting, grad: bool
-) -> Callable[[], object]:
+def _run(make: Callable[[Size], nn.Module], size: Size, setting: Setting, grad: bool) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     index = torch.rand(size.tokens, size.experts, generator=generator).topk(size.top_k, -1).indices
     weights = torch.rand(size.tokens, size.top_k, generator=generator).to(setting.device)

@@ -142,7 +142,9 @@ def test_auto_is_the_default_and_a_pure_function() -> None:
     assert choose_experts("cpu", torch.float32, 4096, 512, **sizes, grad=True) == "sorted_mm"
     assert choose_experts("cpu", torch.float32, 8, 1, **sizes, grad=True) == "sorted_mm"
     assert choose_experts("cpu", torch.float32, 8, 1, **sizes, grad=False) == "grouped_mm"
-    assert choose_experts("cpu", torch.float32, 1, 1 / 8, **sizes, grad=False) == "sorted_mm"  # reads chosen ones only
+    assert (
+        choose_experts("cpu", torch.float32, 1, 1 / 8, **sizes, grad=False) == "sorted_mm"
+    )  # reads chosen ones only
     assert choose_experts("cpu", torch.float32, 4096, 64, **sizes, grad=False) == "sorted_mm"
     assert choose_experts("cuda", torch.bfloat16, 4096, 512, **sizes, grad=True) == "grouped_mm"
     odd = {"rows": 1, "hidden": 36, "width": 20, "grad": False}
