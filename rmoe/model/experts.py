@@ -246,22 +246,35 @@ FEW_ROWS = 64
 
 
 def choose_experts(
-    device: str, dtype: torch.dtype, tokens: int, rows: float, hidden: int, width: int, grad: bool
+    device: str,
+    dtype: torch.dtype,
+    tokens: int,
+    rows: float,
+    hidden: int,
+    width: int,
+    *,
+    grad: bool,
+    compiled: bool,
 ) -> str:
     """The experts path that `auto` takes, a pure function: a run must not depend on how busy the machine was.
 
-    Measured on the CPU (benchmarks/results, cases "block" and "decode"): for a single token `sorted_mm`,
-    which then reads the chosen experts' weights and no others; without gradients and below `FEW_ROWS` tokens an expert
-    `grouped_mm` takes 0.4 to 0.9 of its time; at training's sizes `sorted_mm` is the fastest. On a GPU nothing was
-    measured: there it is transformers' own rule, batched_mm for single tokens, grouped_mm for bfloat16 with rows of
-    whole 16 bytes, and `sorted_mm`, which waits for the device once a layer, for the rest.
+    Measured on the CPU (benchmarks/results, cases "block" and "decode"): for a single token `sorted_mm`, which then
+    reads the chosen experts' weights and no others, and inside a compiled region `batched_mm`, which does so too and is
+    fused; without gradients and below `FEW_ROWS` tokens an expert `grouped_mm` takes 0.4 to 0.9 of `sorted_mm`'s time;
+    at training's sizes `sorted_mm` is the fastest. On a GPU nothing was measured: there it is transformers' own rule,
+    batched_mm for single tokens, grouped_mm for bfloat16 with rows of whole 16 bytes, and `sorted_mm`, which waits for
+    the device once a layer, for the rest.
 
     Args:
         device: type of the device. dtype: of the stream. tokens: `T`. rows: of an expert on average, `T k / E`.
-        hidden: `d`. width: of an expert. grad: whether a backward pass may follow.
+        hidden: `d`. width: of an expert. grad: whether a backward pass may follow. compiled: by `torch.compile`.
     """
     if device == "cpu":
-        return "grouped_mm" if tokens > 1 and rows < FEW_ROWS and not grad else "sorted_mm"
+        if grad or rows >= FEW_ROWS:
+            return "sorted_mm"
+        if tokens == 1:
+            return "batched_mm" if compiled else "sorted_mm"
+        return "grouped_mm"
     if tokens == 1:
         return "batched_mm"
     return "grouped_mm" if dtype == torch.bfloat16 and in_whole_16_bytes(hidden, width) else "sorted_mm"
@@ -316,8 +329,16 @@ def auto_experts_forward(
         dtype = torch.get_autocast_dtype(kind)
     tokens, hidden = hidden_states.shape
     rows = top_k_index.numel() / self.num_experts
-    width, grad = self.down_proj.shape[-1], torch.is_grad_enabled()
-    choice = choose_experts(kind, dtype, tokens, rows, hidden, width, grad)
+    choice = choose_experts(
+        kind,
+        dtype,
+        tokens,
+        rows,
+        hidden,
+        self.down_proj.shape[-1],
+        grad=torch.is_grad_enabled(),
+        compiled=torch.compiler.is_compiling(),
+    )
     if choice == "sorted_mm" and not supports_sorted_mm(self):
         choice = "eager"
     function = EXPERTS.get_interface(choice, type(self).forward.__wrapped__)

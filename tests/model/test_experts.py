@@ -138,29 +138,39 @@ def _recording(function: Callable[..., Tensor], products: list[torch.dtype]) -> 
 
 def test_auto_is_the_default_and_a_pure_function() -> None:
     assert type(model().model)(config()).config._experts_implementation == "auto"
-    sizes = {"hidden": 352, "width": 352}
-    assert choose_experts("cpu", torch.float32, 4096, 512, **sizes, grad=True) == "sorted_mm"
-    assert choose_experts("cpu", torch.float32, 8, 1, **sizes, grad=True) == "sorted_mm"
-    assert choose_experts("cpu", torch.float32, 8, 1, **sizes, grad=False) == "grouped_mm"
-    assert (
-        choose_experts("cpu", torch.float32, 1, 1 / 8, **sizes, grad=False) == "sorted_mm"
-    )  # reads chosen ones only
-    assert choose_experts("cpu", torch.float32, 4096, 64, **sizes, grad=False) == "sorted_mm"
-    assert choose_experts("cuda", torch.bfloat16, 4096, 512, **sizes, grad=True) == "grouped_mm"
-    odd = {"rows": 1, "hidden": 36, "width": 20, "grad": False}
-    assert choose_experts("cuda", torch.bfloat16, 4096, **odd) == "sorted_mm"
-    assert choose_experts("cuda", torch.float32, 1, **odd) == "batched_mm"  # no wait for the device
+
+    def choose(device: str, dtype: torch.dtype, tokens: int, grad: bool, compiled: bool = False) -> str:
+        rows = tokens / 8
+        return choose_experts(device, dtype, tokens, rows, 352, 352, grad=grad, compiled=compiled)
+
+    assert choose("cpu", torch.float32, 4096, True) == "sorted_mm"
+    assert choose("cpu", torch.float32, 8, True) == "sorted_mm"
+    assert choose("cpu", torch.float32, 8, False) == "grouped_mm"
+    assert choose("cpu", torch.float32, 512, False) == "sorted_mm"
+    assert choose("cpu", torch.float32, 1, False) == "sorted_mm"  # reads the chosen experts only
+    assert choose("cpu", torch.float32, 1, False, compiled=True) == "batched_mm"
+    assert choose("cuda", torch.bfloat16, 4096, True) == "grouped_mm"
+    assert choose("cuda", torch.float32, 4096, True) == "sorted_mm"
+    assert choose("cuda", torch.float32, 1, False) == "batched_mm"  # no wait for the device
+    odd = choose_experts("cuda", torch.bfloat16, 4096, 512, 36, 20, grad=True, compiled=False)
+    assert odd == "sorted_mm"
 
 
 def test_auto_asks_for_rows_of_an_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     built, asked = experts("auto", True, torch.float32), []
-    monkeypatch.setattr("rmoe.model.experts.choose_experts", lambda *of: asked.append(of) or "eager")
+
+    def choose(*sizes: Any, grad: bool, compiled: bool) -> str:
+        asked.append((*sizes, grad, compiled))
+        return "eager"
+
+    monkeypatch.setattr("rmoe.model.experts.choose_experts", choose)
     built(torch.randn(10, 36), torch.zeros(10, 2).long(), torch.rand(10, 2))
     with torch.no_grad():
         built(torch.randn(1, 36), torch.zeros(1, 2).long(), torch.rand(1, 2))
+    width = built.intermediate_dim
     assert asked == [
-        ("cpu", torch.float32, 10, 4.0, 36, built.intermediate_dim, True),
-        ("cpu", torch.float32, 1, 0.4, 36, built.intermediate_dim, False),
+        ("cpu", torch.float32, 10, 4.0, 36, width, True, False),
+        ("cpu", torch.float32, 1, 0.4, 36, width, False, False),
     ]
 
 
