@@ -25,7 +25,7 @@ from rmoe.graft import GraftSpec, graft
 from rmoe.graft.folder import is_graft_tensor
 from rmoe.routing.mechanisms import Recurrence
 
-BATCH, LENGTH, ROUNDS, WIDTH = 2, 512, 7, 128
+BATCH, LENGTH, ROUNDS, WIDTH = 2, 512, 11, 128
 
 
 def main() -> None:
@@ -117,9 +117,9 @@ def forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 
 def training(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """One forward and backward pass."""
+    """One forward and backward pass, into gradients that are there: new ones' pages would cost more than a graft."""
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    model.zero_grad()
+    model.zero_grad(set_to_none=False)
 
 
 def saved_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:

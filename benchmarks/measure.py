@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from rmoe.errors import RunError
+from rmoe.training.profile import matrix_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 0.02
@@ -211,12 +212,19 @@ ATTENTION = tuple(
 )
 
 
-def kernel_ms(call: Callable[[], object], device: str, repeats: int = 3) -> dict[str, float]:
-    """Milliseconds of one call inside matrix products and attention's kernels, from torch's profiler; medians."""
+def kernel_ms(
+    call: Callable[[], object], device: str, dtype: torch.dtype, repeats: int = 5
+) -> dict[str, float]:
+    """Milliseconds of one call inside matrix products and attention's kernels, from torch's profiler; medians.
+
+    `product_room_gflop` is what a large product could have done in the time of the call's products: a virtual
+    machine's rate changes by the minute, so it is measured right before and after each call.
+    """
     activity = torch.profiler.ProfilerActivity
     spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    found: dict[str, list[float]] = {"product_ms": [], "attention_ms": []}
+    found: dict[str, list[float]] = {"product_ms": [], "attention_ms": [], "product_room_gflop": []}
     for _ in range(repeats):
+        before = matrix_rate(torch.device(device), dtype)
         with torch.profiler.profile(
             activities=[activity.CPU, *([activity.CUDA] if device == "cuda" else [])]
         ) as profiler:
@@ -225,6 +233,8 @@ def kernel_ms(call: Callable[[], object], device: str, repeats: int = 3) -> dict
         events = profiler.key_averages()
         for kind, names in (("product_ms", PRODUCTS), ("attention_ms", ATTENTION)):
             found[kind].append(sum(getattr(event, spent) for event in events if event.key in names) / 1e3)
+        rate = max(before, matrix_rate(torch.device(device), dtype)) / 1e9
+        found["product_room_gflop"].append(rate * found["product_ms"][-1] / 1e3)
     return {kind: median(values) for kind, values in found.items()}
 
 

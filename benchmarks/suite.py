@@ -102,7 +102,7 @@ def measure(case: Case, setting: Setting, contestants: Contestants, rounds: int)
             if name in peaks:
                 rows[name]["peak_mib"] = peaks[name]
             if case.products and not name.endswith(COMPILED):  # whose kernels have no names of their own
-                rows[name] |= kernel_ms(calls[name], setting.device)
+                rows[name] |= kernel_ms(calls[name], setting.device, dtype)
         del calls
         forget()
     roofline = roofline.best(measure_roofline(setting.device, dtype))
@@ -147,10 +147,9 @@ def beside(row: Row, phases: Sequence[Any], tokens: int | None, roofline: Roofli
         row["roofline_ms"] = 1e3 * roofline.seconds(*phases)
         row["share_of_roofline"] = row["roofline_ms"] / row["wall_ms"]
         row["gflops"] = sum(work.flops for work in phases) / 1e9
-    if (
-        phases and row.get("product_ms") and not row.get("attention_ms")
-    ):  # then they are all there is to count
-        row["products_share_of_rate"] = 1e3 * row["gflops"] / roofline.gflops / row["product_ms"]
+    room = row.pop("product_room_gflop", 0.0)
+    if phases and room and not row["attention_ms"]:  # then products are all there is to count
+        row["products_share_of_rate"] = row["gflops"] / room
     if tokens is not None:
         row["tokens_per_s"] = tokens / (row["wall_ms"] / 1e3)
 
@@ -235,7 +234,10 @@ def merge(report: Row, result: Row) -> None:
     if "rows" in old and "rows" in result:
         rows = {row["contestant"]: row for row in old["rows"]}
         for row in result["rows"]:
-            rows[row["contestant"]] = {**rows.get(row["contestant"], {}), **row}
+            kept = rows.get(row["contestant"], {})
+            if "wall_ms" in row:  # all that was timed with it is measured anew
+                kept = {name: kept[name] for name in ("peak_mib", "memory_ratio") if name in kept}
+            rows[row["contestant"]] = {**kept, **row}
         result = {**old, **result, "rows": list(rows.values())}
     report["results"] = [one for one in report["results"] if key(one) != key(result)] + [result]
     order, names = [*CASES], [*ON_CPU, None]

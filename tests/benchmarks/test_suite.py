@@ -116,6 +116,18 @@ def test_parts_of_a_report_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "| rmoe |" in text
 
 
+def test_new_times_keep_memory_and_nothing_else() -> None:
+    report = new_report(1)
+    result = {"case": "step", "size": {"name": "toy"}}
+    old = {"contestant": "smoe", "wall_ms": 2.0, "product_ms": 1.0, "peak_mib": 5.0, "memory_ratio": 1.0}
+    merge(report, {**result, "rows": [old]})
+    merge(report, {**result, "rows": [{"contestant": "smoe", "wall_ms": 3.0}]})
+    merge(report, {**result, "rows": [{"contestant": "smoe", "peak_mib": 6.0}]})
+    assert report["results"][0]["rows"] == [
+        {"contestant": "smoe", "wall_ms": 3.0, "peak_mib": 6.0, "memory_ratio": 1.0}
+    ]
+
+
 def test_merging_keeps_sizes_apart() -> None:
     report = new_report(1)
     for size, mark in (("toy", 1), ("quick", 2), ("toy", 3)):
@@ -162,7 +174,7 @@ def test_flops_by_count() -> None:
 
 
 def test_share_and_rate_of_a_row() -> None:
-    row = {"wall_ms": 4.0, "product_ms": 2.0}
+    row = {"wall_ms": 4.0, "product_ms": 2.0, "attention_ms": 0.0, "product_room_gflop": 2.0}
     beside(row, (Work(1e9, 0.0), Work(0.0, 1e9)), 100, Roofline(1000.0, 1000.0))
     assert row["roofline_ms"] == pytest.approx(2.0)
     assert row["share_of_roofline"] == pytest.approx(0.5)
