@@ -217,11 +217,14 @@ def sorted_mm_experts_forward(
     Raises:
         RequestError: experts that are not plain, or an activation it has no gradient for.
     """
-    act = self.config.hidden_act
     if not supports_sorted_mm(self):
-        raise RequestError(
-            "experts_implementation", "sorted_mm", f"another for {type(self).__name__} with {act}"
-        )
+        given = f"another for {type(self).__name__} with {self.config.hidden_act}"
+        raise RequestError("experts_implementation", "sorted_mm", given)
+    return _sorted_mm(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _sorted_mm(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    act = self.config.hidden_act
     up, down = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
     kind = hidden_states.device.type
     if torch.is_autocast_enabled(kind):
@@ -339,7 +342,9 @@ def auto_experts_forward(
         grad=torch.is_grad_enabled(),
         compiled=torch.compiler.is_compiling(),
     )
-    if choice == "sorted_mm" and not supports_sorted_mm(self):
+    if choice == "sorted_mm":
+        if supports_sorted_mm(self):
+            return _sorted_mm(self, hidden_states, top_k_index, top_k_weights)
         choice = "eager"
     function = EXPERTS.get_interface(choice, type(self).forward.__wrapped__)
     return function(self, hidden_states, top_k_index, top_k_weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,13 +44,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.dtype in (torch.float32, torch.float64) and x.dtype == self.weight.dtype
-        many = x.numel() > x.shape[-1] or torch.is_grad_enabled()  # for one row, calls cost more than passes
-        if x.device.type == "cpu" and wide and many and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and wide and not torch.compiler.is_compiling():
+            if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+                return self._one_row(x)
             out: Tensor = _RMSNormCPU.apply(x, self.weight, self.variance_epsilon)
             return out
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
         return self.weight * F.rms_norm(x, self.weight.shape, None, self.variance_epsilon)
+
+    def _one_row(self, x: Tensor) -> Tensor:
+        """The same where calls cost more than passes over the numbers: the fewest calls."""
+        row = x.reshape(-1)
+        square = torch.dot(row, row).item() / row.shape[0] + self.variance_epsilon
+        return (x * self.weight).mul_(square**-0.5 if square else math.inf)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"

@@ -106,7 +106,9 @@ class BaseRouter(TrainingState):
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Router arithmetic stays in float32 under autocast too; the meta device, which plans are made on, has none."""
     available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+    if available and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def limit_capacity(routing: Routing, spec: BalanceSpec, geometry: Geometry, mask: Tensor | None) -> Routing:

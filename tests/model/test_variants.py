@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rmoe.errors import RequestError
+from rmoe.model.norm import RMSNorm
 from tests.model.small import POST, PRE, assert_same, loss_and_gradients, model, tokens
 
 ARCHITECTURES = [PRE, POST]
@@ -87,3 +88,16 @@ def test_tied_embeddings() -> None:
     loss, gradients = loss_and_gradients(net, tokens())
     assert "lm_head.weight" not in gradients
     assert loss > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_of_one_row_without_gradients(dtype: torch.dtype) -> None:
+    norm = RMSNorm(37, 1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(1, 1, 37, dtype=dtype)
+    with torch.no_grad():
+        got = norm(x)
+    row = x.double()
+    want = row / (row.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    assert got.dtype == dtype
+    assert (got - want).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)
