@@ -48,7 +48,7 @@ def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("a")  # some damage shows itself only in use
         return tokenizer
     except Exception as error:  # a damaged file makes the tokenizers library raise what it likes

@@ -23,7 +23,7 @@ from rmoe.training.run_folder import METRICS, MODEL
 
 def _load(folder: Path, place: Place) -> PreTrainedModel:
     """A run's model, where the run computed it."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     return model.to("cpu" if place.cpu else "cuda")  # type: ignore[arg-type]
 
 

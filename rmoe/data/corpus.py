@@ -71,7 +71,7 @@ class Corpus:
         """The transformers tokenizer; `save_pretrained` puts it beside a model."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
 
     @property
     def vocab_size(self) -> int:

@@ -252,7 +252,7 @@ def load_encoder(name: str) -> Encoder:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub, the network, the file formats: each has its own family of errors
         allowed = f"bytes, words, or the folder or hub name of a HuggingFace tokenizer ({error})"
         raise RequestError("data.tokenizer", name, allowed) from error

@@ -28,7 +28,7 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
     """
     open_weights(path)
     register(path)
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise RequestError("model", config.model_type, "a family with a sequence classifier in transformers")
     with torch.random.fork_rng(devices=[]):

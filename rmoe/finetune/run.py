@@ -249,7 +249,7 @@ def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokeni
 def _tokenizer(source: Path) -> Any:
     open_weights(source)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:200]
         raise RequestError("model", str(source), f"a model folder with its tokenizer ({said})") from None

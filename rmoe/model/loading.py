@@ -48,14 +48,20 @@ def load(
         open_weights(folder)
         register(folder)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # None would ask on the terminal
     except RequestError:
         raise
     except Exception as error:  # what a damaged configuration makes transformers raise is anyone's guess
         raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from error
     try:
         model, report = _model_class(config).from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **changes
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **changes,
         )
     except (RequestError, MemoryError, torch.OutOfMemoryError):
         raise

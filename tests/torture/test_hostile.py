@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import random
 import shutil
@@ -146,3 +147,25 @@ def test_an_index_cannot_name_files_elsewhere(inputs, tmp_path):
         )
         with pytest.raises(RequestError, match="a file in the folder"):
             rmoe.load(model)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_folders_own_code_is_neither_run_nor_offered(file, inputs, tmp_path, capsys, monkeypatch):
+    """Found by the fuzzer: without a word from us transformers asks on the terminal whether to run it."""
+    model = Path(shutil.copytree(inputs.run / "model", tmp_path / "model"))
+    for path in model.glob("*.py"):
+        path.unlink()
+    (model / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit\n")
+    settings = json.loads((model / file).read_text())
+    names = ("AutoConfig", "AutoModelForCausalLM") if file == "config.json" else ("AutoTokenizer",)
+    settings["auto_map"] = {
+        name: "hostile.X" if name != "AutoTokenizer" else [None, "hostile.X"] for name in names
+    }
+    settings["model_type" if file == "config.json" else "tokenizer_class"] = "hostile"
+    (model / file).write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    status = main(["generate", str(model), "--prompt", "x", "--max-new-tokens", "1"])
+    assert not (tmp_path / "ran").exists()
+    assert status == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line.startswith("error: ")
