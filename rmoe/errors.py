@@ -7,6 +7,15 @@ A `RunError` means a run that was right to start has failed: it says what was sa
 from __future__ import annotations
 
 
+def one_line(text: str) -> str:
+    r"""The text in one line, `?` for each character that a terminal might obey: it can come from a hostile file.
+
+    >>> one_line("a\n b\x1b[2J")
+    'a b?[2J'
+    """
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
 class RequestError(ValueError):
     """A request that cannot be carried out, said in one line.
 
@@ -23,7 +32,7 @@ class RequestError(ValueError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(" ".join(f"{field} is {value!r}; allowed: {allowed}".split()))
+        super().__init__(one_line(f"{field} is {value!r}; allowed: {allowed}"))
 
 
 class RunError(RuntimeError):
@@ -42,4 +51,4 @@ class RunError(RuntimeError):
 
     def __init__(self, what: str, saved: str, resume: str) -> None:
         self.what, self.saved, self.resume = what, saved, resume
-        super().__init__(" ".join(f"{what}; saved: {saved}; to go on: {resume}".split()))
+        super().__init__(one_line(f"{what}; saved: {saved}; to go on: {resume}"))

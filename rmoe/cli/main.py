@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from rmoe import __version__
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RequestError, RunError, one_line
 
 # verb -> what it does, in the order of `rmoe --help`.
 VERBS = {
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        said = one_line(f"{type(error).__name__}: {error}")
         hint = "" if debug else " (RMOE_DEBUG=1 shows the traceback)"
         print(f"error: {said}{hint}", file=sys.stderr)
         return 1

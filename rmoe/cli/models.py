@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 
 import tyro
 
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, one_line
 
 Plugins: TypeAlias = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
@@ -52,5 +52,5 @@ def tokenizer_of(folder: Path) -> Any:
         tokenizer("a")  # some damage shows itself only in use
         return tokenizer
     except Exception as error:  # a damaged file makes the tokenizers library raise what it likes
-        said = " ".join(str(error).split())[:200]
+        said = one_line(str(error))[:200]
         raise RequestError("MODEL", str(folder), f"a model folder with its tokenizer ({said})") from error

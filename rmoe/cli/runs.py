@@ -6,6 +6,8 @@ from pathlib import Path
 
 import tyro
 
+from rmoe.errors import one_line
+
 
 def run(root: tyro.conf.Positional[Path] = Path("."), *, json: bool = False) -> None:
     """List the runs below a folder: state, step, last loss, rate, time left, and which died.
@@ -32,8 +34,8 @@ def run(root: tyro.conf.Positional[Path] = Path("."), *, json: bool = False) -> 
 
     def line(item: RunStatus) -> list[str]:
         return [
-            printable(item.folder),
-            printable(item.router),
+            one_line(item.folder),
+            one_line(item.router),
             str(item.seed),
             item.state,
             f"{item.step}/{item.steps}",
@@ -62,11 +64,6 @@ def run(root: tyro.conf.Positional[Path] = Path("."), *, json: bool = False) -> 
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def printable(text: str) -> str:
-    """Text from a file, without what a terminal would carry out."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import msgspec
 
 from rmoe.compare.jobs import Answer, Job, Judge, Measure, Time, Train
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RequestError, RunError, one_line
 from rmoe.training.config import RunConfig
 
 
@@ -66,7 +66,7 @@ def answer_to(job: Job) -> Answer:
         import traceback
 
         traceback.print_exc()  # the log has all of it
-        return Answer(error=" ".join(f"{type(error).__name__}: {error}".split()))
+        return Answer(error=one_line(f"{type(error).__name__}: {error}"))
 
 
 def _carry_out(job: Job) -> Any:

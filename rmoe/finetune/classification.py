@@ -40,6 +40,7 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
             pad_token_id=pad,
             dtype="auto",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

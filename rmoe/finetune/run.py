@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rmoe.data.blocks import IGNORED
 from rmoe.data.tasks import Instruction, Labelled, read_tasks
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, one_line
 from rmoe.finetune.classification import LabelledTexts, label_set, load_classifier, predict, scores
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.instructions import PackedExamples, can_pack, encode, pack
@@ -251,7 +251,7 @@ def _tokenizer(source: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(str(error))[:200]
         raise RequestError("model", str(source), f"a model folder with its tokenizer ({said})") from None
 
 

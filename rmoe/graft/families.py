@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, one_line
 from rmoe.graft.attach import OFFSET, graft
 from rmoe.graft.auto import GRAFT_MODEL_TYPE
 from rmoe.graft.discover import find_routed_stack
@@ -181,7 +181,7 @@ def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
         except (RequestError, NotTried):
             raise
         except Exception as error:  # whatever a family's own code says to sizes it cannot have
-            failures.append(" ".join(f"{type(error).__name__}: {error}".split()))
+            failures.append(one_line(f"{type(error).__name__}: {error}"))
         else:
             return model
     raise NotTried(f"not tried: its tiny random model does not run here: {failures[0]:.120}")
@@ -233,7 +233,7 @@ def try_family(model_type: str) -> FamilyResult:
     except RequestError as error:
         return FamilyResult(model_type, False, f"needs {error.allowed}")
     except Exception as error:  # a family may fail in any way of its own; the list goes on and says how
-        return FamilyResult(model_type, False, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return FamilyResult(model_type, False, one_line(f"{type(error).__name__}: {error}")[:200])
     finally:
         logging.set_verbosity(verbosity)
     return FamilyResult(model_type, True, limit)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, one_line
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
 
 _ATTENTION = "rmoe_planned"
@@ -118,7 +118,7 @@ def needs_of(config: RMoEConfig, sequence_length: int, bf16: bool) -> Needs:
             flops_of(config, sequence_length),
         )
     except RuntimeError as error:  # data-dependent shapes
-        said = " ".join(str(error).split())[:200]
+        said = one_line(str(error))[:200]
         raise RequestError(
             "router", config.router_spec.router.kind, f"a router that runs without data ({said})"
         ) from error

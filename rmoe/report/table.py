@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rmoe.compare.schema import Difference, RouterSummary, Spread, Summary
+from rmoe.errors import one_line
 from rmoe.report.charts.chart import counted
 
 UNITS = {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}
@@ -156,7 +157,7 @@ def markdown(summary: Summary) -> str:
 
 def _plain(text: str) -> str:
     """Text that stays one Markdown cell."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def terminal(summary: Summary) -> str:

@@ -28,6 +28,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
+from rmoe.errors import one_line
 from rmoe.serving.limits import Limits, Refused, Slots, parse, tokens_asked
 
 POLL_SECONDS = 0.1
@@ -200,7 +201,7 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        said = one_line(f"{type(error).__name__}: {error}")
         print(f"request failed: {said}", file=sys.stderr, flush=True)
         return JSONResponse(Refused(500, "the server could not carry this out").body(), status_code=500)
 

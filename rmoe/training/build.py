@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, one_line
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters, initialize
 from rmoe.routing.spec import RouterSpec
 from rmoe.routing.zoo import resolve
@@ -57,7 +57,7 @@ def _load_plugin(plugin: str) -> str:
     except RequestError:
         raise
     except Exception as error:  # whatever a plugin does wrong is the request's fault, said in one line
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        said = one_line(f"{type(error).__name__}: {error}")
         raise RequestError("--plugin", plugin, f"a module or .py file that imports ({said})") from error
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 from safetensors import SafetensorError
 
-from rmoe.errors import RunError
+from rmoe.errors import RunError, one_line
 from rmoe.records import NOT_JSON, Record
 
 MANIFEST = "manifest.json"
@@ -130,7 +130,7 @@ class CheckpointStore:
                 check(path)
             except Damaged as reason:
                 # One unwrapped line whatever the terminal's width: scripts read it.
-                print(f"skipped {path.name}: {reason}", file=sys.stderr, flush=True)
+                print(one_line(f"skipped {path.name}: {reason}"), file=sys.stderr, flush=True)
             else:
                 return path
         return None
@@ -260,4 +260,4 @@ def _remove(folder: Path) -> None:
 
 
 def _phrase(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return one_line(str(error))

@@ -14,14 +14,14 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, one_line
 from rmoe.training.config import RunConfig
 
 
 def say(text: str) -> None:
     """One line on stderr, from the first rank."""
     if PartialState().is_main_process:
-        print(text, file=sys.stderr, flush=True)
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rmoe.errors import RunError
+from rmoe.errors import RunError, one_line
 from rmoe.model import RMoEForCausalLM
 from rmoe.parallel import Pipeline
 from rmoe.training import sharded
@@ -135,7 +135,7 @@ class Sharded(Storage):
         try:
             sharded.save(parts, self.model, optimizer)
         except CheckpointException as error:
-            said = " ".join(str(error).split())
+            said = one_line(str(error))
             raise RunError(
                 f"could not save checkpoint-{step}: {said}", store.saved(), "free disk space, then --resume"
             ) from error
