@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rmoe.cli.models import Plugins, set_up
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, one_line
 
 
 def run(
@@ -57,8 +57,10 @@ def run(
     models = [model] if compare_with is None else [model, compare_with]
     analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)
     for note in analysis.notes:
-        print(note)
+        print(one_line(note))
     out.mkdir(parents=True, exist_ok=True)
     write_analysis(out / "analysis.json", analysis)
     page = write_report(out / "report", None, analysis, single_file)
-    print(f"{out / 'analysis.json'}, {page}: {analysis.text.tokens:,} tokens of {analysis.text.name}")
+    print(
+        one_line(f"{out / 'analysis.json'}, {page}: {analysis.text.tokens:,} tokens of {analysis.text.name}")
+    )

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from rmoe.cli.models import Plugins
+from rmoe.errors import one_line
 from rmoe.finetune.config import FinetuneConfig
 
 
@@ -50,6 +51,8 @@ def run(
         return
     figures = "".join(f", {name} {value:.4f}" for name, value in result.scores.items())
     print(
-        f"{result.model}: {result.steps} steps on {result.examples} examples, "
-        f"{result.trained_parameters:,} parameters trained{figures}"
+        one_line(
+            f"{result.model}: {result.steps} steps on {result.examples} examples, "
+            f"{result.trained_parameters:,} parameters trained{figures}"
+        )
     )

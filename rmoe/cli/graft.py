@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from rmoe.cli.models import Plugins
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, one_line
 
 
 def run(
@@ -71,13 +71,13 @@ def run(
         undone = undo_folder(model, out, keep_trained=keep_trained)
         checked = {True: "bit for bit the original", False: "base trained since", None: "original not known"}
         said = f"{out}: {undone.model_type}, {undone.removed_tensors} tensors removed, {checked[undone.verified]}"
-        print(jsonlib.dumps(asdict(undone)) if json else said)
+        print(jsonlib.dumps(asdict(undone)) if json else one_line(said))
         return
     report = graft_folder(model, out, GraftSpec.from_router(router, width=width, pure=pure, seed=seed))
     said = (
         f"{out}: {report.model_type}, {len(report.gates)} gates, {report.added_parameters:,} parameters added"
     )
-    print(jsonlib.dumps(asdict(report)) if json else said)
+    print(jsonlib.dumps(asdict(report)) if json else one_line(said))
 
 
 def _list(json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from rmoe.errors import one_line
 from rmoe.training.config import RunConfig
 
 
@@ -44,4 +45,4 @@ def run(
     figures = [
         f"{name} {value:.4f}" for name, value in (("validation", result.val), ("test", result.test)) if value
     ]
-    print(f"{result.router}: {', '.join(figures)} {unit}; model in {result.model}")
+    print(one_line(f"{result.router}: {', '.join(figures)} {unit}; model in {result.model}"))

@@ -169,3 +169,8 @@ def test_a_folders_own_code_is_neither_run_nor_offered(file, inputs, tmp_path, c
     assert status == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
     assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize("seed", [(1122, 0), (1005965, 3), (7156, 6)])
+def test_what_the_fuzzer_found(seed, inputs):
+    attempt(*seed, inputs)
