@@ -261,12 +261,12 @@ def choose_experts(
 ) -> str:
     """The experts path that `auto` takes, a pure function: a run must not depend on how busy the machine was.
 
-    Measured on the CPU in float32 (benchmarks/results, cases "block" and "decode"): for a single token `sorted_mm`, which
-    then reads the chosen experts' weights and no others, and inside a compiled region `batched_mm`, which does so too and is
-    fused; without gradients and below `FEW_ROWS` tokens an expert `grouped_mm` takes 0.4 to 0.9 of `sorted_mm`'s time;
-    at training's sizes `sorted_mm` is the fastest. On a GPU nothing was measured: there it is transformers' own rule,
-    batched_mm for single tokens, grouped_mm for bfloat16 with rows of whole 16 bytes, and `sorted_mm`, which waits for
-    the device once a layer, for the rest.
+    Measured on the CPU in float32 (benchmarks/results, cases "block" and "decode"): for a single token `sorted_mm`,
+    which then reads the chosen experts' weights and no others, and inside a compiled region `batched_mm`, which does
+    so too and is fused; without gradients and below `FEW_ROWS` tokens an expert `grouped_mm` takes 0.4 to 0.9 of
+    `sorted_mm`'s time; at training's sizes `sorted_mm` is the fastest. On a GPU nothing was measured: there it is
+    transformers' own rule, batched_mm for single tokens, grouped_mm for bfloat16 with rows of whole 16 bytes, and
+    `sorted_mm`, which waits for the device once a layer, for the rest.
 
     Args:
         device: type of the device. dtype: of the stream. tokens: `T`. rows: of an expert on average, `T k / E`.
