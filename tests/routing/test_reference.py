@@ -121,19 +121,57 @@ def test_equations(recurrence: dict, gate: dict, gated: bool, dtype: torch.dtype
         assert relative(got.grad, wanted) < bound or wanted.norm() == got.grad.norm() == 0, name
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("cell", ["gru", "rnn", "lstm"])
-def test_cells_equal_torch(cell: str, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("cell", "form"), [("gru", "eager"), ("gru", "compiled"), ("rnn", "eager"), ("lstm", "eager")]
+)
+@pytest.mark.parametrize("tokens", [1, 29])
+def test_cells_equal_torch(
+    cell: str, form: str, tokens: int, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rmoe.routing.recurrence import SHARED_CELLS
 
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: form == "compiled")
     ours = SHARED_CELLS[cell](17).to(dtype)
     theirs = {"gru": torch.nn.GRUCell, "rnn": torch.nn.RNNCell, "lstm": torch.nn.LSTMCell}[cell](17, 17).to(
         dtype
     )
     ours.load_state_dict(theirs.state_dict())
-    x, h, c = torch.randn(3, 29, 17, dtype=dtype)
-    state = (h, c) if cell == "lstm" else (h,)
-    got = ours(x, state)
-    want = theirs(x, state if cell == "lstm" else h)
-    for a, b in zip(got, want if cell == "lstm" else (want,), strict=True):
-        assert (a - b).abs().max() < bound
+
+    def step(module: torch.nn.Module, is_ours: bool) -> list[torch.Tensor]:
+        """Outputs, and gradients of everything, of two steps."""
+        x, h, c = torch.randn(3, tokens, 17, dtype=dtype, generator=torch.Generator().manual_seed(0)).unbind()
+        leaves = [x.requires_grad_(), h.requires_grad_(), *([c.requires_grad_()] if cell == "lstm" else [])]
+        state = tuple(leaves[1:])
+        for _ in range(2):
+            found = module(x, state) if is_ours or cell == "lstm" else module(x, *state)
+            state = found if isinstance(found, tuple) else (found,)
+        gradients = torch.autograd.grad(
+            sum(part.sin().sum() for part in state), [*leaves, *module.parameters()]
+        )
+        return [part.detach() for part in (*state, *gradients)]
+
+    for a, b in zip(step(ours, True), step(theirs, False), strict=True):
+        assert relative(a, b) < bound
+
+
+def test_frozen_parts_of_the_gru_cost_no_gradient_and_change_none() -> None:
+    from rmoe.routing.recurrence import GRU
+
+    cell = GRU(17)
+    for i, parameter in enumerate(cell.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i + 1))
+    x, h = torch.randn(2, 29, 17, generator=torch.Generator().manual_seed(0)).unbind()
+    leaves = [x, h, *cell.parameters()]
+
+    def step(wanted: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        for leaf in leaves:
+            leaf.requires_grad_(any(leaf is one for one in wanted))
+        return torch.autograd.grad(cell(x, (h,))[0].sin().sum(), wanted)
+
+    whole = step(leaves)
+    for i, leaf in enumerate(leaves):
+        assert torch.equal(step([leaf])[0], whole[i])
+    with torch.no_grad():
+        plain = cell(x, (h,))[0]
+    assert relative(plain, cell(x, (h,))[0]) < 1e-6
