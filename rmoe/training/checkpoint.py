@@ -136,13 +136,9 @@ class CheckpointStore:
         return None
 
     def found(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every checkpoint, whole or not, oldest first."""
-        folders = []
-        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_dir() and not path.is_symlink():
-                folders.append((int(match[1]), path))
-        return sorted(folders)
+        """(step, path) of everything with a checkpoint's name, whole or not, a folder or not, oldest first."""
+        names = ((_NAME.fullmatch(path.name), path) for path in self.checkpoints.glob("checkpoint-*"))
+        return sorted((int(match[1]), path) for match, path in names if match)
 
     def rotate(self) -> None:
         """Delete checkpoints older than the `keep` newest valid ones.
@@ -171,7 +167,7 @@ class CheckpointStore:
 
     def _discard(self, path: Path) -> None:
         """Delete a checkpoint; it leaves `checkpoints/` in one step, so no part of one is ever seen there."""
-        if not path.exists():
+        if not os.path.lexists(path):
             return
         doomed = self.staging / f"deleted-{path.name}"
         self.staging.mkdir(exist_ok=True)
@@ -199,6 +195,8 @@ def verify(folder: Path, step: int, run: str) -> None:
     Raises:
         Damaged: a file is missing, added, cut short or changed; or it is another step's or another run's.
     """
+    if folder.is_symlink() or not folder.is_dir():
+        raise Damaged("not a plain folder")
     try:
         sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=SealedManifest)
     except FileNotFoundError:
@@ -255,8 +253,11 @@ def _own_sha256(manifest: Manifest) -> str:
     return hashlib.sha256(msgspec.json.encode(manifest, order="sorted")).hexdigest()
 
 
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _phrase(error: Exception) -> str:

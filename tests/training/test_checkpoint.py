@@ -180,9 +180,22 @@ def test_what_is_no_checkpoint_is_not_looked_at(store, capsys):
     (store.checkpoints / "notes.txt").write_text("x")
     (store.checkpoints / "checkpoint-final").mkdir()
     (store.checkpoints / "checkpoint-050").mkdir()
-    (store.checkpoints / "checkpoint-60").symlink_to(path)
     assert store.newest_valid() == path
     assert capsys.readouterr().err == ""
+
+
+def test_what_only_has_a_checkpoints_name_is_skipped_and_gives_way(store, capsys):
+    path = store.save(40, write)
+    (store.checkpoints / "checkpoint-60").symlink_to(path)
+    (store.checkpoints / "checkpoint-80").symlink_to(store.folder / "nowhere")
+    (store.checkpoints / "checkpoint-100").write_text("x")
+    assert store.newest_valid() == path
+    assert capsys.readouterr().err.splitlines() == [
+        f"skipped checkpoint-{step}: not a plain folder" for step in (100, 80, 60)
+    ]
+    for step in (60, 80, 100):
+        store.save(step, write)
+    assert store.newest_valid() == store.checkpoints / "checkpoint-100"
 
 
 def test_a_further_check_may_refuse(store, capsys):
