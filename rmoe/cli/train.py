@@ -29,7 +29,8 @@ def run(
         out: the run's folder: new, empty, or with --resume the run to go on with.
         config: see the tables below.
         resume: go on from the newest valid checkpoint in --out, bit for bit. Without --preset the settings are
-            those of the run there.
+            those of the run there, but for --plugin and --data.cache-dir, which are given again: a folder decides
+            neither which code runs nor where else is written.
         profile: also record three steps: a trace and a page of where their time went, in OUT/profile.
     """
     from rmoe.training.run import Stopped, train

@@ -87,7 +87,7 @@ def find(name: str) -> ZooRow:
         RequestError: no router has this name.
     """
     if name not in ZOO:
-        raise RequestError("router", name, f"one of {', '.join(ZOO)}")
+        raise RequestError("router", name, f"one of {', '.join(ZOO)}, or one that a --plugin registers")
     return ZOO[name]
 
 

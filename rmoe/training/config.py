@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -307,14 +307,20 @@ class RunConfig:
 
     @classmethod
     def from_run(cls, folder: Path) -> RunConfig | None:
-        """The configuration of the run in a folder; None where there is no run.
+        """The configuration of the run in a folder, to go on with; None where there is no run.
+
+        A folder decides neither which code runs nor where on this machine is written: `plugin` and `data.cache_dir`
+        are as if they had not been given.
 
         Raises:
             RequestError: its `config.json` is not one of a run.
         """
         from rmoe.training.run_folder import CONFIG, read_run
 
-        return cls.from_dict(read_run(folder).config) if (folder / CONFIG).is_file() else None
+        if not (folder / CONFIG).is_file():
+            return None
+        stored = cls.from_dict(read_run(folder).config)
+        return replace(stored, plugin=(), data=replace(stored.data, cache_dir=None))
 
     def with_setting(self, name: str, value: object) -> RunConfig:
         """This configuration with one setting changed.

@@ -60,13 +60,15 @@ def look_at_checkpoints(run: Path) -> int:
 def attempt(seed: int, kind_index: int, inputs: Inputs) -> str:
     """One malformed input; returns its kind."""
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "inside"
+        folder, here = Path(place) / "inside", Path(place) / "here"
         folder.mkdir()
+        here.mkdir()
         (Path(place) / "witness").write_text("untouched")
         case = KINDS[kind_index](random.Random(seed), inputs, folder)
         outside = listing(inputs.run) | {"witness": (0, (Path(place) / "witness").stat().st_mtime_ns)}
         begun = time.monotonic()
-        status, shown = carry_out(case)
+        with contextlib.chdir(here):
+            status, shown = carry_out(case)
         assert time.monotonic() - begun < SECONDS, (seed, case)
         assert status in (0, 1, 2), (seed, case, status)
         assert "Traceback" not in shown, (seed, case, shown)
@@ -76,7 +78,8 @@ def attempt(seed: int, kind_index: int, inputs: Inputs) -> str:
         assert "\x1b[2J" not in shown, (seed, case)
         after = listing(inputs.run) | {"witness": (0, (Path(place) / "witness").stat().st_mtime_ns)}
         assert after == outside, (seed, case)
-        assert {p.name for p in Path(place).iterdir()} == {"inside", "witness"}, (seed, case)
+        assert {p.name for p in Path(place).iterdir()} == {"inside", "here", "witness"}, (seed, case)
+        assert not list(here.iterdir()), (seed, case)
     return case.kind
 
 
@@ -171,6 +174,6 @@ def test_a_folders_own_code_is_neither_run_nor_offered(file, inputs, tmp_path, c
     assert line.startswith("error: ")
 
 
-@pytest.mark.parametrize("seed", [(1122, 0), (1005965, 3), (7156, 6)])
+@pytest.mark.parametrize("seed", [(1122, 0), (1005965, 3), (7156, 6), (16714, 5)])
 def test_what_the_fuzzer_found(seed, inputs):
     attempt(*seed, inputs)

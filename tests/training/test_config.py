@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from rmoe.cli.main import main
 from rmoe.errors import RequestError
+from rmoe.routing import ZOO
 from rmoe.training.build import load_plugins, model_config, parameter_counts, router_spec
 from rmoe.training.config import RunConfig
+from rmoe.training.run import train
+from tests.training import tiny
 
 
 @pytest.mark.parametrize("name", RunConfig.preset_names())
@@ -22,8 +27,6 @@ def test_presets_load_and_round_trip(name):
 
 
 def count(preset: str, router: str, vocab_size: int = 256):
-    from dataclasses import replace
-
     from rmoe.model import RMoEForCausalLM
 
     config = model_config(replace(RunConfig.from_preset(preset), router=router), vocab_size)
@@ -199,6 +202,7 @@ def test_plugins_register_routers(tmp_path, monkeypatch):
     assert len(set(first.values())) == 2
     for name in ("mine-file", "mine-module"):
         assert router_spec(RunConfig(router=name)) == router_spec(RunConfig(router="smoe"))
+        del ZOO[name]  # other tests list the zoo
 
 
 @pytest.mark.parametrize("source", ["raise RuntimeError('no\\nway')", "def", "import nothing_like_it"])
@@ -212,3 +216,18 @@ def test_a_plugin_that_fails_is_the_requests_fault(tmp_path, source):
         load_plugins((str(tmp_path / "absent.py"),))
     with pytest.raises(RequestError, match="--plugin is"):
         load_plugins(("no_such_module",))
+
+
+def test_a_runs_folder_decides_neither_code_nor_places(tmp_path, capsys):
+    plugin, folder = tmp_path / "nothing_new.py", tmp_path / "run"
+    plugin.write_text("")
+    config = replace(tiny.config(tiny.text(tmp_path), max_steps=1, warmup_steps=0), plugin=(str(plugin),))
+    train(config.with_setting("data.cache_dir", str(tmp_path / "cache")), folder, progress=False)
+    again = RunConfig.from_run(folder)
+    assert again is not None
+    assert again == replace(config, plugin=())
+    command = ["train", "--out", str(folder), "--resume"]
+    assert main(command) == 2
+    assert "error: plugin is []; allowed: [" in capsys.readouterr().err
+    assert main([*command, "--plugin", str(plugin)]) == 0
+    assert "finished already" in capsys.readouterr().err
