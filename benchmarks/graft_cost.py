@@ -158,10 +158,10 @@ def model_flops(config: Qwen3MoeConfig) -> int:
 def predicted_saved_bytes(d: int, layers: int) -> float:
     """Of one token and layer, float32: what the graft's backward pass has to read.
 
-    `x + B h` for the gate (d); the projection and the new state (p each); the state's products (3 p, kept whole for
-    the candidate's third); the gates s and z, the candidate n, and `h - n` (p each); and `h_0` once (p).
+    `x + B h` for the gate (d); the projection and the new state (p each); the gates s and z and the candidate's
+    hidden term (3 p, in one); the candidate n (p); and `h_0` once (p).
     """
-    return 4 * (d + 2 * WIDTH + 3 * WIDTH + 4 * WIDTH + WIDTH / layers)
+    return 4 * (d + 2 * WIDTH + 3 * WIDTH + WIDTH + WIDTH / layers)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
                                [--rounds 20] [--out DIR] [--name suite] [--eager] [--parts times memory]
 
 Ratios are medians of pairs taken round by round in one run. A case is refused while its tests are red. The whole is
-about 40 minutes on two cores; called several times with a part each and the same --name, it adds to that day's file,
+about an hour on two cores; called several times with a part each and the same --name, it adds to that day's file,
 what is measured again taking the place of what was there. Each case says the roofline of its own minutes, and each
 row's ratio is to the first contestant in the same minutes. Times want a machine with nothing else to do.
 """
