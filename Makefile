@@ -69,8 +69,8 @@ torture torture-full: $(VENV)/.installed-dev
 		$(BIN)/python -m pytest -m "" --durations 15 $(TORTURE_TESTS) $(TORTURE)
 	@$(BIN)/python -m tests.torture.table $(TORTURE_REPORT)
 
-# Refuses what its own tests do not vouch for. About an hour and a half on two cores, the tests included; a part of the suite is
-# BENCH="--cases step block --sizes quick", and parts of one day go into one file.
+# Refuses what its own tests do not vouch for. About an hour and a half on two cores, the tests included; a part of the
+# suite is BENCH="--cases step block --sizes quick", and parts of one day go into one file.
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.suite $(BENCH)
 	$(BIN)/python -m benchmarks.sharing --out benchmarks/results

@@ -162,8 +162,8 @@ class CheckpointStore:
 
     def saved(self) -> str:
         """What is safe on disk, for an error's text."""
-        folders = self.found()
-        return f"{folders[-1][1].name} in {self.checkpoints}" if folders else "no checkpoint yet"
+        folders = [path for _, path in self.found() if _is_plain_folder(path)]
+        return f"{folders[-1].name} in {self.checkpoints}" if folders else "no checkpoint yet"
 
     def _discard(self, path: Path) -> None:
         """Delete a checkpoint; it leaves `checkpoints/` in one step, so no part of one is ever seen there."""
@@ -195,7 +195,7 @@ def verify(folder: Path, step: int, run: str) -> None:
     Raises:
         Damaged: a file is missing, added, cut short or changed; or it is another step's or another run's.
     """
-    if folder.is_symlink() or not folder.is_dir():
+    if not _is_plain_folder(folder):
         raise Damaged("not a plain folder")
     try:
         sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=SealedManifest)
@@ -251,6 +251,10 @@ def sync(path: Path) -> None:
 
 def _own_sha256(manifest: Manifest) -> str:
     return hashlib.sha256(msgspec.json.encode(manifest, order="sorted")).hexdigest()
+
+
+def _is_plain_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _remove(path: Path) -> None:

@@ -100,7 +100,7 @@ KINDS: dict[str, Damage] = {
     "another version, sealed": state(schema_version=99),
     "not safetensors, sealed": resealed(lambda f: (f / OPTIMIZER).write_bytes(b"PK\x03\x04" * 40)),
 }  # fmt: skip
-SHORT = ("a bit of model.safetensors", "moment missing, sealed", "a dead link for the folder")
+SHORT = ("a bit of model.safetensors", "moment missing, sealed", "empty folder", "a dead link for the folder")
 
 
 def interrupted(finished: Path, out: Path) -> Path:

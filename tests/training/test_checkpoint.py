@@ -193,6 +193,7 @@ def test_what_only_has_a_checkpoints_name_is_skipped_and_gives_way(store, capsys
     assert capsys.readouterr().err.splitlines() == [
         f"skipped checkpoint-{step}: not a plain folder" for step in (100, 80, 60)
     ]
+    assert store.saved() == f"checkpoint-40 in {store.checkpoints}"
     for step in (60, 80, 100):
         store.save(step, write)
     assert store.newest_valid() == store.checkpoints / "checkpoint-100"
