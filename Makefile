@@ -13,10 +13,13 @@ TORTURE_REPORT ?= runs/torture.jsonl
 
 VENV := .venv
 BIN := $(VENV)/bin
+# The exact versions the tests passed with; `make constraints` renews them. `make CONSTRAINTS= ...` installs without.
+CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+EXACT := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-all torture torture-full check lint format clean
+.PHONY: help install demo test test-all torture torture-full bench check lint format clean constraints latest lowest
 
 help:
 	@echo "make demo      train and compare three routers on two seeds (at most 6 minutes on two cores)"
@@ -26,19 +29,22 @@ help:
 	@echo "make torture-full  the same with five times the kills and an hour of fuzzing"
 	@echo "make bench     measure speed and memory against transformers' models; writes benchmarks/results"
 	@echo "make check     lint, formatting, types, security, then the quick tests (what CI runs)"
+	@echo "make latest    the same with the newest release of everything, caps ignored, in an environment of its own"
+	@echo "make lowest    the same with the lowest releases declared"
+	@echo "make constraints  renew constraints.txt, the exact versions that make demo and make test install"
 	@echo "make format    rewrite the code as the formatter wants it"
 	@echo "make clean     remove .venv and the tools' caches"
 
-# --- installation: a stamp per set of extras, renewed when pyproject.toml changes ---------------------------------
+# --- installation: a stamp per set of extras, renewed when the requirements change --------------------------------
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; give one with make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) $(EXACT) -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e ".[dev,data,serve]"
+	$(PIP) $(EXACT) -e ".[dev,data,serve,finetune]"
 	@touch $@
 
 install: $(VENV)/.installed-dev
@@ -84,6 +90,28 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml rmoe
+
+# --- other versions ------------------------------------------------------------------------------------------------
+
+# A failure says what broke, and which releases differ from the pinned ones.
+latest lowest:
+	rm -rf .venv-$@
+	$(PYTHON) -m venv .venv-$@
+	$(PYTHON) tools/requirements.py $@ > .venv-$@/requirements.txt
+	.venv-$@/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --requirement .venv-$@/requirements.txt
+	.venv-$@/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
+	@touch .venv-$@/.installed .venv-$@/.installed-dev
+	.venv-$@/bin/python -m pip freeze --exclude-editable | diff constraints.txt - || true
+	$(MAKE) VENV=.venv-$@ check
+
+# On the lowest Python, whose releases all three have; a local version (torch's +cpu) is this machine's, not everyone's.
+constraints:
+	rm -rf .venv-constraints
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e ".[dev,data,serve,finetune,eval,track]"
+	{ echo "# The exact versions that make demo and make test install. Made by make constraints."; \
+		.venv-constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
+	rm -rf .venv-constraints
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from rmoe.compat import enable_checkpointing
 from rmoe.data.blocks import IGNORED
 from rmoe.data.tasks import Instruction, Labelled, read_tasks
 from rmoe.errors import RequestError, one_line
@@ -266,7 +267,7 @@ def _prepare(job: Job, config: FinetuneConfig) -> int:
         ) in job.model.parameters():  # exact, and what bfloat16 updates would lose at 2e-5 is kept
             parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
-        job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(job.model)
     return sum(p.numel() for p in job.model.parameters() if p.requires_grad)
 
 

@@ -38,7 +38,7 @@ def graft(
     Each gate is called with `x + B_i h_i`, `B_i = 0`; its weights and all that its family does with its scores
     stay as they are, and the experts still read `x`. The model's class becomes a subclass of its own, whose
     `save_pretrained` writes a folder that `rmoe.load` and, after `import rmoe.graft`, transformers' Auto classes
-    read. Like the layers' and gates' new classes it is made at run time: models can be deep-copied, not pickled.
+    read.
 
     Args:
         model: any transformers MoE whose layers pass hidden states on one by one; see `rmoe graft --list`.

@@ -9,6 +9,7 @@ chooses weight conversions and parallel plans by.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,9 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from rmoe.errors import RequestError
+from rmoe.graft.modules import reduce_as
 from rmoe.graft.spec import GraftSpec
+from rmoe.model.recompute import NonReentrant
 from rmoe.model.sharing import write_auto_code
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -54,11 +57,16 @@ def grafted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]
         return base.to_dict(self) | {"model_type": GRAFT_MODEL_TYPE}
 
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        family = {key: value for key, value in config_dict.items() if key not in ("model_type", "auto_map")}
+        family = {key: value for key, value in config_dict.items() if key != "model_type"}
         return base.from_dict.__func__(cls, family, **kwargs)  # type: ignore[attr-defined]
 
     # This module, not the family's: transformers 5.17 registers no models for a configuration from its own modules.
-    body = {"__module__": __name__, "to_dict": to_dict, "from_dict": classmethod(from_dict)}
+    body = {
+        "__module__": __name__,
+        "to_dict": to_dict,
+        "from_dict": classmethod(from_dict),
+        "__reduce_ex__": reduce_as(grafted_config_class, base),
+    }
     config_class = type(CLASS_PREFIX + base.__name__, (base,), body)
     for auto, base_model in _family_models(base):
         auto.register(config_class, grafted_model_class(base_model, config_class), exist_ok=True)  # type: ignore[arg-type]
@@ -100,9 +108,21 @@ def grafted_model_class(
         "__module__": base.__module__,
         "__init__": __init__,
         "save_pretrained": save_pretrained,
+        "__reduce_ex__": reduce_as(_model_class, base, config_class.__bases__[0]),
         "config_class": config_class,
+        # accelerate moves a layer's arguments to the layer's device, in place where they are modules: not the cell.
+        "_skip_keys_device_placement": [*_names(base._skip_keys_device_placement), "shared"],
     }
-    return type(CLASS_PREFIX + base.__name__, (base,), body)
+    return type(CLASS_PREFIX + base.__name__, (NonReentrant, base), body)
+
+
+def _model_class(base: type[PreTrainedModel], config_base: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """`grafted_model_class` from the family's classes alone, which pickle can find."""
+    return grafted_model_class(base, grafted_config_class(config_base))  # type: ignore[arg-type]
+
+
+def _names(given: str | Iterable[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def adopt(model: Model, spec: GraftSpec) -> Model:
@@ -114,10 +134,12 @@ def adopt(model: Model, spec: GraftSpec) -> Model:
     config = copy.deepcopy(old)
     config.__class__ = grafted_config_class(type(old))  # type: ignore[arg-type]
     setattr(config, GRAFT_SECTION, graft_section(spec, old.model_type, type(model).__name__))
+    config.auto_map = dict(AUTO_MAP)
     for module in model.modules():
         if module.__dict__.get("config") is old:
             module.config = config
     model.__class__ = grafted_model_class(type(model), type(config))  # type: ignore[arg-type]
+    model._skip_keys_device_placement = type(model)._skip_keys_device_placement
     _CAN_RECORD_REGISTRY[model] = (
         model._can_record_outputs
     )  # keyed by class name: router logits stay recorded

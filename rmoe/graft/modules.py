@@ -12,6 +12,7 @@ router logits by `isinstance`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class RecurrentOffset(Initialized):
         return {"B": self.B_init}
 
     def forward(self, hidden: Tensor, state: State, shared: nn.Module | None) -> tuple[Tensor, State]:
-        features, state = self.recurrence(hidden, state, shared)  # [T, p], at least float32
+        features, state = self.recurrence(hidden, state, shared=shared)  # [T, p], at least float32
         return linear_fp32(features, self.B).to(hidden.dtype), state
 
 
@@ -90,7 +91,9 @@ class GraftedGate(nn.Module):
 
     def steer(self, x: Tensor) -> Tensor:
         """`x + B h` (or `B h`), moving the state on; `x` is `[..., d]`."""
-        offset, self.outgoing = self.router_offset(x.reshape(-1, x.shape[-1]), self.incoming, self.shared())
+        offset, self.outgoing = self.router_offset(
+            x.reshape(-1, x.shape[-1]), self.incoming, shared=self.shared()
+        )
         offset = offset.view(x.shape)
         return offset if self.pure else x + offset
 
@@ -124,7 +127,7 @@ def grafted_gate_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, self.steer(hidden_states), *args, **kwargs)
 
-    return _subclass(base, GraftedGate, forward)
+    return _subclass(base, GraftedGate, forward, grafted_gate_class)
 
 
 @cache
@@ -154,7 +157,7 @@ def grafted_layer_class(base: type[nn.Module]) -> type[nn.Module]:
             return (RouterStream(output[0], state), *output[1:])
         return RouterStream(output, state)
 
-    return _subclass(base, GraftedLayer, forward)
+    return _subclass(base, GraftedLayer, forward, grafted_layer_class)
 
 
 def _moved_on(gates: list[GraftedGate], layer: str) -> State:
@@ -171,6 +174,26 @@ def _moved_on(gates: list[GraftedGate], layer: str) -> State:
     )
 
 
-def _subclass(base: type[nn.Module], mixin: type[nn.Module], forward: Any) -> type[nn.Module]:
+def _subclass(base: type[nn.Module], mixin: type[nn.Module], forward: Any, factory: Any) -> type[nn.Module]:
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base, mixin), named | {"forward": forward})
+    body = named | {"forward": forward, "__reduce_ex__": reduce_as(factory, base)}
+    return type(base.__name__, (base, mixin), body)
+
+
+def reduce_as(factory: Callable[..., type], *arguments: type) -> Callable[[Any, Any], tuple[Any, ...]]:
+    """`__reduce_ex__` for a class made at run time, which pickle cannot find by its name: by whom, and from what.
+
+    Args:
+        factory: a function of a module, cached, so that equal arguments give the same class.
+        arguments: its arguments.
+    """
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _instance, (factory, *arguments), self.__getstate__()
+
+    return __reduce_ex__
+
+
+def _instance(factory: Callable[..., type], *arguments: type) -> Any:
+    made: Any = factory(*arguments)
+    return made.__new__(made)

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from rmoe.compat import CACHE_NAMES
 from rmoe.errors import RequestError
 from rmoe.routing.spec import Geometry, RouterSpec
 from rmoe.routing.zoo import resolve
@@ -66,7 +67,11 @@ class RMoEConfig(PreTrainedConfig):
     """
 
     model_type = "rmoe"
-    keys_to_ignore_at_inference = ("past_key_values", "router_stats", "routing")
+    # Trainer's predictions are what is left: logits, and hidden states or attentions if asked for.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 (Trainer adds a list to it)
+        *CACHE_NAMES,
+        *("lm_loss", "task_loss", "aux_loss", "router_logits", "routing", "router_stats", "context"),
+    ]
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012 (transformers' own form)
     base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise",

@@ -272,6 +272,8 @@ def choose_experts(
         device: type of the device. dtype: of the stream. tokens: `T`. rows: of an expert on average, `T k / E`.
         hidden: `d`. width: of an expert. grad: whether a backward pass may follow. compiled: by `torch.compile`.
     """
+    if dtype == torch.float64:
+        return "sorted_mm"  # grouped_mm knows no doubles
     if device == "cpu":
         if grad or rows >= FEW_ROWS:
             return "sorted_mm"

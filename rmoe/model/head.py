@@ -158,21 +158,6 @@ class LMHead(nn.Linear):
         return loss
 
 
-def lm_loss(
-    head: LMHead,
-    hidden: Tensor,
-    labels: Tensor | None,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-) -> Tensor:
-    """transformers' `ForCausalLMLoss`, from hidden states.
-
-    Args:
-        hidden: `[B, S, d]`. labels: `[B, S]`, shifted here. shift_labels: `[B, S]`, shifted already.
-        num_items_in_batch: what the sum is divided by; None is the number of labels that count.
-    """
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    loss: Tensor = head(hidden, shift_labels, num_items_in_batch)
-    return loss
+def next_tokens(labels: Tensor) -> Tensor:
+    """What each position predicts, `[B, S]` -> `[B, S]`: the label after it; nothing (-100) at the end."""
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()

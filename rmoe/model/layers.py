@@ -161,7 +161,7 @@ class RMoEDecoderLayer(GradientCheckpointingLayer):
             mixed = self.mlp(x)
         else:
             flat = x.reshape(-1, x.shape[-1])
-            routing, router_state = self.mlp.gate(flat, router_state, shared, context)
+            routing, router_state = self.mlp.gate(flat, router_state, shared=shared, context=context)
             mixed = self.mlp(x, routing)
         hidden_states = hidden_states + self.dropout(mixed)
         hidden_states = hidden_states if self.pre_norm else self.post_attention_layernorm(hidden_states)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -14,9 +13,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
+from rmoe.compat import CACHE, attention_keywords, merge_with_config_defaults, one_cache
 from rmoe.errors import RequestError
 from rmoe.model.configuration_rmoe import RMoEConfig
-from rmoe.model.head import LMHead, lm_loss
+from rmoe.model.head import IGNORED, LMHead, next_tokens
 from rmoe.model.initialize import initializers_of, own_tensors
 from rmoe.model.layers import RMoEDecoderLayer, build_norm
 from rmoe.model.outputs import (
@@ -24,23 +24,26 @@ from rmoe.model.outputs import (
     RMoEModelOutputWithPast,
     RMoESequenceClassifierOutput,
 )
-from rmoe.model.recompute import keep_decisions
+from rmoe.model.recompute import NonReentrant, keep_decisions
 from rmoe.model.sharing import write_auto_code
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, router_stats
 from rmoe.routing.noise import CounterNoise
 from rmoe.routing.router import BaseRouter, build_shared
+from rmoe.routing.training_state import TrainingState
 
 
-class RMoEPreTrainedModel(PreTrainedModel):
+class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
     """What the models have in common: initial values, what they support, how they are saved."""
 
     config: RMoEConfig
     config_class = RMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    checkpoint_context = staticmethod(keep_decisions)
     _no_split_modules = ("RMoEDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    # accelerate moves a layer's arguments to the layer's device, in place where they are modules: not the shared cell.
+    _skip_keys_device_placement = ("cache", "past_key_values", "shared")
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -54,6 +57,8 @@ class RMoEPreTrainedModel(PreTrainedModel):
         for name, tensor in own_tensors(module, rules):
             if not getattr(tensor, "_is_hf_initialized", False):
                 rules[name](tensor, None)
+        if isinstance(module, TrainingState):
+            module.restart(lambda tensor: getattr(tensor, "_is_hf_initialized", False))
         if isinstance(module, RMoEModel):
             module.routing_noise_key.zero_()
         elif isinstance(module, LlamaRotaryEmbedding):  # not saved, so lost when built on the meta device
@@ -68,26 +73,17 @@ class RMoEPreTrainedModel(PreTrainedModel):
         """As in transformers, but the default is `auto` (`rmoe.model.experts.choose_experts`)."""
         return str(super().get_correct_experts_implementation(requested_experts or "auto"))
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """As in transformers, but never reentrant: that form silently loses the balance losses' gradient.
-
-        Routing decisions are kept, not made again (`rmoe.model.recompute`); `context_fn` among the kwargs overrides it.
-
-        Raises:
-            RequestError: `use_reentrant=True`.
-        """
-        options = {
-            "use_reentrant": False,
-            "context_fn": keep_decisions,
-            **(gradient_checkpointing_kwargs or {}),
-        }
-        if options["use_reentrant"]:
-            raise RequestError(
-                "use_reentrant", True, "False: the reentrant form loses the balance loss's gradient"
-            )
-        super().gradient_checkpointing_enable(options)
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As in transformers; routers that read token ids get room for the new ones too."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for router in self.routers:
+            router.resize_vocabulary(self.config.vocab_size)
+        return embeddings
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """As in transformers; also writes the files that let `Auto...from_pretrained` find this package."""
@@ -103,7 +99,7 @@ class RMoEPreTrainedModel(PreTrainedModel):
     @property
     def routers(self) -> list[BaseRouter]:
         """The routing layers' routers, lowest first."""
-        layers: list[Any] = list(self.trunk.layers)
+        layers: list[Any] = list(self.trunk.layers[: self.config.num_hidden_layers])
         return [layer.mlp.gate for layer in layers if not layer.is_dense]
 
     @torch.no_grad()
@@ -129,7 +125,18 @@ class RMoEPreTrainedModel(PreTrainedModel):
         """
         self.trunk.routing_noise_key.fill_((seed << 32) + step)
 
-    def _balance_loss(self, outputs: RMoEModelOutputWithPast, earlier: RouterStats | None) -> Tensor:
+    def balance_loss(self, outputs: RMoEModelOutputWithPast, earlier: RouterStats | None = None) -> Tensor:
+        """All balance losses of a forward pass with their weights: what the models here add to the task's loss.
+
+        For a loss of one's own: `outputs = model.trunk(ids); loss = mine(outputs) + model.balance_loss(outputs)`.
+
+        Args:
+            outputs: what `trunk` returned.
+            earlier: sums over the earlier micro-batches of this optimizer step, for losses over the global batch.
+
+        Returns:
+            Scalar, float32 or wider.
+        """
         assert outputs.routing is not None
         assert outputs.context is not None
         return balance_loss(
@@ -161,60 +168,74 @@ class RMoEModel(RMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _context(self, input_ids: Tensor | None, embeds: Tensor, attention_mask: Any) -> RouterContext:
+    def _context(
+        self, input_ids: Tensor | None, embeds: Tensor, attention_mask: Any, seen: int | Tensor
+    ) -> RouterContext:
         batch, length = embeds.shape[:2]
-        mask = None
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            mask = attention_mask[:, -length:].reshape(-1).bool()  # with a cache the mask covers the past too
         noise = None
         if self.training and self.uses_noise:
             self.routing_noise_key += 1
             noise = CounterNoise(self.routing_noise_key.clone())
         ids = None if input_ids is None else input_ids.reshape(-1)
-        return RouterContext(batch, length, mask, ids, noise)
+        return RouterContext(batch, length, _real_tokens(attention_mask, length, seen), ids, noise)
 
+    @merge_with_config_defaults
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> RMoEModelOutputWithPast:
         """As any transformers decoder; the output also has the routing of every layer.
 
+        Args:
+            cache: also under its older name, `past_key_values`.
+            use_cache, output_hidden_states, output_attentions, output_router_logits: None asks the configuration.
+            kwargs: attention's keywords (`rmoe.compat.ATTENTION_KEYWORDS`), handed down to it.
+
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds.
-            RequestError: a cache with a router that is not causal.
+            TypeError: a keyword that nothing here reads; both names of the cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        config = self.config
+        cache = one_cache(cache, past_key_values)
+        kwargs = attention_keywords(self, kwargs)
+        wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_attention = config.output_attentions if output_attentions is None else output_attentions
+        wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        if wants_attention:
+            kwargs["output_attentions"] = True  # attention that has no weights to give warns
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
         causal_mask = create_causal_mask(
-            config=self.config,
+            config=config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
-        context = self._context(input_ids, embeds, attention_mask)
+        context = self._context(input_ids, embeds, attention_mask, seen)
         hidden = self.dropout(embeds)
         rotary = self.rotary_emb(hidden, position_ids)
         state: State = ()
         routings: list[Routing] = []
         hidden_states, attentions = [hidden], []
-        for layer in self.layers:
+        for layer in self.layers[: config.num_hidden_layers]:  # assisted generation may lower it: early exit
             hidden, state, routing, attention = layer(
                 hidden,
                 state,
@@ -223,8 +244,8 @@ class RMoEModel(RMoEPreTrainedModel):
                 position_embeddings=rotary,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
+                use_cache=cache is not None,
+                **{CACHE: cache},
                 **kwargs,
             )
             hidden_states.append(hidden)
@@ -234,18 +255,42 @@ class RMoEModel(RMoEPreTrainedModel):
         hidden = self.norm(hidden)
         hidden_states[-1] = hidden
         all_routing = tuple(routings)
-        decoding = past_key_values is not None and embeds.shape[1] == 1 and not self.training
-        stats = None if decoding else router_stats(all_routing, self.config.num_experts, context.mask)
+        decoding = cache is not None and embeds.shape[1] == 1 and not self.training
+        stats = None if decoding else router_stats(all_routing, config.num_experts, context.mask)
         return RMoEModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            router_logits=tuple(routing.logits for routing in all_routing),
+            **{CACHE: cache},
+            hidden_states=tuple(hidden_states) if wants_hidden else None,
+            attentions=tuple(attentions)
+            if wants_attention and all(a is not None for a in attentions)
+            else None,
+            router_logits=tuple(r.logits[:, : config.num_experts] for r in all_routing)
+            if wants_logits
+            else None,
             routing=all_routing,
             router_stats=stats,
             context=context,
         )
+
+
+def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor | None:
+    """`[T]` bool, False at padding: what the last `length` columns of the mask say of the tokens of this call.
+
+    Args:
+        attention_mask: `[B, past + length]`; or, for caches of a fixed size, what `generate` makes of it: `[B, 1,
+            length, size]`, whose last row sees every real token so far. None, and the masks of other shapes that
+            users make for packed sequences, mean no padding.
+        length: tokens of this call. seen: tokens in the cache before it.
+    """
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -length:].reshape(-1).bool()
+    if attention_mask.dim() == 4 and attention_mask.shape[-1] > length:
+        columns = torch.arange(length, device=attention_mask.device) + seen
+        last = attention_mask[:, 0, -1].index_select(-1, columns)
+        return (last if last.dtype == torch.bool else last == 0).reshape(-1)
+    return None
 
 
 class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
@@ -279,7 +324,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -288,66 +333,77 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         router_stats: RouterStats | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         output_logits: bool = True,
         **kwargs: Any,
     ) -> RMoECausalLMOutputWithPast:
         """As any transformers causal LM; with labels, `loss = lm_loss + aux_loss`.
 
         Args:
-            labels: `[B, S]`, shifted inside by one, -100 ignored. shift_labels: `[B, S]`, already shifted.
+            labels: `[B, S]`, shifted inside by one, -100 ignored.
+            output_router_logits: return raw logits of every layer, and `aux_loss` without labels too.
             output_routing: return each layer's `Routing`.
             router_stats: sums of the earlier micro-batches of this optimizer step, for losses over the global batch.
-            num_items_in_batch: predicted tokens of the whole optimizer step; the loss is then a sum over them.
+            num_items_in_batch: predicted tokens of the whole optimizer step. The task's loss is then the sum over
+                this call's tokens divided by it, and `aux_loss` enters `loss` with this call's share of them: over
+                the micro-batches of a step both add up to one mean.
             output_logits: False, with labels, takes the loss a chunk of tokens at a time and returns no logits; for a
                 large vocabulary they would be the largest tensor of the step. `rmoe train` asks for that; other
                 trainers find logits beside the loss, as in transformers. They are computed whole all the same where
                 the head is split over the vocabulary (tensor parallelism) or is not this package's (a replaced one).
+            kwargs: `shift_labels`, labels `[B, S]` that are shifted already (not a named argument: Trainer would wait
+                for it as for `labels`); the rest goes to the trunk.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
-        wants_loss = labels is not None or shift_labels is not None
+        targets = shift_labels if labels is None or shift_labels is not None else next_tokens(labels)
         head: nn.Module = self.lm_head  # may have been replaced: by an adapter, or for another vocabulary
         logits = loss = nats = aux_loss = None
-        if wants_loss and not output_logits and isinstance(head, LMHead) and head.gives_loss:
-            nats = lm_loss(head, hidden, labels, shift_labels, num_items_in_batch)
+        if targets is not None and not output_logits and isinstance(head, LMHead) and head.gives_loss:
+            nats = head(hidden, targets, num_items_in_batch)
         else:
             logits = head(hidden)
-            if wants_loss:
+            if targets is not None:
                 nats = self.loss_function(
                     logits,
                     labels,
                     self.config.vocab_size,
                     num_items_in_batch=num_items_in_batch,
-                    shift_labels=shift_labels,
+                    shift_labels=targets,
                 )
-        if nats is not None:
-            aux_loss = self._balance_loss(outputs, router_stats).to(nats.dtype)
-            loss = nats + aux_loss
-        wants_logits = (
-            self.config.output_router_logits if output_router_logits is None else output_router_logits
-        )
+        if targets is not None or outputs.router_logits is not None:
+            aux_loss = self.balance_loss(outputs, router_stats)
+        if targets is not None and nats is not None and aux_loss is not None:
+            aux_loss = aux_loss.to(nats.dtype)
+            loss = nats + aux_loss * _share(targets.ne(IGNORED), num_items_in_batch)
         return RMoECausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits if wants_logits else None,
+            router_logits=outputs.router_logits,
             lm_loss=nats,
             routing=outputs.routing if output_routing else None,
             router_stats=outputs.router_stats,
         )
+
+
+def _share(counts: Tensor, of: Tensor | int | None) -> Tensor | int:
+    """The part of an optimizer step's items that this call has: all of them where nobody counted the step's."""
+    return 1 if of is None else counts.sum() / of
 
 
 class RMoEForSequenceClassification(RMoEPreTrainedModel):
@@ -365,43 +421,78 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         output_routing: bool = False,
         router_stats: RouterStats | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> RMoESequenceClassifierOutput:
-        """`labels` `[B]` int64. Without an attention mask the last token of each row is read."""
+        """As transformers' classifiers: `config.problem_type`, or what labels and `num_labels` say, decides the loss.
+
+        Args:
+            labels: `[B]` int64 (one class), `[B]` or `[B, num_labels]` float (regression), `[B, num_labels]` float
+                of 0 and 1 (several classes at once).
+            num_items_in_batch: examples of the whole optimizer step; both losses then enter `loss` with this call's
+                share of them.
+            kwargs: the trunk's.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        if attention_mask is None:
-            last = hidden[:, -1]
-        else:
-            positions = torch.arange(hidden.shape[1], device=hidden.device)
-            ends = (positions * attention_mask.to(positions.dtype)).argmax(
-                -1
-            )  # padding may stand on either side
-            last = hidden[torch.arange(hidden.shape[0], device=hidden.device), ends]
-        logits = self.score(last)
+        logits = self.score(
+            hidden[
+                torch.arange(hidden.shape[0], device=hidden.device),
+                self._ends(hidden, input_ids, attention_mask),
+            ]
+        )
         loss = task_loss = aux_loss = None
-        if labels is not None:
-            task_loss = F.cross_entropy(logits.float(), labels)
-            aux_loss = self._balance_loss(outputs, router_stats).to(task_loss.dtype)
-            loss = task_loss + aux_loss
+        if labels is not None or outputs.router_logits is not None:
+            aux_loss = self.balance_loss(outputs, router_stats)
+        if labels is not None and aux_loss is not None:
+            pooled = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+            task_loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=pooled, config=self.config
+            )
+            aux_loss = aux_loss.to(task_loss.dtype)
+            examples = torch.ones(logits.shape[0], device=logits.device)
+            loss = (task_loss + aux_loss) * _share(examples, num_items_in_batch)
         return RMoESequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
             task_loss=task_loss,
             aux_loss=aux_loss,
             routing=outputs.routing if output_routing else None,
             router_stats=outputs.router_stats,
         )
+
+    def _ends(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """`[B]`, position of each sequence's last real token; padding may stand on either side.
+
+        The mask says what is real; without one every token but `config.pad_token_id`, as in transformers; without
+        that, every token.
+        """
+        real: Tensor | None = attention_mask
+        if real is None and input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        if real is None:
+            return positions[-1:].expand(hidden.shape[0])
+        return (positions * (real != 0)).argmax(-1)

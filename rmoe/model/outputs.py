@@ -36,7 +36,8 @@ class RMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
     Attributes:
         lm_loss: mean cross-entropy in nats, or its sum over `num_items_in_batch`.
-        aux_loss: all balance losses with their weights: exactly what is added to `lm_loss`.
+        aux_loss: all balance losses with their weights (transformers' own models leave the weight out): what is added
+            to `lm_loss`, times this call's share of `num_items_in_batch` where that is given.
         routing: one `Routing` per routing layer, when asked for.
         router_stats: sums over this call's real tokens, asked for or not; None while decoding.
     """
@@ -50,6 +51,7 @@ class RMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 class RMoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """Output of the classifier; `loss = task_loss + aux_loss`."""
 
+    router_logits: tuple[Tensor, ...] | None = None
     task_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     routing: tuple[Routing, ...] | None = None

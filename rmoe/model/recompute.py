@@ -8,10 +8,14 @@ asked. What a layer decides, integers and truth values, is small and therefore k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from rmoe.compat import HAS_ACTIVATION_CHECKPOINTING
+from rmoe.errors import RequestError
 
 aten = torch.ops.aten
 
@@ -35,3 +39,52 @@ def keep_decisions() -> Any:
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in DECISIONS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class NonReentrant:
+    """Mixin of models whose layers are checkpointed, but never in the reentrant form.
+
+    That form silently loses the balance losses' gradient (RMoE) and cannot carry a tuple between layers (grafts).
+
+    Attributes:
+        checkpoint_context: `context_fn` of `torch.utils.checkpoint.checkpoint` where the caller names none.
+    """
+
+    checkpoint_context: Callable[[], Any] | None = None
+
+    def _checkpoint_options(self, given: dict[str, Any] | None) -> dict[str, Any]:
+        options: dict[str, Any] = {"use_reentrant": False}
+        if self.checkpoint_context is not None:
+            options["context_fn"] = self.checkpoint_context
+        options |= given or {}
+        if options["use_reentrant"]:
+            raise RequestError(
+                "use_reentrant", True, "False: the reentrant form loses the balance loss's gradient"
+            )
+        return options
+
+    if HAS_ACTIVATION_CHECKPOINTING:
+
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            """As in transformers, which gets `kwargs` as they are.
+
+            Raises:
+                RequestError: `use_reentrant=True`.
+            """
+            options = self._checkpoint_options(activation_checkpointing_kwargs)
+            super().activation_checkpointing_enable(options, **kwargs)  # type: ignore[misc]
+
+    else:
+
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            """As in transformers, which gets `kwargs` as they are.
+
+            Raises:
+                RequestError: `use_reentrant=True`.
+            """
+            options = self._checkpoint_options(gradient_checkpointing_kwargs)
+            super().gradient_checkpointing_enable(options, **kwargs)  # type: ignore[misc]

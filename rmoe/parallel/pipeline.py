@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from transformers.masking_utils import create_causal_mask
 
+from rmoe.compat import CACHE
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.routing.balance import balance_loss
@@ -111,7 +112,7 @@ class PipelinePart(nn.Module):
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=None,
-            past_key_values=None,
+            **{CACHE: None},
             position_ids=positions,
         )
         rotary = trunk.rotary_emb(hidden, positions)

@@ -47,8 +47,10 @@ class Softmax(Gate):
     def __init__(self, spec: options.Softmax, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.spec = spec
-        start = None if spec.start_k is None else torch.tensor(spec.start_k)
-        self.register_buffer("current_k", start)
+        self.register_state()
+
+    def start_values(self) -> dict[str, Tensor | None]:
+        return {"current_k": None if self.spec.start_k is None else torch.tensor(self.spec.start_k)}
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
         probs = F.softmax(logits, -1)
@@ -169,7 +171,10 @@ class ReLU(Gate):
     def __init__(self, spec: options.ReLU, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.spec = spec
-        self.register_buffer("l1_weight", torch.tensor(spec.start_weight, dtype=torch.float32))
+        self.register_state()
+
+    def start_values(self) -> dict[str, Tensor | None]:
+        return {"l1_weight": torch.tensor(self.spec.start_weight, dtype=torch.float32)}
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
         weights = F.relu(logits)

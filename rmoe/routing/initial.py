@@ -7,6 +7,7 @@ transformers' `_init_weights` the default one, `rmoe.model.initialize` one keyed
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,19 +16,38 @@ Initializer = Callable[[Tensor, Generator | None], object]
 
 
 def normal(std: float) -> Initializer:
-    return lambda tensor, generator: nn.init.normal_(tensor, 0.0, std, generator=generator)
+    return partial(_normal, std=std)
 
 
 def uniform(bound: float) -> Initializer:
-    return lambda tensor, generator: nn.init.uniform_(tensor, -bound, bound, generator=generator)
+    return partial(_uniform, bound=bound)
 
 
 def constant(value: float) -> Initializer:
-    return lambda tensor, generator: nn.init.constant_(tensor, value)
+    return partial(_constant, value=value)
 
 
 def orthogonal(gain: float) -> Initializer:
-    return lambda tensor, generator: nn.init.orthogonal_(tensor, gain, generator=generator)
+    return partial(_orthogonal, gain=gain)
+
+
+# Modules keep their initializers, and a model must pickle: no lambdas.
+
+
+def _normal(tensor: Tensor, generator: Generator | None, std: float) -> None:
+    nn.init.normal_(tensor, 0.0, std, generator=generator)
+
+
+def _uniform(tensor: Tensor, generator: Generator | None, bound: float) -> None:
+    nn.init.uniform_(tensor, -bound, bound, generator=generator)
+
+
+def _constant(tensor: Tensor, generator: Generator | None, value: float) -> None:
+    nn.init.constant_(tensor, value)
+
+
+def _orthogonal(tensor: Tensor, generator: Generator | None, gain: float) -> None:
+    nn.init.orthogonal_(tensor, gain, generator=generator)
 
 
 class Initialized(nn.Module):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,10 @@ class BaseRouter(TrainingState):
     def experts_matrix(self, shared: SharedRouter | None) -> Tensor | None:
         """What tokens are compared with, `[C, f]`; None where there is no such matrix."""
         return None
+
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Called when the model's vocabulary changes; routers that read token ids adapt what they have of it."""
+        self.geometry = replace(self.geometry, vocab_size=vocab_size)
 
     def forward(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
@@ -161,8 +166,12 @@ class Router(BaseRouter):
         if self.input_jitter and context.noise is not None:
             wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             hidden = wide * (1 + self.input_jitter * (2 * context.noise.uniform(wide) - 1))
-        features, state = self.recurrence(hidden, state, shared.recurrence if shared is not None else None)
-        logits = self.scorer(features, shared.scorer if shared is not None else None, context.noise)
+        features, state = self.recurrence(
+            hidden, state, shared=shared.recurrence if shared is not None else None
+        )
+        logits = self.scorer(
+            features, shared=shared.scorer if shared is not None else None, noise=context.noise
+        )
         return features, logits, state
 
     def decide(self, logits: Tensor, context: RouterContext) -> Routing:

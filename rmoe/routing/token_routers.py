@@ -34,10 +34,22 @@ class Hash(BaseRouter):
 
     def __init__(self, kind: options.Hash, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__(spec, geometry)
-        key = splitmix64(torch.tensor(kind.table_seed)) + (geometry.layer_index << 40)
-        pairs = torch.arange(geometry.vocab_size * geometry.num_experts)
-        scores = splitmix64(splitmix64(pairs) + key).view(geometry.vocab_size, geometry.num_experts)
-        self.register_buffer("table", scores.argsort(-1)[:, : geometry.top_k].contiguous())
+        self.table_seed = kind.table_seed
+        self.register_state()
+
+    def start_values(self) -> dict[str, Tensor | None]:
+        sizes = self.geometry
+        key = splitmix64(torch.tensor(self.table_seed)) + (sizes.layer_index << 40)
+        pairs = torch.arange(sizes.vocab_size * sizes.num_experts)
+        scores = splitmix64(splitmix64(pairs) + key).view(sizes.vocab_size, sizes.num_experts)
+        return {"table": scores.argsort(-1)[:, : sizes.top_k].contiguous()}
+
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """A token's row depends on its id alone: the old ones stay, and new ones are as if they had been there."""
+        super().resize_vocabulary(vocab_size)
+        device = self.table.device
+        self.register_state()
+        self.table = self.table.to(device)
 
     def route(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
@@ -72,7 +84,21 @@ class Stable(BaseRouter):
         self.word_embeddings = nn.Parameter(torch.empty(geometry.vocab_size, kind.embedding_width))
         start = normal(kind.embedding_width**-0.5)
         self.word_router = ProjectionFP32(kind.embedding_width, geometry.num_experts, start)
-        self.register_buffer("stage", torch.tensor(1))
+        self.register_state()
+
+    def start_values(self) -> dict[str, Tensor | None]:
+        return {"stage": torch.tensor(1)}
+
+    @torch.no_grad()
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """New tokens' embeddings start as the others did."""
+        super().resize_vocabulary(vocab_size)
+        old = self.word_embeddings
+        new = old.new_empty(vocab_size, old.shape[1])
+        self.initializers()["word_embeddings"](new, None)
+        kept = min(vocab_size, old.shape[0])
+        new[:kept] = old[:kept]
+        self.word_embeddings = nn.Parameter(new, old.requires_grad)
 
     def initializers(self) -> dict[str, Initializer]:
         return {"centroids": orthogonal(0.1), "word_embeddings": normal(1.0)}

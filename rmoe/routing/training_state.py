@@ -20,6 +20,27 @@ from rmoe.routing.spec import BalanceSpec, Geometry, TemperatureSpec
 class TrainingState(nn.Module):
     """A module whose own buffers keep their dtype: in bfloat16 a bias step of 1e-3 is lost, or flips a sign."""
 
+    def start_values(self) -> dict[str, Tensor | None]:
+        """Name -> first value of each of this module's own buffers; None is a buffer it does not use."""
+        return {}
+
+    def register_state(self) -> None:
+        """Register the buffers; the last line of a subclass's `__init__`."""
+        for name, value in self.start_values().items():
+            self.register_buffer(name, value)
+
+    @torch.no_grad()
+    def restart(self, is_loaded: Callable[[Tensor], bool]) -> None:
+        """Give buffers their first values again where they hold none: built on the meta device, or not in a checkpoint.
+
+        Args:
+            is_loaded: whether a buffer has its value from a checkpoint, and is left alone.
+        """
+        for name, value in self.start_values().items():
+            buffer = self._buffers[name]
+            if buffer is not None and value is not None and not is_loaded(buffer):
+                buffer.copy_(value)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TrainingState:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -47,10 +68,14 @@ class SelectionBias(TrainingState):
     ) -> None:
         super().__init__()
         self.spec, self.num_experts = spec, geometry.num_experts
-        bias = torch.zeros(geometry.num_experts + skip_class, dtype=torch.float32)
-        if skip_class:
-            bias[-1] = skip_bias
-        self.register_buffer("bias", bias)
+        self.skip_class, self.skip_bias = skip_class, skip_bias
+        self.register_state()
+
+    def start_values(self) -> dict[str, Tensor | None]:
+        bias = torch.zeros(self.num_experts + self.skip_class, dtype=torch.float32)
+        if self.skip_class:
+            bias[-1] = self.skip_bias
+        return {"bias": bias}
 
     @torch.no_grad()
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
@@ -70,7 +95,10 @@ class Temperature(TrainingState):
     def __init__(self, spec: TemperatureSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.register_buffer("log_value", torch.tensor(math.log(spec.start), dtype=torch.float32))
+        self.register_state()
+
+    def start_values(self) -> dict[str, Tensor | None]:
+        return {"log_value": torch.tensor(math.log(self.spec.start), dtype=torch.float32)}
 
     def forward(self, logits: Tensor) -> Tensor:
         return logits * torch.exp(-self.log_value.to(logits.dtype))

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
+from rmoe.compat import enable_checkpointing
 from rmoe.data import Corpus, prepare
 from rmoe.data.config import SplitName
 from rmoe.errors import RequestError, RunError
@@ -121,7 +122,7 @@ def train(
         if not resume:
             require_space(out, model, config.checkpoints.keep)
         if config.training.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         if place.ranks.staged:
             learner: RMoEForCausalLM | Pipeline = build_pipeline(model, config, place)
         else:

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.loss.loss_utils import fixed_cross_entropy
 
 from rmoe.model import head as module
-from rmoe.model.head import LMHead, chunked_cross_entropy, lm_loss
+from rmoe.model.head import LMHead, chunked_cross_entropy, next_tokens
 from tests.model.small import assert_same, loss_and_gradients, model, tokens
 
 
@@ -35,8 +35,7 @@ def test_equals_transformers(
     head, hidden, labels = small_head()
     shifted = labels if shifted_already else torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     want = reference(head, hidden, shifted, items)
-    given = (None, labels) if shifted_already else (labels, None)
-    got = lm_loss(head, hidden, *given, items)
+    got = head(hidden, labels if shifted_already else next_tokens(labels), items)
     assert abs(got.detach() - want.detach()) < 1e-14
     for factor in (1.0, 3.0):  # the gradient of the loss; twice, as with retain_graph
         gradients = (
@@ -51,9 +50,9 @@ def test_no_token_or_no_label_counts() -> None:
     """Mean over nothing is NaN, as in transformers; a sum over items is 0, and so are its gradients."""
     head, hidden, labels = small_head()
     nothing = torch.full_like(labels, -100)
-    assert lm_loss(head, hidden, nothing).isnan()
+    assert head(hidden, nothing).isnan()
     for part in (hidden, hidden[:0]):
-        loss = lm_loss(head, part, nothing[: len(part)], num_items_in_batch=5)
+        loss = head(part, nothing[: len(part)], 5)
         assert float(loss.detach()) == 0
         assert all((g == 0).all() for g in torch.autograd.grad(loss, (part, head.weight)))
 
@@ -74,9 +73,9 @@ def test_the_operator_keeps_torchs_rules() -> None:
 def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 11 * 4)
     head, hidden, labels = small_head(torch.float32)
-    exact = torch.autograd.grad(lm_loss(head, hidden, labels), (hidden, head.weight))
+    exact = torch.autograd.grad(head(hidden, next_tokens(labels)), (hidden, head.weight))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = lm_loss(head, hidden, labels)
+        loss = head(hidden, next_tokens(labels))
     low = torch.autograd.grad(loss, (hidden, head.weight))
     assert loss.dtype == low[0].dtype == low[1].dtype == torch.float32
     for ours, want in zip(low, exact, strict=True):
