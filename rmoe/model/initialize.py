@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rmoe.routing.initial import Initialized, Initializer, constant, normal
+from rmoe.routing.training_state import TrainingState
 
 
 def initializers_of(module: nn.Module, std: float) -> dict[str, Initializer]:
@@ -51,6 +52,21 @@ def initialize(model: nn.Module, seed: int) -> None:
             value = torch.empty(tensor.shape, dtype=torch.float32)
             rules[name](value, keyed_generator(seed, f"{prefix}.{name}" if prefix else name))
             tensor.copy_(value)
+
+
+@torch.no_grad()
+def initialize_missing(module: nn.Module, std: float) -> None:
+    """First values for a module's own parameters and buffers that no checkpoint has filled."""
+    rules = initializers_of(module, std)
+    for name, tensor in own_tensors(module, rules):
+        if not _is_loaded(tensor):
+            rules[name](tensor, None)
+    if isinstance(module, TrainingState):
+        module.restart(_is_loaded)
+
+
+def _is_loaded(tensor: Tensor) -> bool:
+    return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 def own_tensors(module: nn.Module, rules: dict[str, Initializer]) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -56,6 +57,19 @@ class Initialized(nn.Module):
     def initializers(self) -> dict[str, Initializer]:
         """Parameter name -> how it starts."""
         return {}
+
+
+class PassedModule(nn.Module):
+    """A module of the model's that layers get as an argument.
+
+    accelerate's hooks move a layer's arguments to the layer's device by their `to`, modules too. One that is offloaded
+    has no data to move: its own hooks bring it when it is used.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return self
+        return super().to(*args, **kwargs)
 
 
 class ProjectionFP32(Initialized):

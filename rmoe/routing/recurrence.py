@@ -19,6 +19,7 @@ from rmoe.routing.contract import State
 from rmoe.routing.initial import (
     Initialized,
     Initializer,
+    PassedModule,
     ProjectionFP32,
     constant,
     linear_fp32,
@@ -190,7 +191,7 @@ def _projector(spec: RecurrenceOptions, geometry: Geometry) -> ProjectionFP32:
     )
 
 
-class SharedRecurrence(nn.Module):
+class SharedRecurrence(PassedModule):
     """The part of the recurrence that belongs to the model: the cell, and in S-proj the projector."""
 
     def __init__(self, spec: RecurrenceOptions, geometry: Geometry) -> None:

@@ -224,7 +224,7 @@ class RMoETrainer(Trainer):
         loss = outputs.loss
         for name in ("lm_loss", "task_loss"):
             if getattr(outputs, name, None) is not None:
-                return getattr(outputs, name), outputs.aux_loss
+                return getattr(outputs, name), outputs.balance_loss
         aux_loss = getattr(outputs, "aux_loss", None)  # of transformers' own MoE models: without its weight
         if aux_loss is None:
             return loss, torch.zeros_like(loss)

@@ -92,7 +92,7 @@ def test_sequence_classification(tmp_path: Path) -> None:
     out = net(ids, labels=labels)
     out.loss.backward()
     assert out.logits.shape == (3, 4)
-    assert torch.equal(out.loss, out.task_loss + out.aux_loss)
+    assert torch.equal(out.loss, out.task_loss + out.balance_loss)
     padded, mask = torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(torch.ones_like(ids), (0, 3))
     assert (net(padded, attention_mask=mask).logits - out.logits).abs().max() < 1e-5
     net.save_pretrained(tmp_path)

@@ -161,7 +161,7 @@ def test_global_batch_counts_across_micro_batches() -> None:
         routing = split(ids[2:], output_routing=True).routing
         means = torch.stack([r.probs.mean(0) for r in routing])
     wanted = 0.01 * 5 * (shares * means).sum(-1).mean()
-    assert abs(float(second.aux_loss.detach()) - float(wanted)) < 1e-7
+    assert abs(float(second.balance_loss.detach()) - float(wanted)) < 1e-7
 
 
 # ---- noise -----------------------------------------------------------------------------------------------
