@@ -26,6 +26,7 @@ from rmoe.routing import (
     find,
 )
 from tests.contract.naive_routers import NaiveLayer, run
+from tests.reload import assert_reloaded
 
 LAYERS, WIDTH, EXPERTS, BATCH, LENGTH, VOCAB = 3, 21, 8, 3, 9, 40
 TOKENS = BATCH * LENGTH
@@ -294,9 +295,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     net.save_pretrained(tmp_path)
     loaded = RMoEForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.router_spec == row.spec
-    for key, value in net.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
-    assert torch.equal(net.eval()(ids).logits, loaded.eval()(ids).logits)
+    assert_reloaded(loaded, net, ids)
 
 
 def test_golden() -> None:
