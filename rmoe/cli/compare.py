@@ -19,6 +19,7 @@ def run(
     baseline: str | None = None,
     sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     match_params: bool = False,
+    match_logits: float | None = None,
     jobs: int | None = None,
     margin: float = 0.01,
     timing_rounds: int = 3,
@@ -38,6 +39,8 @@ def run(
         sweep: SETTING=VALUE,VALUE,...: each router gets its own value, chosen on validation with equal budgets; the
             test split is then evaluated once. May be given several times.
         match_params: give every router the baseline's number of parameters, by the width of its experts.
+        match_logits: start every router at this standard deviation of its raw logits, 1.0 for one: how sharp a gate
+            starts can matter more than the router. The same as --training.initial-logit-std.
         jobs: runs at once. Results do not depend on it; the default fills the cores, one thread a run, at small sizes.
         margin: differences smaller than this, in bits, count as none.
         timing_rounds: turns each router gets in the phase that times it alone; 0 leaves time and memory blank.
@@ -56,6 +59,7 @@ def run(
         baseline=baseline,
         sweep=sweep,
         match_params=match_params,
+        match_logits=match_logits,
         options=Options(
             jobs=jobs,
             margin=margin,

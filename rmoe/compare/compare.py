@@ -84,6 +84,7 @@ def compare(
     baseline: str | None = None,
     sweep: Sequence[str] = (),
     match_params: bool = False,
+    match_logits: float | None = None,
     options: Options | None = None,
 ) -> Summary:
     """Train every router with every seed, go on with what is missing, and judge.
@@ -97,6 +98,7 @@ def compare(
         sweep: `SETTING=VALUE,VALUE,...`; each router gets its own value, chosen on validation with equal budgets, and
             the test split is evaluated once, for what was chosen.
         match_params: give every router the baseline's number of parameters; see `rmoe.compare.match`.
+        match_logits: start every router's raw logits at this standard deviation; see `rmoe.training.initial_scale`.
         options: how it is carried out.
 
     Returns:
@@ -107,6 +109,8 @@ def compare(
         RunError: interrupted, or no run of a router finished; the same command goes on.
     """
     options = options or Options()
+    if match_logits is not None:
+        config = config.with_setting("training.initial_logit_std", match_logits)
     plan = _plan(config, routers, seeds, baseline, sweep)
     setting, notes = _set_up(plan, out, match_params, options)
     try:
@@ -214,9 +218,13 @@ def _count(config: RunConfig, vocab_size: int) -> int:
 
     from rmoe.model import RMoEForCausalLM, count_parameters
     from rmoe.training.build import model_config
+    from rmoe.training.initial_scale import require_scale
 
     with torch.device("meta"):
-        return count_parameters(RMoEForCausalLM(model_config(config, vocab_size)))["non_embedding"]
+        model = RMoEForCausalLM(model_config(config, vocab_size))
+    if config.training.initial_logit_std is not None:
+        require_scale(model, config.training.initial_logit_std)
+    return count_parameters(model)["non_embedding"]
 
 
 def _buildable(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
@@ -335,6 +343,10 @@ def _row(setting: _Setting, run: Run, answer: Answer) -> ResultRow:
         parameters=result.parameters,
         curves=result.curves,
         routing=result.routing,
+        initial_logits=result.initial_logits,
+        layer_curves=result.layer_curves,
+        test_losses=result.test_losses,
+        averaged=result.averaged,
     )
 
 

@@ -17,12 +17,16 @@ import msgspec
 from rmoe.errors import RequestError
 from rmoe.records import Record, Versioned
 from rmoe.training.result import (  # noqa: F401  a row is read with what it is made of
+    Averaged,
     Corpus,
     Curve,
     Hardware,
     Histogram,
+    InitialLogits,
+    LayerCurve,
     Parameters,
     RoutingSummary,
+    TextLosses,
     Unit,
     Versions,
 )
@@ -65,6 +69,10 @@ class ResultRow(Record, frozen=True, kw_only=True):
     curves: dict[str, Curve] = msgspec.field(default_factory=dict)
     timing: Timing | None = None
     routing: RoutingSummary | None = None
+    initial_logits: InitialLogits | None = None
+    layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
+    test_losses: TextLosses | None = None
+    averaged: Averaged | None = None
 
     @property
     def key(self) -> str:
