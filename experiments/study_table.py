@@ -34,7 +34,8 @@ def markdown(rows: Sequence[StudyRow], baseline: str, margin: float) -> str:
         "Not corrected for the number of arms.",
         "",
         "| grid | router | initial logit std | seeds | test | difference | interval over seeds | sd of a pair "
-        "| verdict | pairs to see the margin | averaged weights: difference | sd of a pair | interval over text, seed 0 |",
+        "| verdict | pairs to see the margin | difference of averaged weights | sd of a pair "
+        "| interval over text, seed 0 |",
         "|---|---|---:|---:|---:|---:|---|---:|---|---:|---:|---:|---|",
     ]
     for (grid, router), mine in arms.items():
