@@ -85,6 +85,7 @@ def compare(
     sweep: Sequence[str] = (),
     match_params: bool = False,
     match_logits: float | None = None,
+    max_seeds: int | None = None,
     options: Options | None = None,
 ) -> Summary:
     """Train every router with every seed, go on with what is missing, and judge.
@@ -99,6 +100,8 @@ def compare(
             the test split is evaluated once, for what was chosen.
         match_params: give every router the baseline's number of parameters; see `rmoe.compare.match`.
         match_logits: start every router's raw logits at this standard deviation; see `rmoe.training.initial_scale`.
+        max_seeds: add pairs, from `seeds` to so many, until every verdict stands; a decided router gets no more. None
+            trains `seeds` and looks once.
         options: how it is carried out.
 
     Returns:
@@ -111,11 +114,11 @@ def compare(
     options = options or Options()
     if match_logits is not None:
         config = config.with_setting("training.initial_logit_std", match_logits)
-    plan = _plan(config, routers, seeds, baseline, sweep)
+    plan = _plan(config, routers, seeds, baseline, sweep, max_seeds)
     setting, notes = _set_up(plan, out, match_params, options)
     try:
         with Pool(setting.sharing.jobs, setting.sharing.threads, out / "logs") as pool:
-            _train_missing(setting, pool)
+            setting = _train_until_decided(setting, pool)
             _judge_chosen(setting, pool)
             _time_alone(setting)
             analysis = _analyse(setting, pool)
@@ -123,7 +126,7 @@ def compare(
         runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
         saved = f"{runs}, and checkpoints of those under way, in {out}"
         raise RunError("interrupted", saved, "run the same command again") from None
-    rows, problems = read_rows(setting.results)
+    rows, problems = _planned_rows(setting)
     if not any(row.status == "finished" for row in rows):
         raise RunError(
             f"every run failed, {rows[0].key} with: {rows[0].error}", "no model", f"see {out / 'logs'}"
@@ -135,6 +138,7 @@ def compare(
         descriptions={name: row.summary for name, row in ZOO.items()},
         notes=[*notes, *problems],
         margin=options.margin,
+        looks=setting.plan.looks,
     )
     write_record(out / plans.SUMMARY, summary)
     (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
@@ -146,10 +150,24 @@ def compare(
 
 
 def _plan(
-    config: RunConfig, routers: Sequence[str], seeds: int, baseline: str | None, sweep: Sequence[str]
+    config: RunConfig,
+    routers: Sequence[str],
+    seeds: int,
+    baseline: str | None,
+    sweep: Sequence[str],
+    max_seeds: int | None,
 ) -> Plan:
     if seeds < 1:
         raise RequestError("--seeds", seeds, "1 or more")
+    if max_seeds is not None:
+        if seeds < 2:
+            raise RequestError("--seeds", seeds, "2 or more with --until-decided: one pair has no spread")
+        if max_seeds < seeds:
+            raise RequestError("--max-seeds", max_seeds, f"--seeds ({seeds}) or more")
+        if sweep:
+            raise RequestError(
+                "--until-decided", True, "left out with --sweep: the choice would change as pairs come"
+            )
     if config.router != RunConfig.router:
         raise RequestError("--router", config.router, "left alone: --routers says what is compared")
     from rmoe.training.build import load_plugins
@@ -167,6 +185,7 @@ def _plan(
         sweep=plans.parse_sweep(config, sweep),
         changes=plans.only_k(names, config),
         optional=frozenset(names) - {*routers, baseline},
+        looks=None if max_seeds is None else tuple(range(seeds, max_seeds + 1)),
     )
 
 
@@ -281,6 +300,54 @@ def _matched(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
 
 
 # --- phases --------------------------------------------------------------------------------------
+
+
+def _train_until_decided(setting: _Setting, pool: Pool) -> _Setting:
+    """Train what is missing; with looks, one pair more of every undecided router at each.
+
+    Which router stops when follows from the rows alone, so an interrupted comparison comes to the same runs.
+
+    Returns:
+        The setting with the plan of what was trained.
+    """
+    looks = setting.plan.looks
+    if looks is None:
+        _train_missing(setting, pool)
+        return setting
+    for pairs in looks:
+        setting = replace(setting, plan=replace(setting.plan, seeds=pairs))
+        _train_missing(setting, pool)
+        decided = _decided(setting, pairs)
+        setting = replace(setting, plan=replace(setting.plan, decided=decided | setting.plan.decided))
+        undecided = set(setting.plan.routers) - {setting.plan.baseline} - set(setting.plan.decided)
+        if not undecided:
+            break
+        print(f"after {pairs} pairs not decided: {', '.join(sorted(undecided))}", file=sys.stderr, flush=True)
+    return setting
+
+
+def _decided(setting: _Setting, pairs: int) -> dict[str, int]:
+    """Routers whose verdict stands after so many pairs."""
+    rows = _planned_rows(setting)[0]
+    if not any(row.status == "finished" for row in rows):
+        return {}
+    plan = setting.plan
+    summary = summarise(rows, "", plan.baseline, margin=setting.options.margin, looks=plan.looks)
+    verdicts = {r.router: r.difference.verdict for r in summary.routers if r.difference is not None}
+    return {
+        name: pairs
+        for name, verdict in verdicts.items()
+        if verdict not in ("not decided", "one seed: no verdict")
+    }
+
+
+def _planned_rows(setting: _Setting) -> tuple[list[ResultRow], list[str]]:
+    """The rows that count: with looks those of the plan, else all there are."""
+    rows, problems = read_rows(setting.results)
+    if setting.plan.looks is not None:
+        keys = {run.key for run in setting.plan.runs()}
+        rows = [row for row in rows if row.key in keys]
+    return rows, problems
 
 
 def _train_missing(setting: _Setting, pool: Pool) -> None:

@@ -152,6 +152,7 @@ class Difference(Record, frozen=True, kw_only=True):
     bootstrap: Bootstrap | None = None
     p: float | None = None
     p_holm: float | None = None
+    p_sequential: float | None = None  # with looks: `p` and `p_holm` are of one look, this one of all so far
     equivalence: Equivalence | None = None
     power: Power | None = None
     verdict: Verdict
@@ -183,6 +184,8 @@ class RouterSummary(Record, frozen=True, kw_only=True):
     timing: Timing | None
     curves: dict[str, Band] = msgspec.field(default_factory=dict)
     val_difference: Band | None = None  # validation curve minus the baseline's, in bits, paired by seed
+    initial_logit_std: float | None = None  # mean over layers and seeds, as training starts
+    layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)  # means over seeds
 
 
 class SweepPoint(Record, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from rmoe.compare.schema import (
     Curve,
     Difference,
     Interval,
+    LayerCurve,
     ResultRow,
     RouterSummary,
     Split,
@@ -25,6 +26,7 @@ from rmoe.compare.schema import (
     Unit,
     check_comparable,
 )
+from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 
 UNIT_NAMES = {
@@ -32,6 +34,8 @@ UNIT_NAMES = {
     "bits_per_token": "bits per token",
     "perplexity": "perplexity",
 }
+SCALE_RATIO = 1.5  # arms whose logits start further apart than this are not compared at one scale
+
 SPLIT_NAMES: dict[Split, str] = {"val": "validation", "test": "test"}
 
 
@@ -88,6 +92,7 @@ def summarise(
     notes: Sequence[str] = (),
     margin: float = statistics.MARGIN_BITS,
     confidence: float = statistics.CONFIDENCE,
+    looks: Looks | None = None,
 ) -> Summary:
     """Judge a comparison.
 
@@ -97,6 +102,7 @@ def summarise(
         descriptions: router -> what it is, in a phrase.
         notes: said beside the verdict: problems met, what to expect.
         margin: half-width of "equivalent", in bits.
+        looks: of a sequential comparison; None is one look.
 
     Raises:
         RequestError: no row finished, two corpora, or no run of the baseline.
@@ -116,7 +122,7 @@ def summarise(
         assert figure is not None
         figures[row.router][row.seed] = figure
     unit = rows[0].corpus.unit
-    differences = statistics.compare_to_baseline(figures, baseline, unit, split, margin, confidence)
+    differences = statistics.compare_to_baseline(figures, baseline, unit, split, margin, confidence, looks)
     routers = [
         _router(
             name,
@@ -134,7 +140,12 @@ def summarise(
         corpus=rows[0].corpus,
         confidence=confidence,
         verdict=verdict_sentence(differences, baseline, margin, confidence),
-        notes=[*_notes(rows, differences, confidence), *notes],
+        notes=[
+            *_scale_notes(routers),
+            *_look_notes(differences, looks),
+            *_notes(rows, differences, confidence),
+            *notes,
+        ],
         routers=sorted(routers, key=lambda r: _rank(r, split)),
         sweep_points=points if any(point.sweep for point in points) else [],
         hardware=rows[0].hardware,
@@ -172,7 +183,28 @@ def _router(
         timing=next((row.timing for row in mine if row.timing), None),
         curves={name: joined for name, joined in curves.items() if joined},
         val_difference=_val_difference(mine, against),
+        initial_logit_std=_initial_logit_std(mine),
+        layer_curves=_layer_curves(mine),
     )
+
+
+def _initial_logit_std(rows: Sequence[ResultRow]) -> float | None:
+    """Mean over layers and seeds; None where it was not measured or there is no scorer."""
+    starts = [np.mean(row.initial_logits.start) for row in rows if row.initial_logits is not None]
+    return float(np.mean(starts)) if starts else None
+
+
+def _layer_curves(rows: Sequence[ResultRow]) -> dict[str, LayerCurve]:
+    """Means over seeds, at the steps that all of them logged."""
+    found = {}
+    for name in sorted(set.intersection(*(set(row.layer_curves) for row in rows)) if rows else ()):
+        curves = [row.layer_curves[name] for row in rows]
+        by_step = [dict(zip(curve.step, curve.value, strict=True)) for curve in curves]
+        shared = sorted(set.intersection(*(set(one) for one in by_step)))
+        if shared:
+            value = np.mean([[one[step] for step in shared] for one in by_step], axis=0)
+            found[name] = LayerCurve(unit=curves[0].unit, step=shared, value=value.tolist())
+    return found
 
 
 def _val_difference(mine: Sequence[ResultRow], against: Mapping[int, ResultRow]) -> Band | None:
@@ -245,6 +277,33 @@ def _spoken(verdict: str, margin: float) -> str:
     if verdict == "equivalent":
         return f"equivalent within {margin:g} bits"
     return "one seed, no verdict" if verdict.startswith("one seed") else verdict
+
+
+def _scale_notes(routers: Sequence[RouterSummary]) -> list[str]:
+    """A warning when arms start at scales that differ by more than `SCALE_RATIO`."""
+    scales = {r.router: r.initial_logit_std for r in routers if r.initial_logit_std}
+    if not scales:
+        return []
+    low, high = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
+    if scales[high] <= SCALE_RATIO * scales[low]:
+        return []
+    return [
+        f"Warning: the routers start at different scales. The raw logits of {low} have a standard deviation of "
+        f"{scales[low]:.2g} before step 0, those of {high} {scales[high]:.2g}. That alone can move the loss by more "
+        "than a router does; --match-logits 1.0 starts all of them at one scale."
+    ]
+
+
+def _look_notes(differences: Mapping[str, Difference], looks: Looks | None) -> list[str]:
+    """How a sequential comparison came to its verdicts, and what it saved."""
+    if looks is None:
+        return []
+    saved = sum(looks[-1] - len(difference.values) for difference in differences.values())
+    return [
+        f"Pairs were added until a verdict stood, looking at {looks[0]} to {looks[-1]}: verdicts and intervals keep "
+        f"their level over all looks (O'Brien-Fleming spending). Pairs not needed: {saved} of "
+        f"{looks[-1] * len(differences)}."
+    ]
 
 
 def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], confidence: float) -> list[str]:

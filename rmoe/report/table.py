@@ -41,6 +41,7 @@ def columns(summary: Summary) -> list[Column]:
         Column(f"difference to {summary.baseline}", f"{bits}, {summary.confidence:.0%} interval"),
         Column("verdict", "", numeric=False),
         Column("seeds needed", "to see 0.01 bits"),
+        Column("initial logit std", "before step 0"),
         Column("parameters (router)", "non-embedding"),
         Column("peak memory", "MiB"),
         Column("time", "s per 1k steps"),
@@ -66,6 +67,9 @@ def _row(router: RouterSummary, baseline: str) -> list[Cell]:
         _difference(difference),
         Cell("baseline") if router.router == baseline else Cell(difference.verdict) if difference else BLANK,
         _seeds_needed(difference),
+        BLANK
+        if router.initial_logit_std is None
+        else Cell(f"{router.initial_logit_std:.2f}", router.initial_logit_std),
         _parameters(router),
         Cell(f"{timing.peak_mib:,.0f}", timing.peak_mib) if timing else BLANK,
         Cell(f"{timing.seconds_per_1k_steps:,.1f}", timing.seconds_per_1k_steps) if timing else BLANK,
@@ -162,7 +166,7 @@ def _plain(text: str) -> str:
 
 def terminal(summary: Summary) -> str:
     """The table for a terminal of any width: the columns that carry the finding."""
-    shown = (0, 1, 2, 3, 4, 5, 7)
+    shown = (0, 1, 2, 3, 4, 5, 7, 8)
     heads = columns(summary)
     body = [[row[i].text for i in shown] for row in rows(summary)]
     cells = [[heads[i].title for i in shown], [heads[i].unit for i in shown], *body]
