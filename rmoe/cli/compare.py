@@ -22,6 +22,8 @@ def run(
     match_logits: float | None = None,
     until_decided: bool = False,
     max_seeds: int | None = None,
+    lengths: tuple[int, ...] = (),
+    gate: Path | None = None,
     jobs: int | None = None,
     margin: float = 0.01,
     timing_rounds: int = 3,
@@ -46,6 +48,10 @@ def run(
         until_decided: add pairs, from --seeds to --max-seeds, until every verdict stands. Verdicts keep their level
             over all looks; a decided router gets no more runs.
         max_seeds: of --until-decided.
+        lengths: two shorter lengths of the baseline, branched from its runs (--training.schedule wsd): gives bits at
+            equal seconds and an effective speed-up beside bits at equal steps.
+        gate: folder of a finished comparison at another size: a router is better when it is better at both, else it is
+            not better.
         jobs: runs at once. Results do not depend on it; the default fills the cores, one thread a run, at small sizes.
         margin: differences smaller than this, in bits, count as none.
         timing_rounds: turns each router gets in the phase that times it alone; 0 leaves time and memory blank.
@@ -69,6 +75,8 @@ def run(
         match_params=match_params,
         match_logits=match_logits,
         max_seeds=max_seeds,
+        lengths=lengths,
+        gate=gate,
         options=Options(
             jobs=jobs,
             margin=margin,

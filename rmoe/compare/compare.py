@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from rmoe.compare import plan as plans
+from rmoe.compare.equal_time import with_branch_points
+from rmoe.compare.gate import gated, read_other
 from rmoe.compare.jobs import Answer, Judge, Measure, Train
 from rmoe.compare.plan import Plan, Run
 from rmoe.compare.pool import Pool
@@ -86,6 +88,8 @@ def compare(
     match_params: bool = False,
     match_logits: float | None = None,
     max_seeds: int | None = None,
+    lengths: Sequence[int] = (),
+    gate: Path | None = None,
     options: Options | None = None,
 ) -> Summary:
     """Train every router with every seed, go on with what is missing, and judge.
@@ -102,6 +106,9 @@ def compare(
         match_logits: start every router's raw logits at this standard deviation; see `rmoe.training.initial_scale`.
         max_seeds: add pairs, from `seeds` to so many, until every verdict stands; a decided router gets no more. None
             trains `seeds` and looks once.
+        lengths: two shorter lengths of the baseline, branched from its `wsd` runs: with the times of the phase run
+            alone they give bits at equal seconds; see `rmoe.compare.equal_time`.
+        gate: folder of a comparison at another size: a router passes when it is better at both.
         options: how it is carried out.
 
     Returns:
@@ -112,14 +119,20 @@ def compare(
         RunError: interrupted, or no run of a router finished; the same command goes on.
     """
     options = options or Options()
+    if lengths:
+        config = with_branch_points(config, lengths)
     if match_logits is not None:
         config = config.with_setting("training.initial_logit_std", match_logits)
-    plan = _plan(config, routers, seeds, baseline, sweep, max_seeds)
+    plan = replace(
+        _plan(config, routers, seeds, baseline, sweep, max_seeds), lengths=tuple(sorted(set(lengths)))
+    )
+    other = None if gate is None else read_other(gate, plan)
     setting, notes = _set_up(plan, out, match_params, options)
     try:
         with Pool(setting.sharing.jobs, setting.sharing.threads, out / "logs") as pool:
             setting = _train_until_decided(setting, pool)
             _judge_chosen(setting, pool)
+            _train_branches(setting, pool)
             _time_alone(setting)
             analysis = _analyse(setting, pool)
     except KeyboardInterrupt:
@@ -139,7 +152,10 @@ def compare(
         notes=[*notes, *problems],
         margin=options.margin,
         looks=setting.plan.looks,
+        branches=read_rows(out / plans.BRANCHES)[0] if (out / plans.BRANCHES).exists() else [],
     )
+    if other is not None:
+        summary = gated(summary, other)
     write_record(out / plans.SUMMARY, summary)
     (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
     write_report(out / "report", summary, analysis, single_file=options.single_file)
@@ -375,6 +391,44 @@ def _train_missing(setting: _Setting, pool: Pool) -> None:
     )
     with Progress({run.key: setting.folder(run) for run in missing}, steps) as progress:
         pool.map(missing, job, note)
+
+
+def _train_branches(setting: _Setting, pool: Pool) -> None:
+    """Train the baseline's shorter runs that are missing, each from its longer run's checkpoint."""
+    path = setting.out / plans.BRANCHES
+    known = {row.key for row in read_rows(path)[0] if row.status == "finished"} if path.exists() else set()
+    rows = setting.rows()
+    missing = [
+        (branch, run)
+        for branch, run in setting.plan.branches()
+        if branch.key not in known and run.key in rows and rows[run.key].status == "finished"
+    ]
+    if not missing:
+        return
+
+    def note(pair: tuple[Run, Run], answer: Answer) -> None:
+        if answer.stopped:
+            raise RunError(
+                f"{pair[0].key}: {answer.error}", "every finished run", "run the same command again"
+            )
+        append_row(path, _row(setting, pair[0], answer))
+        state = f"failed: {answer.error}" if answer.error else "finished"
+        print(f"{pair[0].key} {state}", file=sys.stderr, flush=True)
+
+    def job(pair: tuple[Run, Run]) -> Train:
+        branch, run = pair
+        return Train(
+            config=branch.config.to_dict(),
+            folder=str(setting.out / "branches" / branch.key),
+            branch_of=str(setting.folder(run)),
+        )
+
+    print(
+        f"training {counted([len(missing)], 'branch')} of {setting.plan.baseline} ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    pool.map(missing, job, note)
 
 
 def _row(setting: _Setting, run: Run, answer: Answer) -> ResultRow:

@@ -2,6 +2,7 @@
 
     DIR/comparison.json     what is compared, all but which routers and how many seeds: those may grow
     DIR/results.jsonl       one line per finished or failed run
+    DIR/branches.jsonl      the baseline's shorter runs, where a law of its loss was asked for
     DIR/runs/<key>/         each run's own folder
     DIR/summary.json, summary.md, analysis.json, report/
 
@@ -26,6 +27,8 @@ from rmoe.routing.zoo import ZOO, find
 from rmoe.training.config import RunConfig
 
 COMPARISON, RESULTS, SUMMARY, ANALYSIS = "comparison.json", "results.jsonl", "summary.json", "analysis.json"
+BRANCHES = "branches.jsonl"
+LENGTH = "training.max_steps"
 COMPARISON_VERSION = 1
 
 # Settings that may differ when a comparison is gone on with: none decides a result.
@@ -60,6 +63,7 @@ class Plan:
         optional: routers nobody named, which `all` stood for: left out where they cannot work.
         looks: numbers of pairs at which the verdicts are looked at; None is once, at all of them.
         decided: router -> pairs after which its verdict stood: it gets no more.
+        lengths: of the baseline's runs that branch from those of the plan.
     """
 
     config: RunConfig
@@ -71,6 +75,7 @@ class Plan:
     optional: frozenset[str] = frozenset()
     looks: Looks | None = None
     decided: dict[str, int] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
 
     def runs(self) -> list[Run]:
         """Every run, seed by seed, so that an interrupted comparison has whole pairs."""
@@ -83,6 +88,20 @@ class Plan:
             for router in self.routers
             if seed - first < self.decided.get(router, self.seeds)
         ]
+
+    def branches(self) -> list[tuple[Run, Run]]:
+        """(shorter run, the run of the plan it branches from) of the baseline, seed by seed."""
+        return [
+            (Run(run.router, run.seed, {LENGTH: length}, self._branch_config(run.config, length)), run)
+            for run in self.runs()
+            if run.router == self.baseline
+            for length in self.lengths
+        ]
+
+    @staticmethod
+    def _branch_config(config: RunConfig, length: int) -> RunConfig:
+        training = replace(config.training, max_steps=length, branch_points=(), average=0, average_every=None)
+        return replace(config, training=training)
 
     def config_of(self, router: str, seed: int, point: dict[str, SweepValue]) -> RunConfig:
         """The configuration of one run. With a sweep the test split waits until a point is chosen."""

@@ -158,6 +158,31 @@ class Difference(Record, frozen=True, kw_only=True):
     verdict: Verdict
 
 
+class LossLaw(Record, frozen=True, kw_only=True):
+    """`loss(n) = floor + c n^-exponent`, in bits, through the baseline's loss at three lengths."""
+
+    steps: list[int]
+    losses: list[float]
+    exponent: float
+    floor: float
+
+
+class EqualTime(Record, frozen=True, kw_only=True):
+    """A router against the baseline at equal seconds.
+
+    Attributes:
+        seconds_ratio: of a step, the router's over the baseline's, each timed alone.
+        difference: router minus baseline, the router trained for as long as the baseline took.
+        speedup: how many times as long the baseline has to train to reach the router's loss; above 1 is a gain.
+        speedup_interval: over pairs, on a log scale; the law and the seconds are taken as exact.
+    """
+
+    seconds_ratio: float
+    difference: Difference
+    speedup: float
+    speedup_interval: Interval | None
+
+
 class Band(Record, frozen=True, kw_only=True):
     """A curve over seeds: mean, lowest and highest at each step every seed has; `n` seeds."""
 
@@ -186,6 +211,8 @@ class RouterSummary(Record, frozen=True, kw_only=True):
     val_difference: Band | None = None  # validation curve minus the baseline's, in bits, paired by seed
     initial_logit_std: float | None = None  # mean over layers and seeds, as training starts
     layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)  # means over seeds
+    equal_time: EqualTime | None = None
+    gate: Literal["better", "not better"] | None = None  # at this size and at the other one
 
 
 class SweepPoint(Record, frozen=True, kw_only=True):
@@ -210,6 +237,7 @@ class Summary(Record, frozen=True, kw_only=True):
     notes: list[str]
     routers: list[RouterSummary]
     sweep_points: list[SweepPoint] = msgspec.field(default_factory=list)
+    law: LossLaw | None = None
     hardware: Hardware
     versions: Versions
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
+import msgspec
 import numpy as np
 
 from rmoe.compare import statistics
+from rmoe.compare.equal_time import equal_time, fit_law, in_unit
 from rmoe.compare.schema import (
     Band,
     Curve,
     Difference,
     Interval,
     LayerCurve,
+    LossLaw,
     ResultRow,
     RouterSummary,
     Split,
@@ -28,6 +32,7 @@ from rmoe.compare.schema import (
 )
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
+from rmoe.report.charts.chart import counted
 
 UNIT_NAMES = {
     "bits_per_byte": "bits per byte",
@@ -93,6 +98,7 @@ def summarise(
     margin: float = statistics.MARGIN_BITS,
     confidence: float = statistics.CONFIDENCE,
     looks: Looks | None = None,
+    branches: Sequence[ResultRow] = (),
 ) -> Summary:
     """Judge a comparison.
 
@@ -103,6 +109,7 @@ def summarise(
         notes: said beside the verdict: problems met, what to expect.
         margin: half-width of "equivalent", in bits.
         looks: of a sequential comparison; None is one look.
+        branches: the baseline's shorter runs, for a comparison at equal time.
 
     Raises:
         RequestError: no row finished, two corpora, or no run of the baseline.
@@ -134,6 +141,21 @@ def summarise(
         )
         for name in dict.fromkeys(row.router for row in rows)
     ]
+    law, said = _law(branches, judged, baseline, split)
+    if law is not None:
+        in_bits = {
+            r: {s: statistics.bits(v, unit) for s, v in by_seed.items()} for r, by_seed in figures.items()
+        }
+        seconds = {r.router: r.timing.seconds_per_1k_steps for r in routers if r.timing is not None}
+        if baseline not in seconds:
+            said = ["No comparison at equal time: the routers were not timed alone (--timing-rounds)."]
+        at_equal = equal_time(in_bits, seconds, baseline, law, split, margin, confidence, looks)
+        routers = [
+            msgspec.structs.replace(r, equal_time=in_unit(at_equal[r.router], bits_name(unit)))
+            if r.router in at_equal
+            else r
+            for r in routers
+        ]
     return Summary(
         preset=preset,
         baseline=baseline,
@@ -144,13 +166,44 @@ def summarise(
             *_scale_notes(routers),
             *_look_notes(differences, looks),
             *_notes(rows, differences, confidence),
+            *said,
             *notes,
         ],
         routers=sorted(routers, key=lambda r: _rank(r, split)),
         sweep_points=points if any(point.sweep for point in points) else [],
+        law=law,
         hardware=rows[0].hardware,
         versions=rows[0].versions,
     )
+
+
+def _law(
+    branches: Sequence[ResultRow], judged: Sequence[ResultRow], baseline: str, split: Split
+) -> tuple[LossLaw | None, list[str]]:
+    """The law of the baseline's loss, over the seeds that have every length, and why there is none."""
+    by_seed: dict[int, dict[int, float]] = defaultdict(dict)
+    for row in (*branches, *judged):
+        figure = row.test if split == "test" else row.val
+        if row.router == baseline and row.status == "finished" and figure is not None:
+            by_seed[row.seed][row.steps] = statistics.bits(figure, row.corpus.unit)
+    whole = [lengths for lengths in by_seed.values() if len(lengths) == 3]
+    if not branches or not whole:
+        return None, []
+    steps = sorted(whole[0])
+    losses = [float(np.mean([lengths[n] for lengths in whole])) for n in steps]
+    law = fit_law(steps, losses)
+    shown = ", ".join(f"{loss:.4f} after {n:,} steps" for n, loss in zip(steps, losses, strict=True))
+    if law is None:
+        return None, [f"No comparison at equal time: no law goes through {baseline}'s losses, {shown}."]
+    return law, [
+        f"At equal time: {baseline}'s losses, {shown} ({counted([len(whole)], 'seed')}), follow a power law with "
+        f"exponent {law.exponent:.3f} and floor {law.floor:.4f}; every router is taken to share both. "
+        "Times are of steps run alone."
+    ]
+
+
+def bits_name(unit: Unit) -> Literal["bits_per_byte", "bits_per_token"]:
+    return "bits_per_byte" if unit == "bits_per_byte" else "bits_per_token"
 
 
 def _rank(router: RouterSummary, split: Split) -> float:

@@ -33,6 +33,11 @@ class Column:
 def columns(summary: Summary) -> list[Column]:
     unit = UNITS[summary.corpus.unit]
     bits = "bits per byte" if summary.corpus.unit == "bits_per_byte" else "bits per token"
+    extra = []
+    if summary.law is not None:
+        extra += [Column("difference at equal time", bits), Column("effective speed-up", "times")]
+    if any(router.gate for router in summary.routers):
+        extra.append(Column("at both sizes", "", numeric=False))
     return [
         Column("router", "", numeric=False),
         Column("seeds", ""),
@@ -45,12 +50,21 @@ def columns(summary: Summary) -> list[Column]:
         Column("parameters (router)", "non-embedding"),
         Column("peak memory", "MiB"),
         Column("time", "s per 1k steps"),
+        *extra,
     ]
 
 
 def rows(summary: Summary) -> list[list[Cell]]:
     """One row per router, in the summary's order; a dash where something was not measured."""
-    return [_row(router, summary.baseline) for router in summary.routers]
+    has_law, has_gate = summary.law is not None, any(router.gate for router in summary.routers)
+    return [
+        [
+            *_row(router, summary.baseline),
+            *(_equal_time(router) if has_law else []),
+            *([Cell(router.gate) if router.gate else BLANK] if has_gate else []),
+        ]
+        for router in summary.routers
+    ]
 
 
 def _row(router: RouterSummary, baseline: str) -> list[Cell]:
@@ -107,6 +121,16 @@ def _difference(difference: Difference | None) -> Cell:
             f"simulated coverage {boot.simulated_coverage:.0%}"
         )
     return Cell(signed(difference.mean) + shown, difference.mean, "; ".join(notes))
+
+
+def _equal_time(router: RouterSummary) -> list[Cell]:
+    found = router.equal_time
+    if found is None:
+        return [BLANK, BLANK]
+    interval = found.speedup_interval
+    shown = f" [{interval.low:.2f}, {interval.high:.2f}]" if interval else ""
+    note = f"{found.seconds_ratio:.3f} times the baseline's seconds a step; {found.difference.verdict}"
+    return [_difference(found.difference), Cell(f"{found.speedup:.2f}{shown}", found.speedup, note)]
 
 
 def _seeds_needed(difference: Difference | None) -> Cell:

@@ -162,8 +162,13 @@ class TrainingConfig:
         """Steps of the linear decay that ends `wsd`."""
         return max(1, self.max_steps // 5)
 
+    @property
+    def constant_steps(self) -> int:
+        """Steps of `wsd` before its decay, the warm-up among them."""
+        return self.max_steps - self.decay_steps
+
     def _check_wsd(self) -> None:
-        constant_ends = self.max_steps - self.decay_steps
+        constant_ends = self.constant_steps
         fits = self.schedule != "wsd" or self.warmup_steps <= constant_ends
         require(
             fits, "training.warmup_steps", self.warmup_steps, f"0 to {constant_ends}, where the decay begins"

@@ -25,6 +25,7 @@ from rmoe.records import read_record, write_record
 from rmoe.training import result as records
 from rmoe.training import run_folder
 from rmoe.training.average import WeightAverage
+from rmoe.training.branch import begin_branch, require_branch
 from rmoe.training.build import build_model, load_plugins, model_config, parameter_counts
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
@@ -73,7 +74,13 @@ DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
 
 def train(
-    config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True, profile: bool = False
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    profile: bool = False,
+    branch_of: Path | None = None,
 ) -> RunResult:
     """Train one model.
 
@@ -86,6 +93,8 @@ def train(
             A finished run is left as it is.
         progress: show how far it is, on stderr.
         profile: also record a few steps into `out/profile`, see `rmoe.training.profile`.
+        branch_of: folder of a longer `wsd` run with the same settings: begin where this one's decay begins, at that
+            run's checkpoint; see `rmoe.training.branch`. The result is that of the whole run.
 
     Returns:
         The result, also written to `out/result.json`.
@@ -123,6 +132,7 @@ def train(
             versions=versions(),
             hardware=hardware(threads),
         )
+        branch = None if branch_of is None else require_branch(config, record, branch_of, MAY_DIFFER)
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
         initial = start_at(model, fixed_batch(corpus.train), config.training.initial_logit_std)
         if not resume:
@@ -137,6 +147,9 @@ def train(
         if (out / run_folder.RESULT).exists():
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
+        if branch is not None and not CheckpointStore(out, "").found():
+            _begin_branch(branch, out, record)
+            resume = True
         try:
             return _run(config, out, corpus, learner, record, initial, place, resume, progress, profile)
         except OSError as error:
@@ -198,6 +211,19 @@ def fingerprint(record: RunRecord) -> str:
         [settings, record.model, record.plugins, record.data_sha256], order="sorted"
     )
     return hashlib.sha256(identity).hexdigest()
+
+
+def _begin_branch(branch: Path, out: Path, record: RunRecord) -> None:
+    """By the first rank; on a wrong request the folder is as empty as it was."""
+    if PartialState().is_main_process:
+        source_run = fingerprint(run_folder.read_run(branch.parents[1]))
+        try:
+            begin_branch(branch, source_run, CheckpointStore(out, fingerprint(record)))
+        except RequestError:
+            (out / run_folder.CONFIG).unlink(missing_ok=True)
+            (out / run_folder.METRICS).unlink(missing_ok=True)
+            raise
+    PartialState().wait_for_everyone()
 
 
 # --- training ------------------------------------------------------------------------------------

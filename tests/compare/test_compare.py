@@ -301,3 +301,27 @@ def test_logits_are_matched_and_routers_without_a_scale_left_out_of_all(tmp_path
     )
     assert [r.initial_logit_std for r in summary.routers] == pytest.approx([1.0, 1.0], rel=2e-3)
     assert not any("different scales" in note for note in summary.notes)
+
+
+@pytest.mark.slow
+def test_branches_give_a_law_and_bits_at_equal_time(tmp_path):
+    """Real branches of real runs; with so few steps any law will do, or none, but each is said."""
+    config = config_of(tmp_path, steps=40).with_setting("schedule", "wsd")
+    options = Options(jobs=1, timing_rounds=1, analysis_tokens=0)
+    out = tmp_path / "out"
+    summary = compare(config, ["smoe", "rmoe"], 2, out, lengths=(10, 20), options=options)
+    branches, _ = read_rows(out / plans.BRANCHES)
+    assert {(row.seed, row.steps) for row in branches} == {(0, 10), (0, 20), (1, 10), (1, 20)}
+    assert all(row.test is not None and row.router == "smoe" for row in branches)
+    alone = compare(
+        config.with_setting("max_steps", 20), ["smoe"], 1, tmp_path / "alone", options=QUIET
+    )  # the branch is the shorter run itself
+    assert next(r for r in branches if (r.seed, r.steps) == (0, 20)).test == alone.routers[0].test.values[0]
+    rmoe = next(r for r in summary.routers if r.router == "rmoe")
+    if summary.law is None:
+        assert any("no law goes through" in note for note in summary.notes)
+    else:
+        assert rmoe.equal_time.seconds_ratio > 0
+    before = (out / plans.BRANCHES).read_bytes()
+    compare(config, ["smoe", "rmoe"], 2, out, lengths=(10, 20), options=options)
+    assert (out / plans.BRANCHES).read_bytes() == before
