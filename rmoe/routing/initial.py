@@ -110,6 +110,13 @@ class ProjectionFP32(Initialized):
     def initializers(self) -> dict[str, Initializer]:
         return {"weight": self.weight_init, "bias": constant(0.0)}
 
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply what it computes by `factor`."""
+        self.weight.mul_(factor)
+        if self.bias is not None:
+            self.bias.mul_(factor)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[*, in]` of any floating dtype -> `[*, out]`, float32 or float64."""
         return linear_fp32(x, self.weight, self.bias)

@@ -30,7 +30,9 @@ SIZES = Geometry(12, 4, 2, num_layers=1, vocab_size=30)
 
 def stats(counts: list[int], tokens_: int = 10, entropy: float = 5.0) -> RouterStats:
     as_tensor = torch.tensor([counts])
-    return RouterStats(as_tensor, torch.tensor(tokens_), torch.tensor([entropy]), torch.tensor([0]))
+    return RouterStats(
+        as_tensor, torch.tensor(tokens_), torch.tensor([entropy]), torch.tensor([0]), torch.tensor([1.0])
+    )
 
 
 def test_bias_moves_towards_the_mean_load() -> None:
