@@ -40,7 +40,8 @@ class Recurrence(RecurrenceSpec):
 
     Attributes:
         cell: "gru", "rnn", "lstm" are shared by all layers; "decay" is `x' + a * h` with a vector `a` per layer
-            (ZAYA1's EDA, arXiv:2605.05365); "identity" has no memory: a low-rank linear router.
+            (ZAYA1's EDA, arXiv:2605.05365); "gated_decay" is `x' + z * h` where `z` depends on `x'` and `h`, its
+            weights per layer; "identity" has no memory: a low-rank linear router.
         width: `p`.
         projector: one per layer, or one shared by all (Table 6, S-proj).
         projector_bias: the public code has none; EDA has one.
@@ -53,7 +54,7 @@ class Recurrence(RecurrenceSpec):
     kind = "cell"
     implementation = "rmoe.routing.recurrence:Recurrence"
 
-    cell: Literal["gru", "rnn", "lstm", "decay", "identity"] = "gru"
+    cell: Literal["gru", "rnn", "lstm", "decay", "gated_decay", "identity"] = "gru"
     width: int = 128
     projector: Literal["layer", "shared"] = "layer"
     projector_bias: bool = False
@@ -68,7 +69,8 @@ class Recurrence(RecurrenceSpec):
 
     @property
     def equation(self) -> str:  # type: ignore[override]
-        steps = {"decay": "h = P x + a * h", "identity": "h = P x"}
+        gated = "z = sig(W [norm(P x); norm(h)] + b); h = P x + z * h"
+        steps = {"decay": "h = P x + a * h", "gated_decay": gated, "identity": "h = P x"}
         step = steps.get(self.cell, f"h = {self.cell.upper()}(P x, {'0' if self.carry == 'zero' else 'h'})")
         read = "norm(h)" if self.normalize else "h"
         return f"{step}; f = {f'[x; {read}]' if self.concat_hidden else read}"

@@ -171,6 +171,36 @@ class Decay(Initialized):
         return (torch.zeros_like(x),)
 
 
+class GatedDecay(Initialized):
+    """`h_l = x'_l + z * h_{l-1}`, `z = sig(W [norm(x'_l); norm(h_{l-1})] + b)`: a linear state that can forget.
+
+    `norm` is RMSNorm without a weight. `W` starts at zero and `b` at 3, so every layer starts by keeping
+    `sig(3) = 0.953` of the state: nearly `Decay`. `W` and `b` are a layer's own; the first layer has no state and
+    neither.
+
+    Source: ours.
+    """
+
+    def __init__(self, width: int, layer_index: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(width, 2 * width)) if layer_index > 0 else None
+        self.bias = nn.Parameter(torch.empty(width)) if layer_index > 0 else None
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"weight": constant(0.0), "bias": constant(3.0)}
+
+    def forward(self, x: Tensor, state: State) -> State:
+        if self.weight is None:
+            return (x,)
+        (h,) = state
+        seen = torch.cat([F.rms_norm(part, (self.width,), eps=1e-5) for part in (x, h)], -1)  # [T, 2p]
+        return (torch.addcmul(x, torch.sigmoid(linear_fp32(seen, self.weight, self.bias)), h),)
+
+    def initial(self, x: Tensor) -> State:
+        return (torch.zeros_like(x),)
+
+
 class Identity(Initialized):
     """`h = x'`: the low-rank linear router, what the bottleneck alone does."""
 
@@ -182,6 +212,7 @@ class Identity(Initialized):
 
 
 SHARED_CELLS: dict[str, type[GatedCell]] = {"gru": GRU, "rnn": RNN, "lstm": LSTM}
+LAYER_CELLS: dict[str, type[Decay | GatedDecay]] = {"decay": Decay, "gated_decay": GatedDecay}
 
 
 def _projector(spec: RecurrenceOptions, geometry: Geometry) -> ProjectionFP32:
@@ -211,8 +242,8 @@ class Recurrence(nn.Module):
         self.spec = spec
         self.projector = _projector(spec, geometry) if spec.projector == "layer" else None
         self.cell: nn.Module | None = None
-        if spec.cell == "decay":
-            self.cell = Decay(spec.width, geometry.layer_index)
+        if spec.cell in LAYER_CELLS:
+            self.cell = LAYER_CELLS[spec.cell](spec.width, geometry.layer_index)
         elif spec.cell == "identity":
             self.cell = Identity()
         self.norm = nn.RMSNorm(spec.width, eps=1e-5) if spec.normalize else None

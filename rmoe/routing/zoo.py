@@ -105,6 +105,7 @@ RMOE = vary(SMOE, recurrence=Recurrence(), scorer=Linear(init_std="inverse_sqrt"
 NP = vary(RMOE, recurrence={"carry": "zero"})
 EDA = vary(SMOE, recurrence=Recurrence(cell="decay", width=256, projector_bias=True), scorer=EdaHead())
 EDA_LINEAR = vary(EDA, recurrence={"normalize": True}, scorer=Linear(init_std="inverse_sqrt"))
+GATED = vary(RMOE, recurrence=Recurrence(cell="gated_decay", normalize=True))
 LOW_RANK = vary(RMOE, recurrence=Recurrence(cell="identity", carry="zero"))
 XMOE = vary(SMOE, scorer=Cosine(width=16))
 UNBALANCED = BalanceSpec()
@@ -112,6 +113,7 @@ BIAS = BalanceSpec(bias_update_rate=1e-3)
 DEEPSEEK = vary(SMOE, gate=Sigmoid(), balance=replace(BIAS, losses=(SequenceBalance(),)))
 
 UNUSED_HIDDEN = (r".*cell\.weight_hh",)
+UNUSED_GATE = (r".*cell\.(weight|bias)",)
 IN_ORDER = "no: experts fill up in token order"
 
 
@@ -155,6 +157,10 @@ _ROWS: dict[str, ZooRow] = {
     "xmoe-gru-8": ZooRow(_xmoe(8, Recurrence()), "Table 2", "cosine in 8 dimensions of the recurrent state"),
     "xmoe-gru": ZooRow(_xmoe(16, Recurrence()), "Table 2", "cosine in 16 dimensions of the recurrent state"),
     "xmoe-gru-32": ZooRow(_xmoe(32, Recurrence()), "Table 2", "cosine in 32 dimensions of the recurrent state"),
+    # ---- a linear state that can forget ----
+    "gated-linear": ZooRow(GATED, "ours", "linear state with a data-dependent decay, normalised, linear head"),
+    "gated-linear-np": ZooRow(vary(GATED, recurrence={"carry": "zero"}), "control", "the gated linear state, never passed", zero_gradient=UNUSED_GATE),
+    "gated-linear-detach": ZooRow(vary(GATED, recurrence={"carry": "detached"}), "control", "the gated linear state passed without its gradient"),
     # ---- what in RMoE does it? ----
     "rmoe-residual": ZooRow(vary(RMOE, recurrence={"concat_hidden": True}), "ours", "scores [x; h]: a linear router plus the state"),
     "rmoe-norm": ZooRow(vary(RMOE, recurrence={"normalize": True}), "ours", "state RMS-normalised before scoring"),

@@ -165,7 +165,7 @@ def test_pure_starts_with_experts_that_differ() -> None:
     assert scores.std(dim=1).min() > 0
 
 
-@pytest.mark.parametrize("cell", ["gru", "rnn", "lstm", "decay", "identity"])
+@pytest.mark.parametrize("cell", ["gru", "rnn", "lstm", "decay", "gated_decay", "identity"])
 @pytest.mark.parametrize("projector", ["layer", "shared"])
 def test_every_recurrence(cell: str, projector: str, tmp_path: Path) -> None:
     plain = tiny_model("qwen3_moe")
