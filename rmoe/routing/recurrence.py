@@ -247,6 +247,8 @@ class Recurrence(nn.Module):
         elif spec.cell == "identity":
             self.cell = Identity()
         self.norm = nn.RMSNorm(spec.width, eps=1e-5) if spec.normalize else None
+        cut = spec.truncate_every is not None and geometry.layer_index % spec.truncate_every == 0
+        self.detached = cut or spec.carry == "detached"
 
     def forward(self, hidden: Tensor, state: State, shared: nn.Module | None) -> tuple[Tensor, State]:
         projector: Any = self.projector if self.projector is not None else _of(shared).projector
@@ -254,7 +256,7 @@ class Recurrence(nn.Module):
         x = projector(hidden)  # [T, p]
         if not state or self.spec.carry == "zero":
             state = cell.initial(x)
-        elif self.spec.carry == "detached":
+        elif self.detached:
             state = tuple(part.detach() for part in state)
         state = cell(x, state)
         features = state[0]
