@@ -28,7 +28,7 @@ def stages(spec: RouterSpec) -> dict[str, str]:
     recurrence = spec.recurrence
     if isinstance(recurrence, Recurrence):
         options = [f"p={recurrence.width}"]
-        for name in ("projector", "carry", "normalize", "concat_hidden"):
+        for name in ("projector", "carry", "truncate_every", "normalize", "concat_hidden"):
             value = getattr(recurrence, name)
             if (value != getattr(Recurrence(), name) and recurrence.cell != "identity") or value is True:
                 options.append(f"{name}={value}")

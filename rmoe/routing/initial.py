@@ -1,12 +1,15 @@
-"""Initial values as small functions of (tensor, generator).
+"""Initial values as small functions of (tensor, generator), and who draws them.
 
 A module says how each of its own parameters starts in `initializers()`; who fills them decides the generator:
-transformers' `_init_weights` the default one, `rmoe.model.initialize` one keyed by (seed, parameter name).
+transformers' `_init_weights` the default one, `fill` one keyed by (seed, parameter name). transformers draws from one
+generator in module order, so one projector more changes every weight after it, and two routers would not start from
+the same model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Self
 
@@ -126,3 +129,53 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """`x W^T + b` in float32, or in float64 when either side is."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def keyed_generator(seed: int, name: str) -> Generator:
+    """A CPU generator whose stream depends on the seed and the name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def initializers_of(module: nn.Module, std: float) -> dict[str, Initializer]:
+    """How a module's own parameters start: as it says, else by its kind (weights normal, biases 0, norms 1)."""
+    if isinstance(module, Initialized) or hasattr(module, "initializers"):
+        return module.initializers()  # type: ignore[operator,union-attr]
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return {"weight": normal(std), "bias": constant(0.0)}
+    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+        return {"weight": constant(1.0), "bias": constant(0.0)}
+    return {}
+
+
+def own_tensors(module: nn.Module, rules: dict[str, Initializer]) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters, and frozen ones held as buffers, that have a rule."""
+    for name in rules:
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor):
+            yield name, tensor
+
+
+@torch.no_grad()
+def fill(root: nn.Module, seed: int, std: float, scope: str = "") -> None:
+    """Fill every parameter below `root` from a generator keyed by (seed, scope, parameter name).
+
+    Parameters of the same name and shape are then equal for every pair of routers. Values are drawn in float32 on the
+    CPU and copied, so the device does not matter.
+
+    Args:
+        std: of the normal start of modules that do not say how they start.
+        scope: put before each name, for several models under one seed.
+
+    Raises:
+        ValueError: a parameter that no rule covers.
+    """
+    for prefix, module in root.named_modules():
+        rules = initializers_of(module, std)
+        missing = dict(module.named_parameters(recurse=False)).keys() - rules.keys()
+        if missing:
+            raise ValueError(f"no initial value is defined for {sorted(missing)} of {prefix}")
+        for name, tensor in own_tensors(module, rules):
+            value = torch.empty(tensor.shape, dtype=torch.float32)
+            rules[name](value, keyed_generator(seed, f"{scope}{prefix}.{name}" if prefix else scope + name))
+            tensor.copy_(value)

@@ -47,6 +47,8 @@ class Recurrence(RecurrenceSpec):
         projector_bias: the public code has none; EDA has one.
         carry: the state of the layer below is "passed"; "detached" (its values without their gradient); or
             "zero" (NP: same parameters and FLOPs, no memory).
+        truncate_every: cut the gradient of the state that enters every n-th layer (n, 2n, ...), so that it runs
+            through at most n layers; 1 is "detached"; None never.
         normalize: RMSNorm of the state before it is scored; the state itself is carried as it is.
         concat_hidden: score `[x; h]` instead of `h`.
     """
@@ -59,11 +61,16 @@ class Recurrence(RecurrenceSpec):
     projector: Literal["layer", "shared"] = "layer"
     projector_bias: bool = False
     carry: Literal["passed", "detached", "zero"] = "passed"
+    truncate_every: int | None = None
     normalize: bool = False
     concat_hidden: bool = False
 
     def check(self) -> None:
-        self.positive("width")
+        self.positive("width", "truncate_every")
+        ok = self.truncate_every is None or self.carry == "passed"
+        require(
+            ok, "recurrence.truncate_every", self.truncate_every, "null unless recurrence.carry is 'passed'"
+        )
         memoryless = self.cell == "identity" and self.carry != "zero"
         require(not memoryless, "recurrence.carry", self.carry, "'zero' with cell 'identity'")
 

@@ -144,6 +144,8 @@ _ROWS: dict[str, ZooRow] = {
     "rmoe-std002": ZooRow(vary(RMOE, scorer={"init_std": 0.02}), "Eq. 4 to 6", "scorer starts at std 0.02, which starves a state bounded by 1"),
     "rmoe-np": ZooRow(NP, "Tables 4, 5", "state not passed: same parameters and FLOPs, no memory", zero_gradient=UNUSED_HIDDEN),
     "rmoe-detach": ZooRow(vary(RMOE, recurrence={"carry": "detached"}), "Table 5", "state passed without its gradient"),
+    "rmoe-truncated-2": ZooRow(vary(RMOE, recurrence={"truncate_every": 2}), "asked in the paper's reviews", "the state's gradient cut every 2 layers"),
+    "rmoe-truncated-3": ZooRow(vary(RMOE, recurrence={"truncate_every": 3}), "asked in the paper's reviews", "the state's gradient cut every 3 layers"),
     "rmoe-np-r0.5": ZooRow(_residual(0.5), "Table 5", "NP plus half the last layer's scores", zero_gradient=UNUSED_HIDDEN),
     "rmoe-np-r1.0": ZooRow(_residual(1.0), "Table 5", "NP plus the last layer's scores", zero_gradient=UNUSED_HIDDEN),
     "rmoe-np-r0.5-detach-r": ZooRow(_residual(0.5, detach=True), "Table 5", "r-0.5 without the residual's gradient", zero_gradient=UNUSED_HIDDEN),

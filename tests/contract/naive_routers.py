@@ -48,9 +48,10 @@ class NaiveLayer:
         projected = table[at + "recurrence.projector.weight"] @ x
         if r["projector_bias"]:
             projected = projected + table[at + "recurrence.projector.bias"]
+        cut = r["truncate_every"] and self.layer % r["truncate_every"] == 0
         if r["carry"] == "zero" or self.layer == 0:
             state = None
-        elif r["carry"] == "detached" and state is not None:
+        elif state is not None and (r["carry"] == "detached" or cut):
             state = tuple(s.detach() for s in state)
         if r["cell"] == "identity":
             new: tuple[Tensor, ...] = (projected,)
