@@ -117,6 +117,7 @@ def train(
             data_sha256=corpus.manifest.key,
             versions=versions(),
             hardware=hardware(threads),
+            started_in=str(Path.cwd()),
         )
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
         if not resume:
@@ -148,7 +149,9 @@ def read_result(folder: Path) -> RunResult:
     Raises:
         RequestError: there is none.
     """
-    return read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
+    found = read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
+    # Where it is now, not where it was written.
+    return msgspec.structs.replace(found, folder=str(folder), model=str(folder / run_folder.MODEL))
 
 
 # --- before training -----------------------------------------------------------------------------
@@ -183,6 +186,11 @@ def _enter(stack: ExitStack, out: Path, record: RunRecord, resume: bool) -> None
         raise RequestError(*wrong[0])
 
 
+def _sealed_as(out: Path, record: RunRecord) -> str:
+    """The fingerprint the checkpoints of `out` have: of the run as it was started, wherever its files lie now."""
+    return fingerprint(run_folder.read_run(out) if (out / run_folder.CONFIG).exists() else record)
+
+
 def fingerprint(record: RunRecord) -> str:
     """What makes two runs the same run: every setting but those of `MAY_DIFFER`, the model, the data."""
     settings = {
@@ -208,7 +216,7 @@ def _run(
     progress: bool,
     profile: bool,
 ) -> RunResult:
-    store = CheckpointStore(out, fingerprint(record), config.checkpoints.keep)
+    store = CheckpointStore(out, _sealed_as(out, record), config.checkpoints.keep)
     metrics = MetricsLog(out / run_folder.METRICS)
 
     def in_unit(split: SplitName, loss: float) -> dict[str, float]:
