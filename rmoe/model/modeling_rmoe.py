@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rmoe.model.outputs import (
     RMoEModelOutputWithPast,
     RMoESequenceClassifierOutput,
 )
+from rmoe.model.packing import split_packed
 from rmoe.model.recompute import NonReentrant, keep_decisions
 from rmoe.model.sharing import write_auto_code
 from rmoe.routing.balance import balance_loss
@@ -224,10 +226,11 @@ class RMoEModel(RMoEPreTrainedModel):
         seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
+        own_mask, position_ids = split_packed(attention_mask, position_ids, cache)
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
+            attention_mask=own_mask,
             position_ids=position_ids,
             **{CACHE: cache},
         )
@@ -319,6 +322,13 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
             gate = self.config.router_spec.gate
             raise RequestError("gate.kind", gate.kind if gate else None, "a causal gate, to generate text")
         return super().generate(*args, **kwargs)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature `generate` reads
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, without the tokenizers of stop strings and assistants, which it hands on to `forward`."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     @can_return_tuple
     def forward(

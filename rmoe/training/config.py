@@ -10,14 +10,18 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import tyro
 
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError
+from rmoe.places import PREFIX, expand
 from rmoe.routing.spec import require
+
+if TYPE_CHECKING:
+    from rmoe.training.run_folder import RunRecord
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -377,7 +381,7 @@ class RunConfig:
         Raises:
             RequestError: no such preset, not TOML, or not a configuration.
         """
-        path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+        path = expand(name, "--preset") if name.endswith(".toml") else PRESETS / f"{name}.toml"
         known = path.suffix == ".toml" and (name.endswith(".toml") or name in cls.preset_names())
         require(
             known and path.is_file(), "--preset", name, f"{', '.join(cls.preset_names())}, or a .toml file"
@@ -393,7 +397,8 @@ class RunConfig:
         """The configuration of the run in a folder, to go on with; None where there is no run.
 
         A folder decides neither which code runs nor where on this machine is written: `plugin` and `data.cache_dir`
-        are as if they had not been given.
+        are as if they had not been given. Text and tokenizer are looked for where they may lie now, see
+        `run_folder.places_of`; where there are several, by their content.
 
         Raises:
             RequestError: its `config.json` is not one of a run.
@@ -402,8 +407,10 @@ class RunConfig:
 
         if not (folder / CONFIG).is_file():
             return None
-        stored = cls.from_dict(read_run(folder).config)
-        return replace(stored, plugin=(), data=replace(stored.data, cache_dir=None))
+        record = read_run(folder)
+        stored = cls.from_dict(record.config)
+        data = _found_again(replace(stored.data, cache_dir=None), folder, record)
+        return replace(stored, plugin=(), data=data)
 
     def with_setting(self, name: str, value: object) -> RunConfig:
         """This configuration with one setting changed.
@@ -427,6 +434,32 @@ class RunConfig:
         require(len(homes) == 1, "setting", name, ambiguous)
         tables[homes[0]][leaf] = _Text(value) if isinstance(value, str) else value
         return type(self).from_dict(tables.pop("") | tables)
+
+
+def _found_again(data: DataConfig, folder: Path, record: RunRecord) -> DataConfig:
+    """The data of a run with the paths that text and tokenizer have now; unchanged where they are not found."""
+    from rmoe.data.ingest import corpus_key
+    from rmoe.training.run_folder import places_of
+
+    def places(path: str | None) -> list[str | None]:
+        if path is None or path in ("bytes", "words") or path.startswith(PREFIX):
+            return [path]
+        return [str(place) for place in places_of(path, folder, record)] or [path]
+
+    found = [
+        replace(data, path=path, tokenizer=str(tokenizer))
+        for path in places(data.path)
+        for tokenizer in places(data.tokenizer)
+    ]
+    if len(found) == 1:
+        return found[0]
+    for candidate in found:
+        try:
+            if corpus_key(candidate) == record.data_sha256:
+                return candidate
+        except RequestError:
+            continue  # another file of the same name
+    return data
 
 
 class _Text(str):

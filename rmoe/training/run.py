@@ -131,6 +131,7 @@ def train(
             data_sha256=corpus.manifest.key,
             versions=versions(),
             hardware=hardware(threads),
+            started_in=str(Path.cwd()),
         )
         branch = None if branch_of is None else require_branch(config, record, branch_of, MAY_DIFFER)
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
@@ -167,7 +168,9 @@ def read_result(folder: Path) -> RunResult:
     Raises:
         RequestError: there is none.
     """
-    return read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
+    found = read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
+    # Where it is now, not where it was written.
+    return msgspec.structs.replace(found, folder=str(folder), model=str(folder / run_folder.MODEL))
 
 
 # --- before training -----------------------------------------------------------------------------
@@ -200,6 +203,11 @@ def _enter(stack: ExitStack, out: Path, record: RunRecord, resume: bool) -> None
     broadcast_object_list(wrong)
     if wrong[0] is not None:
         raise RequestError(*wrong[0])
+
+
+def _sealed_as(out: Path, record: RunRecord) -> str:
+    """The fingerprint the checkpoints of `out` have: of the run as it was started, wherever its files lie now."""
+    return fingerprint(run_folder.read_run(out) if (out / run_folder.CONFIG).exists() else record)
 
 
 def fingerprint(record: RunRecord) -> str:
@@ -242,7 +250,7 @@ def _run(
     profile: bool,
 ) -> RunResult:
     pinned = frozenset(config.training.branch_points)
-    store = CheckpointStore(out, fingerprint(record), config.checkpoints.keep, pinned)
+    store = CheckpointStore(out, _sealed_as(out, record), config.checkpoints.keep, pinned)
     metrics = MetricsLog(out / run_folder.METRICS)
 
     def in_unit(split: SplitName, loss: float) -> dict[str, float]:

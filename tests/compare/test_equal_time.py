@@ -122,12 +122,12 @@ def test_a_gate_of_the_same_size_or_another_baseline_is_refused(tmp_path):
     plan = Plan(config=config, routers=("smoe", "rmoe"), seeds=3, baseline="smoe")
     record = ComparisonRecord(config=config.to_dict(), sweep={}, changes={}, data_sha256="a")
     write_record(tmp_path / plans.COMPARISON, record)
-    with pytest.raises(RequestError, match="summary.json"):
+    with pytest.raises(RequestError, match=r"summary.json"):
         read_other(tmp_path, plan)
     write_record(tmp_path / plans.SUMMARY, comparison(0.01, 100.0))
-    with pytest.raises(RequestError, match="--gate is .*another size: its model is this one's"):
+    with pytest.raises(RequestError, match=r"--gate is .*another size: its model is this one's"):
         read_other(tmp_path, plan)
-    with pytest.raises(RequestError, match="--gate is .*one with baseline rmoe"):
+    with pytest.raises(RequestError, match=r"--gate is .*one with baseline rmoe"):
         read_other(tmp_path, Plan(config, ("rmoe",), 3, "rmoe"))
     wider = plan.config.with_setting("hidden_size", 96)
     assert read_other(tmp_path, Plan(wider, ("smoe", "rmoe"), 3, "smoe")).baseline == "smoe"

@@ -70,7 +70,7 @@ def test_a_wrong_branch_is_refused_and_nothing_is_kept(text, long, tmp_path, tra
 
 def test_a_router_that_follows_the_length_is_refused(text, long, tmp_path):
     wrong = replace(config(text, 10), router="smoe-annealed", router_option=())
-    with pytest.raises(RequestError, match="a router without temperature.end"):
+    with pytest.raises(RequestError, match=r"a router without temperature.end"):
         train(wrong, tmp_path / "out", progress=False, branch_of=long)
 
 
@@ -79,7 +79,7 @@ def test_a_damaged_branch_point_is_refused(text, long, tmp_path):
     shutil.copytree(long, copy)
     weights = copy / "checkpoints" / "checkpoint-8" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    with pytest.raises(RequestError, match="kept checkpoint-8 .*: s(ha256|ize) mismatch"):
+    with pytest.raises(RequestError, match=r"kept checkpoint-8 .*: s(ha256|ize) mismatch"):
         train(config(text, 10), tmp_path / "out", progress=False, branch_of=copy)
 
 
