@@ -1,0 +1,2 @@
+"""x"""
+EXCEPTIONS: dict[tuple[str, str], str] = {}
