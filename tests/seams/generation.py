@@ -158,15 +158,14 @@ def contrastive(family: Family, tmp: Path) -> None:
 
 @job(GROUP, "contrastive decoding, as a method of one's own (`custom_generate`)")
 def custom_generate(family: Family, tmp: Path) -> None:
-    def decode(model: Any, input_ids: Tensor, attention_mask: Any = None, use_cache: bool = True, **_: Any) -> Tensor:
+    def decode(model: Any, input_ids: Tensor, *_: Any, **model_kwargs: Any) -> Tensor:
         """Greedy on last minus first layer: like contrastive search it reads hidden states at each step."""
-        mask, cache, step = attention_mask, None, input_ids
+        use_cache, cache, step = model_kwargs["use_cache"], None, input_ids
         for _step in range(NEW):
             kwargs = {CACHE: cache} if use_cache else {}
-            out = model(input_ids=step, attention_mask=mask, use_cache=use_cache, output_hidden_states=True, **kwargs)
+            out = model(input_ids=step, use_cache=use_cache, output_hidden_states=True, **kwargs)
             scores = out.logits[:, -1] - model.lm_head(out.hidden_states[1][:, -1])
             input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], 1)
-            mask = torch.cat([mask, mask[:, -1:]], 1)
             cache, step = out.get(CACHE), input_ids[:, -1:] if use_cache else input_ids
         return input_ids
 
@@ -223,7 +222,7 @@ def _cache_implementation(name: str) -> Any:
 
 
 for _name in ("dynamic", "static", "offloaded", "offloaded_static", "quantized"):
-    _needs = ("optimum",) if _name == "quantized" else ()
+    _needs = ("optimum-quanto",) if _name == "quantized" else ()
     job(GROUP, f'`cache_implementation="{_name}"`', needs=_needs)(_cache_implementation(_name))
 
 

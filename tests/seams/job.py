@@ -19,7 +19,7 @@ class Job:
         group: section of docs/seams.md.
         title: what is done, in a reader's words.
         slow: runs under `make test-all` only.
-        needs: packages without which it is skipped.
+        needs: packages (with a version, where it matters) without which it is skipped.
     """
 
     name: str

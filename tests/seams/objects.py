@@ -237,13 +237,12 @@ def frozen_parts(family: Family, tmp: Path) -> None:
     assert model(input_ids=ids()).logits.requires_grad
 
 
-@job(OBJECT, "counts: `num_parameters`, `get_memory_footprint`, `floating_point_ops`")
+@job(OBJECT, "counts: `num_parameters`, `get_memory_footprint`")
 def counts(family: Family, tmp: Path) -> None:
     model = family.causal()
     total = sum(p.numel() for p in model.parameters())
     assert model.num_parameters() == total
     assert model.get_memory_footprint(return_buffers=False) == 4 * total
-    assert model.floating_point_ops({"input_ids": ids()}) > 0
 
 
 @job(OBJECT, "the configuration: to a dict, to JSON and back; a copy made by `from_config`")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from transformers.utils import logging
 
 from tests.seams.exceptions import EXCEPTIONS
@@ -16,13 +17,20 @@ from tests.seams.families import FAMILIES
 from tests.seams.jobs import JOBS, Job
 
 
+def _installed(need: Requirement) -> bool:
+    try:
+        return need.specifier.contains(version(need.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
+
+
 def _cells() -> Iterator[Any]:
     for job in JOBS.values():
         for family in FAMILIES.values():
             marks: list[Any] = [pytest.mark.slow] if job.slow else []
-            missing = [package for package in job.needs if find_spec(package) is None]
+            missing = [need for need in job.needs if not _installed(Requirement(need))]
             if missing:
-                marks.append(pytest.mark.skip(reason=f"{', '.join(missing)} not installed"))
+                marks.append(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
             elif reason := EXCEPTIONS.get((job.name, family.name)):
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))
             yield pytest.param(job, family.name, marks=marks, id=f"{job.name}-{family.name}")
