@@ -86,7 +86,11 @@ def lora_experts(family: Family, tmp: Path) -> None:
     _saved_and_loaded(family, tmp, lora(target_modules=[], target_parameters=EXPERT_WEIGHTS))
 
 
-@job(PEFT, "LoRA on attention and experts, merged and unloaded: a plain model with the same outputs", needs=NEEDS)
+@job(
+    PEFT,
+    "LoRA on attention and experts, merged and unloaded: a plain model with the same outputs",
+    needs=NEEDS,
+)
 def lora_merged(family: Family, tmp: Path) -> None:
     model = family.causal()
     kind = type(model)
@@ -229,7 +233,11 @@ def lora_under_trainer(family: Family, tmp: Path) -> None:
     close(logits(run(resume_from_checkpoint=str(tmp / "checkpoint-2"))), logits(whole), 1e-5)
 
 
-@job(PEFT, "transformers' own adapters: `add_adapter`, `load_adapter`, `disable_adapters`", needs=("peft>=0.22",))
+@job(
+    PEFT,
+    "transformers' own adapters: `add_adapter`, `load_adapter`, `disable_adapters`",
+    needs=("peft>=0.22",),
+)
 def native_adapters(family: Family, tmp: Path) -> None:
     model = family.causal()
     base = logits(model)
@@ -305,12 +313,10 @@ def _options(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def _model(family: Family, folder: Path, by_path: bool) -> Any:
-    model = family.causal(pad_token_id=257, eos_token_id=256, bos_token_id=256)
-    if not by_path:
-        return model
-    model.save_pretrained(folder / "model")
+    """A model loaded from a folder, as people have it, or the folder's path."""
+    family.causal(pad_token_id=257, eos_token_id=256, bos_token_id=256).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
-    return str(folder / "model")
+    return str(folder / "model") if by_path else AutoModelForCausalLM.from_pretrained(folder / "model")
 
 
 def _finite(t: Any) -> None:
@@ -403,7 +409,9 @@ def trl_sft_lora(family: Family, tmp: Path) -> None:
     _finite(t)
 
 
-@job(TRL, "SFT with `output_router_logits`: the balance loss is trained and logged", slow=True, needs=("trl",))
+@job(
+    TRL, "SFT with `output_router_logits`: the balance loss is trained and logged", slow=True, needs=("trl",)
+)
 def trl_sft_balance(family: Family, tmp: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 

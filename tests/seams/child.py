@@ -21,8 +21,9 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 def registered(folder: str) -> Tensor:
     """After `import rmoe` alone; stdin is closed, so a question would be an error."""
-    import rmoe  # noqa: F401
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    import rmoe  # noqa: F401
 
     config = AutoConfig.from_pretrained(folder)
     assert AutoModel.from_pretrained(folder).config.model_type == config.model_type
@@ -43,8 +44,9 @@ def remote(folder: str) -> Tensor:
 
 def tensor_parallel(folder: str) -> Tensor:
     """Under torchrun, with `tp_plan="auto"`."""
-    import rmoe.graft  # noqa: F401
     from transformers import AutoModelForCausalLM
+
+    import rmoe.graft  # noqa: F401
 
     torch.distributed.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
@@ -52,25 +54,27 @@ def tensor_parallel(folder: str) -> Tensor:
     return logits(model)
 
 
-def launched(folder: str) -> Tensor:
-    """Under `accelerate launch`: one step of Trainer on all processes, then the logits."""
-    import rmoe.graft  # noqa: F401
+def step(folder: str) -> Tensor:
+    """One step of Trainer on 8 sequences, on as many processes as there are; then the logits."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
+    import rmoe.graft  # noqa: F401
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     args = TrainingArguments(
-        folder + "-run", max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="no", learning_rate=1e-3, gradient_checkpointing=True,
+        folder + "-run", max_steps=1, per_device_train_batch_size=8 // processes, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", learning_rate=1e-3, gradient_checkpointing=True,
     )  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
     t = Trainer(model, args, train_dataset=rows, data_collator=default_data_collator)
     t.train()
-    assert t.args.world_size == int(os.environ["WORLD_SIZE"]) == 2
+    assert t.args.world_size == processes
     return logits(model)
 
 
 if __name__ == "__main__":
     verb, source, out = sys.argv[1:]
-    result = {"registered": registered, "remote": remote, "tp": tensor_parallel, "launched": launched}[verb](source)
+    result = {"registered": registered, "remote": remote, "tp": tensor_parallel, "step": step}[verb](source)
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(result, out)

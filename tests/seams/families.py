@@ -137,7 +137,9 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module, tolerance: float 
     a, b = one.state_dict(), other.state_dict()
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Importing a module enters its jobs.
-from tests.seams import trainer, losses, generation, adapters, objects  # noqa: F401, I001 - in the order of the page
+from tests.seams import adapters, generation, losses, objects, trainer  # noqa: F401 - in the order of the page
 from tests.seams.job import JOBS, Job
 
 __all__ = ["JOBS", "Job"]

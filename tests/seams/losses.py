@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,28 +133,16 @@ def use_cache(family: Family, tmp: Path) -> None:
 @job(GROUP, "an unknown keyword is a `TypeError` that names it")
 def unknown_keyword(family: Family, tmp: Path) -> None:
     for model in (family.causal(), family.classifier(num_labels=2), family.trunk()):
-        _refuses(model, no_such_option=1)
-
-
-def _refuses(model: Any, **wrong: Any) -> None:
-    name = next(iter(wrong))
-    try:
-        model(input_ids=ids(), **wrong)
-    except TypeError as error:
-        assert name in str(error)
-    else:
-        raise AssertionError(f"{type(model).__name__} swallowed {name}=")
+        with pytest.raises(TypeError, match="no_such_option"):
+            model(input_ids=ids(), no_such_option=1)
 
 
 @job(GROUP, "neither or both of `input_ids` and `inputs_embeds` is an error")
 def inputs_needed(family: Family, tmp: Path) -> None:
     model = family.causal()
     for inputs in ({}, {"input_ids": ids(), "inputs_embeds": model.get_input_embeddings()(ids())}):
-        try:
+        with pytest.raises(ValueError, match="input_ids"):
             model(**inputs)
-        except ValueError:
-            continue
-        raise AssertionError(f"accepted {sorted(inputs)}")
 
 
 @job(GROUP, "attention: eager and sdpa agree, padded and not; changed by `set_attn_implementation`")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -180,7 +181,9 @@ def resized_id_routers(family: Family, tmp: Path) -> None:
         _resized(family, tmp / str(number), **changes)
 
 
-@job(OBJECT, "embeddings and head read and replaced (`get_`, `set_input_embeddings`, `set_output_embeddings`)")
+@job(
+    OBJECT, "embeddings and head read and replaced (`get_`, `set_input_embeddings`, `set_output_embeddings`)"
+)
 def replaced_embeddings(family: Family, tmp: Path) -> None:
     model = family.causal()
     head = nn.Linear(32, 7, bias=False)
@@ -302,7 +305,9 @@ def torchao(family: Family, tmp: Path) -> None:
     want = logits(model)
     model.save_pretrained(tmp)
     quantize_(model, Int8WeightOnlyConfig())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
     for quantised in (model, loaded):
         assert type(quantised.model.layers[0].self_attn.q_proj.weight) is not nn.Parameter
         got = logits(quantised)
@@ -357,11 +362,13 @@ def classifier_saved(family: Family, tmp: Path) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp)
     assert loaded.config.num_labels == 3
     same_outputs(loaded, model)
-    other = AutoModelForSequenceClassification.from_pretrained(tmp, num_labels=5, ignore_mismatched_sizes=True)
+    other = AutoModelForSequenceClassification.from_pretrained(
+        tmp, num_labels=5, ignore_mismatched_sizes=True
+    )
     assert logits(other).shape == (2, 5)
 
 
-@job(FILES, "loaded in bfloat16, `dtype=\"auto\"`, and saved again")
+@job(FILES, 'loaded in bfloat16, `dtype="auto"`, and saved again')
 def saved_in_bfloat16(family: Family, tmp: Path) -> None:
     family.causal().save_pretrained(tmp / "single")
     low = AutoModelForCausalLM.from_pretrained(tmp / "single", dtype=torch.bfloat16)
@@ -394,12 +401,8 @@ def rmoe_load(family: Family, tmp: Path) -> None:
     assert out.get(CACHE) is None
     plain = rmoe.load(tmp, router_aux_loss_coef=0.0, output_router_logits=True)(input_ids=ids(), labels=ids())
     assert out.loss > plain.loss
-    try:
+    with pytest.raises(RequestError, match="no_such_field"):
         rmoe.load(tmp, no_such_field=1)
-    except RequestError as error:
-        assert "no_such_field" in str(error)
-    else:
-        raise AssertionError("rmoe.load took no_such_field=1")
 
 
 @job(FILES, "`rmoe.load` of a classifier and of a trunk, in another dtype")
@@ -421,7 +424,11 @@ def lacking_weights(family: Family, tmp: Path) -> None:
     tensors = load_file(tmp / "model.safetensors")
     gone = [name for name in tensors if ".gate." in name or "router" in name]
     assert gone
-    save_file({n: t for n, t in tensors.items() if n not in gone}, tmp / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t for n, t in tensors.items() if n not in gone},
+        tmp / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp, output_loading_info=True)
     assert set(report["missing_keys"]) == set(gone)
     fresh = AutoModelForCausalLM.from_config(model.config).state_dict()
@@ -434,7 +441,9 @@ def lacking_weights(family: Family, tmp: Path) -> None:
 @job(FILES, "built on the meta device, then `to_empty` and `init_weights` (FSDP, torchtitan)")
 def deferred_initialisation(family: Family, tmp: Path) -> None:
     # The control has no buffers; for RMoE, every kind of router state that lives in one.
-    routers = ("rmoe", "deepseek-v3", "remoe", "eda", "hash", "smoe-annealed") if family.name == "rmoe" else (None,)
+    routers = (
+        ("rmoe", "deepseek-v3", "remoe", "eda", "hash", "smoe-annealed") if family.name == "rmoe" else (None,)
+    )
     for router in routers:
         config = family.config(**({} if router is None else {"router": router}))
         direct = AutoModelForCausalLM.from_config(config) if not family.is_graft else family.causal()
@@ -540,7 +549,9 @@ def empty_then_loaded(family: Family, tmp: Path) -> None:
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(model.config)
     assert all(parameter.is_meta for parameter in empty.parameters())
-    loaded = load_checkpoint_and_dispatch(empty, str(tmp / "pytorch_model.bin"), device_map={"": "cpu"}).eval()
+    loaded = load_checkpoint_and_dispatch(
+        empty, str(tmp / "pytorch_model.bin"), device_map={"": "cpu"}
+    ).eval()
     close(logits(loaded), logits(model))
 
 
@@ -575,7 +586,7 @@ def _child(command: list[str], verb: str, folder: Path, out: Path) -> Tensor:
         [*command, "-m", "tests.seams.child", verb, str(folder), str(out)], cwd=ROOT, env=environment, text=True,
         stdin=subprocess.DEVNULL, capture_output=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(out)
 
 
@@ -591,11 +602,15 @@ def _in_a_child(command: list[str], verb: str) -> Callable[[Family, Path], None]
 
 _PYTHON = [sys.executable]
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-_LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no",
-           "--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+_LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 
 
-@job(FILES, "`AutoConfig`, `AutoModel`, `AutoTokenizer` after `import rmoe`, without a question on the terminal", slow=True)
+@job(
+    FILES,
+    "`AutoConfig`, `AutoModel`, `AutoTokenizer` after `import rmoe`, without a question on the terminal",
+    slow=True,
+)
 def after_import(family: Family, tmp: Path) -> None:
     _in_a_child(_PYTHON, "registered")(family, tmp)
 
@@ -623,17 +638,36 @@ def tensor_parallel(family: Family, tmp: Path) -> None:
     _in_a_child(_TORCHRUN, "tp")(family, tmp)
 
 
-@job(PLACES, "`accelerate launch` on two processes: Trainer's step is that of one process", slow=True)
-def accelerate_launch(family: Family, tmp: Path) -> None:
-    from tests.seams.trainer import trainer
+def _step_in_a_child(command: list[str]) -> Callable[[Family, Path], None]:
+    """Trainer takes one step in the children, on the batch that one process takes here."""
 
-    model = family.causal(router_aux_loss_coef=0.0)
-    model.save_pretrained(tmp / "saved")
-    got = _child(_LAUNCH, "launched", tmp / "saved", tmp / "logits.pt")
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
-    args = {"max_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "gradient_checkpointing": True}
-    trainer(model, tmp, args, train_dataset=rows).train()
-    close(got, child_logits(model), 1e-4)
+    def function(family: Family, tmp: Path) -> None:
+        from tests.seams.trainer import trainer
+
+        model = family.causal(router_aux_loss_coef=0.0)  # a balance loss of parts is not that of the whole
+        model.save_pretrained(tmp / "saved")
+        got = _child(command, "step", tmp / "saved", tmp / "logits.pt")
+        rows = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
+        args = {
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 8,
+            "gradient_checkpointing": True,
+        }
+        trainer(model, tmp, args, train_dataset=rows).train()
+        close(got, child_logits(model), 1e-4)
+
+    return function
+
+
+@job(PLACES, "Trainer under `accelerate launch`", slow=True)
+def accelerate_launch(family: Family, tmp: Path) -> None:
+    _step_in_a_child(_LAUNCH)(family, tmp)
+
+
+@job(PLACES, "Trainer under `torchrun` on two processes (DDP): the step of one process", slow=True)
+def two_processes(family: Family, tmp: Path) -> None:
+    _step_in_a_child(_TORCHRUN)(family, tmp)
 
 
 # ---- pipelines --------------------------------------------------------------------------------------------------
@@ -657,7 +691,7 @@ def text_generation(family: Family, tmp: Path) -> None:
     want = [of_folder(text, **options)[0]["generated_token_ids"] for text in texts]
     assert [of_objects(text, **options)[0]["generated_token_ids"] for text in texts] == want
     batched = of_objects(texts, batch_size=2, **options)
-    assert [list(row[0]["generated_token_ids"])[-4:] for row in batched] == [list(w)[-4:] for w in want]
+    assert [[token for token in row[0]["generated_token_ids"] if token != 257] for row in batched] == want
 
 
 @job(PIPELINES, "text-classification, batched as alone")

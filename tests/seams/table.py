@@ -34,17 +34,18 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "torchao", "on
 
 HEAD = """# Seams: where other people's programs meet these models
 
-Does an RMoE model, or a grafted one, do what a transformers model does? Each row is a job that users, or programs such as
-Trainer, PEFT and TRL, give to a model; each column is a tiny model. OLMoE, of transformers itself, is the control.
 {counts}
 
-- **passes**: the job ran and gave the right result; the job's code in `tests/seams/` says what right means.
-- **control fails**: the job fails here, and transformers' own OLMoE fails too.
+Does an RMoE model, or a grafted one, do what a transformers model does? Each row is a job that people, or programs
+such as Trainer, PEFT and TRL, give to a model. Each column is a tiny model; transformers' OLMoE is the control.
+
+- **passes**: the job ran and its result is right. What right means is in the job's code, in `tests/seams/`.
+- **control fails**: the job fails here, and for transformers' own OLMoE too.
 - **fails**: the job fails here and not for OLMoE. The number leads to the reason.
 - **skipped**: a package that the job needs was not installed.
 
-`python -m tests.seams.table` runs all jobs and writes this page. `make test` runs the quick ones, `make test-all` the slow ones
-too (marked *slow*); a cell that is listed as failing and passes fails its test. {versions}
+`python -m tests.seams.table` runs all jobs and writes this page. `make test` runs the quick jobs, `make test-all` the
+slow ones too (marked *slow*). A cell that is listed as failing and passes fails its test. {versions}
 """
 
 
@@ -121,7 +122,9 @@ def installed() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=PAGE)
     arguments = parser.parse_args()

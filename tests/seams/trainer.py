@@ -33,12 +33,16 @@ def trainer(model: Any, folder: Path, args: dict[str, Any] | None = None, **more
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
     options = {"train_dataset": rows(), "eval_dataset": rows(6), "data_collator": default_data_collator}
-    return Trainer(model, TrainingArguments(str(folder), **{**settings, **(args or {})}), **{**options, **more})
+    return Trainer(
+        model, TrainingArguments(str(folder), **{**settings, **(args or {})}), **{**options, **more}
+    )
 
 
 def token_accuracy(prediction: Any) -> dict[str, float]:
     """What a user's `compute_metrics` does with the logits of a language model."""
-    assert isinstance(prediction.predictions, np.ndarray), f"predictions are a {type(prediction.predictions).__name__}"
+    assert isinstance(prediction.predictions, np.ndarray), (
+        f"predictions are a {type(prediction.predictions).__name__}"
+    )
     assert prediction.predictions.shape == (6, 12, VOCAB)
     guess = prediction.predictions[:, :-1].argmax(-1)
     return {"accuracy": float((guess == prediction.label_ids[:, 1:]).mean())}
@@ -78,7 +82,7 @@ def compute_metrics(family: Family, tmp: Path) -> None:
     found = trainer(model, tmp, compute_metrics=token_accuracy).evaluate()
     with torch.no_grad():
         guess = model(input_ids=ids(6, 12)).logits[:, :-1].argmax(-1)
-    assert found["eval_accuracy"] == float((guess == ids(6, 12)[:, 1:]).float().mean())
+    assert found["eval_accuracy"] == float((guess == ids(6, 12)[:, 1:]).double().mean())
 
 
 @job(GROUP, "evaluate with `preprocess_logits_for_metrics`, batched metrics and accumulation on the host")
@@ -126,8 +130,14 @@ def predicts_without_labels(family: Family, tmp: Path) -> None:
 @job(GROUP, "`load_best_model_at_end`")
 def best_model_at_end(family: Family, tmp: Path) -> None:
     args = {
-        "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
-        "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True,
+        "max_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
     }  # fmt: skip - the first step counts as the best, so there is something to load
     model = family.causal()
     t = trainer(model, tmp, args)
@@ -250,9 +260,9 @@ def compute_loss_func(family: Family, tmp: Path) -> None:
 @job(GROUP, "label smoothing: the loss is that of the shifted labels")
 def label_smoothing(family: Family, tmp: Path) -> None:
     model = family.causal()
-    found = trainer(
-        model, tmp, {"label_smoothing_factor": 0.1, "per_device_eval_batch_size": 6}
-    ).evaluate()["eval_loss"]
+    found = trainer(model, tmp, {"label_smoothing_factor": 0.1, "per_device_eval_batch_size": 6}).evaluate()[
+        "eval_loss"
+    ]
     with torch.no_grad():
         logits = model(input_ids=ids(6, 12)).logits[:, :-1].flatten(0, 1)
     want = F.cross_entropy(logits, ids(6, 12)[:, 1:].flatten(), label_smoothing=0.1)
@@ -272,7 +282,9 @@ def resumes(family: Family, tmp: Path) -> None:
 
 @job(GROUP, "`label_names` given")
 def label_names_given(family: Family, tmp: Path) -> None:
-    found = trainer(family.causal(), tmp, {"label_names": ["labels"]}, compute_metrics=token_accuracy).evaluate()
+    found = trainer(
+        family.causal(), tmp, {"label_names": ["labels"]}, compute_metrics=token_accuracy
+    ).evaluate()
     assert {"eval_loss", "eval_accuracy"} <= found.keys()
 
 
@@ -339,7 +351,9 @@ def classifies_padded(family: Family, tmp: Path) -> None:
 
 @job(GROUP, "group by length")
 def groups_by_length(family: Family, tmp: Path) -> None:
-    rows_ = [{"input_ids": ids(1, n)[0].tolist(), "labels": ids(1, n)[0].tolist()} for n in (3, 9, 4, 8, 5, 7)]
+    rows_ = [
+        {"input_ids": ids(1, n)[0].tolist(), "labels": ids(1, n)[0].tolist()} for n in (3, 9, 4, 8, 5, 7)
+    ]
 
     def pad(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         longest = max(len(row["input_ids"]) for row in batch)
@@ -355,7 +369,13 @@ def groups_by_length(family: Family, tmp: Path) -> None:
         if has_option("train_sampling_strategy")
         else {"group_by_length": True}
     )
-    t = trainer(family.causal(), tmp, {**strategy, "per_device_train_batch_size": 2}, train_dataset=rows_, data_collator=pad)
+    t = trainer(
+        family.causal(),
+        tmp,
+        {**strategy, "per_device_train_batch_size": 2},
+        train_dataset=rows_,
+        data_collator=pad,
+    )
     t.train()
     assert np.isfinite(t.state.log_history[0]["loss"])
 
@@ -408,5 +428,7 @@ def saves_for_a_push(family: Family, tmp: Path) -> None:
     assert type(loaded) is type(model)
     same_weights(loaded, model)
     same_outputs(loaded, model.eval())
-    model.save_pretrained(tmp / "given", state_dict=model.state_dict(), is_main_process=True, max_shard_size="20KB")
+    model.save_pretrained(
+        tmp / "given", state_dict=model.state_dict(), is_main_process=True, max_shard_size="20KB"
+    )
     same_weights(AutoModelForCausalLM.from_pretrained(tmp / "given"), model)
