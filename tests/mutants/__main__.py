@@ -1,0 +1,168 @@
+"""`make mutants`: apply each mutant of the fixed sample, run the tests that can see it, list the survivors.
+
+Libraries are imported once; each mutant is a forked process that imports the package with one file changed in memory
+(nothing on disk is touched) and runs pytest up to the first failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.operators import Mutant, mutants
+from tests.mutants.table import LEFT_OUT, PARTS, tests_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = 13
+LIMIT_S = 90  # a mutant that runs longer is killed: loops without end
+MEMORY = 24 << 30
+PRELOADED = (
+    "torch", "numpy", "scipy.stats", "msgspec", "safetensors.torch", "hypothesis", "tyro", "plotly.graph_objects",
+    "sklearn.metrics", "transformers", "transformers.integrations", "transformers.masking_utils", "accelerate",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "torch.utils.flop_counter",
+    "torch._dynamo", "transformers.generation", "transformers.trainer",
+)  # fmt: skip
+
+
+def files_of(part: str) -> list[str]:
+    paths = sorted((ROOT / part).glob("*.py")) if (ROOT / part).is_dir() else [ROOT / part]
+    return [name for path in paths if (name := str(path.relative_to(ROOT))) not in LEFT_OUT]
+
+
+def all_mutants(files: Iterable[str]) -> list[Mutant]:
+    return [mutant._replace(tree=None) for file in files for mutant in mutants(file, (ROOT / file).read_text())]
+
+
+def sample() -> list[Mutant]:
+    """The fixed sample: of each part the mutants whose keys hash lowest. Other code may change without moving it."""
+    chosen = []
+    for part, size in PARTS.items():
+        found = sorted(all_mutants(files_of(part)), key=lambda m: hashlib.sha256(f"{SEED}{m.key}".encode()).digest())
+        chosen += sorted(found[:size], key=lambda m: (m.file, m.line, m.key))
+    return chosen
+
+
+def run_tests(tests: Iterable[str], scratch: Path, mutant: Mutant | None = None) -> None:
+    """In the forked process: never returns."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    log = os.open(scratch / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    if mutant is not None:
+        path, plain = str(ROOT / mutant.file), SourceFileLoader.get_code
+        source = Path(path).read_text()
+        code = next(compile(m.tree, path, "exec") for m in mutants(mutant.file, source) if m.key == mutant.key)
+        SourceFileLoader.get_code = lambda self, name: code if self.path == path else plain(self, name)  # type: ignore[assignment,method-assign]
+    # Plain asserts: pytest would otherwise load a module named for its doctests itself, from the disk.
+    options = ["-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={scratch / 'tmp'}", "--no-header"]
+    os._exit(pytest.main([*options, *tests]))
+
+
+def outcome(tests: Iterable[str], scratch: Path, mutant: Mutant | None = None) -> tuple[str, float]:
+    """"survived", or how it was killed; and the seconds it took."""
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            run_tests(tests, scratch, mutant)
+        finally:
+            os._exit(70)
+    status = None
+    while status is None and time.monotonic() - began < LIMIT_S:
+        time.sleep(0.02)
+        done, code = os.waitpid(child, os.WNOHANG)
+        status = code if done else None
+    try:
+        os.killpg(child, signal.SIGKILL)  # and what it may have started
+    except ProcessLookupError:
+        pass
+    if status is None:
+        os.waitpid(child, 0)
+        return "time", time.monotonic() - began
+    took = time.monotonic() - began
+    names = {0: "survived", 1: "test", 2: "import"}
+    result = names.get(os.waitstatus_to_exitcode(status), f"exit {os.waitstatus_to_exitcode(status)}")
+    if result in ("exit 4", "exit 5"):
+        raise SystemExit(f"error: pytest found no tests in {tests}:\n{(scratch / 'log').read_text()}")
+    return result, took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("--files", nargs="*", help="all mutants of these files, instead of the sample")
+    parser.add_argument("--changed", metavar="REF", help="all mutants of the covered files that differ from a commit")
+    parser.add_argument("--part", help="of the sample, only files whose path begins so")
+    parser.add_argument("--keys", nargs="*", help="only these mutants of the sample (or of --files)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.jsonl")
+    parser.add_argument("--list", action="store_true", help="print the sample and end")
+    options = parser.parse_args()
+    if options.changed:
+        named = ["git", "diff", "--name-only", options.changed, "--", *PARTS]
+        changed = subprocess.run(named, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+        covered = [file for part in PARTS for file in files_of(part)]
+        chosen = all_mutants(file for file in covered if file in changed)
+    else:
+        chosen = all_mutants(options.files) if options.files else sample()
+    chosen = [m for m in chosen if m.file.startswith(options.part or "") and m.key in (options.keys or [m.key])]
+    if options.list:
+        print(*(describe(m) for m in chosen), sep="\n")
+        return
+    for module in PRELOADED:
+        importlib.import_module(module)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="mutants-"))
+    try:
+        raise SystemExit(measure(chosen, options.out, scratch))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def measure(chosen: list[Mutant], out: Path, scratch: Path) -> int:
+    for tests in dict.fromkeys(tests_of(m.file) for m in chosen):
+        result, took = outcome(tests, scratch)
+        print(f"unchanged: {' '.join(tests)}: {took:.1f} s", flush=True)
+        if result != "survived":
+            raise SystemExit(f"error: the tests fail without any mutant\n{(scratch / 'log').read_text()[-3000:]}")
+    reasons = (ROOT / "docs" / "mutants.md").read_text() if (ROOT / "docs" / "mutants.md").exists() else ""
+    counts: dict[str, Counter] = {part: Counter() for part in PARTS}
+    survivors, began = [], time.monotonic()
+    with out.open("w") as file:
+        for mutant in chosen:
+            result, took = outcome(tests_of(mutant.file), scratch, mutant)
+            row = {**mutant._asdict(), "outcome": result, "seconds": round(took, 1)}
+            file.write(json.dumps({k: v for k, v in row.items() if k != "tree"}) + "\n")
+            file.flush()
+            counts[next(part for part in PARTS if mutant.file.startswith(part))][result] += 1
+            if result == "survived":
+                survivors.append(mutant)
+                print(f"{describe(mutant)}{'' if mutant.key in reasons else '  (no reason in docs/mutants.md)'}", flush=True)
+    for part, found in counts.items():
+        if total := found.total():
+            print(f"{part}: {total - found['survived']} of {total} killed {dict(found)}")
+    rate = 1 - len(survivors) / max(len(chosen), 1)
+    print(f"{len(chosen)} mutants, {rate:.1%} killed, {(time.monotonic() - began) / 60:.0f} minutes")
+    return int(rate < 0.9)
+
+
+def describe(m: Mutant) -> str:
+    return f"{m.key} {m.file}:{m.line} {m.function} [{m.operator}] {m.before}  ->  {m.after}"
+
+
+if __name__ == "__main__":
+    main()
