@@ -46,14 +46,18 @@ def files_of(part: str) -> list[str]:
 
 
 def all_mutants(files: Iterable[str]) -> list[Mutant]:
-    return [mutant._replace(tree=None) for file in files for mutant in mutants(file, (ROOT / file).read_text())]
+    return [
+        mutant._replace(tree=None) for file in files for mutant in mutants(file, (ROOT / file).read_text())
+    ]
 
 
 def sample() -> list[Mutant]:
     """The fixed sample: of each part the mutants whose keys hash lowest. Other code may change without moving it."""
     chosen = []
     for part, size in PARTS.items():
-        found = sorted(all_mutants(files_of(part)), key=lambda m: hashlib.sha256(f"{SEED}{m.key}".encode()).digest())
+        found = sorted(
+            all_mutants(files_of(part)), key=lambda m: hashlib.sha256(f"{SEED}{m.key}".encode()).digest()
+        )
         chosen += sorted(found[:size], key=lambda m: (m.file, m.line, m.key))
     return chosen
 
@@ -67,15 +71,26 @@ def run_tests(tests: Iterable[str], scratch: Path, mutant: Mutant | None = None)
     if mutant is not None:
         path, plain = str(ROOT / mutant.file), SourceFileLoader.get_code
         source = Path(path).read_text()
-        code = next(compile(m.tree, path, "exec") for m in mutants(mutant.file, source) if m.key == mutant.key)
+        code = next(
+            compile(m.tree, path, "exec") for m in mutants(mutant.file, source) if m.key == mutant.key
+        )
         SourceFileLoader.get_code = lambda self, name: code if self.path == path else plain(self, name)  # type: ignore[assignment,method-assign]
     # Plain asserts: pytest would otherwise load a module named for its doctests itself, from the disk.
-    options = ["-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={scratch / 'tmp'}", "--no-header"]
+    options = [
+        "-x",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        f"--basetemp={scratch / 'tmp'}",
+        "--no-header",
+    ]
     os._exit(pytest.main([*options, *tests]))
 
 
 def outcome(tests: Iterable[str], scratch: Path, mutant: Mutant | None = None) -> tuple[str, float]:
-    """"survived", or how it was killed; and the seconds it took."""
+    """ "survived", or how it was killed; and the seconds it took."""
     began = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -106,7 +121,9 @@ def outcome(tests: Iterable[str], scratch: Path, mutant: Mutant | None = None) -
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--files", nargs="*", help="all mutants of these files, instead of the sample")
-    parser.add_argument("--changed", metavar="REF", help="all mutants of the covered files that differ from a commit")
+    parser.add_argument(
+        "--changed", metavar="REF", help="all mutants of the covered files that differ from a commit"
+    )
     parser.add_argument("--part", help="of the sample, only files whose path begins so")
     parser.add_argument("--keys", nargs="*", help="only these mutants of the sample (or of --files)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.jsonl")
@@ -119,7 +136,9 @@ def main() -> None:
         chosen = all_mutants(file for file in covered if file in changed)
     else:
         chosen = all_mutants(options.files) if options.files else sample()
-    chosen = [m for m in chosen if m.file.startswith(options.part or "") and m.key in (options.keys or [m.key])]
+    chosen = [
+        m for m in chosen if m.file.startswith(options.part or "") and m.key in (options.keys or [m.key])
+    ]
     if options.list:
         print(*(describe(m) for m in chosen), sep="\n")
         return
@@ -138,7 +157,9 @@ def measure(chosen: list[Mutant], out: Path, scratch: Path) -> int:
         result, took = outcome(tests, scratch)
         print(f"unchanged: {' '.join(tests)}: {took:.1f} s", flush=True)
         if result != "survived":
-            raise SystemExit(f"error: the tests fail without any mutant\n{(scratch / 'log').read_text()[-3000:]}")
+            raise SystemExit(
+                f"error: the tests fail without any mutant\n{(scratch / 'log').read_text()[-3000:]}"
+            )
     reasons = (ROOT / "docs" / "mutants.md").read_text() if (ROOT / "docs" / "mutants.md").exists() else ""
     counts: dict[str, Counter] = {part: Counter() for part in PARTS}
     survivors, began = [], time.monotonic()
@@ -151,7 +172,10 @@ def measure(chosen: list[Mutant], out: Path, scratch: Path) -> int:
             counts[next(part for part in PARTS if mutant.file.startswith(part))][result] += 1
             if result == "survived":
                 survivors.append(mutant)
-                print(f"{describe(mutant)}{'' if mutant.key in reasons else '  (no reason in docs/mutants.md)'}", flush=True)
+                print(
+                    f"{describe(mutant)}{'' if mutant.key in reasons else '  (no reason in docs/mutants.md)'}",
+                    flush=True,
+                )
     for part, found in counts.items():
         if total := found.total():
             print(f"{part}: {total - found['survived']} of {total} killed {dict(found)}")

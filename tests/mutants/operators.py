@@ -66,7 +66,9 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         return new
 
     match node:
-        case ast.BinOp(left, op, right) if type(op) in SWAPPED_OPERATORS and not (_is_text(left) or _is_text(right)):
+        case ast.BinOp(left, op, right) if type(op) in SWAPPED_OPERATORS and not (
+            _is_text(left) or _is_text(right)
+        ):
             yield "arithmetic", edited(op=SWAPPED_OPERATORS[type(op)]())
         case ast.AugAssign(op=op):
             yield "statement", ast.Pass()
@@ -93,7 +95,11 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "constant", ast.Constant(value * 2 or 1.0)
         case ast.Call(func, args, keywords):
             name, base = _name(func), getattr(func, "value", None)
-            if name in DROPPED and isinstance(func, ast.Attribute) and _name(base) not in ("F", "torch", "functional"):
+            if (
+                name in DROPPED
+                and isinstance(func, ast.Attribute)
+                and _name(base) not in ("F", "torch", "functional")
+            ):
                 yield "call", base
             elif (name in DROPPED or name in ("min", "max")) and args:
                 yield "call", args[0]
@@ -119,10 +125,14 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "branch", edited(test=ast.Constant(False))
 
 
-def _places(node: ast.AST, path: tuple[str, ...]) -> Iterator[tuple[ast.AST, str, int | None, tuple[str, ...]]]:
+def _places(
+    node: ast.AST, path: tuple[str, ...]
+) -> Iterator[tuple[ast.AST, str, int | None, tuple[str, ...]]]:
     """(parent, field, position in a list field, enclosing definitions) of every node that may change."""
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list", "bases", "msg") or isinstance(node, ast.Assert):
+        if field in ("annotation", "returns", "decorator_list", "bases", "msg") or isinstance(
+            node, ast.Assert
+        ):
             continue
         for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST):
