@@ -7,6 +7,7 @@ Libraries are imported once; each mutant is a forked process that imports the pa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -15,9 +16,9 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
+import types
 from collections import Counter
 from collections.abc import Iterable
 from importlib.machinery import SourceFileLoader
@@ -30,7 +31,10 @@ from tests.mutants.table import LEFT_OUT, PARTS, tests_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 13
-LIMIT_S = 90  # a mutant that runs longer is killed: loops without end
+LIMIT_CPU_S = (
+    30  # and three times what the tests need without a mutant; processor time: a busy machine kills none
+)
+LIMIT_S = 900  # of the clock, for one that waits
 MEMORY = 24 << 30
 PRELOADED = (
     "torch", "numpy", "scipy.stats", "msgspec", "safetensors.torch", "hypothesis", "tyro", "plotly.graph_objects",
@@ -62,9 +66,10 @@ def sample() -> list[Mutant]:
     return chosen
 
 
-def run_tests(tests: Iterable[str], scratch: Path, mutant: Mutant | None = None) -> None:
+def run_tests(tests: Iterable[str], scratch: Path, mutant: Mutant | None, limit: int) -> None:
     """In the forked process: never returns."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     log = os.open(scratch / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
@@ -74,48 +79,40 @@ def run_tests(tests: Iterable[str], scratch: Path, mutant: Mutant | None = None)
         code = next(
             compile(m.tree, path, "exec") for m in mutants(mutant.file, source) if m.key == mutant.key
         )
-        SourceFileLoader.get_code = lambda self, name: code if self.path == path else plain(self, name)  # type: ignore[assignment,method-assign]
+
+        def get_code(self: SourceFileLoader, name: str) -> types.CodeType | None:
+            return code if self.path == path else plain(self, name)
+
+        SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
     # Plain asserts: pytest would otherwise load a module named for its doctests itself, from the disk.
-    options = [
-        "-x",
-        "--assert=plain",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        f"--basetemp={scratch / 'tmp'}",
-        "--no-header",
-    ]
+    options = ["-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
+    options += [f"--basetemp={scratch / 'tmp'}"]
     os._exit(pytest.main([*options, *tests]))
 
 
-def outcome(tests: Iterable[str], scratch: Path, mutant: Mutant | None = None) -> tuple[str, float]:
-    """ "survived", or how it was killed; and the seconds it took."""
-    began = time.monotonic()
+def outcome(
+    tests: Iterable[str], scratch: Path, mutant: Mutant | None = None, limit: int = 600
+) -> tuple[str, float]:
+    """ "survived", or how it was killed; and the processor's seconds."""
     child = os.fork()
     if child == 0:
         try:
-            run_tests(tests, scratch, mutant)
+            run_tests(tests, scratch, mutant, limit)
         finally:
             os._exit(70)
-    status = None
-    while status is None and time.monotonic() - began < LIMIT_S:
+    began, done = time.monotonic(), 0
+    while not done and time.monotonic() - began < LIMIT_S:
         time.sleep(0.02)
-        done, code = os.waitpid(child, os.WNOHANG)
-        status = code if done else None
-    try:
+        done, status, usage = os.wait4(child, os.WNOHANG)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # and what it may have started
-    except ProcessLookupError:
-        pass
-    if status is None:
-        os.waitpid(child, 0)
-        return "time", time.monotonic() - began
-    took = time.monotonic() - began
-    names = {0: "survived", 1: "test", 2: "import"}
-    result = names.get(os.waitstatus_to_exitcode(status), f"exit {os.waitstatus_to_exitcode(status)}")
-    if result in ("exit 4", "exit 5"):
+    if not done:
+        _, status, usage = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code in (4, 5):
         raise SystemExit(f"error: pytest found no tests in {tests}:\n{(scratch / 'log').read_text()}")
-    return result, took
+    names = {0: "survived", 1: "test", 2: "import", -signal.SIGXCPU: "time", -signal.SIGKILL: "time"}
+    return names.get(code, f"exit {code}"), usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -153,8 +150,10 @@ def main() -> None:
 
 
 def measure(chosen: list[Mutant], out: Path, scratch: Path) -> int:
+    limits: dict[tuple[str, ...], int] = {}
     for tests in dict.fromkeys(tests_of(m.file) for m in chosen):
         result, took = outcome(tests, scratch)
+        limits[tests] = int(LIMIT_CPU_S + 3 * took)
         print(f"unchanged: {' '.join(tests)}: {took:.1f} s", flush=True)
         if result != "survived":
             raise SystemExit(
@@ -165,7 +164,8 @@ def measure(chosen: list[Mutant], out: Path, scratch: Path) -> int:
     survivors, began = [], time.monotonic()
     with out.open("w") as file:
         for mutant in chosen:
-            result, took = outcome(tests_of(mutant.file), scratch, mutant)
+            tests = tests_of(mutant.file)
+            result, took = outcome(tests, scratch, mutant, limits[tests])
             row = {**mutant._asdict(), "outcome": result, "seconds": round(took, 1)}
             file.write(json.dumps({k: v for k, v in row.items() if k != "tree"}) + "\n")
             file.flush()

@@ -120,7 +120,9 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "layer", ast.Constant(0)
         case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Continue() | ast.Break():
             yield "statement", ast.Pass()
-        case ast.If(test=test) | ast.IfExp(test=test) if not isinstance(test, ast.Compare):
+        case ast.If(test=test) | ast.IfExp(test=test) if (
+            not isinstance(test, ast.Compare) and _name(test) != "TYPE_CHECKING"
+        ):
             yield "branch", edited(test=ast.Constant(True))
             yield "branch", edited(test=ast.Constant(False))
 
@@ -140,8 +142,6 @@ def _places(
             inner = path
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 inner = (*path, child.name)
-            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
             elif isinstance(child, ast.keyword) and child.arg == "strict":
                 continue
             elif isinstance(child, ast.Raise):  # the error's text is no business of a mutant's
