@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.operators import Mutant, mutants
-from tests.mutants.table import LEFT_OUT, PARTS, tests_of
+from tests.mutants.table import LEFT_OUT, NOT_SLOW, PARTS, tests_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 13
@@ -66,38 +66,50 @@ def sample() -> list[Mutant]:
     return chosen
 
 
-def run_tests(tests: Iterable[str], scratch: Path, mutant: Mutant | None, limit: int) -> None:
+def compiled(chosen: Iterable[Mutant]) -> dict[str, types.CodeType]:
+    """Key -> the mutated module's code."""
+    keys, files = {m.key for m in chosen}, {m.file for m in chosen}
+    found = (m for file in files for m in mutants(file, (ROOT / file).read_text()) if m.key in keys)
+    return {m.key: compile(m.tree, str(ROOT / m.file), "exec") for m in found}
+
+
+def run_tests(
+    tests: Iterable[str], scratch: Path, file: str, code: types.CodeType | None, limit: int
+) -> None:
     """In the forked process: never returns."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     log = os.open(scratch / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
-    if mutant is not None:
-        path, plain = str(ROOT / mutant.file), SourceFileLoader.get_code
-        source = Path(path).read_text()
-        code = next(
-            compile(m.tree, path, "exec") for m in mutants(mutant.file, source) if m.key == mutant.key
-        )
+    if code is not None:
+        path, plain = str(ROOT / file), SourceFileLoader.get_code
 
         def get_code(self: SourceFileLoader, name: str) -> types.CodeType | None:
             return code if self.path == path else plain(self, name)
 
         SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
     # Plain asserts: pytest would otherwise load a module named for its doctests itself, from the disk.
-    options = ["-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
-    options += [f"--basetemp={scratch / 'tmp'}"]
+    options = [
+        "-x",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={scratch / 'tmp'}",
+        "-k",
+        NOT_SLOW,
+    ]
     os._exit(pytest.main([*options, *tests]))
 
 
 def outcome(
-    tests: Iterable[str], scratch: Path, mutant: Mutant | None = None, limit: int = 600
+    tests: Iterable[str], scratch: Path, file: str = "", code: types.CodeType | None = None, limit: int = 600
 ) -> tuple[str, float]:
     """ "survived", or how it was killed; and the processor's seconds."""
     child = os.fork()
     if child == 0:
         try:
-            run_tests(tests, scratch, mutant, limit)
+            run_tests(tests, scratch, file, code, limit)
         finally:
             os._exit(70)
     began, done = time.monotonic(), 0
@@ -139,6 +151,7 @@ def main() -> None:
     if options.list:
         print(*(describe(m) for m in chosen), sep="\n")
         return
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     for module in PRELOADED:
         importlib.import_module(module)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -150,22 +163,20 @@ def main() -> None:
 
 
 def measure(chosen: list[Mutant], out: Path, scratch: Path) -> int:
-    limits: dict[tuple[str, ...], int] = {}
-    for tests in dict.fromkeys(tests_of(m.file) for m in chosen):
-        result, took = outcome(tests, scratch)
-        limits[tests] = int(LIMIT_CPU_S + 3 * took)
-        print(f"unchanged: {' '.join(tests)}: {took:.1f} s", flush=True)
-        if result != "survived":
-            raise SystemExit(
-                f"error: the tests fail without any mutant\n{(scratch / 'log').read_text()[-3000:]}"
-            )
+    every = tuple(dict.fromkeys(test for m in chosen for test in tests_of(m.file)))
+    result, took = outcome(every, scratch)
+    print(f"without a mutant: {took:.0f} s", flush=True)
+    if result != "survived":
+        raise SystemExit(f"error: the tests fail without any mutant\n{(scratch / 'log').read_text()[-3000:]}")
+    limit = int(LIMIT_CPU_S + 2 * took)
     reasons = (ROOT / "docs" / "mutants.md").read_text() if (ROOT / "docs" / "mutants.md").exists() else ""
+    codes = compiled(chosen)
     counts: dict[str, Counter] = {part: Counter() for part in PARTS}
     survivors, began = [], time.monotonic()
     with out.open("w") as file:
         for mutant in chosen:
             tests = tests_of(mutant.file)
-            result, took = outcome(tests, scratch, mutant, limits[tests])
+            result, took = outcome(tests, scratch, mutant.file, codes[mutant.key], limit)
             row = {**mutant._asdict(), "outcome": result, "seconds": round(took, 1)}
             file.write(json.dumps({k: v for k, v in row.items() if k != "tree"}) + "\n")
             file.flush()
