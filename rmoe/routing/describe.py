@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from rmoe.routing.mechanisms import Linear, Recurrence, ResidualScores, Softmax
 from rmoe.routing.spec import RouterSpec, StageSpec
 from rmoe.routing.zoo import ZooRow
 
 
-def _with_changes(stage: StageSpec, *options: str) -> str:
-    """A mechanism's kind and those of its options that differ from the default."""
+def _options(stage: StageSpec, *known: str) -> list[str]:
+    """`name=value` of the options that differ from their default; what `known` names is shown elsewhere."""
     default = type(stage)()
-    changed = {
-        name: getattr(stage, name) for name in options if getattr(stage, name) != getattr(default, name)
-    }
-    details = ", ".join(f"{name}={value}" for name, value in changed.items())
-    return f"{stage.kind}({details})" if details else stage.kind
+    names = [option.name for option in fields(stage) if option.name not in known]
+    return [f"{name}={value}" for name in names if (value := getattr(stage, name)) != getattr(default, name)]
+
+
+def _described(name: str, options: list[str]) -> str:
+    return f"{name}({', '.join(options)})" if options else name
 
 
 def stages(spec: RouterSpec) -> dict[str, str]:
@@ -27,22 +30,16 @@ def stages(spec: RouterSpec) -> dict[str, str]:
     found: dict[str, str] = {}
     recurrence = spec.recurrence
     if isinstance(recurrence, Recurrence):
-        options = [f"p={recurrence.width}"]
-        for name in ("projector", "carry", "truncate_every", "normalize", "concat_hidden"):
-            value = getattr(recurrence, name)
-            if (value != getattr(Recurrence(), name) and recurrence.cell != "identity") or value is True:
-                options.append(f"{name}={value}")
-        found["recurrence"] = f"{recurrence.cell}({', '.join(options)})"
-    if spec.scorer is not None:
-        found["scorer"] = _with_changes(spec.scorer, *spec.scorer.__dataclass_fields__)
-    if not spec.temperature.is_off:
-        found["temperature"] = _with_changes(spec.temperature, *spec.temperature.__dataclass_fields__)
-    if spec.gate is not None:
-        found["gate"] = _with_changes(spec.gate, *spec.gate.__dataclass_fields__)
-    if spec.router.kind != "staged" or spec.uses_noise:
-        found["router"] = _with_changes(spec.router, *spec.router.__dataclass_fields__)
-        if found["router"] == "staged":
-            del found["router"]
+        implied = ("carry",) if recurrence.cell == "identity" else ()
+        options = _options(recurrence, "cell", "width", *implied)
+        found["recurrence"] = _described(recurrence.cell, [f"p={recurrence.width}", *options])
+    stages_in_turn = (spec.scorer, None if spec.temperature.is_off else spec.temperature, spec.gate)
+    for stage in stages_in_turn:
+        if stage is not None:
+            found[stage.stage] = _described(stage.kind, _options(stage))
+    router = _described(spec.router.kind, _options(spec.router))
+    if router != "staged":
+        found["router"] = router
     return found
 
 

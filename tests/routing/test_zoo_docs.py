@@ -17,10 +17,137 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_table_is_current(capsys: pytest.CaptureFixture[str]) -> None:
-    """`rmoe zoo --markdown > docs/zoo.md` mends it."""
+    """`rmoe zoo --markdown > docs/zoo.md` mends it. What it says is checked below, not here."""
     assert main(["zoo", "--markdown"]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "`distance" not in line]
     assert printed == (ROOT / "docs" / "zoo.md").read_text().splitlines()
+
+
+def table() -> dict[str, dict[str, str]]:
+    """docs/zoo.md: name -> column -> text."""
+    lines = [line for line in (ROOT / "docs" / "zoo.md").read_text().splitlines() if line.startswith("| ")]
+    columns, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+    return {row[0].strip("`"): dict(zip(columns, row, strict=True)) for row in rows}
+
+
+def test_table_has_every_row_and_its_source() -> None:
+    rows = table()
+    assert list(rows) == [name for name in ZOO if not name.startswith("distance")]
+    for name, row in rows.items():
+        assert (row["what sets it apart"], row["source"]) == (ZOO[name].summary, ZOO[name].source)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_options_in_the_table_are_those_that_differ(name: str) -> None:
+    """From the specs' JSON: each option that is not its mechanism's default, and nothing else."""
+    spec = resolve(name).to_dict()
+    wanted = []
+    for stage in ("recurrence", "scorer", "temperature", "gate", "router"):
+        data = spec[stage]
+        if data is None or data["kind"] == "none":
+            continue
+        default = getattr(resolve(name), stage).from_dict({"kind": data["kind"]}).to_dict()
+        options = {k: v for k, v in data.items() if v != default[k]}
+        kind = data["kind"]
+        if stage == "recurrence":
+            kind = data["cell"]
+            options = {"p": data["width"]} | {k: v for k, v in options.items() if k not in ("cell", "width")}
+            if kind == "identity":
+                options.pop("carry")  # it can carry nothing
+        if kind in ("staged", "temperature") and not options:
+            continue
+        shown = ", ".join(f"{k}={v}" for k, v in options.items())
+        wanted.append(f"{kind}({shown})" if shown else kind)
+    assert table()[name]["stages"] == " > ".join(wanted)
+
+
+# By hand, from the papers: L = 8 layers, d = 352, E = 16, k = 2 (or the row's own), V = 256, p = 128.
+L, D, E, V, P = 8, 352, 16, 256, 128
+GRU = 6 * P * P
+COSTS = {  # name: parameters, multiply-adds per token
+    "smoe": (L * E * D, L * E * D),
+    "smoe-mlp": (L * (D * 256 + 256 + 256 * E), L * (D * 256 + 256 * E)),
+    "cosine-moe": (L * (E * D + 1), L * E * D),
+    "xmoe": (L * (16 * D + 16 * E + 1), L * (16 * D + 16 * E)),
+    "hyper-moe": (L * (D + 256 * D + 256 + 257 * E * (D + 1)), L * E * D),  # the generated router only
+    "rmoe": (L * (D * P + P * E) + GRU + 6 * P, L * (D * P + GRU + P * E)),
+    "rmoe-np": (L * (D * P + P * E) + GRU + 6 * P, L * (D * P + GRU + P * E)),
+    "rmoe-sproj": (D * P + L * P * E + GRU + 6 * P, L * (D * P + GRU + P * E)),
+    "rmoe-lstm": (L * (D * P + P * E) + 8 * P * P + 8 * P, L * (D * P + 8 * P * P + P * E)),
+    "rmoe-residual": (L * (D * P + (D + P) * E) + GRU + 6 * P, L * (D * P + GRU + (D + P) * E)),
+    "low-rank-norm": (L * (D * P + P + P * E), L * (D * P + P * E)),
+    "noisy-topk": (2 * L * E * D, L * E * D),  # the noise map is for training
+    "random-smoe": (L * E * D, L * E * D),
+    "eda": (
+        L * (D * 256 + 256 + 256 + 2 * (256 * 256 + 256) + 256 * (E + 1)) + (L - 1) * 256,
+        L * (D * 256 + 2 * 256 * 256 + 256 * (E + 1)),
+    ),
+    "path-moe": (L // 2 * E * D, L * E * D),
+    "omni-router": (E * D, L * E * D),
+    "hash": (0, 0),
+    "stable-moe": (L * (E * D + V * 50 + 50 * E), L * (E * D + 50 * E)),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_costs_from_the_sizes(name: str) -> None:
+    parameters, products = COSTS[name]
+    row = table()[name]
+    assert (row["parameters"], row["FLOPs / token"]) == (f"{parameters:,}", f"{2 * products:,}")
+
+
+SAID = {  # name: equation, balance, carries, needs
+    "smoe": ("f = x; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "-", "-"),
+    "smoe-topk-softmax": ("f = x; s = G f; g = softmax(top_k(s))", "load_balance", "-", "-"),
+    "smoe-mlp-mi": (
+        "f = x; s = G GELU(W f + b); g = top_k(softmax(s))", "mutual_information", "-", "noise in training",
+    ),
+    "cosine-moe": ("f = x; s = cos(f, e) / t; g = top_k(softmax(s)) / sum", "load_balance", "-", "-"),
+    "xmoe": ("f = x; s = cos(W f, e) / t; g = top_k(softmax(s)) / sum", "load_balance", "-", "-"),
+    "xmoe-reference": ("f = x; s = W f . unit(e) / t; g = top_k(softmax(s)) / sum", "load_balance", "-", "-"),
+    "rmoe": ("h = GRU(P x, h); f = h; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h [128]", "-"),
+    "rmoe-np": ("h = GRU(P x, 0); f = h; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "-", "-"),
+    "rmoe-detach": (
+        "h = GRU(P x, h); f = h; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h [128] (detached)", "-",
+    ),
+    "rmoe-np-r0.5": (
+        "h = GRU(P x, 0); f = h; s = G f; s_i = G_i f_i + a G_{i-1} f_{i-1}; g = top_k(softmax(s)) / sum",
+        "load_balance", "scores [E]", "-",
+    ),
+    "rmoe-lstm": ("h = LSTM(P x, h); f = h; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h, c [128]", "-"),
+    "rmoe-norm": ("h = GRU(P x, h); f = norm(h); s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h [128]", "-"),
+    "rmoe-residual": ("h = GRU(P x, h); f = [x; h]; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h [128]", "-"),
+    "low-rank": ("h = P x; f = h; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "-", "-"),
+    "smoe-entropy": ("f = x; s = G f; s / T; g = top_k(softmax(s)) / sum", "load_balance", "-", "update after each step"),
+    "smoe-annealed": ("f = x; s = G f; s / T; g = top_k(softmax(s)) / sum", "load_balance", "-", "update after each step"),
+    "switch": ("f = x; s = G f; g = top_k(softmax(s))", "load_balance, capacity 1.25", "-", "k = 1, noise in training"),
+    "hash": ("n = table[token]", "-", "-", "token ids"),
+    "stable-moe": (
+        "y = a E(x) + (1 - a) x, a = sig(x . c)", "-", "-", "k = 1, token ids, update after each step",
+    ),
+    "smoe-dropout": ("f = x; s = G f; g = top_k(softmax(s)) / sum", "-", "-", "update after each step"),
+    "expert-choice": ("f = x; s = G f; g = top_C over tokens of softmax(s)", "-", "-", "whole batch: cannot generate"),
+    "remoe": ("f = x; s = G f; g = ReLU(s)", "-", "-", "update after each step"),
+    "deepseek-v3": ("f = x; s = G f; g = top_k(sig(s)) / sum", "sequence_balance, bias 0.001", "-", "update after each step"),
+    "deepseek-v3-groups": (
+        "f = x; s = G f; g = top_k(sig(s)) in the top 2 groups / sum", "sequence_balance, bias 0.001", "-",
+        "update after each step",
+    ),
+    "eda": ("h = P x + a * h; f = h; s = MLP(norm(f)); g = top_k(softmax(s))", "bias 0.001", "h [256]", "update after each step"),
+    "path-moe": (
+        "f = x; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "nothing; weights shared by 2 layers", "-",
+    ),
+    "omni-router": (
+        "f = x; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "nothing; weights shared by all layers", "-",
+    ),
+    "smoe-global": ("f = x; s = G f; g = top_k(softmax(s)) / sum", "load_balance, global batch", "-", "-"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_the_table_says(name: str) -> None:
+    row = table()[name]
+    assert (row["equation"].strip("`"), row["balance"], row["carries"], row["needs"]) == SAID[name]
 
 
 def test_json_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -277,3 +278,85 @@ def test_seal_covers_every_file(tmp_path):
     sealed = json.loads((tmp_path / MANIFEST).read_text())
     assert sorted(sealed["manifest"]["files"]) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     verify(tmp_path, 5, RUN)
+
+
+def test_a_checkpoint_is_published_only_after_its_bytes_are_on_disk(store, monkeypatch):
+    """Every file, then the manifest, then their folder; the rename; and then the folder that holds the new name."""
+    happened: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        happened.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(f"{store.folder}/")))
+        fsync(descriptor)
+
+    def recorded_rename(path: Path, target: Path) -> Path:
+        happened.append(("rename", str(target).removeprefix(f"{store.folder}/")))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
+    store.save(40, write)
+    staged = "staging/checkpoint-40"
+    assert happened == [
+        ("sync", f"{staged}/model.safetensors"),
+        ("sync", f"{staged}/optimizer.safetensors"),
+        ("sync", f"{staged}/state.json"),
+        ("sync", f"{staged}/{MANIFEST}"),
+        ("sync", staged),
+        ("rename", "checkpoints/checkpoint-40"),
+        ("sync", "checkpoints"),
+    ]
+
+
+def test_the_same_files_give_the_same_manifest(tmp_path):
+    """Whatever order the folder lists them in."""
+    names = [f"part-{i * 7919 % 100:02d}" for i in range(40)]
+    manifests = []
+    for number, order in enumerate((names, names[::-1])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in order:
+            (folder / name).write_text(name)
+        seal(folder, 5, RUN)
+        manifests.append((folder / MANIFEST).read_text())
+    assert manifests[0] == manifests[1]
+    files = json.loads(manifests[0])["manifest"]["files"]
+    assert list(files) == sorted(names)
+    assert files["part-19"] == {"bytes": 7, "sha256": hashlib.sha256(b"part-19").hexdigest()}
+
+
+def test_a_file_that_cannot_be_read_is_damage(store, monkeypatch, capsys):
+    older = store.save(20, write)
+    bad = store.save(40, write) / "optimizer.safetensors"
+    plain = module.sha256
+
+    def read(path: Path) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(path)
+
+    monkeypatch.setattr(module, "sha256", read)
+    assert store.newest_valid() == older
+    assert "unreadable optimizer.safetensors: [Errno 5] Input/output error" in capsys.readouterr().err
+
+
+def test_rotation_needs_no_staging_folder(tmp_path):
+    store = CheckpointStore(tmp_path, RUN, keep=3)
+    for step in (1, 2, 3):
+        store.save(step, write)
+    store.clear_staging()
+    CheckpointStore(tmp_path, RUN, keep=2).rotate()
+    assert [step for step, _ in store.found()] == [2, 3]
+
+
+def test_hash_of_a_file_longer_than_a_chunk(tmp_path):
+    data = bytes(range(256)) * 5000  # 1.28 MB: more than one read
+    (tmp_path / "file").write_bytes(data)
+    assert module.sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_nothing_saved_yet_is_said(store):
+    assert store.saved() == "no checkpoint yet"
+    with pytest.raises(RunError, match="saved: no checkpoint yet"):
+        store.save(1, lambda folder: (_ for _ in ()).throw(OSError("no space")))
+    assert not list(store.staging.iterdir())

@@ -1,0 +1,397 @@
+"""Parts of the model from their definitions: blocks, layers, masks, classifiers, initial values, sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rmoe.errors import RequestError
+from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, count_parameters, initialize
+from rmoe.model.initialize import initializers_of
+from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock
+from rmoe.model.norm import RMSNorm
+from rmoe.routing import RouterContext, RouterStats
+from tests import naive
+from tests.model.small import POST, PRE, config, model, tokens
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- blocks and layers ------------------------------------------------------------------------------------
+
+
+def naive_block(block: RMoESparseMoeBlock, x: Tensor, context: RouterContext, gated: bool) -> Tensor:
+    """`sum_n g_n E_n(x) + passthrough * x + shared(x)`, token by token; a skipped or dropped slot adds nothing."""
+    routing = block.gate(x, (), None, context)[0]
+    own = dict(block.named_parameters())
+    first = own["experts.gate_up_proj" if gated else "experts.up_proj"]
+    out = []
+    for t, token in enumerate(x):
+        total = torch.zeros_like(token)
+        for slot, n in enumerate(routing.experts[t].tolist()):
+            if n < block.experts.num_experts:
+                total = total + routing.weights[t, slot] * naive.expert(
+                    token, first[n], own["experts.down_proj"][n], gated
+                )
+        if routing.passthrough is not None:
+            total = total + routing.passthrough[t] * token
+        if block.shared_experts is not None:
+            up = own["shared_experts.up_proj.weight"]
+            if gated:
+                up = torch.cat((own["shared_experts.gate_proj.weight"], up))
+            total = total + naive.expert(token, up, own["shared_experts.down_proj.weight"], gated)
+        out.append(total)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("architecture", [PRE, POST], ids=["gated", "plain"])
+@pytest.mark.parametrize("router", ["smoe", "stable-moe", "eda", "remoe", "smoe-capacity", "smoe-dropout"])
+def test_block_from_its_parts(router: str, architecture: dict, shared: int) -> None:
+    settings = config(
+        router=router,
+        num_shared_experts=shared,
+        num_experts_per_tok=1 if router == "stable-moe" else 2,
+        **architecture,
+    )
+    settings._experts_implementation = "eager"
+    block = RMoESparseMoeBlock(settings, 0).double()
+    for i, parameter in enumerate(block.parameters()):
+        parameter.data = 0.3 * randn(*parameter.shape, seed=i)
+    if router == "eda":
+        block.gate.selection_bias.bias[-1] = 0.1  # some tokens skip, some do not
+    x, ids = randn(14, 36, seed=9), tokens(2, 7).reshape(-1)
+    context = RouterContext(2, 7, token_ids=ids)
+    routing = block.gate(x, (), None, context)[0]
+    if router in ("eda", "remoe"):
+        assert 0 < int((routing.experts == 5).sum()) < routing.experts.numel()
+    if router == "stable-moe":
+        assert (routing.passthrough - (1 - routing.weights[:, 0])).abs().max() < 1e-12
+    got = block(x.view(2, 7, 36), routing)
+    assert got.shape == (2, 7, 36)
+    assert (got.view(14, 36) - naive_block(block, x, context, settings.mlp_gated)).abs().max() < 1e-10
+
+
+class Halve(nn.Module):
+    """In attention's place."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+        return 0.5 * hidden_states.flip(1), None
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("position", ["pre", "post"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_layer_from_its_parts(norm: str, position: str, layer: int) -> None:
+    """Pre-norm `x + f(norm(x))`, post-norm `norm(x + f(x))`; layer 0 is dense."""
+    settings = config(router="smoe", norm_position=position, norm_type=norm, num_shared_experts=0)
+    settings._experts_implementation = "eager"
+    built = RMoEDecoderLayer(settings, layer).double().eval()
+    for i, parameter in enumerate(built.parameters()):
+        parameter.data = 0.3 * randn(*parameter.shape, seed=i)
+    built.self_attn = Halve()
+
+    def normed(x: Tensor, module: nn.Module) -> Tensor:
+        if norm == "rmsnorm":
+            return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * module.weight
+        centred = x - x.mean(-1, keepdim=True)
+        variance = (centred * centred).mean(-1, keepdim=True)
+        return centred / torch.sqrt(variance + 1e-6) * module.weight + module.bias
+
+    def mixed(x: Tensor) -> Tensor:
+        if layer == 0:
+            up = torch.cat((built.mlp.gate_proj.weight, built.mlp.up_proj.weight))
+            assert built.mlp.down_proj.weight.shape == (36, 40)  # k experts wide
+            return torch.stack([naive.expert(t, up, built.mlp.down_proj.weight, True) for t in x[0]])[None]
+        return naive_block(built.mlp, x[0], RouterContext(1, 8), True)[None]
+
+    x, first, second = randn(1, 8, 36, seed=7), built.input_layernorm, built.post_attention_layernorm
+    got, _, routing, _ = built(x, (), None, RouterContext(1, 8))
+    if position == "pre":
+        after = x + 0.5 * normed(x, first).flip(1)
+        wanted = after + mixed(normed(after, second))
+    else:
+        after = normed(x + 0.5 * x.flip(1), first)
+        wanted = normed(after + mixed(after), second)
+    assert (got - wanted).abs().max() < 1e-9
+    assert (routing is None) == (layer == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, 5)])
+def test_norm_from_its_definition(rows: tuple[int, ...], dtype: torch.dtype) -> None:
+    norm = RMSNorm(7, 0.1).to(dtype)
+    assert (norm.weight == 1).all()
+    norm.weight.data = randn(7, seed=1).to(dtype)
+    x = randn(*rows, 7).to(dtype).requires_grad_()
+    wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    wanted = weight * wide / torch.sqrt((wide * wide).mean(-1, keepdim=True) + 0.1)
+    direction = randn(*rows, 7, seed=2)
+    got = norm(x)
+    want_gradients = torch.autograd.grad((wanted * direction).sum(), (wide, weight))
+    got_gradients = torch.autograd.grad((got * direction.to(dtype)).sum(), (x, norm.weight))
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for a, b in zip((got, *got_gradients), (wanted, *want_gradients), strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() < bound * max(1.0, float(b.abs().max()))
+    with torch.no_grad():
+        assert (norm(x).double() - wanted).abs().max() < bound * max(1.0, float(wanted.abs().max()))
+
+
+# ---- masks, caches, classifiers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [3, 5, 8])
+def test_a_chunk_after_a_cache_has_its_own_columns_of_the_mask(cut: int) -> None:
+    """Rows of 9, the second with 4 pads on the left: each chunk routes and counts its own real tokens."""
+    net = model(router="smoe").eval()
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = net(ids, attention_mask=mask, position_ids=positions, output_routing=True)
+    first = net(ids[:, :cut], attention_mask=mask[:, :cut], position_ids=positions[:, :cut], use_cache=True)
+    rest = net(
+        ids[:, cut:], attention_mask=mask, position_ids=positions[:, cut:], past_key_values=first.past_key_values,
+        use_cache=True, output_routing=True,
+    )  # fmt: skip
+    assert int(first.router_stats.tokens) == int(mask[:, :cut].sum())
+    if cut < 8:
+        assert int(rest.router_stats.tokens) == int(mask[:, cut:].sum())
+        assert torch.equal(first.router_stats.counts + rest.router_stats.counts, whole.router_stats.counts)
+    else:
+        assert rest.router_stats is None  # one token a sequence: decoding
+    real = mask[:, cut:].bool()
+    assert (rest.logits[real] - whole.logits[:, cut:][real]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_classifier_reads_the_last_real_token(side: str) -> None:
+    net = RMoEForSequenceClassification(config(num_labels=4))
+    initialize(net, 0)
+    net.eval()
+    left, right = {"left": (5, 0), "right": (0, 5), "both": (2, 3)}[side]
+    rows = [tokens(1, n, seed=n) for n in (8, 3, 6)]
+    alone = torch.cat([net(row).logits for row in rows])
+    whole = 8 + left + right
+    ids, mask = torch.full((3, whole), 66), torch.zeros(3, whole, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        start = whole - right - row.shape[1]  # shorter rows have more pads on the left
+        if side == "right":
+            start = 0
+        ids[i, start : start + row.shape[1]] = row
+        mask[i, start : start + row.shape[1]] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = net(ids, attention_mask=mask, position_ids=positions).logits
+    assert (got - alone).abs().max() < 1e-5
+    assert (got - net(ids, attention_mask=mask.bool(), position_ids=positions).logits).abs().max() < 1e-6
+
+
+def test_each_layers_router_is_updated_with_its_own_stats() -> None:
+    net = model(router="smoe-bias", num_hidden_layers=4)
+    counts = torch.tensor([[9, 1, 1, 1, 3], [1, 9, 1, 1, 3], [3, 3, 3, 3, 3]])
+    net.update_routers(RouterStats(counts, torch.tensor(5), torch.zeros(3), torch.zeros(3)), 1, 10)
+    wanted = [[-1, 1, 1, 1, 0], [1, -1, 1, 1, 0], [0, 0, 0, 0, 0]]
+    for router, signs in zip(net.routers, wanted, strict=True):
+        assert torch.equal(router.selection_bias.bias, 1e-3 * torch.tensor(signs, dtype=torch.float32))
+
+
+def test_hash_tables_differ_by_layer_and_repeat_by_model() -> None:
+    first, second = (
+        model(router="hash", num_hidden_layers=4),
+        model(seed=1, router="hash", num_hidden_layers=4),
+    )
+    tables = [router.table for router in first.routers]
+    assert all(torch.equal(a, b.table) for a, b in zip(tables, second.routers, strict=True))
+    for i in range(3):
+        for j in range(i):
+            assert 0.1 < (tables[i] == tables[j]).double().mean() < 0.4  # by chance, 1 in 5
+
+
+def test_noise_is_drawn_in_training_only_and_from_a_key_that_advances() -> None:
+    seen: list[object] = []
+
+    def keep(gate: nn.Module, inputs: tuple, named: dict) -> None:
+        noise = named["context"].noise
+        seen.append(None if noise is None else int(noise.key))
+
+    for router, noisy in (("noisy-topk", True), ("smoe", False)):
+        net = model(router=router, num_hidden_layers=2).train()
+        net.routers[0].register_forward_pre_hook(keep, with_kwargs=True)
+        net.set_routing_noise(3, 5)
+        for training in (True, False, True):
+            net.train(training)(tokens(1, 4))
+        first = (3 << 32) + 6
+        assert seen == ([first, None, first + 1] if noisy else [None] * 3)
+        seen.clear()
+
+
+def test_exactly_one_input_and_its_context() -> None:
+    net = model(router="smoe").eval()
+    ids = tokens(2, 5)
+    embeds = net.model.embed_tokens(ids)
+    for wrong in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            net(**wrong)
+    out = net.model(ids)
+    assert (out.context.batch, out.context.length, out.context.mask) == (2, 5, None)
+    assert torch.equal(out.context.token_ids, ids.reshape(-1))
+    assert net.model(inputs_embeds=embeds).context.token_ids is None
+    assert (net(inputs_embeds=embeds).logits - net(ids).logits).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_trunk_from_its_layers(position: str) -> None:
+    """Embedding, layers, and in a pre-norm model a last norm; hidden states before each layer and after the last."""
+    net = model(router="smoe", norm_position=position).eval()
+    ids = tokens(2, 6)
+    out = net.model(ids, output_hidden_states=True, output_router_logits=True, use_cache=False)
+    assert len(out.hidden_states) == 4
+    assert torch.equal(out.hidden_states[0], net.model.embed_tokens(ids))
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    raw: list[Tensor] = []
+    net.model.layers[-1].register_forward_hook(lambda module, args, result: raw.append(result[0]))
+    net.model(ids, use_cache=False)
+    last = raw[0]
+    if position == "pre":
+        last = last / torch.sqrt((last * last).mean(-1, keepdim=True) + 1e-6) * net.model.norm.weight
+    assert (last - out.last_hidden_state).abs().max() < 1e-5
+    assert len(out.routing) == len(out.router_logits) == 2  # the first layer is dense
+    for routing, logits in zip(out.routing, out.router_logits, strict=True):
+        assert torch.equal(routing.logits[:, :5], logits)
+    plain = net(ids)
+    assert plain.router_logits is None
+    assert plain.routing is None
+    assert len(net(ids, output_routing=True).routing) == 2
+    assert plain.loss is None
+    assert torch.equal(plain.logits, net.lm_head(out.last_hidden_state))
+    assert torch.equal(net(ids, logits_to_keep=2).logits, plain.logits[:, -2:])
+    assert torch.equal(net(ids, logits_to_keep=torch.tensor([0, 3])).logits, plain.logits[:, [0, 3]])
+
+
+# ---- initial values and sizes -------------------------------------------------------------------------------
+
+
+def drawn(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
+    """A normal draw from the generator of (seed, name), by hand."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little", signed=True)
+    return torch.empty(shape).normal_(0, std, generator=torch.Generator().manual_seed(number))
+
+
+def test_every_parameter_has_a_stream_of_its_full_name() -> None:
+    net = model(seed=4, router="smoe")
+    normal = {name: p for name, p in net.named_parameters() if p.dim() > 1 and "norm" not in name}
+    for name, parameter in normal.items():
+        assert torch.equal(parameter, drawn(name, parameter.shape, 4, 0.1)), name
+    by_leaf: dict[tuple, list[Tensor]] = {}
+    for name, parameter in normal.items():
+        by_leaf.setdefault((name.split(".")[-1], parameter.shape), []).append(parameter)
+    alike = [group for group in by_leaf.values() if len(group) > 1]
+    assert len(alike) >= 4
+    for group in alike:
+        for i, one in enumerate(group):
+            assert not any(torch.equal(one, other) for other in group[:i])
+    for name, parameter in net.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all()
+
+
+def test_rules_by_kind() -> None:
+    linear, norm, embedding = nn.Linear(30, 40), nn.LayerNorm(30), nn.Embedding(50, 30)
+    for module in (linear, norm, embedding):
+        for name, rule in initializers_of(module, 0.3).items():
+            if (tensor := getattr(module, name, None)) is not None:
+                rule(tensor.data, None)
+    assert float(linear.weight.std()) == pytest.approx(0.3, rel=0.1)
+    assert float(embedding.weight.std()) == pytest.approx(0.3, rel=0.1)
+    assert (linear.bias == 0).all()
+    assert (norm.weight == 1).all()
+    assert (norm.bias == 0).all()
+    assert initializers_of(nn.Identity(), 0.3) == {}
+    bare = model(router="smoe")
+    bare.extra = nn.Conv1d(1, 1, 1)
+    with pytest.raises(ValueError, match=r"no initial value is defined for \['bias', 'weight'\] of extra"):
+        initialize(bare, 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("router", ["smoe", "rmoe", "random-smoe"])
+def test_parameter_counts_from_the_sizes(router: str, tied: bool) -> None:
+    d, v, e, k, width, layers = 36, 67, 5, 2, 20, 3
+    net = RMoEForCausalLM(config(router=router, tie_word_embeddings=tied))
+    attention = d * 36 + 2 * d * 18 + 36 * d
+    experts, shared, dense = 2 * e * 3 * width * d, 2 * 3 * width * d, 3 * k * width * d
+    of_router = 2 * e * d
+    if router == "rmoe":
+        of_router = 2 * (128 * d + 128 * e) + 6 * 128 * 128 + 6 * 128
+    embeddings = v * d * (1 if tied else 2)
+    body = layers * (attention + 2 * d) + d + experts + shared + dense + of_router
+    found = count_parameters(net)
+    assert found == {
+        "total": body + embeddings,
+        "non_embedding": body,
+        "router": of_router,
+        "active": body + embeddings - experts + experts * k // e,
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "fine", "wrong"),
+    [
+        ("vocab_size", (1,), (0, -1)),
+        ("hidden_size", (1,), (0,)),
+        ("moe_intermediate_size", (1,), (0,)),
+        ("num_hidden_layers", (2, 10_000), (0, 10_001)),
+        ("num_attention_heads", (3,), (0, -3)),
+        ("num_key_value_heads", (1, 2, 6), (0, 4, 12)),
+        ("head_dim", (2,), (0, 5)),
+        ("num_experts", (2,), (0, 1)),
+        ("num_experts_per_tok", (1, 5), (0, 6)),
+        ("first_k_dense_replace", (0, 2), (-1, 3)),
+        ("norm_position", ("pre", "post"), ("both",)),
+        ("norm_type", ("rmsnorm", "layernorm"), ("batchnorm",)),
+        ("hidden_act", ("gelu",), ("sine",)),
+        ("hidden_dropout", (0.0, 0.99), (1.0, -0.1)),
+        ("attention_dropout", (0.0, 0.99), (1.0, -0.1)),
+    ],
+)
+def test_limits_of_the_configuration(field: str, fine: tuple, wrong: tuple) -> None:
+    for value in fine:
+        assert getattr(config(**{field: value}), field) == value
+    for value in wrong:
+        with pytest.raises(RequestError):
+            config(**{field: value})
+
+
+def test_what_a_configuration_fills_in() -> None:
+    built = config(num_key_value_heads=None, head_dim=None, intermediate_size=None)
+    assert (built.num_key_value_heads, built.head_dim, built.intermediate_size) == (6, 6, 40)
+    assert config(intermediate_size=17).intermediate_size == 17
+    assert built.num_moe_layers == 2
+    sizes = built.router_geometry(1)
+    assert (sizes.hidden_size, sizes.num_experts, sizes.top_k, sizes.num_layers) == (36, 5, 2, 2)
+    assert (sizes.layer_index, sizes.vocab_size, sizes.initializer_range) == (1, 67, 0.1)
+    assert config(router="hash", norm_topk_prob=True).norm_topk_prob is True  # no gate that could disagree
+    assert config(router="remoe", norm_topk_prob=False).norm_topk_prob is False  # a gate without the option
+    assert config(router="smoe", norm_topk_prob=True).router_spec.gate.renormalize is True
+
+
+def test_losses_add_up() -> None:
+    net, ids = model(router="smoe-z"), tokens()
+    out = net(ids, labels=ids)
+    assert math.isclose(float(out.loss), float(out.lm_loss + out.aux_loss), rel_tol=1e-6)
+    logits = out.logits[:, :-1].double().log_softmax(-1)
+    nats = -logits.gather(-1, ids[:, 1:, None]).mean()
+    assert math.isclose(float(out.lm_loss), float(nats), rel_tol=1e-5)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    for options in ({"shift_labels": shifted}, {"shift_labels": shifted, "output_logits": False}):
+        assert math.isclose(float(net(ids, **options).lm_loss), float(nats), rel_tol=1e-5)
+    summed = net(ids, labels=ids, num_items_in_batch=100)
+    assert math.isclose(float(summed.lm_loss), float(nats) * 36 / 100, rel_tol=1e-5)

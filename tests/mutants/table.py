@@ -1,0 +1,89 @@
+"""Which tests can see a fault in which file: the fastest first, since the first failure ends a mutant's run."""
+
+from __future__ import annotations
+
+# How many mutants of each part the fixed sample has.
+PARTS = {
+    "rmoe/routing": 120,
+    "rmoe/model": 65,
+    "rmoe/analysis": 60,
+    "rmoe/compare/statistics.py": 35,
+    "rmoe/training/checkpoint.py": 35,
+}
+# A table whose every line a golden file repeats: its mutants would only flatter the rate.
+LEFT_OUT = ("rmoe/routing/zoo.py",)
+# Left to the suite: they compile for seconds, or start processes that know nothing of the mutant.
+NOT_SLOW = "not (recompilation or compiled or one_graph or fresh_process or pip_install or set_the_peak or two_ranks)"
+
+_CONTRACT = "tests/contract/test_contract.py"
+_NAIVE = f"{_CONTRACT}::test_equals_the_naive_reference"
+_ROUTING = ("tests/routing/test_mechanisms.py", "tests/routing/test_training_state.py", _NAIVE)
+_OPTIONS = (
+    *_ROUTING,
+    "tests/routing/test_zoo_docs.py",
+    f"{_CONTRACT}::test_golden",
+    "tests/model/test_configuration.py",
+)
+_WHOLE = (
+    "tests/model/test_blocks.py",
+    "tests/model/test_padding_and_generation.py",
+    "tests/model/test_saving.py",
+    "tests/model/test_variants.py",
+    "tests/model/test_head.py",
+    "tests/model/test_configuration.py",
+    "tests/routing/test_training_state.py",
+)
+_FOLDERS = ("tests/model/test_folders.py", "tests/model/test_saving.py")
+_ANALYSES = ("tests/analysis/test_rmoe.py", "tests/analysis/test_command.py")
+
+# The longest entry that a file's path begins with counts.
+TESTS: dict[str, tuple[str, ...]] = {
+    "rmoe/routing/": _ROUTING,
+    "rmoe/routing/gate.py": (*_ROUTING, "tests/routing/test_peers.py"),
+    "rmoe/routing/balance.py": (*_ROUTING, "tests/routing/test_peers.py"),
+    "rmoe/routing/recurrence.py": (
+        "tests/routing/test_reference.py",
+        *_ROUTING,
+        f"{_CONTRACT}::test_shapes_and_dtypes",
+    ),
+    "rmoe/routing/scorer.py": (*_ROUTING, f"{_CONTRACT}::test_shapes_and_dtypes"),
+    "rmoe/routing/initial.py": (*_ROUTING, f"{_CONTRACT}::test_shapes_and_dtypes"),
+    "rmoe/routing/token_routers.py": (*_ROUTING, f"{_CONTRACT}::test_gradients_reach_what_they_should"),
+    "rmoe/routing/describe.py": ("tests/routing/test_zoo_docs.py", "rmoe/routing/describe.py"),
+    "rmoe/routing/cost.py": ("tests/routing/test_zoo_docs.py", "rmoe/routing/cost.py"),
+    "rmoe/routing/mechanisms.py": _OPTIONS,
+    "rmoe/routing/spec.py": _OPTIONS,
+    "rmoe/model/": _WHOLE,
+    "rmoe/model/configuration_rmoe.py": ("tests/model/test_configuration.py", "tests/model/test_blocks.py"),
+    "rmoe/model/experts.py": ("tests/model/test_experts.py",),
+    "rmoe/model/head.py": ("tests/model/test_head.py",),
+    "rmoe/model/initialize.py": (
+        "tests/model/test_configuration.py",
+        *_ROUTING[:1],
+        "tests/model/test_blocks.py",
+    ),
+    "rmoe/model/loading.py": _FOLDERS,
+    "rmoe/model/norm.py": ("tests/model/test_blocks.py", "tests/model/test_variants.py"),
+    "rmoe/model/sharing.py": _FOLDERS,
+    "rmoe/model/weights.py": _FOLDERS,
+    "rmoe/analysis/": ("tests/analysis/test_measures.py", *_ANALYSES),
+    "rmoe/analysis/analyze.py": _ANALYSES,
+    "rmoe/analysis/command.py": ("tests/analysis/test_command.py",),
+    "rmoe/analysis/families.py": ("tests/analysis/test_recorder.py", *_ANALYSES),
+    "rmoe/analysis/gradients.py": ("tests/analysis/test_gradients.py",),
+    "rmoe/analysis/mutual_information.py": ("tests/analysis/test_mutual_information.py",),
+    "rmoe/analysis/reading.py": _ANALYSES[1:],
+    "rmoe/analysis/recorder.py": ("tests/analysis/test_recorder.py", *_ANALYSES),
+    "rmoe/analysis/token_text.py": _ANALYSES,
+    "rmoe/compare/statistics.py": (
+        "tests/compare/test_definitions.py",
+        "rmoe/compare/statistics.py",
+        "tests/compare/test_statistics.py",
+    ),
+    "rmoe/training/checkpoint.py": ("tests/training/test_checkpoint.py",),
+}
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """Arguments for pytest."""
+    return TESTS[max((entry for entry in TESTS if file.startswith(entry)), key=len)]

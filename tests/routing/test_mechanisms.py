@@ -1,0 +1,732 @@
+"""What one layer without padding does not show: padding, several layers, noise streams, limits, initial values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rmoe.errors import RequestError
+from rmoe.routing import (
+    ZOO,
+    BalanceSpec,
+    CounterNoise,
+    Geometry,
+    RouterContext,
+    RouterSpec,
+    RouterStats,
+    Routing,
+    TemperatureSpec,
+    balance_loss,
+    build_router,
+    build_shared,
+    dispatched_experts,
+    find,
+    gate_entropy,
+    resolve,
+    router_stats,
+    vary,
+)
+from rmoe.routing import mechanisms as m
+from rmoe.routing.router import limit_capacity
+from rmoe.routing.training_state import SelectionBias
+from tests import naive
+from tests.contract.test_contract import EXPERTS, LAYERS, VOCAB, Routers, data, dense
+
+KEY = 11
+
+
+# ---- noise: the same numbers from Python's integers ------------------------------------------------------
+
+
+def mixed(x: int) -> int:
+    """splitmix64 on Python's integers, unsigned (Steele, Lea, Flood 2014)."""
+    whole = (1 << 64) - 1
+    x = (x + 0x9E3779B97F4A7C15) & whole
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & whole
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & whole
+    return x ^ (x >> 31)
+
+
+def uniforms(key: int, layer: int, use: int, shape: tuple[int, ...]) -> Tensor:
+    stream = mixed((mixed(key) + (layer << 8) + use) & ((1 << 64) - 1))
+    numbers = [(mixed((stream + i) & ((1 << 64) - 1)) >> 40) + 0.5 for i in range(math.prod(shape))]
+    return torch.tensor(numbers, dtype=torch.float64).view(shape) / 2**24
+
+
+def noise(layer: int = 0) -> CounterNoise:
+    return CounterNoise(torch.tensor(KEY), layer)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 5])
+def test_noise_is_keyed_by_layer_and_use(layer: int) -> None:
+    like = torch.empty(3, 7, dtype=torch.float64)
+    stream = noise().for_layer(layer)
+    assert torch.equal(stream.uniform(like), uniforms(KEY, layer, 0, (3, 7)))
+    assert torch.equal(stream.exponential(like), -uniforms(KEY, layer, 1, (3, 7)).log())
+    want = math.sqrt(2) * torch.erfinv(2 * uniforms(KEY, layer, 2, (3, 7)) - 1)
+    assert (stream.normal(like) - want).abs().max() < 1e-9
+    assert stream.uniform(like.float()).dtype == torch.float32
+    assert torch.equal(noise(layer).uniform(like), uniforms(KEY, layer, 0, (3, 7)))
+
+
+def layer_of(name: str | RouterSpec, layer: int, experts: int = 6, top_k: int = 2, seed: int = 0):  # type: ignore[no-untyped-def]
+    """One layer's router in float64, filled."""
+    spec = resolve(name) if isinstance(name, str) else name
+    router = build_router(spec, Geometry(12, experts, top_k, LAYERS, layer, VOCAB)).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.normal_(0, 0.5, generator=generator)
+    return router
+
+
+def inputs(tokens: int = 23, seed: int = 1) -> Tensor:
+    return torch.randn(tokens, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_each_layer_draws_its_own_noise(layer: int) -> None:
+    """Jitter on the input, noise on the scores, dropout in the scorer: by hand from the layer's own stream."""
+    x = inputs()
+    context = RouterContext(1, 23, noise=noise())
+
+    jittered = layer_of(vary(resolve("smoe"), router=m.Staged(input_jitter=0.3)), layer)
+    wanted = x * (1 + 0.3 * (2 * uniforms(KEY, layer, 0, (23, 12)) - 1)) @ jittered.scorer.linear.weight.T
+    assert (jittered(x, (), None, context)[0].logits - wanted).abs().max() < 1e-12
+
+    noisy = layer_of("noisy-topk", layer)
+    clean = x @ noisy.scorer.linear.weight.T
+    std = torch.log1p(torch.exp(x @ noisy.noise_map.weight.T)) + 0.01
+    scores = clean + std * torch.special.ndtri(uniforms(KEY, layer, 0, (23, 6)))
+    routing = noisy(x, (), None, context)[0]
+    assert torch.equal(routing.experts, scores.topk(2).indices)
+    assert (routing.weights - scores.topk(2).values.softmax(-1)).abs().max() < 1e-12
+    assert (routing.logits - clean).abs().max() < 1e-12  # raw scores come out without the noise
+    plain = noisy(x, (), None, RouterContext(1, 23))[0]
+    assert torch.equal(plain.experts, clean.topk(2).indices)
+    assert plain.penalty is None
+
+    dropping = layer_of(vary(resolve("smoe-mlp"), scorer={"width": 31, "dropout": 0.4}), layer)
+    kept = uniforms(KEY, layer, 0, (23, 31)) >= 0.4
+    hidden = torch.nn.functional.gelu(x @ dropping.scorer.up.weight.T + dropping.scorer.up.bias)
+    wanted = (hidden * kept / 0.6) @ dropping.scorer.out.weight.T  # its mean is that without dropout
+    assert (dropping(x, (), None, context)[0].logits - wanted).abs().max() < 1e-12
+    wanted = hidden @ dropping.scorer.out.weight.T
+    assert (dropping(x, (), None, RouterContext(1, 23))[0].logits - wanted).abs().max() < 1e-12
+
+
+def test_gshard_sampled_draws_the_second_by_gumbel_noise() -> None:
+    """The second expert is the argmax over the rest of `score + Gumbel`; outside training the best of the rest."""
+    router, x = layer_of("gshard-sampled", 1), inputs(40)
+    routing = router(x, (), None, RouterContext(1, 40, noise=noise()))[0]
+    logits = x @ router.scorer.linear.weight.T
+    gumbel = -torch.log(-torch.log(uniforms(KEY, 1, 0, (40, 6))))
+    probs = logits.softmax(-1)
+    differs = 0
+    for t in range(40):
+        first = int(logits[t].argmax())
+        second = max((n for n in range(6) if n != first), key=lambda n: float(logits[t, n] + gumbel[t, n]))
+        assert routing.experts[t].tolist() == [first, second]
+        pair = probs[t, [first, second]]
+        assert (routing.weights[t] - pair / pair.sum()).abs().max() < 1e-12
+        differs += second != int(logits[t].topk(2).indices[1])
+    assert differs > 5
+    plain = router(x, (), None, RouterContext(1, 40))[0]
+    assert torch.equal(plain.experts, logits.topk(2).indices)
+
+
+def test_gshard_random_keeps_the_second_by_its_own_draw() -> None:
+    router, x = layer_of(vary(resolve("gshard"), balance=BalanceSpec()), 2), inputs(60)
+    routing = router(x, (), None, RouterContext(1, 60, noise=noise()))[0]
+    plain = router(x, (), None, RouterContext(1, 60))[0]
+    draws = uniforms(KEY, 2, 0, (60,))
+    for t in range(60):
+        kept = bool(draws[t] < 2 * plain.weights[t, 1])
+        assert routing.experts[t].tolist() == [
+            int(plain.experts[t, 0]),
+            int(plain.experts[t, 1]) if kept else 6,
+        ]
+        assert float(routing.weights[t, 0]) == float(plain.weights[t, 0])
+        assert float(routing.weights[t, 1]) == (float(plain.weights[t, 1]) if kept else 0.0)
+    assert 5 < int((routing.experts == 6).sum()) < 55
+
+
+# ---- padding ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_padding_is_not_there(name: str, training: bool) -> None:
+    """Real tokens' routing, every loss and every count: those of the same tokens alone. Pads hold large numbers.
+
+    They stand at the end of one sequence: the noise of a token depends on its position.
+    """
+    routers = Routers(name).double().train(training)
+    for buffer_name, buffer in routers.named_buffers():
+        if buffer_name.endswith("l1_weight"):
+            buffer.fill_(0.3)
+    x, ids = data()
+    real, pads = x.shape[1] - 5, 5
+    padded = x.clone()
+    padded[:, real:] = 40 * padded[:, real:]
+    stream = noise() if training else None
+
+    def run(x: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[list[Routing], Tensor, RouterStats]:
+        context = RouterContext(1, x.shape[1], mask, ids, stream)
+        state, routings = (), []
+        for router, one in zip(routers.routers, x, strict=True):
+            routing, state = router(one, state, routers.router_shared, context)
+            routings.append(routing)
+        loss = balance_loss(list(routers.routers), routings, routers.router_shared, context, 0.01)
+        return routings, loss, router_stats(tuple(routings), EXPERTS, mask)
+
+    mask = torch.arange(real + pads) < real
+    got, loss, stats = run(padded, ids, mask)
+    want, want_loss, want_stats = run(padded[:, :real], ids[:real], None)
+    for a, b in zip(got, want, strict=True):
+        assert (dense(a)[:real] - dense(b)).abs().max() < 1e-12
+        assert torch.equal(dense(a)[:real] > 0, dense(b) > 0)
+    assert abs(float(loss.detach() - want_loss.detach())) < 1e-12
+    assert torch.equal(stats.counts, want_stats.counts)
+    assert int(stats.tokens) == int(want_stats.tokens) == real
+    assert torch.equal(stats.dropped, want_stats.dropped)
+    assert (stats.entropy - want_stats.entropy).abs().max() < 1e-4
+
+
+# ---- balance losses, several sequences padded on either side ----------------------------------------------
+
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
+
+
+def naive_losses(kind: str, logits: Tensor, chosen: Tensor, count: str = "assignments") -> Tensor:
+    """One layer's loss from its definition; `logits` `[B, S, E]` float64, `chosen` `[B, S, K]`."""
+    experts = logits.shape[-1]
+    real = [(b, s) for b in range(4) for s in range(5) if MASK[b, s]]
+
+    def product(tokens: list[tuple[int, int]]) -> Tensor:
+        picks = [int(n) for b, s in tokens for n in chosen[b, s] if n < experts]
+        total: Tensor = logits.new_zeros(())
+        for n in range(experts):
+            mean = sum(naive.softmax(logits[b, s])[n] for b, s in tokens) / len(tokens)
+            share = picks.count(n) / (len(picks) if count == "assignments" else len(picks) / chosen.shape[-1])
+            total = total + experts * share * mean
+        return total
+
+    if kind == "load_balance":
+        return product(real)
+    if kind == "sequence_balance":  # a sequence of pads alone is none
+        return sum(product([(b, s) for b, s in real if b == row]) for row in range(3)) / 3  # type: ignore[return-value]
+    if kind == "z":
+        return sum(torch.log(torch.exp(logits[b, s]).sum()) ** 2 for b, s in real) / len(real)  # type: ignore[return-value]
+    probs = [naive.softmax(logits[b, s]) for b, s in real]
+    mean = sum(probs) / len(probs)
+    return sum(-(p * torch.log(p)).sum() for p in probs) / len(probs) + (mean * torch.log(mean)).sum()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("loss", "count"),
+    [
+        (m.LoadBalance(weight=0.7), "assignments"),
+        (m.LoadBalance(weight=0.7, count="tokens"), "tokens"),
+        (m.LoadBalance(), "assignments"),  # the model's coefficient
+        (m.ZLoss(weight=0.7), ""),
+        (m.SequenceBalance(weight=0.7), "assignments"),
+        (m.MutualInformation(weight=0.7), ""),
+    ],
+)
+def test_losses_over_layers_and_padded_sequences(loss: m.LoadBalance, count: str) -> None:
+    spec = vary(resolve("smoe"), balance=BalanceSpec(losses=(loss,)))
+    routers = [layer_of(spec, i, seed=i) for i in range(3)]
+    x = [inputs(20, seed=i).requires_grad_() for i in range(3)]
+    context = RouterContext(4, 5, MASK.reshape(-1))
+    routings = [router(one, (), None, context)[0] for router, one in zip(routers, x, strict=True)]
+    got = balance_loss(routers, routings, None, context, 0.3)
+    wanted = sum(
+        naive_losses(loss.kind, r.logits.view(4, 5, -1), r.experts.view(4, 5, -1), count) for r in routings
+    )
+    wanted = (loss.weight or 0.3) * wanted / 3
+    assert abs(float(got.detach() - wanted.detach())) < 1e-12
+    for a, b in zip(
+        torch.autograd.grad(got, x, retain_graph=True), torch.autograd.grad(wanted, x), strict=True
+    ):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_penalties_are_the_mean_over_layers_and_added_to_the_losses() -> None:
+    spec = vary(resolve("remoe"), balance=BalanceSpec(losses=(m.ZLoss(weight=1.0),)))
+    routers = [layer_of(spec, i, seed=i) for i in range(3)]
+    context = RouterContext(1, 20)
+    routings = [r(inputs(20, seed=i), (), None, context)[0] for i, r in enumerate(routers)]
+    z = sum(torch.logsumexp(r.logits, -1).square().mean() for r in routings) / 3
+    penalties = sum(r.penalty for r in routings) / 3
+    assert float(penalties.detach()) > 0
+    got = balance_loss(routers, routings, None, context, 0.5)
+    assert abs(float((got - z - penalties).detach())) < 1e-12
+    bare = [layer_of(vary(resolve("smoe"), balance=BalanceSpec()), i) for i in range(2)]
+    routings = [r(inputs(20), (), None, context)[0] for r in bare]
+    assert float(balance_loss(bare, routings, None, context, 0.5)) == 0.0
+
+
+def test_similarity_needs_a_matrix() -> None:
+    spec = vary(resolve("smoe-similarity"), scorer=m.Linear(shared_layers=0))
+    sizes = Geometry(12, 6, 2, LAYERS, 0, VOCAB)
+    shared, routers = build_shared(spec, sizes), [layer_of(spec, i) for i in range(2)]
+    assert shared is not None
+    torch.nn.init.normal_(shared.scorer.groups[0].weight)
+    context = RouterContext(1, 9)
+    routings = [r(inputs(9), (), shared, context)[0] for r in routers]
+    matrix = shared.scorer.groups[0].weight
+    wanted = 1e-2 * (matrix @ matrix.T - torch.eye(6)).abs().sum() / 36
+    got = balance_loss(routers, routings, shared, context, 0.5)
+    assert abs(float((got - wanted).detach())) < 1e-6
+    hashed = RouterSpec(
+        router=m.Hash(), scorer=None, gate=None, balance=BalanceSpec(losses=(m.SimilarityPreserving(),))
+    )
+    router = layer_of(hashed, 0)
+    context = RouterContext(1, 9, token_ids=torch.arange(9))
+    routing = router(inputs(9), (), None, context)[0]
+    with pytest.raises(ValueError, match="needs a scorer with an experts matrix"):
+        balance_loss([router], [routing], None, context, 0.5)
+
+
+# ---- training-time state of several layers ----------------------------------------------------------------
+
+
+def three_layers(entropy: tuple[float, ...] = (1.0, 8.0, 4.0)) -> RouterStats:
+    counts = torch.tensor([[9, 1, 4, 2], [1, 9, 2, 4], [4, 4, 4, 4]])
+    return RouterStats(counts, torch.tensor(8), torch.tensor(entropy), torch.zeros(3, dtype=torch.int64))
+
+
+def test_each_layer_follows_its_own_load() -> None:
+    for layer, wanted in enumerate(([-1, 1, 0, 1], [1, -1, 1, 0], [0, 0, 0, 0])):
+        router = layer_of("smoe-bias", layer, experts=4).float()
+        router.update_all(three_layers(), 1, 10)
+        assert torch.equal(router.selection_bias.bias, 1e-3 * torch.tensor(wanted, dtype=torch.float32))
+        centred = layer_of(vary(resolve("smoe-bias"), balance={"bias_centred": True}), layer, experts=4)
+        for _ in range(2):
+            centred.update_all(three_layers(), 1, 10)
+        direction = torch.tensor(wanted, dtype=torch.float64)
+        assert (centred.selection_bias.bias - 2e-3 * (direction - direction.mean())).abs().max() < 1e-9
+
+
+def test_each_layer_steers_its_own_entropy() -> None:
+    """`ln T += rate (target - sum / tokens)`."""
+    spec = vary(resolve("smoe"), temperature=TemperatureSpec(start=2.0, target_entropy=0.9, rate=0.5))
+    for layer, entropy in enumerate((1.0, 8.0, 4.0)):
+        router = layer_of(spec, layer, experts=4)
+        router.update_all(three_layers(), 1, 10)
+        wanted = math.log(2) + 0.5 * (0.9 - entropy / 8)
+        assert math.isclose(float(router.temperature.log_value), wanted, rel_tol=1e-6)
+
+
+def test_temperature_divides_the_scores_and_moves_geometrically() -> None:
+    spec = vary(resolve("smoe"), temperature=TemperatureSpec(start=4.0, end=1.0))
+    router, x = layer_of(spec, 0), inputs()
+    for step, wanted in (
+        (None, 4.0),
+        (1, 4.0**0.75),
+        (3, 4.0**0.25),
+        (4, 1.0),
+        (9, 1.0),
+    ):  # past the end it stays
+        if step:
+            router.update_all(three_layers(), step, 4)
+        routing = router(x, (), None, RouterContext(1, 23))[0]
+        assert (routing.probs - (routing.logits / wanted).softmax(-1)).abs().max() < 1e-6
+    held = layer_of(vary(resolve("smoe"), temperature=TemperatureSpec(start=4.0)), 0)
+    held.update_all(three_layers(), 3, 4)
+    assert math.isclose(float(held.temperature.log_value), math.log(4), rel_tol=1e-6)
+
+
+def test_relu_weight_follows_the_mean_over_layers() -> None:
+    """`lambda` grows by 1.2 above k active experts a token, shrinks below, and stays at exactly k."""
+    counts = {9: 1.2, 8: 1.0, 7: 1 / 1.2}  # first layer; the second has 8, and k T = 8
+    for first, factor in counts.items():
+        stats = RouterStats(
+            torch.tensor([[first, 0], [8, 0]]), torch.tensor(4), torch.zeros(2), torch.zeros(2)
+        )
+        for layer in range(2):
+            router = layer_of("remoe", layer, experts=4)
+            router.update_all(stats, 1, 10)
+            assert math.isclose(float(router.gate.l1_weight), 1e-8 * factor, rel_tol=1e-6)
+    empty = RouterStats(torch.zeros(2, 4, dtype=torch.int64), torch.tensor(0), torch.zeros(2), torch.zeros(2))
+    router.update_all(empty, 1, 10)  # no token at all: not a division by zero
+    assert math.isfinite(float(router.gate.l1_weight))
+
+
+def test_k_and_stage_stop_at_their_ends() -> None:
+    growing = build_router(vary(resolve("smoe"), gate=m.Softmax(start_k=2)), Geometry(12, 8, 5))
+    for step, wanted in ((0, 2), (4, 3), (10, 5), (30, 5)):
+        growing.update_all(three_layers(), step, 10)
+        assert int(growing.gate.current_k) == wanted
+    stable = layer_of("stable-moe", 0, top_k=1)
+    for step, stage in ((9, 1), (10, 2), (9, 1), (100, 2)):
+        stable.update_all(three_layers(), step, 100)
+        assert int(stable.stage) == stage
+
+
+def test_skip_bias_starts_at_minus_one_and_stays() -> None:
+    bias = SelectionBias(
+        BalanceSpec(bias_update_rate=0.5, bias_centred=True), Geometry(12, 4, 2), skip_class=True
+    )
+    assert bias.bias.tolist() == [0, 0, 0, 0, -1]
+    bias.update(0, three_layers(), 1, 10)
+    assert bias.bias.tolist() == pytest.approx([-0.625, 0.375, -0.125, 0.375, -1])
+    assert SelectionBias(BalanceSpec(), Geometry(12, 4, 2), skip_class=False).bias.tolist() == [0, 0, 0, 0]
+
+
+def test_state_keeps_its_dtype_but_not_its_place() -> None:
+    router = build_router(
+        vary(resolve("smoe-bias"), temperature=TemperatureSpec(start=2.0)), Geometry(12, 4, 2)
+    )
+    router.bfloat16()
+    assert router.scorer.linear.weight.dtype == torch.bfloat16
+    assert router.selection_bias.bias.dtype == router.temperature.log_value.dtype == torch.float32
+    router.to("meta")
+    assert router.selection_bias.bias.device.type == "meta"
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_hash_tables_from_their_definition(seed: int) -> None:
+    """Each layer its own table: of a token's E hashes the k smallest, as signed 64-bit numbers."""
+    spec = RouterSpec(router=m.Hash(table_seed=seed), scorer=None, gate=None)
+    whole = 1 << 64
+    for layer in range(3):
+        table = build_router(spec, Geometry(12, 6, 2, 3, layer, 40)).table
+        for token in range(40):
+
+            def signed(n: int, token: int = token, layer: int = layer) -> int:
+                value = mixed((mixed(token * 6 + n) + mixed(seed) + (layer << 40)) % whole)
+                return value - whole if value >= whole >> 1 else value
+
+            assert table[token].tolist() == sorted(range(6), key=signed)[:2]
+
+
+def test_hash_weights_and_logits() -> None:
+    router = layer_of("hash", 1, top_k=3)
+    ids = torch.tensor([7, 0, 7])
+    routing = router(inputs(3), (), None, RouterContext(1, 3, token_ids=ids))[0]
+    assert torch.equal(routing.experts, router.table[ids])
+    assert (routing.weights == 1 / 3).all()
+    chosen = torch.zeros(3, 6, dtype=torch.bool).scatter(1, routing.experts, True)
+    assert torch.equal(routing.logits, torch.where(chosen, 0.0, -1e4).double())
+    assert (routing.probs[chosen] - 1 / 3).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="router 'hash' reads token ids"):
+        router(inputs(3), (), None, RouterContext(1, 3))
+
+
+# ---- gates at their edges ---------------------------------------------------------------------------------
+
+
+def test_expert_choice_from_its_definition() -> None:
+    """`C = ceil(T k / E)` best tokens of each expert, an earlier token before a later one of the same score."""
+    router = layer_of("expert-choice", 0, experts=6, top_k=2)
+    for tokens in (1, 4, 7, 9):
+        x = inputs(tokens)
+        x[tokens // 2 :] = x[: tokens - tokens // 2].clone()  # ties
+        routing = router(x, (), None, RouterContext(1, tokens))[0]
+        probs = (x @ router.scorer.linear.weight.T).softmax(-1)
+        capacity = -(-tokens * 2 // 6)
+        for n in range(6):
+            ranked = sorted(range(tokens), key=lambda t: -round(float(probs[t, n]), 12))
+            taken = set(ranked[:capacity])
+            for t in range(tokens):
+                assert int(routing.experts[t, n]) == (n if t in taken else 6)
+                assert abs(float(routing.weights[t, n]) - (float(probs[t, n]) if t in taken else 0)) < 1e-12
+
+
+def test_capacity_counts_real_tokens_and_exact_multiples() -> None:
+    """`ceil(factor T k / E)`: 12 real tokens of 16, k = 2, E = 4, factor 1 is 6, and no rounding adds one."""
+    experts = torch.tensor([[0, 1]] * 16)
+    experts[3] = torch.tensor([0, 4])  # an empty slot
+    mask = torch.ones(16, dtype=torch.bool)
+    mask[[0, 5, 9, 15]] = False
+    routing = Routing(torch.zeros(16, 4), torch.zeros(16, 4), torch.ones(16, 2), experts)
+    for factor, capacity in ((1.0, 6), (0.9, 6), (0.5, 3), (1.01, 7)):
+        balance, sizes = BalanceSpec(capacity_factor=factor), Geometry(8, 4, 2)
+        limited = limit_capacity(routing, balance, sizes, mask)
+        taken = [0, 0]
+        for t in range(16):
+            for slot in range(2):
+                drop = bool(mask[t]) and int(experts[t, slot]) < 4 and taken[slot] >= capacity
+                taken[slot] += bool(mask[t]) and int(experts[t, slot]) < 4
+                assert bool(limited.dropped[t, slot]) == drop
+                assert float(limited.weights[t, slot]) == (0.0 if drop else 1.0)
+                wanted = 4 if drop else int(experts[t, slot])
+                assert int(dispatched_experts(limited, 4)[t, slot]) == wanted
+        assert limited.dropped.sum() == (12 - capacity) + max(0, 11 - capacity)
+    whole = limit_capacity(routing, BalanceSpec(capacity_factor=1.0), Geometry(8, 4, 2), None)
+    assert int(whole.dropped.sum()) == 15  # 8 of 16, and 8 of 15
+
+
+def test_growing_k_leaves_slots_empty_in_both_orders() -> None:
+    x = inputs()
+    for order in ("softmax_topk", "topk_softmax"):
+        for renormalize in (True, False):
+            gate = m.Softmax(order=order, renormalize=renormalize, start_k=2)
+            router = layer_of(vary(resolve("smoe"), gate=gate), 0, top_k=4)
+            routing = router(x, (), None, RouterContext(1, 23))[0]
+            assert (routing.experts[:, 2:] == 6).all()
+            assert (routing.weights[:, 2:] == 0).all()
+            chosen = [naive.gate(row, 2, order, renormalize) for row in routing.logits]
+            assert routing.experts[:, :2].tolist() == [c for c, _ in chosen]
+            wanted = torch.stack([torch.stack(w) for _, w in chosen])
+            assert (routing.weights[:, :2] - wanted).abs().max() < 1e-12
+
+
+def test_a_token_whose_every_slot_is_skipped_has_zero_weights() -> None:
+    router = layer_of(vary(resolve("eda"), gate=m.Softmax(renormalize=True)), 0, top_k=1)
+    router.selection_bias.bias[-1] = 5.0
+    routing = router(inputs(), (), None, RouterContext(1, 23))[0]
+    assert (routing.experts == 6).all()
+    assert (routing.weights == 0).all()
+
+
+def test_entropy_and_stats_by_hand() -> None:
+    probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.25, 0.25, 0.5]])
+    wanted = [naive.entropy(row) for row in probs.tolist()]
+    assert gate_entropy(probs).tolist() == pytest.approx(wanted, abs=1e-6)
+    experts = torch.tensor([[0, 1], [0, 3], [2, 3]])  # 3 is an empty slot
+    dropped = torch.tensor([[True, False], [True, False], [False, False]])
+    plain = Routing(probs, probs, torch.ones(3, 2), experts)
+    routings = (plain, plain._replace(dropped=dropped, experts=experts.flip(0)))
+    found = router_stats(routings, 3, None)
+    assert found.counts.tolist() == [[2, 1, 1], [2, 1, 1]]
+    assert int(found.tokens) == 3
+    assert found.dropped.tolist() == [0, 2]
+    assert found.entropy.tolist() == pytest.approx([sum(wanted)] * 2, abs=1e-6)
+    masked = router_stats(routings, 3, torch.tensor([True, False, True]))
+    assert masked.counts.tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert int(masked.tokens) == 2
+    assert masked.entropy.tolist() == pytest.approx([wanted[0] + wanted[2]] * 2, abs=1e-6)
+    assert router_stats((plain,), 3, None).dropped.tolist() == [0]
+    both = found.add(masked)
+    assert both.counts.tolist() == [[3, 2, 2], [3, 2, 2]]
+    assert int(both.tokens) == 5
+
+
+# ---- initial values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "scorer", "wanted"),
+    [
+        ("smoe", m.Linear(), {"scorer.linear.weight": 0.05}),
+        ("smoe", m.Linear(init_std=0.3, bias=True), {"scorer.linear.weight": 0.3, "scorer.linear.bias": 0.0}),
+        ("rmoe", m.Linear(init_std="inverse_sqrt"), {"scorer.linear.weight": 128**-0.5}),
+        ("smoe", m.MLP(width=80), {"scorer.up.weight": 0.05, "scorer.up.bias": 0.0, "scorer.out.weight": 0.05}),
+        ("smoe", m.Cosine(width=90, embedding_init="normal"), {"scorer.embeddings": 0.01, "scorer.projection.weight": 0.05}),
+        ("smoe", m.Hypernetwork(width=60), {"scorer.embedding": 1.0, "scorer.up.weight": 400**-0.5, "scorer.out.weight": (400 * 60) ** -0.5}),
+        ("noisy-topk", m.Linear(), {"noise_map.weight": 0.0}),
+        ("rmoe", m.Linear(), {"recurrence.projector.weight": 0.05}),
+        ("eda", m.EdaHead(), {"scorer.fc1.weight": 0.05, "scorer.fc2.weight": 0.05, "scorer.out.weight": 0.05, "scorer.norm.weight": 0.0}),
+    ],
+)  # fmt: skip
+def test_standard_deviations_at_the_start(row: str, scorer: m.ScorerSpec, wanted: dict[str, float]) -> None:
+    """As each row's docstring says, in a model whose own is 0.05; of 16 x 400 numbers, to 10%."""
+    from rmoe.model import initialize
+
+    router = build_router(vary(resolve(row), scorer=scorer), Geometry(400, 16, 2, 2, 1, VOCAB, 0.05))
+    router.config = type("Config", (), {"initializer_range": 0.05})()
+    initialize(router, 1)
+    tensors = router.state_dict()
+    for name, std in wanted.items():
+        assert float(tensors[name].double().std(correction=0)) == pytest.approx(std, rel=0.1), name
+        assert name.endswith("norm.weight") or abs(float(tensors[name].mean())) < 0.2 * std + 1e-9, name
+
+
+def test_special_values_at_the_start() -> None:
+    from rmoe.model import initialize
+
+    def built(row: str, layer: int = 1, **stages: object):  # type: ignore[no-untyped-def]
+        router = build_router(
+            vary(resolve(row), **stages), Geometry(40, 8, find(row).top_k or 2, 2, layer, VOCAB)
+        )
+        router.config = type("Config", (), {"initializer_range": 0.02})()
+        initialize(router, 1)
+        return router
+
+    xmoe = built("xmoe", scorer={"temperature": 0.25, "width": 16}).scorer
+    gram = xmoe.embeddings @ xmoe.embeddings.T  # orthogonal rows of norm 0.32
+    assert (gram - 0.32**2 * torch.eye(8)).abs().max() < 1e-5
+    assert math.isclose(float(xmoe.log_inverse_temperature.exp()), 4.0, rel_tol=1e-6)
+    half = built("stable-moe-onestage").scorer.centroids
+    assert (half @ half.T - 0.01 * torch.eye(8)).abs().max() < 1e-6
+    stable = built("stable-moe")
+    assert (stable.centroids @ stable.centroids.T - 0.01 * torch.eye(8)).abs().max() < 1e-6
+    assert float(stable.word_embeddings.std()) == pytest.approx(1.0, rel=0.1)
+    assert float(stable.word_router.weight.std()) == pytest.approx(50**-0.5, rel=0.15)
+    assert (built("eda").recurrence.cell.scale == 1).all()
+    assert built("eda", layer=0).recurrence.cell.scale is None
+    cell = build_shared(resolve("rmoe"), Geometry(40, 8, 2)).recurrence.cell
+    cell.config = type("Config", (), {"initializer_range": 0.02})()
+    initialize(cell, 1)
+    for parameter in cell.parameters():  # uniform up to 1 / sqrt(p)
+        assert 0.95 * 128**-0.5 < float(parameter.abs().max()) <= 128**-0.5
+        assert abs(float(parameter.mean())) < 0.02
+        assert float(parameter.std()) == pytest.approx(128**-0.5 / math.sqrt(3), rel=0.1)
+
+
+def test_shared_scorers_by_group() -> None:
+    """Two layers a group: layers 0 and 1 use the first, 2 and 3 the second, 4 the third."""
+    spec = vary(resolve("smoe"), scorer=m.Linear(shared_layers=2))
+    sizes = Geometry(12, 6, 2, num_layers=5)
+    shared = build_shared(spec, sizes)
+    assert shared is not None
+    assert len(shared.scorer.groups) == 3
+    for i, group in enumerate(shared.scorer.groups):
+        torch.nn.init.constant_(group.weight, i + 1.0)
+    for layer, group in enumerate((0, 0, 1, 1, 2)):
+        router = build_router(spec, replace(sizes, layer_index=layer))
+        routing = router(torch.ones(1, 12), (), shared, RouterContext(1, 1))[0]
+        assert routing.logits.tolist() == [[12.0 * (group + 1)] * 6]
+        assert router.experts_matrix(shared) is shared.scorer.groups[group].weight
+    assert (
+        len(build_shared(vary(resolve("smoe"), scorer=m.Linear(shared_layers=0)), sizes).scorer.groups) == 1
+    )
+    assert build_shared(resolve("smoe"), sizes) is None
+
+
+# ---- what is refused: the values at both sides of each limit -----------------------------------------------
+
+FINE, WRONG = (), RequestError
+LIMITS = [
+    (lambda v: m.Recurrence(width=v), (1,), (0, -1)),
+    (lambda v: m.Linear(shared_layers=v), (0, 1), (-1,)),
+    (lambda v: m.Linear(init_std=v), (1e-9, None, "inverse_sqrt"), (0.0, -1.0, "other", True)),
+    (lambda v: m.MLP(dropout=v), (0.0, 0.99), (1.0, -0.01)),
+    (lambda v: m.MLP(width=v), (1,), (0,)),
+    (lambda v: m.Cosine(width=v), (1, None), (0,)),
+    (lambda v: m.Cosine(temperature=v), (0.1,), (0.0,)),
+    (lambda v: m.Hypernetwork(width=v), (1,), (0,)),
+    (lambda v: m.Softmax(start_k=v), (1, None), (0,)),
+    (lambda v: m.Sigmoid(scale=v), (0.1,), (0.0,)),
+    (lambda v: m.Sigmoid(groups=2, top_groups=v), (1, 2), (0, 3)),
+    (lambda v: m.ReLU(growth=v), (1.01,), (1.0, 0.5)),
+    (lambda v: m.ReLU(start_weight=v), (1e-9,), (0.0,)),
+    (lambda v: m.SparseMixer(jitter=v), (0.01,), (0.0,)),
+    (lambda v: m.Staged(input_jitter=v), (0.0, 0.99), (1.0, -0.1)),
+    (lambda v: m.Stable(stage1_share=v), (0.01, 0.99), (0.0, 1.0)),
+    (lambda v: m.Stable(embedding_width=v), (1,), (0,)),
+    (lambda v: m.LoadBalance(weight=v), (0.0, None, 2), (-0.1,)),
+    (lambda v: BalanceSpec(bias_update_rate=v), (0.0, 1), (-1e-3,)),
+    (lambda v: BalanceSpec(capacity_factor=v), (0.1, None), (0.0,)),
+    (
+        lambda v: BalanceSpec(losses=v),
+        ((), (m.ZLoss(), m.LoadBalance())),
+        ((m.ZLoss(), m.ZLoss(weight=1.0)),),
+    ),
+    (lambda v: TemperatureSpec(start=v), (0.1,), (0.0,)),
+    (lambda v: TemperatureSpec(end=v), (0.1, None), (0.0,)),
+    (lambda v: TemperatureSpec(target_entropy=v), (0.1,), (0.0,)),
+    (lambda v: TemperatureSpec(rate=v), (0.1,), (0.0,)),
+    (lambda v: m.Recurrence(cell="identity", carry=v), ("zero",), ("passed", "detached")),
+]
+SIZES = Geometry(12, 8, 4, 2, 0, VOCAB)
+
+
+def sized(row: str, **sizes: int):  # type: ignore[no-untyped-def]
+    return lambda spec: build_router(spec, replace(SIZES, **sizes))
+
+
+SIZE_LIMITS = [
+    (lambda v: build_router(resolve("smoe"), replace(SIZES, top_k=v)), (1, 8), (0, 9)),
+    (lambda v: build_router(vary(resolve("smoe"), gate=m.Softmax(start_k=v)), SIZES), (4,), (5,)),
+    (lambda v: build_router(vary(resolve("smoe"), gate=m.Sigmoid(groups=v, top_groups=v)), SIZES), (1, 2, 4), (3, 8)),
+    (lambda v: build_router(vary(resolve("smoe"), gate=m.Sigmoid(groups=4, top_groups=v)), SIZES), (2, 3), (1,)),
+    (lambda v: build_router(resolve("gshard"), replace(SIZES, top_k=v)), (2,), (1, 3)),
+    (lambda v: build_router(resolve("sparsemixer"), replace(SIZES, top_k=v)), (2,), (1, 3)),
+    (lambda v: build_router(resolve("stable-moe"), replace(SIZES, top_k=v)), (1,), (2,)),
+    (lambda v: build_router(resolve("stable-moe"), replace(SIZES, top_k=1, vocab_size=v)), (1,), (0,)),
+    (lambda v: build_router(resolve("hash"), replace(SIZES, vocab_size=v)), (1,), (0,)),
+    (lambda v: build_router(vary(resolve("smoe"), temperature=TemperatureSpec(target_entropy=v)), SIZES), (2.07,), (2.08, math.log(8))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "fine", "wrong"), LIMITS + SIZE_LIMITS)
+def test_limits(make, fine: tuple, wrong: tuple) -> None:  # type: ignore[no-untyped-def]
+    for value in fine:
+        make(value)
+    for value in wrong:
+        with pytest.raises(RequestError):
+            make(value)
+
+
+def test_what_goes_together() -> None:
+    with pytest.raises(RequestError, match=r"router\.gate is 'relu'; allowed: a gate that takes a bias"):
+        vary(resolve("eda"), gate=m.ReLU(), balance=BalanceSpec())
+    with pytest.raises(RequestError, match=r"router\.scorer is None; allowed: set"):
+        vary(resolve("smoe"), scorer=None)
+    with pytest.raises(RequestError, match=r"router\.gate is .*; allowed: null with router hash"):
+        RouterSpec(router=m.Hash(), scorer=None)
+    with pytest.raises(RequestError, match=r"router\.recurrence is "):
+        RouterSpec(recurrence=m.Linear())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"scorer": {"kind": "linear", "width": 3}}, r"scorer\.width is 3; allowed: options of linear"),
+        ({"scorer": {"kind": "none of them"}}, r"scorer\.kind is 'none of them'"),
+        ({"scorer": {}}, r"scorer\.kind is None"),
+        ({"scorer": "linear"}, r"scorer is 'linear'; allowed: an object with a 'kind'"),
+        ({"scores": None}, r"router\.scores is None; allowed: one of router, recurrence"),
+        ([], "router is .*; allowed: an object"),
+        ({"scorer": {"kind": "linear", "bias": 1}}, r"scorer\.bias is 1; allowed: bool"),
+        ({"gate": {"kind": "softmax", "start_k": 1.5}}, r"gate\.start_k is 1\.5; allowed: int or null"),
+        ({"gate": {"kind": "softmax", "start_k": True}}, r"gate\.start_k is True"),
+        ({"gate": {"kind": "softmax", "order": "x"}}, r"order is 'x'; allowed: 'softmax_topk' or 'topk_softmax'"),
+        ({"gate": {"kind": "sigmoid", "scale": True}}, r"gate\.scale is True; allowed: float"),
+        ({"gate": {"kind": "sigmoid", "scale": "1"}}, r"gate\.scale is '1'"),
+        ({"balance": {"kind": "balance", "losses": [{"kind": "x"}]}}, r"loss\.kind is 'x'"),
+        ({"balance": {"kind": "balance", "losses": ["z"]}}, "loss is 'z'"),
+        ({"balance": {"kind": "balance", "losses": 3}}, r"balance\.losses is 3"),
+    ],
+)  # fmt: skip
+def test_json_that_is_refused(data: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        RouterSpec.from_dict(data)
+
+
+def test_json_that_is_read() -> None:
+    assert RouterSpec.from_dict({}) == RouterSpec()
+    assert RouterSpec.from_json('{"gate": {"kind": "sigmoid", "scale": 2}}').gate == m.Sigmoid(scale=2)
+    losses = {"balance": {"kind": "balance", "losses": [{"kind": "z", "weight": 1}]}}
+    assert RouterSpec.from_dict(losses).balance.losses == (m.ZLoss(weight=1),)
+    with pytest.raises(RequestError, match="a JSON object"):
+        RouterSpec.from_json("{")
+
+
+PROPERTIES = {  # name: draws noise, may leave slots empty, is causal, has a shared module
+    "smoe": (False, False, True, False),
+    "smoe-mlp-mi": (True, False, True, False),
+    "switch": (True, True, True, False),
+    "gshard": (True, True, True, False),
+    "noisy-topk": (True, False, True, False),
+    "expert-choice": (False, True, False, False),
+    "remoe": (False, True, True, False),
+    "deepseek-v3": (False, False, True, False),
+    "sparsemixer": (True, False, True, False),
+    "smoe-dropout": (False, True, True, False),
+    "smoe-capacity": (False, True, True, False),
+    "eda": (False, True, True, False),
+    "eda-linear": (False, False, True, False),
+    "hash": (False, False, True, False),
+    "stable-moe": (False, False, True, False),
+    "rmoe": (False, False, True, True),
+    "rmoe-sproj": (False, False, True, True),
+    "low-rank": (False, False, True, False),
+    "path-moe": (False, False, True, True),
+}
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_properties(name: str) -> None:
+    """From the papers: what a model must know about a router before it is built, and what the routing then shows."""
+    spec = resolve(name)
+    shared = build_shared(spec, Geometry(12, 8, 2, 2)) is not None
+    assert (spec.uses_noise, spec.leaves_empty_slots, spec.is_causal, shared) == PROPERTIES[name]
