@@ -224,9 +224,11 @@ class RMoEModel(RMoEPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
         seen = cache.get_seq_length() if cache is not None else 0
+        own_mask = attention_mask
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
-        own_mask, position_ids = split_packed(attention_mask, position_ids, cache)
+        else:
+            own_mask, position_ids = split_packed(attention_mask, position_ids, cache)
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=embeds,
