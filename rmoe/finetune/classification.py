@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from rmoe.compat import model_classes
 from rmoe.data.tasks import Labelled
 from rmoe.errors import RequestError
 from rmoe.model.weights import open_weights
@@ -27,7 +28,7 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
     """
     open_weights(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+    if AutoModelForSequenceClassification not in dict(model_classes(type(config))):
         raise RequestError("model", config.model_type, "a family with a sequence classifier in transformers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

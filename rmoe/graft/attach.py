@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rmoe.compat import is_replica
 from rmoe.errors import RequestError
 from rmoe.graft.discover import RoutedStack, find_routed_stack
 from rmoe.graft.modules import (
@@ -126,7 +127,7 @@ def _placed(module: nn.Module, like: Tensor) -> nn.Module:
 
 def _rebind_replica(backbone: nn.Module, args: Any) -> None:
     """In a replica of `nn.DataParallel`, point the gates at the replica's own cell."""
-    if getattr(backbone, "_is_replica", False):
+    if is_replica(backbone):
         for module in backbone.modules():
             if isinstance(module, GraftedGate | GraftedLayer):
                 module.owner = CellOwner(backbone)

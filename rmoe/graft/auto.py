@@ -18,11 +18,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from rmoe.compat import announce_causal_lm
+from rmoe.compat import announce_causal_lm, is_loaded
 from rmoe.errors import RequestError
 from rmoe.graft.modules import reduce_as
 from rmoe.graft.spec import GraftSpec
-from rmoe.model.initialize import initialize_missing, is_loaded
+from rmoe.model.initialize import initialize_missing
 from rmoe.model.recompute import NonReentrant
 from rmoe.model.sharing import write_auto_code
 from rmoe.routing.initial import Initialized

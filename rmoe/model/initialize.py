@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rmoe.compat import is_loaded
 from rmoe.routing.initial import fill, initializers_of, keyed_generator, own_tensors
 from rmoe.routing.training_state import TrainingState
 
@@ -42,11 +43,6 @@ def initialize_missing(module: nn.Module, std: float) -> None:
             rules[name](tensor, None)
     if isinstance(module, TrainingState):
         module.restart(is_loaded)
-
-
-def is_loaded(what: Tensor | nn.Module) -> bool:
-    """Whether transformers has filled a tensor, or all of a module, from a checkpoint."""
-    return bool(getattr(what, "_is_hf_initialized", False))
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

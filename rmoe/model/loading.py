@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 import rmoe.model  # noqa: F401 - registers RMoE with the Auto classes
+from rmoe.compat import model_classes
 from rmoe.errors import RequestError
 from rmoe.model.weights import open_weights
 
@@ -98,10 +97,5 @@ def _changed(config: Any, changes: dict[str, Any]) -> Any:
 def _model_class(config: Any) -> Any:
     """The class whose name was saved, among those any Auto class has for this configuration."""
     name = (config.architectures or [None])[0]
-    for auto_name in modeling_auto.__all__:
-        mapping = getattr(getattr(transformers, auto_name), "_model_mapping", None)
-        found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
-        for model_class in found if isinstance(found, tuple) else (found,):
-            if model_class.__name__ == name:
-                return model_class
-    return AutoModelForCausalLM
+    found = (model_class for _, model_class in model_classes(type(config)))
+    return next((model_class for model_class in found if model_class.__name__ == name), AutoModelForCausalLM)
