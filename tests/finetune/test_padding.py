@@ -69,7 +69,7 @@ def test_a_padded_batch_is_its_examples_without_padding(router: str, attention: 
     rows = pack(EXAMPLES, LENGTH) if packed else [[example] for example in EXAMPLES]
     assert (max(len(row) for row in rows) > 1) == packed
     batch = batch_of(rows)
-    assert batch["input_ids"].numel() > batch["attention_mask"].sum() + LENGTH // 2
+    assert batch["input_ids"].numel() > batch["attention_mask"].sum() + 100
     out, gradients = learned(model, batch)
     reference, expected = learned(model, unpadded())
     real = sum(len(example.ids) for example in EXAMPLES)
