@@ -13,7 +13,7 @@ from rmoe.data.encode import byte_tokenizer
 from rmoe.model import RMoEConfig, RMoEForCausalLM, RMoEForSequenceClassification
 
 SIZES = {
-    "hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 4,
+    "hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4,
 }  # fmt: skip
 
 
