@@ -66,6 +66,20 @@ def model_place(name: str | Path, field: str = "MODEL") -> Path:
     raise RequestError(field, text, allowed)
 
 
+def require_writable(out: Path) -> None:
+    """Check, before any work, that the folder `--out` can be made and written.
+
+    Raises:
+        RequestError: it is something else, or cannot be made.
+    """
+    above = out
+    while not os.path.lexists(above) and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "" if above == out else f" ({above} is {'read-only' if above.is_dir() else 'no folder'})"
+        raise RequestError("--out", str(out), f"a folder that can be written{why}")
+
+
 def display_name(folder: Path) -> str:
     """What to call a model: its folder's name; `ORG/NAME` for a folder of the Hub cache."""
     folder = folder.absolute()

@@ -56,10 +56,11 @@ def run(
     if out is None:
         raise RequestError("--out", None, "a folder that is new or empty")
 
-    from rmoe.cli.models import model_folder, new_folder, set_up
+    from rmoe.cli.models import model_folder, set_up
     from rmoe.graft import GraftSpec, graft_folder, undo_folder, upcycle_folder
+    from rmoe.places import require_writable
 
-    new_folder(out)
+    require_writable(out)
     set_up(plugin)
     model = model_folder(model)
     if upcycle:

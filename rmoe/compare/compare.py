@@ -23,6 +23,7 @@ from rmoe.compare.statistics import MARGIN_BITS
 from rmoe.compare.summary import chosen_sweep, summarise, sweep_points
 from rmoe.compare.timing import time_alone
 from rmoe.errors import RequestError, RunError
+from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.report import table
 from rmoe.report.analysis_schema import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
@@ -119,6 +120,7 @@ def compare(
         RunError: interrupted, or no run of a router finished; the same command goes on.
     """
     options = options or Options()
+    require_writable(out)
     if lengths:
         config = with_branch_points(config, lengths)
     if match_logits is not None:

@@ -46,7 +46,7 @@ from rmoe.finetune.parts import choose_trained
 from rmoe.graft.attach import is_grafted
 from rmoe.graft.folder import keep_originals
 from rmoe.model.weights import open_weights, tensor_sha256
-from rmoe.places import expand
+from rmoe.places import expand, require_writable
 from rmoe.records import Record, read_record, write_record
 from rmoe.training import run_folder
 from rmoe.training.checkpoint import CheckpointStore, sha256
@@ -140,6 +140,7 @@ def finetune(
         RequestError: the request is wrong; nothing was written.
         RunError: the run failed; it says what is saved.
     """
+    require_writable(out)
     if not resume:
         run_folder.refuse_used(out)
     disable_progress_bar()
@@ -197,7 +198,7 @@ def finetune(
 
 def _instruction_job(source: Path, data: Path, config: FinetuneConfig, tokenizer: Any) -> Job:
     items = read_tasks(data, Instruction)
-    valid = [] if config.valid is None else read_tasks(config.valid, Instruction)
+    valid = [] if config.valid is None else read_tasks(config.valid, Instruction, field="--valid")
     model = load_language_model(source)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     require_rows(model, tokenizer, source, tokenizer.eos_token_id, pad)
@@ -248,7 +249,7 @@ def _answer_loss(model: nn.Module, sequences: PackedExamples) -> Evaluation:
 def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokenizer: Any) -> Job:
     items = read_tasks(data, Labelled)
     labels = label_set(items)
-    valid = [] if config.valid is None else read_tasks(config.valid, Labelled, labels)
+    valid = [] if config.valid is None else read_tasks(config.valid, Labelled, labels, field="--valid")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise RequestError("model", str(source), "a tokenizer with a padding or end-of-text token")
