@@ -396,6 +396,9 @@ def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], con
             f"Verdicts use p values corrected over all routers (Holm); intervals are {confidence:.0%} each, "
             "not corrected."
         )
+    codes = dict.fromkeys(row.versions.code for row in rows if row.status == "finished")
+    if len(codes) > 1:
+        notes.append(f"The runs were made by {len(codes)} versions of the code: {', '.join(codes)}.")
     for row in rows:
         if row.status == "failed":
             notes.append(f"{row.key} failed and is left out: {row.error}")
