@@ -6,6 +6,8 @@ Importing `rmoe` is cheap: nothing here imports torch until a name that needs it
 from importlib import import_module
 from typing import Any
 
+from rmoe.auto import register_when_asked
+
 __version__ = "0.1.0"
 
 # name -> module that defines it; resolved on first use so that `rmoe zoo` never pays for torch.
@@ -21,6 +23,9 @@ _LAZY = {
 }
 
 __all__ = ["__version__", *sorted(_LAZY)]
+
+
+register_when_asked()
 
 
 def __getattr__(name: str) -> Any:

@@ -77,12 +77,12 @@ def attention_keywords(owner: PreTrainedModel, given: Mapping[str, Any]) -> dict
 def one_cache(cache: Any, past_key_values: Any) -> Any:
     """The cache, whichever of its two names the caller used.
 
-    Raises:
-        TypeError: both names at once.
+    PEFT's prefix tuning gives both: `generate`'s, and its prefix. The newer name wins, as in transformers, unless that
+    cache is still empty: then the prefix is what to begin with.
     """
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise TypeError("give `cache` or `past_key_values`, not both: they are one argument")
-    return past_key_values if cache is None else cache
+    if cache is None or (past_key_values is not None and cache.get_seq_length() == 0):
+        return past_key_values
+    return cache
 
 
 def announce_causal_lm(model_type: str, class_name: str) -> None:

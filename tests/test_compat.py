@@ -41,8 +41,10 @@ def test_both_names_of_the_cache_work(name: str) -> None:
     rest = net(ids[:, 5:], **{name: cache})
     assert (torch.cat((first, rest.logits), 1) - want).abs().max() < 1e-5
     assert rest[CACHE] is cache
-    with pytest.raises(TypeError, match="not both"):
-        net(ids, cache=cache, past_key_values=DynamicCache(config=net.config))
+    other = DynamicCache(config=net.config)
+    assert net(ids[:, :2], cache=other, past_key_values=cache)[CACHE] is cache  # the one that holds tokens
+    net(ids, cache=other)
+    assert net(ids[:, :2], cache=other, past_key_values=cache)[CACHE] is other
 
 
 @pytest.mark.parametrize("of", ["trunk", "causal", "classifier"])

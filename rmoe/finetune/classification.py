@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from rmoe.data.tasks import Labelled
 from rmoe.errors import RequestError
-from rmoe.model.loading import register
 from rmoe.model.weights import open_weights
 
 _HEADS = ("score.", "lm_head.")
@@ -27,7 +26,6 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
         RequestError: as `rmoe.load`; or the family has no classifier; or any weight but a head's does not fit.
     """
     open_weights(path)
-    register(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise RequestError("model", config.model_type, "a family with a sequence classifier in transformers")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -23,7 +22,7 @@ from rmoe.compat import announce_causal_lm
 from rmoe.errors import RequestError
 from rmoe.graft.modules import reduce_as
 from rmoe.graft.spec import GraftSpec
-from rmoe.model.initialize import initialize_missing
+from rmoe.model.initialize import initialize_missing, is_loaded
 from rmoe.model.recompute import NonReentrant
 from rmoe.model.sharing import write_auto_code
 from rmoe.routing.initial import Initialized
@@ -109,11 +108,12 @@ def grafted_model_class(
         if kwargs.get("is_main_process", True):
             write_auto_code(Path(save_directory), CODE, AUTO_MAP)
 
-    def _init_weights(self: Any, module: nn.Module) -> None:
-        if isinstance(module, Initialized):
-            initialize_missing(module, self.config.initializer_range)
-        else:
-            base._init_weights(self, module)
+    def initialize_weights(self: Any) -> None:
+        # The backbone, a model of its own, knows nothing of the graft's modules in it.
+        ours = [m for m in self.modules() if isinstance(m, Initialized) and not is_loaded(m)]
+        base.initialize_weights(self)
+        for module in ours:
+            initialize_missing(module, std=0.0)  # they name all their rules
 
     body = {
         # The family's module: by it transformers tells its own models, whose weights it converts, from others.
@@ -122,7 +122,7 @@ def grafted_model_class(
         "save_pretrained": save_pretrained,
         "__reduce_ex__": reduce_as(_model_class, base, config_class.__bases__[0]),
         "config_class": config_class,
-        "_init_weights": _init_weights,
+        "initialize_weights": initialize_weights,
     }
     return type(CLASS_PREFIX + base.__name__, (NonReentrant, base), body)
 

@@ -38,14 +38,15 @@ def initialize_missing(module: nn.Module, std: float) -> None:
     """First values for a module's own parameters and buffers that no checkpoint has filled."""
     rules = initializers_of(module, std)
     for name, tensor in own_tensors(module, rules):
-        if not _is_loaded(tensor):
+        if not is_loaded(tensor):
             rules[name](tensor, None)
     if isinstance(module, TrainingState):
-        module.restart(_is_loaded)
+        module.restart(is_loaded)
 
 
-def _is_loaded(tensor: Tensor) -> bool:
-    return bool(getattr(tensor, "_is_hf_initialized", False))
+def is_loaded(what: Tensor | nn.Module) -> bool:
+    """Whether transformers has filled a tensor, or all of a module, from a checkpoint."""
+    return bool(getattr(what, "_is_hf_initialized", False))
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

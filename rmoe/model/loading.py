@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ from transformers.models.auto import modeling_auto
 
 import rmoe.model  # noqa: F401 - registers RMoE with the Auto classes
 from rmoe.errors import RequestError
-from rmoe.model.weights import CONFIG, open_weights, read_json
+from rmoe.model.weights import open_weights
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-
-# model_type -> module whose import registers it
-_REGISTERED_BY = {"rmoe_graft": "rmoe.graft"}
 
 
 def load(
@@ -50,7 +46,6 @@ def load(
     folder = Path(path)
     if folder.exists():
         open_weights(folder)
-        register(folder)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # None would ask on the terminal
     except RequestError:
@@ -98,13 +93,6 @@ def _changed(config: Any, changes: dict[str, Any]) -> Any:
         raise RequestError(
             name, value, f"a value that the {config.model_type} configuration takes ({error})"
         ) from error
-
-
-def register(folder: Path) -> None:
-    """Make the model type of a folder known to transformers' Auto classes."""
-    model_type = read_json(folder / CONFIG).get("model_type")
-    if isinstance(model_type, str) and model_type in _REGISTERED_BY:
-        import_module(_REGISTERED_BY[model_type])
 
 
 def _model_class(config: Any) -> Any:
