@@ -16,7 +16,8 @@ def run(*, json: bool = False, markdown: bool = False) -> None:
 
     Args:
         json: print one JSON object, name -> summary, source, stages, what it carries and needs, and its spec.
-        markdown: print the table of docs/zoo.md, with parameters and FLOPs at the paper's medium size.
+        markdown: print the table of docs/zoo.md, with parameters, FLOPs and the initial scale of the logits at the
+            paper's medium size.
     """
     if json and markdown:
         raise RequestError("--json", True, "without --markdown")
@@ -50,6 +51,7 @@ def _described(row: ZooRow) -> dict[str, Any]:
 
 
 def _markdown() -> str:
+    from rmoe.model.logit_scale import initial_logit_std
     from rmoe.routing.cost import MEDIUM, router_cost
 
     lines = [
@@ -58,15 +60,18 @@ def _markdown() -> str:
         "Made by `rmoe zoo --markdown`; a test compares this file with the code. Parameters and FLOPs are those of all",
         f"routers of the medium model ({MEDIUM.num_layers} layers, d = {MEDIUM.hidden_size}, {MEDIUM.num_experts} "
         f"experts, top-{MEDIUM.top_k} or the row's own k, vocabulary {MEDIUM.vocab_size}), frozen parameters",
-        "included; FLOPs are two per multiply-add of a forward pass, counted by torch on real calls.",
+        "included; FLOPs are two per multiply-add of a forward pass, counted on real calls. The initial logit std",
+        "is that of the raw logits over experts before training, on inputs of unit scale: rows that differ in it are",
+        "compared fairly only with `rmoe compare --match-logits`.",
         "How to add a row: [add-a-router.md](add-a-router.md).",
         "",
         "| name | what sets it apart | stages | equation | balance | source "
-        "| parameters | FLOPs / token | carries | needs |",
-        "|---|---|---|---|---|---|---:|---:|---|---|",
+        "| parameters | FLOPs / token | initial logit std | carries | needs |",
+        "|---|---|---|---|---|---|---:|---:|---:|---|---|",
     ]
     for name, row in ZOO.items():
-        cost = router_cost(row.spec, replace(MEDIUM, top_k=row.top_k or MEDIUM.top_k))
+        geometry = replace(MEDIUM, top_k=row.top_k or MEDIUM.top_k)
+        cost, scale = router_cost(row.spec, geometry), initial_logit_std(row.spec, geometry)
         cells = [
             f"`{name}`",
             row.summary,
@@ -76,6 +81,7 @@ def _markdown() -> str:
             row.source,
             f"{cost.parameters:,}",
             f"{cost.flops_per_token:,}",
+            "-" if scale is None else f"{scale:.2g}",
             describe.carries(row.spec),
             describe.needs(row),
         ]
