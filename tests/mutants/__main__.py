@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.operators import Mutant, mutants
-from tests.mutants.table import LEFT_OUT, NOT_SLOW, PARTS, tests_of
+from tests.mutants.table import LEFT_OUT, NOT_SLOW, PARTS, selection
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 13
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def measure(chosen: list[Mutant], out: Path, scratch: Path) -> int:
-    every = tuple(dict.fromkeys(test for m in chosen for test in tests_of(m.file)))
+    every = tuple(dict.fromkeys(test for m in chosen for test in selection(m.file)))
     result, took = outcome(every, scratch)
     print(f"without a mutant: {took:.0f} s", flush=True)
     if result != "survived":
@@ -175,7 +175,7 @@ def measure(chosen: list[Mutant], out: Path, scratch: Path) -> int:
     survivors, began = [], time.monotonic()
     with out.open("w") as file:
         for mutant in chosen:
-            tests = tests_of(mutant.file)
+            tests = selection(mutant.file)
             result, took = outcome(tests, scratch, mutant.file, codes[mutant.key], limit)
             row = {**mutant._asdict(), "outcome": result, "seconds": round(took, 1)}
             file.write(json.dumps({k: v for k, v in row.items() if k != "tree"}) + "\n")

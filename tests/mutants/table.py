@@ -84,6 +84,6 @@ TESTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def tests_of(file: str) -> tuple[str, ...]:
+def selection(file: str) -> tuple[str, ...]:
     """Arguments for pytest."""
     return TESTS[max((entry for entry in TESTS if file.startswith(entry)), key=len)]
