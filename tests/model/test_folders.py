@@ -63,6 +63,16 @@ def test_load_gives_what_was_saved(folder: Path) -> None:
     assert load(folder, dtype="float32").lm_head.weight.dtype == torch.float32
 
 
+def test_what_is_not_saved_starts_anew(tmp_path: Path) -> None:
+    net = model(router="noisy-topk", num_hidden_layers=2).train()
+    net.set_routing_noise(3, 5)
+    net.save_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert int(loaded.model.routing_noise_key) == 0
+    ids = tokens(1, 5)
+    assert (loaded(ids).logits - net.eval()(ids).logits).abs().max() < 1e-5  # rotary frequencies too
+
+
 def test_load_takes_the_class_that_was_saved(tmp_path: Path, folder: Path) -> None:
     net = RMoEForSequenceClassification(config(num_labels=3))
     initialize(net, 0)

@@ -105,7 +105,7 @@ def run_tests(
 def outcome(
     tests: Iterable[str], scratch: Path, file: str = "", code: types.CodeType | None = None, limit: int = 600
 ) -> tuple[str, float]:
-    """ "survived", or how it was killed; and the processor's seconds."""
+    """How it ended, "survived" or how it was killed; with the processor's seconds."""
     child = os.fork()
     if child == 0:
         try:
@@ -120,11 +120,11 @@ def outcome(
         os.killpg(child, signal.SIGKILL)  # and what it may have started
     if not done:
         _, status, usage = os.wait4(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code in (4, 5):
+    ended = os.waitstatus_to_exitcode(status)
+    if ended in (4, 5):
         raise SystemExit(f"error: pytest found no tests in {tests}:\n{(scratch / 'log').read_text()}")
     names = {0: "survived", 1: "test", 2: "import", -signal.SIGXCPU: "time", -signal.SIGKILL: "time"}
-    return names.get(code, f"exit {code}"), usage.ru_utime + usage.ru_stime
+    return names.get(ended, f"exit {ended}"), usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -151,7 +151,8 @@ def main() -> None:
     if options.list:
         print(*(describe(m) for m in chosen), sep="\n")
         return
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    one_thread, offline = ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    os.environ |= dict.fromkeys((*one_thread, *offline, "PYTEST_DISABLE_PLUGIN_AUTOLOAD"), "1")
     for module in PRELOADED:
         importlib.import_module(module)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ from rmoe.routing import (
 from rmoe.routing import mechanisms as m
 from rmoe.routing.balance import LossView
 from rmoe.routing.contract import count_assignments, count_by_layer
+from rmoe.routing.recurrence import SHARED_CELLS
 from rmoe.routing.router import limit_capacity
 from rmoe.routing.training_state import SelectionBias
 from tests import naive
@@ -172,10 +173,7 @@ def test_padding_is_not_there(name: str, training: bool) -> None:
         if buffer_name.endswith("l1_weight"):
             buffer.fill_(0.3)
     x, ids = data()
-    real, pads = x.shape[1] - 5, 5
-    padded = x.clone()
-    padded[:, real:] = 40 * padded[:, real:]
-    stream = noise() if training else None
+    tokens, stream = x.shape[1], noise() if training else None
 
     def run(x: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[list[Routing], Tensor, RouterStats]:
         context = RouterContext(1, x.shape[1], mask, ids, stream)
@@ -186,17 +184,22 @@ def test_padding_is_not_there(name: str, training: bool) -> None:
         loss = balance_loss(list(routers.routers), routings, routers.router_shared, context, 0.01)
         return routings, loss, router_stats(tuple(routings), EXPERTS, mask)
 
-    mask = torch.arange(real + pads) < real
-    got, loss, stats = run(padded, ids, mask)
-    want, want_loss, want_stats = run(padded[:, :real], ids[:real], None)
-    for a, b in zip(got, want, strict=True):
-        assert (dense(a)[:real] - dense(b)).abs().max() < 1e-12
-        assert torch.equal(dense(a)[:real] > 0, dense(b) > 0)
-    assert abs(float(loss.detach() - want_loss.detach())) < 1e-12
-    assert torch.equal(stats.counts, want_stats.counts)
-    assert int(stats.tokens) == int(want_stats.tokens) == real
-    assert torch.equal(stats.dropped, want_stats.dropped)
-    assert (stats.entropy - want_stats.entropy).abs().max() < 1e-4
+    for real in (tokens - 5, 1) if not training else (tokens - 5,):
+        padded = x.clone()
+        padded[:, real:] = 40 * padded[:, real:]
+        got, loss, stats = run(padded, ids, torch.arange(tokens) < real)
+        want, want_loss, want_stats = run(padded[:, :real], ids[:real], None)
+        for a, b in zip(got, want, strict=True):
+            assert (dense(a)[:real] - dense(b)).abs().max() < 1e-12
+            assert torch.equal(dense(a)[:real] > 0, dense(b) > 0)
+        assert abs(float(loss.detach() - want_loss.detach())) < 1e-12
+        assert torch.equal(stats.counts, want_stats.counts)
+        assert int(stats.tokens) == int(want_stats.tokens) == real
+        assert torch.equal(stats.dropped, want_stats.dropped)
+        assert (stats.entropy - want_stats.entropy).abs().max() < 1e-4
+    _, loss, stats = run(x, ids, torch.zeros(tokens, dtype=torch.bool))  # nothing but pads
+    assert torch.isfinite(loss)
+    assert int(stats.tokens) == int(stats.counts.sum()) == 0
 
 
 # ---- balance losses, several sequences padded on either side ----------------------------------------------
@@ -395,8 +398,9 @@ def test_relu_weight_follows_the_mean_over_layers() -> None:
             router.update_all(stats, 1, 10)
             assert math.isclose(float(router.gate.l1_weight), 1e-8 * factor, rel_tol=1e-6)
     empty = RouterStats(torch.zeros(2, 4, dtype=torch.int64), torch.tensor(0), torch.zeros(2), torch.zeros(2))
-    router.update_all(empty, 1, 10)  # no token at all: not a division by zero
-    assert math.isfinite(float(router.gate.l1_weight))
+    before = float(router.gate.l1_weight)
+    router.update_all(empty, 1, 10)  # no token at all is fewer than k experts a token, not a division by zero
+    assert math.isclose(float(router.gate.l1_weight), before / 1.2, rel_tol=1e-6)
 
 
 def test_k_and_stage_stop_at_their_ends() -> None:
@@ -458,6 +462,35 @@ def test_hash_weights_and_logits() -> None:
     assert (routing.probs[chosen] - 1 / 3).abs().max() < 1e-12
     with pytest.raises(ValueError, match="router 'hash' reads token ids"):
         router(inputs(3), (), None, RouterContext(1, 3))
+
+
+def test_cosine_temperature_stops_at_a_hundredth() -> None:
+    router, x = layer_of("cosine-moe", 0), inputs()
+    unit = torch.nn.functional.normalize
+    cosines = unit(x, dim=-1) @ unit(router.scorer.embeddings, dim=-1).T
+    for inverse, scale in ((2.0, 2.0), (99.0, 99.0), (1000.0, 100.0)):
+        router.scorer.log_inverse_temperature.data.fill_(math.log(inverse))
+        assert (router(x, (), None, RouterContext(1, 23))[0].logits - scale * cosines).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn", "lstm"])
+def test_cells_compute_in_the_wider_of_two_dtypes(cell: str) -> None:
+    wide = SHARED_CELLS[cell](5).double()
+    for i, parameter in enumerate(wide.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
+    x = inputs(4)[:, :5]
+    state = tuple(0.1 * inputs(4, seed=i)[:, :5] for i in range(2 if cell == "lstm" else 1))
+    with torch.no_grad():
+        wanted = wide(x, state)
+        for got in (
+            wide(x.float(), tuple(s.float() for s in state)),
+            wide(x, tuple(s.float() for s in state)),
+        ):
+            assert got[0].dtype == torch.float64
+            assert (got[0] - wanted[0]).abs().max() < 1e-5
+        narrow = wide.float()(x.float(), tuple(s.float() for s in state))
+        assert narrow[0].dtype == torch.float32
+        assert (narrow[0] - wanted[0]).abs().max() < 1e-5
 
 
 # ---- gates at their edges ---------------------------------------------------------------------------------
@@ -732,6 +765,7 @@ def test_what_goes_together() -> None:
         ({"balance": {"kind": "balance", "losses": [{"kind": "x"}]}}, r"loss\.kind is 'x'"),
         ({"balance": {"kind": "balance", "losses": ["z"]}}, "loss is 'z'"),
         ({"balance": {"kind": "balance", "losses": 3}}, r"balance\.losses is 3"),
+        ({"balance": 3}, "balance is 3; allowed: an object"),
     ],
 )  # fmt: skip
 def test_json_that_is_refused(data: object, message: str) -> None:
@@ -742,6 +776,10 @@ def test_json_that_is_refused(data: object, message: str) -> None:
 def test_json_that_is_read() -> None:
     assert RouterSpec.from_dict({}) == RouterSpec()
     assert RouterSpec.from_json('{"gate": {"kind": "sigmoid", "scale": 2}}').gate == m.Sigmoid(scale=2)
+    assert (
+        RouterSpec.from_dict({"balance": {"kind": "balance", "capacity_factor": 2}}).balance.capacity_factor
+        == 2
+    )
     losses = {"balance": {"kind": "balance", "losses": [{"kind": "z", "weight": 1}]}}
     assert RouterSpec.from_dict(losses).balance.losses == (m.ZLoss(weight=1),)
     with pytest.raises(RequestError, match="a JSON object"):
