@@ -10,6 +10,8 @@ from inspect import signature
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.generic import merge_with_config_defaults  # not in `transformers.utils`; 5.17 to 5.24
 
@@ -17,6 +19,8 @@ __all__ = [
     "ATTENTION_KEYWORDS",
     "CACHE",
     "CACHE_NAMES",
+    "HAS_ACTIVATION_CHECKPOINTING",
+    "announce_causal_lm",
     "attention_keywords",
     "enable_checkpointing",
     "merge_with_config_defaults",
@@ -56,14 +60,16 @@ ATTENTION_KEYWORDS = frozenset(
 """Keywords that other programs give a decoder's forward for its attention to read."""
 
 
-def attention_keywords(owner: object, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords to hand down to attention.
+def attention_keywords(owner: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords to hand down to attention: those known, and any for a function that somebody else has registered.
 
     Raises:
         TypeError: a keyword that nobody below reads; it would be dropped in silence.
     """
+    attention = ALL_ATTENTION_FUNCTIONS.get(owner.config._attn_implementation)
+    of_transformers = attention is None or attention.__module__.startswith("transformers.")
     for name in given:
-        if name not in ATTENTION_KEYWORDS:
+        if of_transformers and name not in ATTENTION_KEYWORDS:
             raise TypeError(f"{type(owner).__name__}.forward() got an unexpected keyword argument {name!r}")
     return dict(given)
 
@@ -77,6 +83,15 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise TypeError("give `cache` or `past_key_values`, not both: they are one argument")
     return past_key_values if cache is None else cache
+
+
+def announce_causal_lm(model_type: str, class_name: str) -> None:
+    """List a language model's class where transformers looks for language models by name.
+
+    Trainer's label smoothing shifts labels, and the text-generation pipeline knows its models, by this table alone;
+    `AutoModelForCausalLM.register` does not write into it (5.17 to 5.24).
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = class_name
 
 
 def enable_checkpointing(model: Any) -> None:

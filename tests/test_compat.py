@@ -100,7 +100,7 @@ def test_flags_are_heeded_from_the_configuration_and_the_call() -> None:
             (14, net.config.num_experts)
         ] * net.config.num_moe_layers
         assert torch.equal(out.hidden_states[-1], net.trunk(ids).last_hidden_state)
-        assert torch.equal(out.aux_loss, net.balance_loss(net.trunk(ids)))
+        assert torch.equal(out.balance_loss, net.balance_loss(net.trunk(ids)))
     assert net(ids, output_attentions=False).attentions is None
     # As tuples, the balance loss comes before the logits.
     assert torch.equal(net(ids, return_dict=False)[1], plain.logits)

@@ -15,6 +15,7 @@ from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.reading import Part, Reading, read_text
 from rmoe.analysis.recorder import find_moe_layers
 from rmoe.errors import RequestError
+from rmoe.places import display_name, model_place
 from rmoe.report.analysis_schema import Analysis, ModelAnalysis
 
 SEQUENCE_LENGTH = 512
@@ -35,7 +36,7 @@ def analyze_folders(
     is compared token by token (saturation). Where that cannot be, a note says so and the rest is reported.
 
     Args:
-        models: one or two model folders, run folders, or ids of the Hub.
+        models: one or two model folders, run folders, or names of the Hub; see `rmoe.places.model_place`.
         data, part, tokens: see `reading.read_text`.
         sequence_length: S; None is `SEQUENCE_LENGTH`, or the models' longest if that is less.
         device: as torch names it; None is a GPU if there is one.
@@ -44,7 +45,7 @@ def analyze_folders(
     Raises:
         RequestError: whatever is wrong with the models, the text or the options.
     """
-    paths = [model_path(model) for model in models]
+    paths = [model_path(str(model_place(model))) for model in models]
     target = _device(device)
     loaded = [rmoe.load(path, device=target) for path in paths]
     layers = [find_moe_layers(model) for model in loaded]  # before anything slow
@@ -104,8 +105,11 @@ def trained_steps(folder: Path) -> int:
 
 def _names(paths: Sequence[str]) -> list[str]:
     """A short name for each: its folder's, or its run's; the whole path where that would not tell them apart."""
-    resolved = [Path(path).resolve() if Path(path).exists() else Path(path) for path in paths]
-    short = [path.parent.name if path.name == "model" else path.name for path in resolved]
+    resolved = [Path(path).resolve() for path in paths]
+    short = [
+        real.parent.name if real.name == "model" else display_name(Path(path))
+        for path, real in zip(paths, resolved, strict=True)
+    ]
     if len(set(short)) == len(short):
         return short
     whole = [str(path) for path in paths]

@@ -48,11 +48,12 @@ def language_model_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
 
 def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
     """The balance loss of a forward pass with the weight it is added with; None if the model has none."""
-    loss = getattr(output, "aux_loss", None)
+    loss = getattr(output, "aux_loss", None)  # without its weight
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         return None
     if isinstance(model, RMoEPreTrainedModel):
-        return loss  # weighted already; the families of transformers return it bare
+        weighted: Tensor | None = output.balance_loss
+        return weighted
     return loss * model.config.router_aux_loss_coef  # type: ignore[union-attr, operator]
 
 

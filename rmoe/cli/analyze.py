@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rmoe.cli.models import Plugins, set_up
-from rmoe.errors import RequestError, one_line
+from rmoe.errors import one_line
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
     """Measure the routing of a model, ours or any Hugging Face MoE.
 
     Args:
-        model: a model folder, a run folder, or a model of the Hugging Face Hub.
+        model: a model folder, a run folder, or hf:NAME of the Hugging Face Hub.
         out: where analysis.json and report/index.html are written.
         data: a text, as for training; default the test split of the Python standard library's source.
         compare_with: a second model, shown beside the first; with equal tokenizer, layers and experts also how
@@ -47,11 +47,11 @@ def run(
     """
     from rmoe.analysis.analyze import AnalysisOptions
     from rmoe.analysis.command import analyze_folders
+    from rmoe.cli.models import new_folder
     from rmoe.report.analysis_schema import write_analysis
     from rmoe.report.page import write_report
 
-    if out.exists() and not out.is_dir():
-        raise RequestError("--out", str(out), "a folder")
+    new_folder(out)
     set_up(plugin)
     options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
     models = [model] if compare_with is None else [model, compare_with]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import io
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import tyro
 
 from rmoe.errors import RequestError
+from rmoe.places import expand
 
 Verb = Callable[..., int | None]
 
@@ -50,10 +52,8 @@ def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None]
     Raises:
         RequestError: the command line is wrong: a configuration's own validation, or a `UsageError`.
     """
+    argv = _plain(argv, run)
     parameters = _parameters(run, argv)
-    argv = (
-        [_ALIASES.get(token, token) for token in argv] if "config" in (p.name for p in parameters) else argv
-    )
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -94,16 +94,57 @@ def _defaults(config_type: Any, argv: Sequence[str], preset: str) -> Any:
     """What the options override: the preset asked for; with `--resume` alone the run that is there."""
     asked, out = _value(argv, "--preset"), _value(argv, "--out")
     if asked is None and out is not None and "--resume" in argv:
-        running = config_type.from_run(Path(out))
+        running = config_type.from_run(expand(out, "--out"))
         if running is not None:
             return running
     return config_type.from_preset(asked or preset)
 
 
-def _in_full(token: str) -> str:
-    """`--data=x` -> `--data.path=x`; what is no alias stays."""
-    option, separator, value = token.partition("=")
-    return _ALIASES.get(option, option) + separator + value
+def _plain(argv: Sequence[str], run: Verb) -> list[str]:
+    """A command line in the one form that is parsed: aliases in full, `--flag=true` as `--flag`.
+
+    What follows an option that takes a value is that value, whatever it looks like, and stays.
+    """
+    flags, has_run = (
+        _flags(get_type_hints(run, include_extras=True)),
+        "config" in inspect.signature(run).parameters,
+    )
+    plain: list[str] = []
+    is_value = False
+    for token in argv:
+        if is_value or not token.startswith("--"):
+            plain.append(token)
+            is_value = False
+            continue
+        option, separator, value = token.partition("=")
+        name = option.replace("_", "-")
+        if name in flags:
+            said = value.lower()
+            if separator and said in ("true", "false"):
+                before, dot, last = name.removeprefix("--").rpartition(".")
+                token = name if said == "true" else f"--{before}{dot}no-{last}"
+        else:
+            token = (_ALIASES.get(option, option) if has_run else option) + separator + value
+            is_value = not separator and name.replace("no-", "") not in flags and option != "--help"
+        plain.append(token)
+    return plain
+
+
+def _flags(hints: dict[str, Any], prefix: str = "--") -> set[str]:
+    """The options of a function, or of a configuration in it, that take no value."""
+    flags: set[str] = set()
+    for name, hint in hints.items():
+        kind, unnamed = hint, False
+        if get_origin(hint) is Annotated:
+            kind, *notes = get_args(hint)
+            unnamed = any(getattr(note, "name", None) == "" for note in notes)
+        option = prefix + name.replace("_", "-")
+        if kind is bool:
+            flags.add(option)
+        elif dataclasses.is_dataclass(kind):
+            inner = get_type_hints(kind, include_extras=True)
+            flags |= _flags(inner, prefix if unnamed else f"{option}.")
+    return flags
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:
@@ -125,7 +166,11 @@ def _binder(run: Verb, parameters: list[inspect.Parameter]) -> Callable[..., Cal
     accepted = inspect.signature(run).parameters
 
     def bind(**arguments: Any) -> Callable[[], int | None]:
-        return partial(run, **{name: value for name, value in arguments.items() if name in accepted})
+        given = {name: value for name, value in arguments.items() if name in accepted}
+        for name, value in given.items():
+            if isinstance(value, Path):  # a shell leaves the ~ of `--out=~/runs` alone
+                given[name] = expand(value, "MODEL" if name == "model" else f"--{name.replace('_', '-')}")
+        return partial(run, **given)
 
     bind.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     bind.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from rmoe.errors import RunError
+from rmoe.errors import RequestError, RunError
 from rmoe.training.config import RunConfig
 
 
@@ -19,6 +19,11 @@ def run(
     baseline: str | None = None,
     sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     match_params: bool = False,
+    match_logits: float | None = None,
+    until_decided: bool = False,
+    max_seeds: int | None = None,
+    lengths: tuple[int, ...] = (),
+    gate: Path | None = None,
     jobs: int | None = None,
     margin: float = 0.01,
     timing_rounds: int = 3,
@@ -38,6 +43,15 @@ def run(
         sweep: SETTING=VALUE,VALUE,...: each router gets its own value, chosen on validation with equal budgets; the
             test split is then evaluated once. May be given several times.
         match_params: give every router the baseline's number of parameters, by the width of its experts.
+        match_logits: start every router at this standard deviation of its raw logits, 1.0 for one: how sharp a gate
+            starts can matter more than the router. The same as --training.initial-logit-std.
+        until_decided: add pairs, from --seeds to --max-seeds, until every verdict stands. Verdicts keep their level
+            over all looks; a decided router gets no more runs.
+        max_seeds: of --until-decided.
+        lengths: two shorter lengths of the baseline, branched from its runs (--training.schedule wsd): gives bits at
+            equal seconds and an effective speed-up beside bits at equal steps.
+        gate: folder of a finished comparison at another size: a router is better when it is better at both, else it is
+            not better.
         jobs: runs at once. Results do not depend on it; the default fills the cores, one thread a run, at small sizes.
         margin: differences smaller than this, in bits, count as none.
         timing_rounds: turns each router gets in the phase that times it alone; 0 leaves time and memory blank.
@@ -48,6 +62,9 @@ def run(
     from rmoe.compare.compare import Options, compare
     from rmoe.report.table import terminal
 
+    if until_decided != (max_seeds is not None):
+        allowed = "a number, with --until-decided" if until_decided else "left out without --until-decided"
+        raise RequestError("--max-seeds", max_seeds, allowed)
     summary = compare(
         config,
         [name.strip() for name in routers.split(",") if name.strip()],
@@ -56,6 +73,10 @@ def run(
         baseline=baseline,
         sweep=sweep,
         match_params=match_params,
+        match_logits=match_logits,
+        max_seeds=max_seeds,
+        lengths=lengths,
+        gate=gate,
         options=Options(
             jobs=jobs,
             margin=margin,

@@ -27,8 +27,8 @@ def run(
     """Bits per byte and perplexity of a model on a whole text, or benchmark tasks of lm-evaluation-harness.
 
     Args:
-        model: a model folder, or the folder of a finished run.
-        data: a text file, a folder of texts, a .gz or .jsonl of text, or hf:NAME.
+        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
+        data: a text file, a folder of texts, a .gz, .jsonl, .csv or .parquet of text, or hf:NAME.
         tasks: names separated by commas, `arc_easy,hellaswag`; with a local file in the place of the task's own
             data, `arc_easy=FILE` (arc_easy, arc_challenge, piqa, lambada_openai, lambada_standard, gsm8k).
         limit: with --tasks, only so many items of each.
@@ -58,15 +58,17 @@ def _benchmarks(
     if limit is not None and limit < 1:
         raise RequestError("--limit", limit, "1 or more")
 
-    import rmoe
-    from rmoe.cli.models import model_folder, tokenizer_of
+    from rmoe.cli.models import model_folder
     from rmoe.evaluation import parse_benchmarks, run_benchmarks
+    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 
     benchmarks = parse_benchmarks(tasks)
     folder = model_folder(model)
+    language_model, tokenizer = load_language_model(folder), load_tokenizer(folder)
+    require_rows(language_model, tokenizer, folder)
     results = run_benchmarks(
-        rmoe.load(folder),
-        tokenizer_of(folder),
+        language_model,
+        tokenizer,
         benchmarks,
         limit=limit,
         num_fewshot=num_fewshot,
@@ -87,13 +89,14 @@ def _benchmarks(
 
 
 def _text(model: Path, data: str, context: int | None, overlap: int, json: bool) -> None:
-    import rmoe
     from rmoe.cli.models import model_folder
     from rmoe.data import DataConfig, prepare
     from rmoe.training.evaluation import evaluate
+    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 
     folder = model_folder(model)
-    language_model = rmoe.load(folder)
+    language_model = load_language_model(folder)
+    require_rows(language_model, load_tokenizer(folder), folder)
     if context is None:
         context = min(getattr(language_model.config, "max_position_embeddings", 4096), 4096)
     corpus = prepare(DataConfig(path=data, tokenizer=str(folder), split="whole"), context)

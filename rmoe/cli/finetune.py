@@ -26,8 +26,9 @@ def run(
     """Fine-tune a model: the answers of instructions, or the labels of texts. Writes OUT/model.
 
     Args:
-        model: a model folder, or the folder of a finished run.
-        data: JSON lines (.jsonl, .jsonl.gz): `instruction`, `input`, `output`, or `text`, `label`.
+        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
+        data: rows as JSON lines, a JSON array, csv or parquet: `instruction`, `input`, `output`; conversations as
+            `messages` or ShareGPT's `conversations`, in the tokenizer's chat template; or `text`, `label`.
         out: the run's folder: new, empty, or with --resume the run to go on with.
         settings: see the table below.
         resume: go on from the newest valid checkpoint in --out.

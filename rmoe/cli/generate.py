@@ -23,7 +23,7 @@ def run(
     """Continue a text.
 
     Args:
-        model: a model folder, or the folder of a finished run.
+        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
         prompt: the text to continue.
         max_new_tokens: how many tokens to add, at most.
         temperature: 0 takes the likeliest token each time; above it tokens are drawn.
@@ -42,13 +42,13 @@ def run(
 
     import torch
 
-    import rmoe
-    from rmoe.cli.models import model_folder, set_up, tokenizer_of
+    from rmoe.cli.models import model_folder, set_up
+    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 
     set_up(plugin)
     folder = model_folder(model)
-    language_model = rmoe.load(folder)
-    tokenizer = tokenizer_of(folder)
+    language_model, tokenizer = load_language_model(folder), load_tokenizer(folder)
+    require_rows(language_model, tokenizer, folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p}

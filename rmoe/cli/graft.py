@@ -32,7 +32,8 @@ def run(
     """Put a recurrent router onto a pretrained MoE, or an MoE in the place of a dense model, function unchanged.
 
     Args:
-        model: a model folder in safetensors, or the folder of a finished run; with --undo, a grafted one.
+        model: a model folder in safetensors, the folder of a finished run, or hf:NAME of the Hugging Face Hub; with
+            --undo, a grafted one.
         out: the folder to write, new or empty.
         router: a row of `rmoe zoo`; its recurrence is taken, the family's own gate scores.
         width: p, width of the router state; default the row's.
@@ -55,9 +56,10 @@ def run(
     if out is None:
         raise RequestError("--out", None, "a folder that is new or empty")
 
-    from rmoe.cli.models import model_folder, set_up
+    from rmoe.cli.models import model_folder, new_folder, set_up
     from rmoe.graft import GraftSpec, graft_folder, undo_folder, upcycle_folder
 
+    new_folder(out)
     set_up(plugin)
     model = model_folder(model)
     if upcycle:

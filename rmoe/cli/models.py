@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import tyro
 
-from rmoe.errors import RequestError, one_line
+from rmoe.errors import RequestError
+from rmoe.places import model_place
 
 Plugins: TypeAlias = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
@@ -26,31 +28,29 @@ def set_up(plugins: tuple[str, ...]) -> None:
     load_plugins(plugins)
 
 
-def model_folder(path: Path) -> Path:
-    """The model folder of a path: itself, or `model/` in it where it is the folder of a run.
+def model_folder(path: str | Path, field: str = "MODEL") -> Path:
+    """The model folder that is meant; see `rmoe.places.model_place`. A run's folder stands for the `model/` in it.
 
     Raises:
-        RequestError: a run that has no model yet.
+        RequestError: nothing is there, or a run that has no model yet.
     """
+    path = model_place(path, field)
     if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
         if not (path / "model").is_dir():
-            raise RequestError("MODEL", str(path), "a finished run, or one of its checkpoints")
+            raise RequestError(field, str(path), "a finished run, or one of its checkpoints")
         return path / "model"
     return path
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer saved beside a model.
+def new_folder(out: Path) -> None:
+    """Check, before any work, that a folder can be written.
 
     Raises:
-        RequestError: there is none.
+        RequestError: it is something else, or cannot be made.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("a")  # some damage shows itself only in use
-        return tokenizer
-    except Exception as error:  # a damaged file makes the tokenizers library raise what it likes
-        said = one_line(str(error))[:200]
-        raise RequestError("MODEL", str(folder), f"a model folder with its tokenizer ({said})") from error
+    above = out
+    while not os.path.lexists(above) and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "" if above == out else f" ({above} is {'read-only' if above.is_dir() else 'no folder'})"
+        raise RequestError("--out", str(out), f"a folder that can be written{why}")

@@ -30,7 +30,7 @@ def run(
     Requests are computed one at a time; a closed connection stops its request and frees its slot.
 
     Args:
-        model: a model folder, or the folder of a finished run.
+        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
         host: where to listen. There is no authentication: anything but loopback is open to whoever can reach it.
         port: 0 takes a free one and says which.
         name: what clients call the model; default its folder's name.
@@ -49,7 +49,8 @@ def run(
         if not ok:
             raise RequestError(option, value, "a sensible number (see --help)")
 
-    from rmoe.cli.models import model_folder, set_up, tokenizer_of
+    from rmoe.cli.models import model_folder, set_up
+    from rmoe.places import display_name
 
     set_up(plugin)
     folder = model_folder(model)
@@ -62,14 +63,16 @@ def run(
         raise RequestError("rmoe serve", str(error), 'installed with pip install "rmoe[serve]"') from error
     import torch
 
-    import rmoe
+    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    served = rmoe.load(folder, device=device)
+    served, tokenizer = load_language_model(folder, device=device), load_tokenizer(folder)
+    require_rows(served, tokenizer, folder)
+    name = name or display_name(folder)
     longest = getattr(served.config, "max_position_embeddings", 4096)
     limits = Limits(max_length=max_length or longest, concurrent=concurrent, waiting=waiting)
-    app = build_app(served, tokenizer_of(folder), name or folder.resolve().name, limits)
+    app = build_app(served, tokenizer, name, limits)
     if host not in LOOPBACK:
         print(f"warning: listening on {host} without authentication", file=sys.stderr, flush=True)
     config = uvicorn.Config(
@@ -79,7 +82,7 @@ def run(
     try:
         with config.bind_socket() as listening:
             where = f"http://{host}:{listening.getsockname()[1]}"
-            print(f"serving {name or folder.resolve().name} at {where}/v1", file=sys.stderr, flush=True)
+            print(f"serving {name} at {where}/v1", file=sys.stderr, flush=True)
             server.run(sockets=[listening])
     except SystemExit as stop:  # uvicorn's way to say that the port is taken
         raise RequestError("--port", port, f"a free port of {host}") from stop

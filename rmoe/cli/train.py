@@ -19,6 +19,7 @@ def run(
     config: Annotated[RunConfig, tyro.conf.arg(name="")],
     resume: bool = False,
     profile: bool = False,
+    branch_of: Path | None = None,
 ) -> None:
     """Train one model; writes config.json, metrics.jsonl, checkpoints/, model/ and result.json into --out.
 
@@ -32,11 +33,13 @@ def run(
             those of the run there, but for --plugin and --data.cache-dir, which are given again: a folder decides
             neither which code runs nor where else is written.
         profile: also record three steps: a trace and a page of where their time went, in OUT/profile.
+        branch_of: folder of a longer run with --training.schedule wsd and the same settings, which kept a checkpoint
+            where this run's decay begins (--training.branch-points): begin there.
     """
     from rmoe.training.run import Stopped, train
 
     try:
-        result = train(config, out, resume=resume, profile=profile)
+        result = train(config, out, resume=resume, profile=profile, branch_of=branch_of)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return

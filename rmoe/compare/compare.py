@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from rmoe.compare import plan as plans
+from rmoe.compare.equal_time import with_branch_points
+from rmoe.compare.gate import gated, read_other
 from rmoe.compare.jobs import Answer, Judge, Measure, Train
 from rmoe.compare.plan import Plan, Run
 from rmoe.compare.pool import Pool
@@ -84,6 +86,10 @@ def compare(
     baseline: str | None = None,
     sweep: Sequence[str] = (),
     match_params: bool = False,
+    match_logits: float | None = None,
+    max_seeds: int | None = None,
+    lengths: Sequence[int] = (),
+    gate: Path | None = None,
     options: Options | None = None,
 ) -> Summary:
     """Train every router with every seed, go on with what is missing, and judge.
@@ -97,6 +103,12 @@ def compare(
         sweep: `SETTING=VALUE,VALUE,...`; each router gets its own value, chosen on validation with equal budgets, and
             the test split is evaluated once, for what was chosen.
         match_params: give every router the baseline's number of parameters; see `rmoe.compare.match`.
+        match_logits: start every router's raw logits at this standard deviation; see `rmoe.training.initial_scale`.
+        max_seeds: add pairs, from `seeds` to so many, until every verdict stands; a decided router gets no more. None
+            trains `seeds` and looks once.
+        lengths: two shorter lengths of the baseline, branched from its `wsd` runs: with the times of the phase run
+            alone they give bits at equal seconds; see `rmoe.compare.equal_time`.
+        gate: folder of a comparison at another size: a router passes when it is better at both.
         options: how it is carried out.
 
     Returns:
@@ -107,19 +119,27 @@ def compare(
         RunError: interrupted, or no run of a router finished; the same command goes on.
     """
     options = options or Options()
-    plan = _plan(config, routers, seeds, baseline, sweep)
+    if lengths:
+        config = with_branch_points(config, lengths)
+    if match_logits is not None:
+        config = config.with_setting("training.initial_logit_std", match_logits)
+    plan = replace(
+        _plan(config, routers, seeds, baseline, sweep, max_seeds), lengths=tuple(sorted(set(lengths)))
+    )
+    other = None if gate is None else read_other(gate, plan)
     setting, notes = _set_up(plan, out, match_params, options)
     try:
         with Pool(setting.sharing.jobs, setting.sharing.threads, out / "logs") as pool:
-            _train_missing(setting, pool)
+            setting = _train_until_decided(setting, pool)
             _judge_chosen(setting, pool)
+            _train_branches(setting, pool)
             _time_alone(setting)
             analysis = _analyse(setting, pool)
     except KeyboardInterrupt:
         runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
         saved = f"{runs}, and checkpoints of those under way, in {out}"
         raise RunError("interrupted", saved, "run the same command again") from None
-    rows, problems = read_rows(setting.results)
+    rows, problems = _planned_rows(setting)
     if not any(row.status == "finished" for row in rows):
         raise RunError(
             f"every run failed, {rows[0].key} with: {rows[0].error}", "no model", f"see {out / 'logs'}"
@@ -131,7 +151,11 @@ def compare(
         descriptions={name: row.summary for name, row in ZOO.items()},
         notes=[*notes, *problems],
         margin=options.margin,
+        looks=setting.plan.looks,
+        branches=read_rows(out / plans.BRANCHES)[0] if (out / plans.BRANCHES).exists() else [],
     )
+    if other is not None:
+        summary = gated(summary, other)
     write_record(out / plans.SUMMARY, summary)
     (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
     write_report(out / "report", summary, analysis, single_file=options.single_file)
@@ -142,10 +166,24 @@ def compare(
 
 
 def _plan(
-    config: RunConfig, routers: Sequence[str], seeds: int, baseline: str | None, sweep: Sequence[str]
+    config: RunConfig,
+    routers: Sequence[str],
+    seeds: int,
+    baseline: str | None,
+    sweep: Sequence[str],
+    max_seeds: int | None,
 ) -> Plan:
     if seeds < 1:
         raise RequestError("--seeds", seeds, "1 or more")
+    if max_seeds is not None:
+        if seeds < 2:
+            raise RequestError("--seeds", seeds, "2 or more with --until-decided: one pair has no spread")
+        if max_seeds < seeds:
+            raise RequestError("--max-seeds", max_seeds, f"--seeds ({seeds}) or more")
+        if sweep:
+            raise RequestError(
+                "--until-decided", True, "left out with --sweep: the choice would change as pairs come"
+            )
     if config.router != RunConfig.router:
         raise RequestError("--router", config.router, "left alone: --routers says what is compared")
     from rmoe.training.build import load_plugins
@@ -163,6 +201,7 @@ def _plan(
         sweep=plans.parse_sweep(config, sweep),
         changes=plans.only_k(names, config),
         optional=frozenset(names) - {*routers, baseline},
+        looks=None if max_seeds is None else tuple(range(seeds, max_seeds + 1)),
     )
 
 
@@ -214,9 +253,13 @@ def _count(config: RunConfig, vocab_size: int) -> int:
 
     from rmoe.model import RMoEForCausalLM, count_parameters
     from rmoe.training.build import model_config
+    from rmoe.training.initial_scale import require_scale
 
     with torch.device("meta"):
-        return count_parameters(RMoEForCausalLM(model_config(config, vocab_size)))["non_embedding"]
+        model = RMoEForCausalLM(model_config(config, vocab_size))
+    if config.training.initial_logit_std is not None:
+        require_scale(model, config.training.initial_logit_std)
+    return count_parameters(model)["non_embedding"]
 
 
 def _buildable(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
@@ -275,6 +318,54 @@ def _matched(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
 # --- phases --------------------------------------------------------------------------------------
 
 
+def _train_until_decided(setting: _Setting, pool: Pool) -> _Setting:
+    """Train what is missing; with looks, one pair more of every undecided router at each.
+
+    Which router stops when follows from the rows alone, so an interrupted comparison comes to the same runs.
+
+    Returns:
+        The setting with the plan of what was trained.
+    """
+    looks = setting.plan.looks
+    if looks is None:
+        _train_missing(setting, pool)
+        return setting
+    for pairs in looks:
+        setting = replace(setting, plan=replace(setting.plan, seeds=pairs))
+        _train_missing(setting, pool)
+        decided = _decided(setting, pairs)
+        setting = replace(setting, plan=replace(setting.plan, decided=decided | setting.plan.decided))
+        undecided = set(setting.plan.routers) - {setting.plan.baseline} - set(setting.plan.decided)
+        if not undecided:
+            break
+        print(f"after {pairs} pairs not decided: {', '.join(sorted(undecided))}", file=sys.stderr, flush=True)
+    return setting
+
+
+def _decided(setting: _Setting, pairs: int) -> dict[str, int]:
+    """Routers whose verdict stands after so many pairs."""
+    rows = _planned_rows(setting)[0]
+    if not any(row.status == "finished" for row in rows):
+        return {}
+    plan = setting.plan
+    summary = summarise(rows, "", plan.baseline, margin=setting.options.margin, looks=plan.looks)
+    verdicts = {r.router: r.difference.verdict for r in summary.routers if r.difference is not None}
+    return {
+        name: pairs
+        for name, verdict in verdicts.items()
+        if verdict not in ("not decided", "one seed: no verdict")
+    }
+
+
+def _planned_rows(setting: _Setting) -> tuple[list[ResultRow], list[str]]:
+    """The rows that count: with looks those of the plan, else all there are."""
+    rows, problems = read_rows(setting.results)
+    if setting.plan.looks is not None:
+        keys = {run.key for run in setting.plan.runs()}
+        rows = [row for row in rows if row.key in keys]
+    return rows, problems
+
+
 def _train_missing(setting: _Setting, pool: Pool) -> None:
     """Train every run that has no finished row, several at once."""
     known = setting.rows()
@@ -300,6 +391,44 @@ def _train_missing(setting: _Setting, pool: Pool) -> None:
     )
     with Progress({run.key: setting.folder(run) for run in missing}, steps) as progress:
         pool.map(missing, job, note)
+
+
+def _train_branches(setting: _Setting, pool: Pool) -> None:
+    """Train the baseline's shorter runs that are missing, each from its longer run's checkpoint."""
+    path = setting.out / plans.BRANCHES
+    known = {row.key for row in read_rows(path)[0] if row.status == "finished"} if path.exists() else set()
+    rows = setting.rows()
+    missing = [
+        (branch, run)
+        for branch, run in setting.plan.branches()
+        if branch.key not in known and run.key in rows and rows[run.key].status == "finished"
+    ]
+    if not missing:
+        return
+
+    def note(pair: tuple[Run, Run], answer: Answer) -> None:
+        if answer.stopped:
+            raise RunError(
+                f"{pair[0].key}: {answer.error}", "every finished run", "run the same command again"
+            )
+        append_row(path, _row(setting, pair[0], answer))
+        state = f"failed: {answer.error}" if answer.error else "finished"
+        print(f"{pair[0].key} {state}", file=sys.stderr, flush=True)
+
+    def job(pair: tuple[Run, Run]) -> Train:
+        branch, run = pair
+        return Train(
+            config=branch.config.to_dict(),
+            folder=str(setting.out / "branches" / branch.key),
+            branch_of=str(setting.folder(run)),
+        )
+
+    print(
+        f"training {counted([len(missing)], 'branch')} of {setting.plan.baseline} ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    pool.map(missing, job, note)
 
 
 def _row(setting: _Setting, run: Run, answer: Answer) -> ResultRow:
@@ -335,6 +464,10 @@ def _row(setting: _Setting, run: Run, answer: Answer) -> ResultRow:
         parameters=result.parameters,
         curves=result.curves,
         routing=result.routing,
+        initial_logits=result.initial_logits,
+        layer_curves=result.layer_curves,
+        test_losses=result.test_losses,
+        averaged=result.averaged,
     )
 
 

@@ -8,10 +8,15 @@ from rmoe.records import Record
 
 
 class Train(Record, frozen=True, kw_only=True, tag="train"):
-    """Train one model, or go on with it; answers with its `RunResult`."""
+    """Train one model, or go on with it; answers with its `RunResult`.
+
+    Attributes:
+        branch_of: folder of the longer run that it begins at; None begins at step 0.
+    """
 
     config: dict[str, Any]
     folder: str
+    branch_of: str | None = None
 
 
 class Judge(Record, frozen=True, kw_only=True, tag="judge"):

@@ -33,7 +33,7 @@ def figure_on_test(config: RunConfig, folder: Path) -> float:
     corpus, place = prepare(config.data, config.training.sequence_length), place_of(config)
     with torch_settings(config):
         evaluation = evaluate(
-            _load(folder / MODEL, place), corpus.test, limit=config.logging.final_blocks, bf16=place.bf16
+            _load(folder / MODEL, place), corpus.test, limit=config.test_blocks, bf16=place.bf16
         )
     return corpus.in_unit("test", evaluation.loss)
 

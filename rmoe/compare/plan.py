@@ -2,6 +2,7 @@
 
     DIR/comparison.json     what is compared, all but which routers and how many seeds: those may grow
     DIR/results.jsonl       one line per finished or failed run
+    DIR/branches.jsonl      the baseline's shorter runs, where a law of its loss was asked for
     DIR/runs/<key>/         each run's own folder
     DIR/summary.json, summary.md, analysis.json, report/
 
@@ -19,12 +20,15 @@ from typing import Any
 import msgspec
 
 from rmoe.compare.schema import SweepValue, run_key
+from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.records import Record, read_record, write_record
 from rmoe.routing.zoo import ZOO, find
 from rmoe.training.config import RunConfig
 
 COMPARISON, RESULTS, SUMMARY, ANALYSIS = "comparison.json", "results.jsonl", "summary.json", "analysis.json"
+BRANCHES = "branches.jsonl"
+LENGTH = "training.max_steps"
 COMPARISON_VERSION = 1
 
 # Settings that may differ when a comparison is gone on with: none decides a result.
@@ -57,6 +61,9 @@ class Plan:
         sweep: setting -> values; every router is trained at every combination.
         changes: router -> settings it alone has: expert widths that match parameters, or its only `k`.
         optional: routers nobody named, which `all` stood for: left out where they cannot work.
+        looks: numbers of pairs at which the verdicts are looked at; None is once, at all of them.
+        decided: router -> pairs after which its verdict stood: it gets no more.
+        lengths: of the baseline's runs that branch from those of the plan.
     """
 
     config: RunConfig
@@ -66,6 +73,9 @@ class Plan:
     sweep: dict[str, tuple[SweepValue, ...]] = field(default_factory=dict)
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    looks: Looks | None = None
+    decided: dict[str, int] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
 
     def runs(self) -> list[Run]:
         """Every run, seed by seed, so that an interrupted comparison has whole pairs."""
@@ -76,7 +86,22 @@ class Plan:
             for seed in range(first, first + self.seeds)
             for point in points
             for router in self.routers
+            if seed - first < self.decided.get(router, self.seeds)
         ]
+
+    def branches(self) -> list[tuple[Run, Run]]:
+        """(shorter run, the run of the plan it branches from) of the baseline, seed by seed."""
+        return [
+            (Run(run.router, run.seed, {LENGTH: length}, self._branch_config(run.config, length)), run)
+            for run in self.runs()
+            if run.router == self.baseline
+            for length in self.lengths
+        ]
+
+    @staticmethod
+    def _branch_config(config: RunConfig, length: int) -> RunConfig:
+        training = replace(config.training, max_steps=length, branch_points=(), average=0, average_every=None)
+        return replace(config, training=training)
 
     def config_of(self, router: str, seed: int, point: dict[str, SweepValue]) -> RunConfig:
         """The configuration of one run. With a sweep the test split waits until a point is chosen."""
@@ -158,6 +183,7 @@ class ComparisonRecord(Record, frozen=True, kw_only=True):
     sweep: dict[str, list[SweepValue]]
     changes: dict[str, dict[str, Any]]
     data_sha256: str
+    looks: list[int] | None = None
 
 
 def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
@@ -171,6 +197,7 @@ def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
         sweep={name: list(values) for name, values in plan.sweep.items()},
         changes=plan.changes,
         data_sha256=data_sha256,
+        looks=None if plan.looks is None else list(plan.looks),
     )
     if folder.exists() and not folder.is_dir():
         raise RequestError("--out", str(folder), "a folder")
@@ -190,8 +217,10 @@ def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
 
 def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord) -> None:
     was, new = _flat(stored), _flat(now)
+    # The text's hash covers the tokenizer's content, wherever that lies now.
+    may_differ = MAY_DIFFER | ({"data.tokenizer"} if stored.data_sha256 == now.data_sha256 else frozenset())
     for name in sorted(was.keys() | new.keys()):
-        if name not in MAY_DIFFER and was.get(name) != new.get(name):
+        if name not in may_differ and was.get(name) != new.get(name):
             allowed = f"{was.get(name)!r}, as the comparison in {folder} was started with"
             raise RequestError(name, new.get(name), allowed)
     for router in stored.changes.keys() & now.changes.keys():
@@ -201,7 +230,7 @@ def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord)
 
 
 def _flat(record: ComparisonRecord) -> dict[str, Any]:
-    flat: dict[str, Any] = {"text (sha256)": record.data_sha256, "sweep": record.sweep}
+    flat: dict[str, Any] = {"text (sha256)": record.data_sha256, "sweep": record.sweep, "looks": record.looks}
     for name, value in record.config.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": _plain(v) for inner, v in value.items()}

@@ -17,12 +17,16 @@ import msgspec
 from rmoe.errors import RequestError
 from rmoe.records import Record, Versioned
 from rmoe.training.result import (  # noqa: F401  a row is read with what it is made of
+    Averaged,
     Corpus,
     Curve,
     Hardware,
     Histogram,
+    InitialLogits,
+    LayerCurve,
     Parameters,
     RoutingSummary,
+    TextLosses,
     Unit,
     Versions,
 )
@@ -65,6 +69,10 @@ class ResultRow(Record, frozen=True, kw_only=True):
     curves: dict[str, Curve] = msgspec.field(default_factory=dict)
     timing: Timing | None = None
     routing: RoutingSummary | None = None
+    initial_logits: InitialLogits | None = None
+    layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
+    test_losses: TextLosses | None = None
+    averaged: Averaged | None = None
 
     @property
     def key(self) -> str:
@@ -144,9 +152,35 @@ class Difference(Record, frozen=True, kw_only=True):
     bootstrap: Bootstrap | None = None
     p: float | None = None
     p_holm: float | None = None
+    p_sequential: float | None = None  # with looks: `p` and `p_holm` are of one look, this one of all so far
     equivalence: Equivalence | None = None
     power: Power | None = None
     verdict: Verdict
+
+
+class LossLaw(Record, frozen=True, kw_only=True):
+    """`loss(n) = floor + c n^-exponent`, in bits, through the baseline's loss at three lengths."""
+
+    steps: list[int]
+    losses: list[float]
+    exponent: float
+    floor: float
+
+
+class EqualTime(Record, frozen=True, kw_only=True):
+    """A router against the baseline at equal seconds.
+
+    Attributes:
+        seconds_ratio: of a step, the router's over the baseline's, each timed alone.
+        difference: router minus baseline, the router trained for as long as the baseline took.
+        speedup: how many times as long the baseline has to train to reach the router's loss; above 1 is a gain.
+        speedup_interval: over pairs, on a log scale; the law and the seconds are taken as exact.
+    """
+
+    seconds_ratio: float
+    difference: Difference
+    speedup: float
+    speedup_interval: Interval | None
 
 
 class Band(Record, frozen=True, kw_only=True):
@@ -175,6 +209,10 @@ class RouterSummary(Record, frozen=True, kw_only=True):
     timing: Timing | None
     curves: dict[str, Band] = msgspec.field(default_factory=dict)
     val_difference: Band | None = None  # validation curve minus the baseline's, in bits, paired by seed
+    initial_logit_std: float | None = None  # mean over layers and seeds, as training starts
+    layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)  # means over seeds
+    equal_time: EqualTime | None = None
+    gate: Literal["better", "not better"] | None = None  # at this size and at the other one
 
 
 class SweepPoint(Record, frozen=True, kw_only=True):
@@ -199,6 +237,7 @@ class Summary(Record, frozen=True, kw_only=True):
     notes: list[str]
     routers: list[RouterSummary]
     sweep_points: list[SweepPoint] = msgspec.field(default_factory=list)
+    law: LossLaw | None = None
     hardware: Hardware
     versions: Versions
 

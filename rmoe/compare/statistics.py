@@ -11,7 +11,7 @@ the bootstrap appears only from ten seeds, beside the t interval, with its own s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import msgspec
@@ -29,6 +29,7 @@ from rmoe.compare.schema import (
     Unit,
     Verdict,
 )
+from rmoe.compare.sequential import Looks, nominal_levels, sequential_p
 
 CONFIDENCE = 0.95
 MARGIN_BITS = 0.01  # a smaller difference counts as none
@@ -168,12 +169,15 @@ def compare_to_baseline(
     split: Split,
     margin: float = MARGIN_BITS,
     confidence: float = CONFIDENCE,
+    looks: Looks | None = None,
 ) -> dict[str, Difference]:
     """Judge every router against the baseline, over the seeds both finished.
 
     Args:
         routers: router -> seed -> figure, in the corpus's unit.
         margin: half-width of "equivalent", in bits.
+        looks: pairs at which the verdicts were or will be looked at, see `rmoe.compare.sequential`; None is one look,
+            at all there are.
 
     Returns:
         router -> difference, without the baseline and without routers that share no seed with it. The p
@@ -189,10 +193,23 @@ def compare_to_baseline(
         if name != baseline and by_seed.keys() & against.keys()
     }
     judged = [name for name, differences in paired.items() if len(differences) > 1]
-    tests = {name: t_interval(list(paired[name].values()), confidence) for name in judged}
-    p_equal = {name: equivalence_p(list(paired[name].values()), margin) for name in judged}
-    p_holm = dict(zip(judged, holm([tests[name][1] for name in judged]), strict=True))
-    p_equal_holm = dict(zip(judged, holm([p_equal[name] for name in judged]), strict=True))
+    values = {name: list(paired[name].values()) for name in judged}
+    tests = {name: _t_test(values[name], confidence, looks) for name in judged}
+    p_equal = {name: equivalence_p(values[name], margin) for name in judged}
+    p_used = {name: tests[name][1] for name in judged}
+    p_equal_used = p_equal
+    if looks is not None:
+        p_used = {name: sequential_p(_at_looks(values[name], looks, _p_differs), looks) for name in judged}
+        p_equal_used = {
+            # One-sided tests: a boundary of 5% on one side is that of 10% on both.
+            name: sequential_p(
+                _at_looks(values[name], looks, lambda v: min(1.0, 2 * equivalence_p(v, margin))), looks
+            )
+            / 2
+            for name in judged
+        }
+    p_holm = dict(zip(judged, holm([p_used[name] for name in judged]), strict=True))
+    p_equal_holm = dict(zip(judged, holm([p_equal_used[name] for name in judged]), strict=True))
 
     def judge(name: str) -> Difference:
         found = _difference(paired[name], unit, split)
@@ -208,12 +225,31 @@ def compare_to_baseline(
             bootstrap=bootstrap_interval(found.values, confidence) if boot else None,
             p=p,
             p_holm=p_holm[name],
+            p_sequential=None if looks is None else p_used[name],
             equivalence=Equivalence(margin=margin, p=p_equal[name], p_holm=p_equal_holm[name]),
             power=Power(difference=REFERENCE_BITS, power=POWER, seeds=seeds_needed(sd)),
             verdict=_verdict(found.mean, p_holm[name], p_equal_holm[name], 1 - confidence),
         )
 
     return {name: judge(name) for name in paired}
+
+
+def _p_differs(differences: Sequence[float]) -> float:
+    return t_interval(differences)[1]
+
+
+def _at_looks(
+    differences: Sequence[float], looks: Looks, p_of: Callable[[Sequence[float]], float]
+) -> list[float]:
+    """The p value at each look that there are pairs for."""
+    return [p_of(differences[:pairs]) for pairs in looks if pairs <= len(differences)]
+
+
+def _t_test(differences: Sequence[float], confidence: float, looks: Looks | None) -> tuple[Interval, float]:
+    """`t_interval`; with looks, one that holds the mean at every look so far with this confidence."""
+    if looks is not None and len(differences) in looks:
+        confidence = 1 - nominal_levels(round(1 - confidence, 12), looks)[looks.index(len(differences))]
+    return t_interval(differences, confidence)
 
 
 def _difference(by_seed: dict[int, float], unit: Unit, split: Split) -> Difference:

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
+import msgspec
 import numpy as np
 
 from rmoe.compare import statistics
+from rmoe.compare.equal_time import equal_time, fit_law, in_unit
 from rmoe.compare.schema import (
     Band,
     Curve,
     Difference,
     Interval,
+    LayerCurve,
+    LossLaw,
     ResultRow,
     RouterSummary,
     Split,
@@ -25,13 +30,17 @@ from rmoe.compare.schema import (
     Unit,
     check_comparable,
 )
+from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
+from rmoe.report.charts.chart import counted
 
 UNIT_NAMES = {
     "bits_per_byte": "bits per byte",
     "bits_per_token": "bits per token",
     "perplexity": "perplexity",
 }
+SCALE_RATIO = 1.5  # arms whose logits start further apart than this are not compared at one scale
+
 SPLIT_NAMES: dict[Split, str] = {"val": "validation", "test": "test"}
 
 
@@ -88,6 +97,8 @@ def summarise(
     notes: Sequence[str] = (),
     margin: float = statistics.MARGIN_BITS,
     confidence: float = statistics.CONFIDENCE,
+    looks: Looks | None = None,
+    branches: Sequence[ResultRow] = (),
 ) -> Summary:
     """Judge a comparison.
 
@@ -97,6 +108,8 @@ def summarise(
         descriptions: router -> what it is, in a phrase.
         notes: said beside the verdict: problems met, what to expect.
         margin: half-width of "equivalent", in bits.
+        looks: of a sequential comparison; None is one look.
+        branches: the baseline's shorter runs, for a comparison at equal time.
 
     Raises:
         RequestError: no row finished, two corpora, or no run of the baseline.
@@ -116,7 +129,7 @@ def summarise(
         assert figure is not None
         figures[row.router][row.seed] = figure
     unit = rows[0].corpus.unit
-    differences = statistics.compare_to_baseline(figures, baseline, unit, split, margin, confidence)
+    differences = statistics.compare_to_baseline(figures, baseline, unit, split, margin, confidence, looks)
     routers = [
         _router(
             name,
@@ -128,18 +141,69 @@ def summarise(
         )
         for name in dict.fromkeys(row.router for row in rows)
     ]
+    law, said = _law(branches, judged, baseline, split)
+    if law is not None:
+        in_bits = {
+            r: {s: statistics.bits(v, unit) for s, v in by_seed.items()} for r, by_seed in figures.items()
+        }
+        seconds = {r.router: r.timing.seconds_per_1k_steps for r in routers if r.timing is not None}
+        if baseline not in seconds:
+            said = ["No comparison at equal time: the routers were not timed alone (--timing-rounds)."]
+        at_equal = equal_time(in_bits, seconds, baseline, law, split, margin, confidence, looks)
+        routers = [
+            msgspec.structs.replace(r, equal_time=in_unit(at_equal[r.router], bits_name(unit)))
+            if r.router in at_equal
+            else r
+            for r in routers
+        ]
     return Summary(
         preset=preset,
         baseline=baseline,
         corpus=rows[0].corpus,
         confidence=confidence,
         verdict=verdict_sentence(differences, baseline, margin, confidence),
-        notes=[*_notes(rows, differences, confidence), *notes],
+        notes=[
+            *_scale_notes(routers),
+            *_look_notes(differences, looks),
+            *_notes(rows, differences, confidence),
+            *said,
+            *notes,
+        ],
         routers=sorted(routers, key=lambda r: _rank(r, split)),
         sweep_points=points if any(point.sweep for point in points) else [],
+        law=law,
         hardware=rows[0].hardware,
         versions=rows[0].versions,
     )
+
+
+def _law(
+    branches: Sequence[ResultRow], judged: Sequence[ResultRow], baseline: str, split: Split
+) -> tuple[LossLaw | None, list[str]]:
+    """The law of the baseline's loss, over the seeds that have every length, and why there is none."""
+    by_seed: dict[int, dict[int, float]] = defaultdict(dict)
+    for row in (*branches, *judged):
+        figure = row.test if split == "test" else row.val
+        if row.router == baseline and row.status == "finished" and figure is not None:
+            by_seed[row.seed][row.steps] = statistics.bits(figure, row.corpus.unit)
+    whole = [lengths for lengths in by_seed.values() if len(lengths) == 3]
+    if not branches or not whole:
+        return None, []
+    steps = sorted(whole[0])
+    losses = [float(np.mean([lengths[n] for lengths in whole])) for n in steps]
+    law = fit_law(steps, losses)
+    shown = ", ".join(f"{loss:.4f} after {n:,} steps" for n, loss in zip(steps, losses, strict=True))
+    if law is None:
+        return None, [f"No comparison at equal time: no law goes through {baseline}'s losses, {shown}."]
+    return law, [
+        f"At equal time: {baseline}'s losses, {shown} ({counted([len(whole)], 'seed')}), follow a power law with "
+        f"exponent {law.exponent:.3f} and floor {law.floor:.4f}; every router is taken to share both. "
+        "Times are of steps run alone."
+    ]
+
+
+def bits_name(unit: Unit) -> Literal["bits_per_byte", "bits_per_token"]:
+    return "bits_per_byte" if unit == "bits_per_byte" else "bits_per_token"
 
 
 def _rank(router: RouterSummary, split: Split) -> float:
@@ -172,7 +236,28 @@ def _router(
         timing=next((row.timing for row in mine if row.timing), None),
         curves={name: joined for name, joined in curves.items() if joined},
         val_difference=_val_difference(mine, against),
+        initial_logit_std=_initial_logit_std(mine),
+        layer_curves=_layer_curves(mine),
     )
+
+
+def _initial_logit_std(rows: Sequence[ResultRow]) -> float | None:
+    """Mean over layers and seeds; None where it was not measured or there is no scorer."""
+    starts = [np.mean(row.initial_logits.start) for row in rows if row.initial_logits is not None]
+    return float(np.mean(starts)) if starts else None
+
+
+def _layer_curves(rows: Sequence[ResultRow]) -> dict[str, LayerCurve]:
+    """Means over seeds, at the steps that all of them logged."""
+    found = {}
+    for name in sorted(set.intersection(*(set(row.layer_curves) for row in rows)) if rows else ()):
+        curves = [row.layer_curves[name] for row in rows]
+        by_step = [dict(zip(curve.step, curve.value, strict=True)) for curve in curves]
+        shared = sorted(set.intersection(*(set(one) for one in by_step)))
+        if shared:
+            value = np.mean([[one[step] for step in shared] for one in by_step], axis=0)
+            found[name] = LayerCurve(unit=curves[0].unit, step=shared, value=value.tolist())
+    return found
 
 
 def _val_difference(mine: Sequence[ResultRow], against: Mapping[int, ResultRow]) -> Band | None:
@@ -245,6 +330,33 @@ def _spoken(verdict: str, margin: float) -> str:
     if verdict == "equivalent":
         return f"equivalent within {margin:g} bits"
     return "one seed, no verdict" if verdict.startswith("one seed") else verdict
+
+
+def _scale_notes(routers: Sequence[RouterSummary]) -> list[str]:
+    """A warning when arms start at scales that differ by more than `SCALE_RATIO`."""
+    scales = {r.router: r.initial_logit_std for r in routers if r.initial_logit_std}
+    if not scales:
+        return []
+    low, high = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
+    if scales[high] <= SCALE_RATIO * scales[low]:
+        return []
+    return [
+        f"Warning: the routers start at different scales. The raw logits of {low} have a standard deviation of "
+        f"{scales[low]:.2g} before step 0, those of {high} {scales[high]:.2g}. That alone can move the loss by more "
+        "than a router does; --match-logits 1.0 starts all of them at one scale."
+    ]
+
+
+def _look_notes(differences: Mapping[str, Difference], looks: Looks | None) -> list[str]:
+    """How a sequential comparison came to its verdicts, and what it saved."""
+    if looks is None:
+        return []
+    saved = sum(looks[-1] - len(difference.values) for difference in differences.values())
+    return [
+        f"Pairs were added until a verdict stood, looking at {looks[0]} to {looks[-1]}: verdicts and intervals keep "
+        f"their level over all looks (O'Brien-Fleming spending). Pairs not needed: {saved} of "
+        f"{looks[-1] * len(differences)}."
+    ]
 
 
 def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], confidence: float) -> list[str]:

@@ -72,10 +72,12 @@ def answer_to(job: Job) -> Answer:
 def _carry_out(job: Job) -> Any:
     config = RunConfig.from_dict(job.config)
     match job:
-        case Train(folder=folder):
+        case Train(folder=folder, branch_of=branch_of):
             from rmoe.training.run import train
 
-            return train(config, Path(folder), resume=Path(folder, "config.json").exists(), progress=False)
+            resume = Path(folder, "config.json").exists()
+            longer = None if branch_of is None else Path(branch_of)
+            return train(config, Path(folder), resume=resume, progress=False, branch_of=longer)
         case Judge(folder=folder):
             from rmoe.compare.judge import figure_on_test
 

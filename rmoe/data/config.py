@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rmoe.errors import RequestError
+from rmoe.places import expand
 
 SplitRule = Literal["auto", "enwik8", "wikitext-103", "whole"]
 SplitName = Literal["train", "valid", "test"]
@@ -19,16 +20,17 @@ class DataConfig:
     """One corpus: text, tokenizer, split.
 
     Attributes:
-        path: a text file, a `.gz` of one, a `.jsonl`, a folder of such files, a published archive (`enwik8.zip`,
+        path: a text file, a file of rows (`.jsonl`, `.json`, `.csv`, `.parquet`), a `.gz` of one, a folder of such
+            files (of rows only `.jsonl` and `.parquet`), a published archive (`enwik8.zip`,
             `wikitext-103-v1.zip`), or a HuggingFace dataset as `hf:NAME` or `hf:NAME:CONFIG` (NAME may be a folder
             written by `save_to_disk`; needs the extra `data`). None is the Python standard library's own source, or
             with `split` "enwik8" or "wikitext-103" that corpus.
-        tokenizer: `bytes`, `words`, or the folder or hub name of a HuggingFace tokenizer.
+        tokenizer: `bytes`, `words`, the folder of a HuggingFace tokenizer, or `hf:NAME` of one on the Hub.
         split: `auto` takes the splits a HuggingFace dataset comes with, else the first 90 %, next 5 % and last 5 % of
             the bytes, each cut moved on to the next line's start; `enwik8` the first 90, next 5 and last 5 million
             bytes of a text of exactly 100,000,000; `wikitext-103` the published files; `whole` puts all in `test`, for
             measuring only.
-        text_field: the field of a `.jsonl` line or dataset row that holds the text.
+        text_field: the field of a row that holds the text.
         max_vocab: words only: keep this many entries, the most frequent; None keeps all.
         min_count: words only: a word seen less often in the training split becomes `<unk>`.
         max_bytes: read only the first so many bytes of the text; None reads all.
@@ -61,9 +63,26 @@ class DataConfig:
 
     @property
     def cache_folder(self) -> Path:
-        """Where prepared corpora and downloads of this configuration are kept."""
+        """Where prepared corpora and downloads of this configuration are kept.
+
+        Raises:
+            RequestError: no folder is named and there is no home.
+        """
         if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
-        if "RMOE_CACHE" in os.environ:
-            return Path(os.environ["RMOE_CACHE"])
-        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rmoe"
+            return expand(self.cache_dir, "data.cache_dir")
+        if os.environ.get("RMOE_CACHE"):
+            return expand(os.environ["RMOE_CACHE"], "RMOE_CACHE")
+        if os.environ.get("XDG_CACHE_HOME"):
+            return expand(os.environ["XDG_CACHE_HOME"], "XDG_CACHE_HOME") / "rmoe"
+        try:
+            return Path.home() / ".cache" / "rmoe"
+        except RuntimeError:
+            allowed = "a folder for prepared corpora, since there is no home folder here"
+            raise RequestError("RMOE_CACHE", None, allowed) from None
+
+    @property
+    def another_cache(self) -> str:
+        """How to have another cache: by the setting where it was used, else by what every verb heeds."""
+        if self.cache_dir is not None:
+            return "give another folder with data.cache_dir (--data.cache-dir)"
+        return "set the environment variable RMOE_CACHE to a folder that can be written"

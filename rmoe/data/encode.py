@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rmoe.data.config import DataConfig
 from rmoe.data.split import Range, pieces
 from rmoe.errors import RequestError
+from rmoe.places import display_name, model_place
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
@@ -251,11 +252,15 @@ def load_encoder(name: str) -> Encoder:
     """A saved or published tokenizer; one that `rmoe` made is known again, and then encodes as fast as it did."""
     from transformers import AutoTokenizer
 
+    kinds = "bytes, words, or the folder of a HuggingFace tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the hub, the network, the file formats: each has its own family of errors
-        allowed = f"bytes, words, or the folder or hub name of a HuggingFace tokenizer ({error})"
-        raise RequestError("data.tokenizer", name, allowed) from error
+        folder = model_place(name, "data.tokenizer")
+    except RequestError as error:
+        raise RequestError("data.tokenizer", name, f"{kinds}: {error.allowed}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each file format has its own family of errors
+        raise RequestError("data.tokenizer", name, f"{kinds} ({error})") from error
     if _alike(tokenizer, byte_tokenizer(), "model", "normalizer", "pre_tokenizer"):
         return ByteEncoder()
     special = {UNKNOWN: 0, END_OF_LINE: 1, PAD: 2}
@@ -263,7 +268,7 @@ def load_encoder(name: str) -> Encoder:
         vocabulary = tokenizer.get_vocab()
         if special.items() <= vocabulary.items():
             return WordEncoder(vocabulary)
-    return HubEncoder(Path(name).name, tokenizer)
+    return HubEncoder(display_name(folder), tokenizer)
 
 
 def _alike(one: Any, other: Any, *parts: str) -> bool:

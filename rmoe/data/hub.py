@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rmoe.data.config import SplitName
 from rmoe.data.text import SplitTexts, Text, join
 from rmoe.errors import RequestError
+from rmoe.places import PREFIX, expand
 
-PREFIX = "hf:"
 # What datasets call the three splits, best name first.
 _NAMES: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
@@ -38,11 +37,12 @@ def open_dataset(path: str, field: str) -> SplitTexts | Text:
         raise RequestError(
             "data.path", path, "hf:... with the extra `data`: pip install 'rmoe[data]'"
         ) from error
+    whole = expand(path.removeprefix(PREFIX), "data.path")
     name, _, config = path.removeprefix(PREFIX).partition(":")
     try:
         loaded = (
-            datasets.load_from_disk(name)
-            if Path(name).is_dir()
+            datasets.load_from_disk(str(whole))
+            if whole.is_dir()
             else datasets.load_dataset(name, config or None)
         )
     except Exception as error:  # the hub, the network, the builder: each has its own family of errors

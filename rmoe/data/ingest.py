@@ -45,13 +45,27 @@ def prepare(config: DataConfig, sequence_length: int) -> Corpus:
     choice = Choice(config)
     text = open_source(config)
     source, sizes = measure(text)
-    request = [MANIFEST_VERSION, source.sha256, sizes, config.split, choice.key]
-    key = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+    key = _key(config, choice, source, sizes)
     entry = config.cache_folder / "corpora" / key[:32]
     manifest = read_entry(entry, key) or build(entry, key, config, text, source, choice, sequence_length)
     manifest.require(sequence_length)
     # The same text under another name is the same entry, but goes by the name it was asked for.
     return Corpus(entry, msgspec.structs.replace(manifest, source=source), sequence_length)
+
+
+def corpus_key(config: DataConfig) -> str:
+    """The identity of a request's corpus, by the content of its text and tokenizer; nothing is written.
+
+    Raises:
+        RequestError: as `prepare`.
+    """
+    source, sizes = measure(open_source(config))
+    return _key(config, Choice(config), source, sizes)
+
+
+def _key(config: DataConfig, choice: Choice, source: Source, sizes: list[int]) -> str:
+    request = [MANIFEST_VERSION, source.sha256, sizes, config.split, choice.key]
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()
 
 
 def open_source(config: DataConfig) -> Text | SplitTexts:
@@ -116,7 +130,7 @@ def build(
             publish(staging, entry, key)
     except OSError as error:
         what = f"the corpus cache {entry.parent} cannot be written ({error})"
-        raise RunError(what, "nothing", "give another folder with data.cache_dir") from error
+        raise RunError(what, "nothing", config.another_cache) from error
     return manifest
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from rmoe.data.config import SPLITS, DataConfig
 from rmoe.data.text import SplitTexts, Text, open_text, read_bytes
 from rmoe.errors import RequestError, RunError
+from rmoe.places import expand
 
 ENWIK8_BYTES = 100_000_000
 ENWIK8_CUTS = (90_000_000, 95_000_000)
@@ -52,15 +53,15 @@ DOWNLOADS = {
 
 def enwik8_text(config: DataConfig) -> Text:
     """enwik8, or any other text that asks for its split: a file, a `.gz`, or a zip with the member `enwik8`."""
-    path = config.path or str(_fetched(config))
+    path = _fetched(config) if config.path is None else expand(config.path, "data.path")
     if zipfile.is_zipfile(path):
-        return Text("enwik8", lambda: _read_member(Path(path), "enwik8"))
-    return open_text(path, config.text_field)
+        return Text("enwik8", lambda: _read_member(path, "enwik8"))
+    return open_text(str(path), config.text_field)
 
 
 def wikitext103_texts(config: DataConfig) -> SplitTexts:
     """`wiki.{train,valid,test}.tokens` (or `.raw`) of a folder or zip; WikiText-2 has the same names."""
-    path = Path(config.path or _fetched(config)).expanduser()
+    path = _fetched(config) if config.path is None else expand(config.path, "data.path")
     for kind in ("tokens", "raw"):
         files = {split: f"wiki.{split}.{kind}" for split in SPLITS}
         if path.is_dir() and all((path / file).is_file() for file in files.values()):
@@ -118,7 +119,11 @@ def _fetched(config: DataConfig) -> Path:
     if not config.download:
         raise RequestError("data.path", None, f"{where}, or --data.download to have it fetched")
     staged = target.with_name(f"{target.name}.{os.getpid()}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the cache {target.parent} cannot be written ({error})"
+        raise RunError(what, "nothing", config.another_cache) from None
     try:
         _download(wanted, staged)
         if _sha256(staged) != wanted.sha256:

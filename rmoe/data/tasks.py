@@ -1,24 +1,42 @@
-"""Local task files: JSON lines (or `.jsonl.gz`) of multiple choice, classification, instructions, questions, texts.
+"""Local task files: multiple choice, classification, instructions or conversations, questions, texts.
 
-Strict: every line is checked before the first is used, and an error names the file, the line and the key. Fields that
-a kind does not have are passed over. Imports no torch.
+JSON lines, a JSON array, csv or parquet (see `rmoe.data.rows`). Strict: every row is checked before the first is used,
+and an error names the file, the line and the key. Fields that a kind does not have are passed over, and an optional
+field may be null. Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
-from rmoe.data.text import read_lines
+from rmoe.data.rows import Row
+from rmoe.data.text import rows_of
 from rmoe.errors import RequestError
-from rmoe.records import NOT_JSON
+from rmoe.places import expand
 
 
 class Task(msgspec.Struct, frozen=True):
     """One item of a task file."""
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Self:
+        """The item of a row: null in an optional field is as if the field were not there.
+
+        Raises:
+            msgspec.ValidationError: a field is missing or of the wrong type.
+        """
+        optional = {field.name for field in msgspec.structs.fields(cls) if not field.required}
+        kept = {name: value for name, value in row.items() if value is not None or name not in optional}
+        return msgspec.convert(kept, cls)
+
+    @classmethod
+    def fits(cls, keys: Collection[str]) -> bool:
+        """Whether a row with these keys is of this kind."""
+        return required(cls) <= set(keys)
 
     def problem(self) -> str | None:
         """What is wrong with an item whose keys and types are right, naming the key; None if nothing is."""
@@ -60,7 +78,7 @@ class Labelled(Task, frozen=True):
 
 
 class Instruction(Task, frozen=True):
-    """An instruction, its input (may be empty) and the output to learn."""
+    """An instruction, its input (may be empty) and the output to learn; or a `Conversation`."""
 
     instruction: str
     output: str
@@ -70,6 +88,96 @@ class Instruction(Task, frozen=True):
     def may_be_empty(cls) -> Collection[str]:
         """See `Task.may_be_empty`."""
         return ("input",)
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Self:
+        """As `Task.of`; a row with `messages` or `conversations` is a `Conversation`, which is an instruction too."""
+        for key in CONVERSATIONS:
+            if row.get(key) is not None:
+                return Conversation.from_turns(key, row[key])  # type: ignore[return-value]
+        return super().of(row)
+
+    @classmethod
+    def fits(cls, keys: Collection[str]) -> bool:
+        """See `Task.fits`."""
+        return super().fits(keys) or not set(CONVERSATIONS).isdisjoint(keys)
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation; `learned` is whether an answer is one to train on."""
+
+    role: str
+    content: str
+    learned: bool = True
+
+
+# The two keys under which a row has a conversation, and the names of roles and fields in each of the two forms.
+CONVERSATIONS = ("messages", "conversations")
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+
+
+class Conversation(Instruction, frozen=True):
+    """A conversation; `instruction` is its first question and `output` its last answer."""
+
+    messages: tuple[Message, ...] = ()
+
+    @classmethod
+    def from_turns(cls, key: str, turns: object) -> Self:
+        """From `[{"role", "content"}, ...]` or ShareGPT's `[{"from", "value"}, ...]`, up to its last answer.
+
+        Raises:
+            msgspec.ValidationError: it is neither, has a role that is unknown, or no answer.
+        """
+        if not isinstance(turns, list):
+            raise msgspec.ValidationError(f"Expected `array`, got `{type(turns).__name__}` - at `$.{key}`")
+        messages = [_message(turn, f"$.{key}[{number}]") for number, turn in enumerate(turns)]
+        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        if not any(messages[number].learned for number in answers):
+            raise msgspec.ValidationError(f"`{key}` has no answer to learn (a message of the role assistant)")
+        messages = messages[: answers[-1] + 1]
+        question = next((message.content for message in messages if message.role == "user"), "")
+        return cls(instruction=question, output=messages[-1].content, messages=tuple(messages))
+
+    def problem(self) -> str | None:
+        """See `Task.problem`."""
+        return None  # `from_turns` has looked
+
+
+def _message(turn: object, where: str) -> Message:
+    """One turn, or what is wrong with it."""
+    if not isinstance(turn, dict):
+        raise msgspec.ValidationError(f"Expected `object`, got `{type(turn).__name__}` - at `{where}`")
+    names = ("from", "value") if "from" in turn else ("role", "content")
+    role, content = (turn.get(name) for name in names)
+    if role not in ROLES:
+        raise msgspec.ValidationError(
+            f"role {role!r:.40}, not one of {', '.join(ROLES)} - at `{where}.{names[0]}`"
+        )
+    for name in ("tool_calls", "function_call"):
+        if turn.get(name):
+            raise msgspec.ValidationError(f"`{name}`, which is not read - at `{where}`")
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise msgspec.ValidationError(f"Expected `str`, got `{_kind(content)}` - at `{where}.{names[1]}`")
+    if ROLES[role] == "assistant" and not content.strip():
+        raise msgspec.ValidationError(f"an empty answer - at `{where}.{names[1]}`")
+    weight = turn.get("weight")
+    return Message(ROLES[role], content, learned=weight is None or bool(weight))
+
+
+def _kind(value: object) -> str:
+    """A value's type, by its name in JSON."""
+    return "null" if value is None else type(value).__name__
 
 
 class Question(Task, frozen=True):
@@ -93,28 +201,26 @@ def read_tasks(path: Path, kind: type[T], labels: Collection[int | str] | None =
     """All items of a task file.
 
     Args:
-        path: `.jsonl` or `.jsonl.gz`; blank lines are passed over.
-        kind: what each line holds.
+        path: JSON lines, a JSON array (both also `.gz`), csv or parquet.
+        kind: what each row holds.
         labels: classification: the labels of the training set; another label is an error. None takes any.
 
     Raises:
-        RequestError: the file is missing, unreadable, empty, or a line is not JSON, lacks a key, has one of the wrong
+        RequestError: the file is missing, unreadable, empty, or a row is not JSON, lacks a key, has one of the wrong
             type, an empty text, a label out of range or outside `labels`. It names the line and the key.
     """
-    decode = msgspec.json.Decoder(kind).decode
     items: list[T] = []
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
+    allowed = f"an object with {described(kind)}"
+    for row in rows_of(expand(path, "--data"), allowed, columns_of(kind)):
         try:
-            item = decode(line)
+            item = kind.of(row.values if row.typed else _read_cells(row, kind))
             problem = item.problem()
-        except NOT_JSON as error:
+        except msgspec.ValidationError as error:
             problem = str(error)
         if problem is None and isinstance(item, Labelled) and labels is not None and item.label not in labels:
             problem = f"`label` is {item.label!r}, which the training set does not have"
         if problem is not None:
-            raise RequestError(f"{path.name} line {number}", problem, f"an object with {described(kind)}")
+            raise RequestError(row.where, problem, allowed)
         items.append(item)
     if not items:
         raise RequestError(str(path), "empty", f"lines of objects with {described(kind)}")
@@ -122,28 +228,45 @@ def read_tasks(path: Path, kind: type[T], labels: Collection[int | str] | None =
 
 
 def kind_of(path: Path) -> type[Task]:
-    """The kind of a task file, told from the keys of its first line.
+    """The kind of a task file, told from the keys of its first row.
 
     Raises:
-        RequestError: the file has no line, or its first is of no kind.
+        RequestError: the file has no row, or its first is of no kind.
     """
     allowed = "objects with " + ", or ".join(described(kind) for kind in KINDS)
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            keys = msgspec.json.decode(line, type=dict[str, msgspec.Raw]).keys()
-        except NOT_JSON as error:
-            raise RequestError(f"{path.name} line {number}", str(error), allowed) from error
+    for row in rows_of(path, allowed):
         for kind in KINDS:
-            if required(kind) <= keys:
+            if kind.fits(row.values.keys()):
                 return kind
-        raise RequestError(f"{path.name} line {number}", f"keys {', '.join(keys)}", allowed)
+        raise RequestError(row.where, f"keys {', '.join(row.values)}", allowed)
     raise RequestError(str(path), "empty", f"lines of {allowed}")
 
 
+def columns_of(kind: type[Task]) -> set[str]:
+    """Every key of a row that is read."""
+    names = {field.name for field in msgspec.structs.fields(kind)}
+    return names | set(CONVERSATIONS) if issubclass(kind, Instruction) else names
+
+
+def _read_cells(row: Row, kind: type[Task]) -> dict[str, Any]:
+    """The text of csv cells as what their fields hold: numbers and lists as JSON writes them, empty cells as null."""
+    texts = {field.name for field in msgspec.structs.fields(kind) if field.type is str}
+    return {name: cell if name in texts else _read_cell(cell) for name, cell in row.values.items()}
+
+
+def _read_cell(cell: str) -> Any:
+    if not cell:
+        return None
+    if cell[0] in "[{" or cell.removeprefix("-").isdecimal():
+        try:
+            return msgspec.json.decode(cell)
+        except (msgspec.DecodeError, RecursionError):
+            return cell
+    return cell
+
+
 def required(kind: type[Task]) -> set[str]:
-    """The keys a line must have."""
+    """The keys a row must have."""
     return {field.name for field in msgspec.structs.fields(kind) if field.required}
 
 
@@ -151,7 +274,8 @@ def described(kind: type[Task]) -> str:
     """A kind's keys, for messages.
 
     >>> described(Instruction)
-    'instruction, output, [input]'
+    'instruction, output, [input], or messages, or conversations'
     """
     fields = msgspec.structs.fields(kind)
-    return ", ".join(field.name if field.required else f"[{field.name}]" for field in fields)
+    keys = ", ".join(field.name if field.required else f"[{field.name}]" for field in fields)
+    return f"{keys}, or {', or '.join(CONVERSATIONS)}" if issubclass(kind, Instruction) else keys

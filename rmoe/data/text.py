@@ -1,7 +1,8 @@
-"""Text as a stream of bytes: files, folders, compressed files, JSON lines, the standard library. Imports no torch.
+"""Text as a stream of bytes: files, folders, compressed files, rows with a text, the standard library.
 
 A `Text` can be read more than once, in pieces, and never needs to fit in memory. A single file is taken as it is,
-byte for byte; the documents of a folder, a `.jsonl` or a dataset are joined by `SEPARATOR`.
+byte for byte; the documents of a folder, of a file of rows (JSON, csv, parquet) or of a dataset are joined by
+`SEPARATOR`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from rmoe.data.config import SplitName
+from rmoe.data.rows import Row, encoding_of, has_rows, read_rows, text_suffix
 from rmoe.errors import RequestError
-from rmoe.records import NOT_JSON
+from rmoe.places import expand
 
 SEPARATOR = b"\n\n\f\n"
-# The files a folder contributes, each also as `.gz`. A file given by its own path may have any suffix.
+# The files a folder contributes, each but parquet also as `.gz`. A file given by its own path may have any suffix.
+# Not .json and .csv, of which many a folder has some that are not its text.
 TEXT_SUFFIXES = frozenset(
-    {".txt", ".text", ".md", ".rst", ".py", ".tex", ".xml", ".html", ".tokens", ".jsonl"}
-)
+    {
+        ".txt", ".text", ".md", ".rst", ".py", ".tex", ".xml", ".html", ".tokens", ".jsonl", ".ndjson", ".parquet",
+    }
+)  # fmt: skip
 # A compressed file that unpacks to more is refused: 64 MiB of gzip can hold 64 GiB of nothing.
 MAX_UNPACKED_BYTES = 64 * 2**30
 # Read as text these would be noise, and nothing would say so.
-_NOT_TEXT = frozenset({".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".parquet", ".arrow"})
+_NOT_TEXT = frozenset({".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".arrow"})
 _CHUNK = 1 << 20
 _NOT_OURS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
@@ -60,21 +62,23 @@ def open_text(path: str, field: str) -> Text:
     """The text of a file or folder.
 
     Args:
-        path: a file of any suffix, `.gz` and `.jsonl` taken apart, or a folder.
-        field: the field of a `.jsonl` line that holds its text.
+        path: a file of any suffix, `.gz` and files of rows taken apart, or a folder.
+        field: the field of a row that holds its text.
 
     Raises:
         RequestError: nothing is there, or a folder holds no text file. Reading may raise it too: a file that is
             unreadable or damaged, an invalid JSON line (named by number).
     """
-    place = Path(path).expanduser()
+    place = expand(path, "data.path")
     if place.is_dir():
         return folder_text(place.resolve().name, place, field)
     if not place.is_file():
         raise RequestError("data.path", path, "an existing file or folder")
     if text_suffix(place) in _NOT_TEXT:
         raise RequestError(
-            "data.path", path, "text, .gz, .jsonl, a folder of these, or hf:NAME (zip: a published corpus)"
+            "data.path",
+            path,
+            "text, .gz, .jsonl, .json, .csv, .parquet, a folder of these, or hf:NAME (zip: a published corpus)",
         )
     return Text(place.name, lambda: read_file(place, field))
 
@@ -100,30 +104,39 @@ def folder_text(
     suffixes: frozenset[str] = TEXT_SUFFIXES,
     keep: Callable[[str], bool] = lambda part: True,
 ) -> Text:
-    """All text files below a folder, joined. Links are not followed; names with a leading dot are passed over.
+    """All text files below a folder, joined; names with a leading dot are passed over.
 
-    Files come in the order of the sha256 of their relative paths: fixed, but mixed, so that the last 5 % of the bytes
-    are not the last letters of the alphabet.
+    Links count as what they lead to, so a folder of links (the Hub's cache) is the text of its files; a link to what
+    the folder itself already contributes adds nothing. Files come in the order of the sha256 of their relative paths:
+    fixed, but mixed, so that the last 5 % of the bytes are not the last letters of the alphabet.
 
     Args:
         name: what the text is called.
         root: the folder.
-        field: for `.jsonl` files.
+        field: for files of rows.
         suffixes: of the files taken, each also as `.gz`.
         keep: judges the name of each file and folder below.
+
+    Raises:
+        RequestError: there is no such file, or a link leads nowhere.
     """
-    found: list[str] = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [part for part in subfolders if keep(part) and not part.startswith(".")]
-        for file in files:
-            place = Path(folder, file)
-            if (
-                text_suffix(place) in suffixes
-                and keep(file)
-                and not file.startswith(".")
-                and not place.is_symlink()
-            ):
-                found.append(place.relative_to(root).as_posix())
+    places = [
+        place
+        for place in _files_below(
+            root, (root.resolve(),), lambda part: keep(part) and not part.startswith(".")
+        )
+        if text_suffix(place) in suffixes
+    ]
+    whole, real = root.resolve(), {place: place.resolve() for place in places}
+    own = {target for place, target in real.items() if target == whole / place.relative_to(root)}
+    found = [
+        place.relative_to(root).as_posix()
+        for place, target in real.items()
+        if target not in own or target == whole / place.relative_to(root)
+    ]
+    for relative in found:
+        if not (root / relative).exists():
+            raise RequestError("data.path", str(root / relative), "a link that leads to a file")
     if not found:
         kinds = " ".join(sorted(suffixes))
         raise RequestError(
@@ -133,13 +146,23 @@ def folder_text(
     return Text(name, lambda: join(read_file(root / relative, field) for relative in found))
 
 
-def text_suffix(path: Path) -> str:
-    """A file's suffix in lower case; for `.gz` that of the file inside.
-
-    >>> text_suffix(Path("a/B.JSONL.gz"))
-    '.jsonl'
-    """
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+def _files_below(folder: Path, above: tuple[Path, ...], keep: Callable[[str], bool]) -> Iterator[Path]:
+    """Files and links to files; a link to a folder is followed unless that holds, or lies in, one `above` it."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise RequestError("data.path", str(folder), f"a readable folder ({error})") from None
+    for entry in entries:
+        if not keep(entry.name):
+            continue
+        place = Path(entry.path)
+        if not entry.is_dir():
+            yield place
+            continue
+        target = place.resolve()
+        within = any(target == one or one in target.parents or target in one.parents for one in above)
+        if not entry.is_symlink() or not within:
+            yield from _files_below(place, (*above, target), keep)
 
 
 def join(documents: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
@@ -151,41 +174,47 @@ def join(documents: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
 
 
 def read_file(path: Path, field: str) -> Iterator[bytes]:
-    """One file's text in pieces: unpacked if `.gz`, its `field`s joined if `.jsonl`."""
-    if text_suffix(path) == ".jsonl":
+    """One file's text in pieces: unpacked if `.gz`, its `field`s joined if it has rows.
+
+    Raises:
+        RequestError: it cannot be read, or is UTF-16 or UTF-32, whose bytes are no text to any tokenizer here.
+    """
+    if has_rows(path):
         return join([document] for document in read_documents(path, field))
-    return read_bytes(path)
+    return _plain(path)
+
+
+def _plain(path: Path) -> Iterator[bytes]:
+    for number, chunk in enumerate(read_bytes(path)):
+        encoding, mark = encoding_of(chunk[:4])
+        if number == 0 and mark and encoding != "utf-8":
+            said = f"UTF-8 (this file begins as {encoding.upper()}: iconv -f UTF-{encoding[4:6]} -t UTF-8)"
+            raise RequestError("data.path", str(path), said)
+        yield chunk
 
 
 def read_documents(path: Path, field: str) -> Iterator[bytes]:
-    """The text of each line of a `.jsonl`; blank lines are passed over.
+    """The text of each row of a file.
 
     Raises:
-        RequestError: a line is not a JSON object with a string `field`; it names file and line.
+        RequestError: a row has no text in `field`; it names file and line.
     """
-    decode = msgspec.json.Decoder(dict[str, Any]).decode
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
+    allowed = f"a JSON object with text in the field {field!r}"
+    for row in rows_of(path, allowed, {field}, "data.path: "):
+        text = row.values.get(field)
+        if not isinstance(text, str):
+            columns = "" if row.typed else f"; columns {', '.join(row.values)}"
+            problem = f"{field}: {text!r:.80}" if field in row.values else f"no field {field!r}{columns}"
+            raise RequestError(row.where, problem, allowed)
         try:
-            text = decode(line)[field]
             yield text.encode()
-        except (*NOT_JSON, KeyError, AttributeError, UnicodeError) as error:
-            problem = f"no field {field!r}" if isinstance(error, KeyError) else str(error)
-            allowed = f"a JSON object with text in the field {field!r}"
-            raise RequestError(f"data.path: {path.name} line {number}", problem, allowed) from error
+        except UnicodeError as error:
+            raise RequestError(row.where, str(error), allowed) from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines of a file, unpacked if `.gz`, without their ends and with their numbers from 1."""
-    number, rest = 0, b""
-    for chunk in read_bytes(path):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            number += 1
-            yield number, line
-    if rest:
-        yield number + 1, rest
+def rows_of(path: Path, allowed: str, columns: set[str] | None = None, prefix: str = "") -> Iterator[Row]:
+    """See `rmoe.data.rows.read_rows`."""
+    return read_rows(path, read_bytes(path), allowed, columns, prefix)
 
 
 def read_bytes(path: Path) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError, RunError
 from rmoe.evaluation.local_tasks import LOCAL, local_task
+from rmoe.places import expand
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,18 @@ def parse_benchmarks(text: str) -> list[Benchmark]:
         RequestError: empty, or a name twice.
     """
     found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, separator, file = part.partition("=")
-        found.append(Benchmark(name, Path(file) if separator else None))
+    parts = text.split(",")
+    while parts:
+        name, separator, file = parts.pop(0).partition("=")
+        if not separator:
+            found += [Benchmark(name.strip())] if name.strip() else []
+            continue
+        # A comma may be part of the path: the longest text that names a file is one.
+        joined = [",".join([file, *parts[:count]]).strip() for count in range(len(parts) + 1)]
+        paths = [expand(path, "--tasks") for path in joined]
+        count = max((count for count, path in enumerate(paths) if path.is_file()), default=0)
+        found.append(Benchmark(name.strip(), paths[count]))
+        del parts[:count]
     names = [benchmark.name for benchmark in found]
     if not found or len(set(names)) < len(names):
         raise RequestError("--tasks", text, "different names separated by commas, as arc_easy,piqa=FILE")

@@ -1,12 +1,14 @@
-"""Instruction tuning: Alpaca-format examples, answers labelled, packed block-diagonally.
+"""Instruction tuning: examples and conversations, answers labelled, packed block-diagonally.
 
-Several examples share a sequence, and positions start at 0 with each: transformers reads that as a packed sequence
-and lets no token attend to another example. The router's memory runs over depth and never meets another token.
+Several examples share a sequence, and positions start at 0 with each: that is how transformers and this package's
+model read a packed sequence, in which no token attends to another example. The router's memory runs over depth and
+never meets another token. What is left of a sequence is padding: an attention mask keeps it out of routing, balance
+losses and statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from rmoe.data.blocks import IGNORED
-from rmoe.data.tasks import Instruction
+from rmoe.data.tasks import Conversation, Instruction
 from rmoe.errors import RequestError
+from rmoe.finetune.conversations import Segment, segments_of
+from rmoe.model import RMoEForCausalLM
 
 # The prompts of Stanford Alpaca, which the paper fine-tunes on.
 PROMPT = (
@@ -33,10 +37,19 @@ PROMPT_WITH_INPUT = (
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and from which of them on they are the answer."""
+    """Token ids, from which of them on they are the answer, and the spans (start, stop) after that which are not."""
 
     ids: list[int]
     answer: int
+    questions: tuple[tuple[int, int], ...] = ()
+
+    def labels(self) -> list[int]:
+        """The ids of answers, IGNORED elsewhere."""
+        labels = [IGNORED] * self.answer + self.ids[self.answer :]
+        for start, stop in self.questions:
+            stop = min(stop, len(labels))
+            labels[start:stop] = [IGNORED] * (stop - start)
+        return labels
 
 
 def prompt_of(item: Instruction) -> str:
@@ -45,7 +58,29 @@ def prompt_of(item: Instruction) -> str:
     return template.format(instruction=item.instruction, input=item.input)
 
 
+def drafts(items: Sequence[Instruction], tokenizer: Any) -> list[list[Segment]]:
+    """The text of each example, in segments that are learned or not; a conversation may be several examples.
+
+    Raises:
+        RequestError: the tokenizer's chat template refuses a conversation.
+    """
+    made: list[list[Segment]] = []
+    for number, item in enumerate(items, start=1):
+        if isinstance(item, Conversation):
+            made += segments_of(item, tokenizer, number)
+        else:
+            made.append(
+                [Segment(prompt_of(item), begins=True), Segment(item.output, learned=True, ends=True)]
+            )
+    return made
+
+
 def encode(items: Sequence[Instruction], tokenizer: Any, length: int) -> list[Example]:
+    """See `encode_drafts`."""
+    return encode_drafts(drafts(items, tokenizer), tokenizer, length)
+
+
+def encode_drafts(made: Sequence[Sequence[Segment]], tokenizer: Any, length: int) -> list[Example]:
     """Tokens of each example, the end-of-text token last, cut to `length`.
 
     An example whose prompt alone fills the sequence has nothing to learn and is left out.
@@ -56,16 +91,40 @@ def encode(items: Sequence[Instruction], tokenizer: Any, length: int) -> list[Ex
     end = tokenizer.eos_token_id
     if end is None:
         raise RequestError("model", type(tokenizer).__name__, "a tokenizer with an end-of-text token")
-    prompts = tokenizer([prompt_of(item) for item in items], return_attention_mask=False)["input_ids"]
-    answers = tokenizer([item.output for item in items], add_special_tokens=False)["input_ids"]
+    ids: dict[bool, Iterator[list[int]]] = {}
+    for begins in (True, False):
+        texts = [segment.text for draft in made for segment in draft if segment.begins == begins]
+        found = (
+            tokenizer(texts, add_special_tokens=begins, return_attention_mask=False)["input_ids"]
+            if texts
+            else []
+        )
+        ids[begins] = iter(found)
     examples = [
-        Example([*prompt, *answer, end][:length], len(prompt))
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if len(prompt) < length
+        _example([(segment, next(ids[segment.begins])) for segment in draft], end, length) for draft in made
     ]
-    if not examples:
+    kept = [example for example in examples if example.answer < length]
+    if not kept:
         raise RequestError("--sequence-length", length, "more than the prompt of at least one example")
-    return examples
+    return kept
+
+
+def _example(parts: Sequence[tuple[Segment, list[int]]], end: int, length: int) -> Example:
+    """One example of its segments' ids."""
+    ids: list[int] = []
+    answer: int | None = None
+    questions = []
+    for segment, of_segment in parts:
+        start = len(ids)
+        ids += of_segment
+        if segment.ends and end not in of_segment:
+            ids.append(end)
+        if segment.learned:
+            answer = start if answer is None else answer
+        elif answer is not None:
+            questions.append((start, len(ids)))
+    assert answer is not None
+    return Example(ids[:length], answer, tuple(span for span in questions if span[0] < length))
 
 
 def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
@@ -91,14 +150,20 @@ def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
 
 
 class PackedExamples(Dataset[dict[str, Tensor]]):
-    """Sequences of packed examples: `input_ids`, `labels`, `position_ids`, each `[length]` int64.
+    """Sequences of packed examples: `input_ids`, `labels`, `position_ids`, `attention_mask`, each `[length]` int64.
 
-    Labels are IGNORED outside answers. What is left at the end of a sequence is an example of its own without
-    labels.
+    Labels are IGNORED outside answers. What is left at the end of a sequence is padding: an example of its own
+    without labels, and 0 in the mask.
+
+    Args:
+        rows: the examples of each sequence.
+        length: of every sequence.
+        pad: the id of padding.
+        masked: False leaves the mask out, see `needs_mask`.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Example]], length: int, pad: int) -> None:
-        self.rows, self.length, self.pad = rows, length, pad
+    def __init__(self, rows: Sequence[Sequence[Example]], length: int, pad: int, masked: bool = True) -> None:
+        self.rows, self.length, self.pad, self.masked = rows, length, pad, masked
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,16 +173,42 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
         labels: list[int] = []
         positions: list[int] = []
         for example in self.rows[index]:
-            size = len(example.ids)
             ids += example.ids
-            labels += [IGNORED] * example.answer + example.ids[example.answer :]
-            positions += range(size)
+            labels += example.labels()
+            positions += range(len(example.ids))
         rest = self.length - len(ids)
-        return {
+        row = {
             "input_ids": torch.tensor(ids + [self.pad] * rest),
             "labels": torch.tensor(labels + [IGNORED] * rest),
             "position_ids": torch.tensor(positions + list(range(rest))),
         }
+        if self.masked:
+            row["attention_mask"] = torch.tensor([1] * len(ids) + [0] * rest)
+        return row
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why examples cannot share a sequence of this model; None if they can."""
+    if not can_pack(model):
+        return "this model has layers other than attention, which would carry one example into the next"
+    if _balances(model):
+        return "this family's balance loss needs an attention mask, with which it cannot keep examples apart"
+    return None
+
+
+def needs_mask(model: PreTrainedModel, packed: bool) -> bool:
+    """Whether padding has to be masked.
+
+    A family of transformers that gets a mask reads a packed sequence as one text; without one it keeps the padding
+    apart as an example of its own, which nothing reads as long as it has no balance loss.
+    """
+    return not packed or isinstance(model, RMoEForCausalLM)
+
+
+def _balances(model: PreTrainedModel) -> bool:
+    """Whether a family of transformers adds a balance loss, which would count padding."""
+    config = model.config.get_text_config()
+    return bool(getattr(config, "output_router_logits", False)) and not isinstance(model, RMoEForCausalLM)
 
 
 def can_pack(model: PreTrainedModel) -> bool:

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from rmoe.compat import enable_checkpointing
 from rmoe.data.blocks import IGNORED
 from rmoe.data.tasks import Instruction, Labelled, read_tasks
-from rmoe.errors import RequestError, one_line
+from rmoe.errors import RequestError
 from rmoe.finetune.classification import LabelledTexts, label_set, load_classifier, predict, scores
 from rmoe.finetune.config import FinetuneConfig
-from rmoe.finetune.instructions import PackedExamples, can_pack, encode, pack
+from rmoe.finetune.instructions import (
+    PackedExamples,
+    drafts,
+    encode_drafts,
+    needs_mask,
+    pack,
+    why_not_packed,
+)
 from rmoe.finetune.lora import with_lora
 from rmoe.finetune.parts import choose_trained
 from rmoe.graft.attach import is_grafted
 from rmoe.graft.folder import keep_originals
-from rmoe.model.loading import load
 from rmoe.model.weights import open_weights, tensor_sha256
+from rmoe.places import expand
 from rmoe.records import Record, read_record, write_record
 from rmoe.training import run_folder
-from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.checkpoint import CheckpointStore, sha256
 from rmoe.training.evaluation import Evaluation
+from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 from rmoe.training.metrics import MetricsLog
 from rmoe.training.progress import ProgressReport
 from rmoe.training.run import (
@@ -62,6 +70,10 @@ REQUEST = "finetune.json"
 VERSION = 1
 
 
+# Where a thing lies does not make a run another one; what it is does, and has a sha256 of its own.
+PLACES = frozenset({"model", "data", "config.valid"})
+
+
 class Request(Record, frozen=True, kw_only=True):
     """`finetune.json`."""
 
@@ -73,6 +85,7 @@ class Request(Record, frozen=True, kw_only=True):
         str  # of the weights' names, sizes and first bytes: another model under the same path is noticed
     )
     data_sha256: str
+    valid_sha256: str | None = None
 
 
 class FinetuneResult(Record, frozen=True, kw_only=True):
@@ -120,7 +133,7 @@ def finetune(
 
     Args:
         source: a model folder: RMoE, grafted, or any other of transformers.
-        data: JSON lines of `instruction, input, output` or `text, label`.
+        data: a task file (see `rmoe.data.tasks`) of instructions or conversations, or of `text, label`.
         out: a new or empty folder; with `resume` the run to go on with.
 
     Raises:
@@ -130,6 +143,9 @@ def finetune(
     if not resume:
         run_folder.refuse_used(out)
     disable_progress_bar()
+    data = expand(data, "--data")
+    if config.valid is not None:
+        config = replace(config, valid=expand(config.valid, "--valid"))
     tokenizer = _tokenizer(source)
     job = (_instruction_job if config.task == "instruction" else _classification_job)(
         source, data, config, tokenizer
@@ -145,16 +161,18 @@ def finetune(
             data=str(data),
             config=config.to_dict(),
             model_sha256=_model_sha256(source),
-            data_sha256=hashlib.sha256(data.read_bytes()).hexdigest(),
+            data_sha256=sha256(data),
+            valid_sha256=None if config.valid is None else sha256(config.valid),
         )
         stack.enter_context(run_folder.locked(out))
         if resume and (out / REQUEST).exists():
-            _require_same(out, request)
+            request = _same(out, request)
         else:
             run_folder.refuse_used(out)
             write_record(out / REQUEST, request)
         if (out / run_folder.RESULT).exists():
-            return read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
+            found = read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
+            return msgspec.structs.replace(found, model=str(out / run_folder.MODEL))
         trainer = _train(job, run, request, out, place, resume, progress)
         model = _merged(trainer.model, out, bool(config.lora_rank))
         _restore_dtypes(model, dtypes)
@@ -180,27 +198,31 @@ def finetune(
 def _instruction_job(source: Path, data: Path, config: FinetuneConfig, tokenizer: Any) -> Job:
     items = read_tasks(data, Instruction)
     valid = [] if config.valid is None else read_tasks(config.valid, Instruction)
-    model = load(source)
-    packs = config.packing and can_pack(model)
+    model = load_language_model(source)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    require_rows(model, tokenizer, source, tokenizer.eos_token_id, pad)
+    unpacked = why_not_packed(model)
+    packs = config.packing and unpacked is None
     if config.packing and not packs:
-        say(
-            "not packing: this model has layers other than attention, which would carry one example into the next"
-        )
+        say(f"not packing: {unpacked}")
+    masked = needs_mask(model, packs)
 
-    def sequences(of: list[Instruction]) -> tuple[PackedExamples, int]:
-        examples = encode(of, tokenizer, config.sequence_length)
+    def sequences(of: list[Instruction]) -> tuple[PackedExamples, int, int]:
+        """The sequences, how many examples are in them, and how many are not."""
+        made = drafts(of, tokenizer)
+        examples = encode_drafts(made, tokenizer, config.sequence_length)
         rows = pack(examples, config.sequence_length) if packs else [[example] for example in examples]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return PackedExamples(rows, config.sequence_length, pad), len(of) - len(examples)
+        packed = PackedExamples(rows, config.sequence_length, pad, masked)
+        return packed, len(examples), len(made) - len(examples)
 
-    dataset, left_out = sequences(items)
+    dataset, used, left_out = sequences(items)
     judged = sequences(valid)[0] if valid else None
     judge = None if judged is None else partial(_answer_loss, sequences=judged)
     return Job(
         model=model,
         dataset=dataset,
         collate=None,
-        examples=len(items) - left_out,
+        examples=used,
         left_out=left_out,
         judge=judge,
         score=lambda model: {} if judge is None else {"answer_loss_nats": judge(model).loss},
@@ -215,8 +237,8 @@ def _answer_loss(model: nn.Module, sequences: PackedExamples) -> Evaluation:
     nats, targets = 0.0, 0
     for index in range(len(sequences)):
         row = {name: tensor[None].to(device) for name, tensor in sequences[index].items()}
-        logits = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits
-        labels = row["labels"][0, 1:]
+        labels = row.pop("labels")[0, 1:]
+        logits = model(**row, use_cache=False).logits
         nats += F.cross_entropy(logits[0, :-1].float(), labels, ignore_index=IGNORED, reduction="sum").item()
         targets += int((labels != IGNORED).sum())
     model.train(training)
@@ -231,6 +253,7 @@ def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokeni
     if pad is None:
         raise RequestError("model", str(source), "a tokenizer with a padding or end-of-text token")
     model = load_classifier(source, labels, pad, config.seed)
+    require_rows(model, tokenizer, source, pad)
     dataset = LabelledTexts(items, labels, tokenizer, config.sequence_length, pad)
     judged = LabelledTexts(valid, labels, tokenizer, config.sequence_length, pad) if valid else None
     return Job(
@@ -249,11 +272,7 @@ def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokeni
 
 def _tokenizer(source: Path) -> Any:
     open_weights(source)
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        said = one_line(str(error))[:200]
-        raise RequestError("model", str(source), f"a model folder with its tokenizer ({said})") from None
+    return load_tokenizer(source)
 
 
 def _prepare(job: Job, config: FinetuneConfig) -> int:
@@ -278,9 +297,7 @@ def _train(
     if job.judge is None:
         arguments.eval_strategy = "no"
     reports = [ProgressReport("perplexity")] if progress else []
-    store = CheckpointStore(
-        out, hashlib.sha256(msgspec.json.encode(request)).hexdigest(), run.checkpoints.keep
-    )
+    store = CheckpointStore(out, _fingerprint(request), run.checkpoints.keep)
     metrics = MetricsLog(out / run_folder.METRICS)
     training = run.training
     identity = Identity(training.seed, request.data_sha256, training.batch_size, training.sequence_length)
@@ -338,15 +355,25 @@ def _model_sha256(source: Path) -> str:
     return hasher.hexdigest()
 
 
-def _require_same(out: Path, now: Request) -> None:
-    """Refuse to go on with another run.
+def _fingerprint(request: Request) -> str:
+    """What a checkpoint is sealed with; of a run without a validation file, what earlier releases wrote."""
+    values = msgspec.to_builtins(request)
+    if request.valid_sha256 is None:
+        del values["valid_sha256"]
+    return hashlib.sha256(msgspec.json.encode(values)).hexdigest()
+
+
+def _same(out: Path, now: Request) -> Request:
+    """The run that is in the folder, if it is this one: equal settings, model and data, wherever they lie now.
 
     Raises:
         RequestError: naming the first setting that differs.
     """
     was = read_record(out / REQUEST, Request, VERSION)
     before, after = (run_folder.flat(msgspec.to_builtins(each)) for each in (was, now))
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
+    for name in sorted((before.keys() | after.keys()) - PLACES):
+        unknown = name == "valid_sha256" and before.get(name) is None and was.config.get("valid") is not None
+        if before.get(name) != after.get(name) and not unknown:
             allowed = f"{before.get(name)!r}, as the run in {out} was started with"
             raise RequestError(name.removeprefix("config."), after.get(name), allowed)
+    return was

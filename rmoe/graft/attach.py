@@ -14,6 +14,7 @@ from rmoe.graft.discover import RoutedStack, find_routed_stack
 from rmoe.graft.modules import (
     CellOwner,
     GraftedGate,
+    GraftedLayer,
     RecurrentOffset,
     grafted_gate_class,
     grafted_layer_class,
@@ -107,7 +108,7 @@ def _attach_layer(
 ) -> None:
     layer.__class__ = grafted_layer_class(type(layer))  # type: ignore[arg-type]
     layer.gate_path = stack.gates.get(index)
-    layer.ends_stream = index == max(stack.gates)
+    layer.index, layer.last, layer.owner = index, max(stack.gates), CellOwner(backbone)
     if layer.gate_path is None:
         return
     gate: Any = layer.get_submodule(layer.gate_path)
@@ -127,7 +128,7 @@ def _rebind_replica(backbone: nn.Module, args: Any) -> None:
     """In a replica of `nn.DataParallel`, point the gates at the replica's own cell."""
     if getattr(backbone, "_is_replica", False):
         for module in backbone.modules():
-            if isinstance(module, GraftedGate):
+            if isinstance(module, GraftedGate | GraftedLayer):
                 module.owner = CellOwner(backbone)
 
 

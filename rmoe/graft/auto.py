@@ -9,21 +9,24 @@ chooses weight conversions and parallel plans by.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from rmoe.compat import announce_causal_lm
 from rmoe.errors import RequestError
 from rmoe.graft.modules import reduce_as
 from rmoe.graft.spec import GraftSpec
+from rmoe.model.initialize import initialize_missing
 from rmoe.model.recompute import NonReentrant
 from rmoe.model.sharing import write_auto_code
+from rmoe.routing.initial import Initialized
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -69,7 +72,10 @@ def grafted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]
     }
     config_class = type(CLASS_PREFIX + base.__name__, (base,), body)
     for auto, base_model in _family_models(base):
-        auto.register(config_class, grafted_model_class(base_model, config_class), exist_ok=True)  # type: ignore[arg-type]
+        model_class = grafted_model_class(base_model, config_class)  # type: ignore[arg-type]
+        auto.register(config_class, model_class, exist_ok=True)
+        if auto is AutoModelForCausalLM:
+            announce_causal_lm(f"{GRAFT_MODEL_TYPE}-{base.model_type}", model_class.__name__)
     return config_class
 
 
@@ -103,6 +109,12 @@ def grafted_model_class(
         if kwargs.get("is_main_process", True):
             write_auto_code(Path(save_directory), CODE, AUTO_MAP)
 
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        if isinstance(module, Initialized):
+            initialize_missing(module, self.config.initializer_range)
+        else:
+            base._init_weights(self, module)
+
     body = {
         # The family's module: by it transformers tells its own models, whose weights it converts, from others.
         "__module__": base.__module__,
@@ -110,8 +122,7 @@ def grafted_model_class(
         "save_pretrained": save_pretrained,
         "__reduce_ex__": reduce_as(_model_class, base, config_class.__bases__[0]),
         "config_class": config_class,
-        # accelerate moves a layer's arguments to the layer's device, in place where they are modules: not the cell.
-        "_skip_keys_device_placement": [*_names(base._skip_keys_device_placement), "shared"],
+        "_init_weights": _init_weights,
     }
     return type(CLASS_PREFIX + base.__name__, (NonReentrant, base), body)
 
@@ -119,10 +130,6 @@ def grafted_model_class(
 def _model_class(base: type[PreTrainedModel], config_base: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """`grafted_model_class` from the family's classes alone, which pickle can find."""
     return grafted_model_class(base, grafted_config_class(config_base))  # type: ignore[arg-type]
-
-
-def _names(given: str | Iterable[str] | None) -> list[str]:
-    return [given] if isinstance(given, str) else list(given or ())
 
 
 def adopt(model: Model, spec: GraftSpec) -> Model:
@@ -139,7 +146,6 @@ def adopt(model: Model, spec: GraftSpec) -> Model:
         if module.__dict__.get("config") is old:
             module.config = config
     model.__class__ = grafted_model_class(type(model), type(config))  # type: ignore[arg-type]
-    model._skip_keys_device_placement = type(model)._skip_keys_device_placement
     _CAN_RECORD_REGISTRY[model] = (
         model._can_record_outputs
     )  # keyed by class name: router logits stay recorded

@@ -23,6 +23,7 @@ from rmoe.graft.spec import GraftSpec
 from rmoe.routing.contract import State
 from rmoe.routing.initial import Initialized, Initializer, constant, linear_fp32, normal
 from rmoe.routing.recurrence import Recurrence
+from rmoe.routing.router import without_autocast
 from rmoe.routing.spec import Geometry
 
 
@@ -51,8 +52,9 @@ class RecurrentOffset(Initialized):
         return {"B": self.B_init}
 
     def forward(self, hidden: Tensor, state: State, shared: nn.Module | None) -> tuple[Tensor, State]:
-        features, state = self.recurrence(hidden, state, shared=shared)  # [T, p], at least float32
-        return linear_fp32(features, self.B).to(hidden.dtype), state
+        with without_autocast(hidden.device.type):
+            features, state = self.recurrence(hidden, state, shared=shared)  # [T, p], at least float32
+            return linear_fp32(features, self.B).to(hidden.dtype), state
 
 
 class CellOwner:
@@ -103,11 +105,20 @@ class GraftedLayer(nn.Module):
 
     Attributes:
         gate_path: where this layer's gate is, None in a dense layer between routed ones.
-        ends_stream: this is the last routed layer.
+        index: of this layer among the backbone's. last: of the last routed one.
+        owner: the backbone.
     """
 
     gate_path: str | None
-    ends_stream: bool
+    index: int
+    last: int
+    owner: CellOwner
+
+    @property
+    def ends_stream(self) -> bool:
+        """Whether this is the last routed layer that runs: assisted generation's early exit runs fewer."""
+        running = getattr(self.owner.backbone.config, "num_hidden_layers", self.last + 1)
+        return self.index == min(self.last, running - 1)
 
     def gates(self) -> list[GraftedGate]:
         """The gate; with PEFT's `modules_to_save` its trainable copies too."""

@@ -70,7 +70,16 @@ class RMoEConfig(PreTrainedConfig):
     # Trainer's predictions are what is left: logits, and hidden states or attentions if asked for.
     keys_to_ignore_at_inference = [  # noqa: RUF012 (Trainer adds a list to it)
         *CACHE_NAMES,
-        *("lm_loss", "task_loss", "aux_loss", "router_logits", "routing", "router_stats", "context"),
+        *(
+            "lm_loss",
+            "task_loss",
+            "balance_loss",
+            "aux_loss",
+            "router_logits",
+            "routing",
+            "router_stats",
+            "context",
+        ),
     ]
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012 (transformers' own form)
     base_model_tp_plan = {  # noqa: RUF012
@@ -126,6 +135,7 @@ class RMoEConfig(PreTrainedConfig):
             self.intermediate_size = self.num_experts_per_tok * self.moe_intermediate_size
         self._check_sizes()
         self._resolve_router()
+        self.base_model_tp_plan = self.without_absent(type(self).base_model_tp_plan)  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:
@@ -169,6 +179,11 @@ class RMoEConfig(PreTrainedConfig):
             self.norm_topk_prob = gate.get("renormalize", self.norm_topk_prob)
         self.router = router
         spec.check_geometry(self.router_geometry(0))
+
+    def without_absent(self, plan: dict[str, str]) -> dict[str, str]:
+        """A parallel plan without rules for parameters that this model's experts lack: transformers warns of them."""
+        absent = ".experts.up_proj" if self.mlp_gated else ".experts.gate_up_proj"
+        return {rule: style for rule, style in plan.items() if not rule.endswith(absent)}
 
     @property
     def router_spec(self) -> RouterSpec:

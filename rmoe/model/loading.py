@@ -15,6 +15,8 @@ import rmoe.model  # noqa: F401 - registers RMoE with the Auto classes
 from rmoe.errors import RequestError
 from rmoe.model.weights import CONFIG, open_weights, read_json
 
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
 # model_type -> module whose import registers it
 _REGISTERED_BY = {"rmoe_graft": "rmoe.graft"}
 
@@ -35,13 +37,15 @@ def load(
         path: a model folder, or an id of the Hugging Face Hub.
         dtype: "auto" keeps the saved dtype.
         device: where the model goes, default the CPU.
-        changes: fields of the configuration to change, as of `from_pretrained`.
+        changes: fields of the configuration with other values than the saved ones (`router_aux_loss_coef=0.0`,
+            `norm_topk_prob=False`), or how it is computed: `attn_implementation`, `experts_implementation`.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        RequestError: no such folder, no weights, pickled weights, an unknown model type, weights that do not fit.
+        RequestError: no such folder, no weights, pickled weights, an unknown model type, weights that do not fit, a
+            change of a field that the configuration has not, or to a value it cannot have.
     """
     folder = Path(path)
     if folder.exists():
@@ -53,6 +57,8 @@ def load(
         raise
     except Exception as error:  # what a damaged configuration makes transformers raise is anyone's guess
         raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from error
+    computed = {name: changes.pop(name) for name in _IMPLEMENTATIONS if name in changes}
+    config = _changed(config, changes)
     try:
         model, report = _model_class(config).from_pretrained(
             path,
@@ -61,7 +67,7 @@ def load(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **changes,
+            **computed,
         )
     except (RequestError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -74,6 +80,24 @@ def load(
             shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             raise RequestError("model", str(path), f"weights that fit its configuration; {kind}: {shown}")
     return model.to(device).eval()
+
+
+def _changed(config: Any, changes: dict[str, Any]) -> Any:
+    """The configuration made anew with the changes, so that all it derives from its fields is of one piece."""
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            raise RequestError(name, value, f"a field of the {config.model_type} configuration")
+    if not changes:
+        return config
+    try:
+        return type(config).from_dict(config.to_dict() | changes)
+    except RequestError:
+        raise
+    except Exception as error:  # transformers validates with errors of several kinds
+        name, value = next(iter(changes.items()))
+        raise RequestError(
+            name, value, f"a value that the {config.model_type} configuration takes ({error})"
+        ) from error
 
 
 def register(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,20 @@ from rmoe.compat import CACHE, attention_keywords, merge_with_config_defaults, o
 from rmoe.errors import RequestError
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.head import IGNORED, LMHead, next_tokens
-from rmoe.model.initialize import initializers_of, own_tensors
+from rmoe.model.initialize import initialize_missing
 from rmoe.model.layers import RMoEDecoderLayer, build_norm
 from rmoe.model.outputs import (
     RMoECausalLMOutputWithPast,
     RMoEModelOutputWithPast,
     RMoESequenceClassifierOutput,
 )
+from rmoe.model.packing import split_packed
 from rmoe.model.recompute import NonReentrant, keep_decisions
 from rmoe.model.sharing import write_auto_code
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, router_stats
 from rmoe.routing.noise import CounterNoise
 from rmoe.routing.router import BaseRouter, build_shared
-from rmoe.routing.training_state import TrainingState
 
 
 class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
@@ -42,23 +43,16 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
     supports_gradient_checkpointing = True
     checkpoint_context = staticmethod(keep_decisions)
     _no_split_modules = ("RMoEDecoderLayer",)
-    # accelerate moves a layer's arguments to the layer's device, in place where they are modules: not the shared cell.
-    _skip_keys_device_placement = ("cache", "past_key_values", "shared")
+    _skip_keys_device_placement = ("cache", "past_key_values")
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ("selection_bias", "temperature", "l1_weight")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        rules = initializers_of(module, self.config.initializer_range)
-        for name, tensor in own_tensors(module, rules):
-            if not getattr(tensor, "_is_hf_initialized", False):
-                rules[name](tensor, None)
-        if isinstance(module, TrainingState):
-            module.restart(lambda tensor: getattr(tensor, "_is_hf_initialized", False))
+        initialize_missing(module, self.config.initializer_range)
         if isinstance(module, RMoEModel):
             module.routing_noise_key.zero_()
         elif isinstance(module, LlamaRotaryEmbedding):  # not saved, so lost when built on the meta device
@@ -149,6 +143,11 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
             None if outputs.router_stats is None else outputs.router_stats.counts,
         )
 
+    def _unweighted(self, balance: Tensor | None) -> Tensor | None:
+        """The balance loss in the convention of transformers' `aux_loss`, which others multiply by the coefficient."""
+        coefficient = self.config.router_aux_loss_coef
+        return balance / coefficient if balance is not None and coefficient else balance
+
 
 class RMoEModel(RMoEPreTrainedModel):
     """The trunk: embeddings, layers, final norm. Routing state enters the first layer empty and runs up."""
@@ -166,6 +165,11 @@ class RMoEModel(RMoEPreTrainedModel):
         self.uses_noise = spec.uses_noise
         self.register_buffer("routing_noise_key", torch.zeros((), dtype=torch.int64), persistent=False)
         self.gradient_checkpointing = False
+        # Counts and biases stay float32 in a model loaded in bfloat16.
+        buffers = [name for name, _ in self.named_buffers()]
+        self._keep_in_fp32_modules_strict = {
+            part for part in ("selection_bias", "temperature", "l1_weight") if any(part in b for b in buffers)
+        }
         self.post_init()
 
     def _context(
@@ -220,12 +224,15 @@ class RMoEModel(RMoEPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
         seen = cache.get_seq_length() if cache is not None else 0
+        own_mask = attention_mask
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
+        else:
+            own_mask, position_ids = split_packed(attention_mask, position_ids, cache)
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
+            attention_mask=own_mask,
             position_ids=position_ids,
             **{CACHE: cache},
         )
@@ -318,6 +325,13 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
             raise RequestError("gate.kind", gate.kind if gate else None, "a causal gate, to generate text")
         return super().generate(*args, **kwargs)
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature `generate` reads
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, without the tokenizers of stop strings and assistants, which it hands on to `forward`."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -336,7 +350,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         output_logits: bool = True,
         **kwargs: Any,
     ) -> RMoECausalLMOutputWithPast:
-        """As any transformers causal LM; with labels, `loss = lm_loss + aux_loss`.
+        """As any transformers causal LM; with labels, `loss = lm_loss + balance_loss`.
 
         Args:
             labels: `[B, S]`, shifted inside by one, -100 ignored.
@@ -344,7 +358,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
             output_routing: return each layer's `Routing`.
             router_stats: sums of the earlier micro-batches of this optimizer step, for losses over the global batch.
             num_items_in_batch: predicted tokens of the whole optimizer step. The task's loss is then the sum over
-                this call's tokens divided by it, and `aux_loss` enters `loss` with this call's share of them: over
+                this call's tokens divided by it, and `balance_loss` enters `loss` with this call's share of them: over
                 the micro-batches of a step both add up to one mean.
             output_logits: False, with labels, takes the loss a chunk of tokens at a time and returns no logits; for a
                 large vocabulary they would be the largest tensor of the step. `rmoe train` asks for that; other
@@ -369,7 +383,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state[:, kept]
         targets = shift_labels if labels is None or shift_labels is not None else next_tokens(labels)
         head: nn.Module = self.lm_head  # may have been replaced: by an adapter, or for another vocabulary
-        logits = loss = nats = aux_loss = None
+        logits = loss = nats = balance = None
         if targets is not None and not output_logits and isinstance(head, LMHead) and head.gives_loss:
             nats = head(hidden, targets, num_items_in_batch)
         else:
@@ -383,19 +397,20 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
                     shift_labels=targets,
                 )
         if targets is not None or outputs.router_logits is not None:
-            aux_loss = self.balance_loss(outputs, router_stats)
-        if targets is not None and nats is not None and aux_loss is not None:
-            aux_loss = aux_loss.to(nats.dtype)
-            loss = nats + aux_loss * _share(targets.ne(IGNORED), num_items_in_batch)
+            balance = self.balance_loss(outputs, router_stats)
+        if targets is not None and nats is not None and balance is not None:
+            balance = balance.to(nats.dtype)
+            loss = nats + balance * _share(targets.ne(IGNORED), num_items_in_batch)
         return RMoECausalLMOutputWithPast(
             loss=loss,
-            aux_loss=aux_loss,
+            aux_loss=self._unweighted(balance),
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             lm_loss=nats,
+            balance_loss=balance,
             routing=outputs.routing if output_routing else None,
             router_stats=outputs.router_stats,
         )
@@ -459,17 +474,17 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
                 self._ends(hidden, input_ids, attention_mask),
             ]
         )
-        loss = task_loss = aux_loss = None
+        loss = task_loss = balance = None
         if labels is not None or outputs.router_logits is not None:
-            aux_loss = self.balance_loss(outputs, router_stats)
-        if labels is not None and aux_loss is not None:
+            balance = self.balance_loss(outputs, router_stats)
+        if labels is not None and balance is not None:
             pooled = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
             task_loss = self.loss_function(
                 logits=logits, labels=labels, pooled_logits=pooled, config=self.config
             )
-            aux_loss = aux_loss.to(task_loss.dtype)
+            balance = balance.to(task_loss.dtype)
             examples = torch.ones(logits.shape[0], device=logits.device)
-            loss = (task_loss + aux_loss) * _share(examples, num_items_in_batch)
+            loss = (task_loss + balance) * _share(examples, num_items_in_batch)
         return RMoESequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -478,7 +493,8 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             task_loss=task_loss,
-            aux_loss=aux_loss,
+            balance_loss=balance,
+            aux_loss=self._unweighted(balance),
             routing=outputs.routing if output_routing else None,
             router_stats=outputs.router_stats,
         )

@@ -32,27 +32,31 @@ class RMoEModelOutputWithPast(MoeModelOutputWithPast):
 
 @dataclass
 class RMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """Output of the language model; `loss = lm_loss + aux_loss`.
+    """Output of the language model; `loss = lm_loss + balance_loss`.
 
     Attributes:
         lm_loss: mean cross-entropy in nats, or its sum over `num_items_in_batch`.
-        aux_loss: all balance losses with their weights (transformers' own models leave the weight out): what is added
-            to `lm_loss`, times this call's share of `num_items_in_batch` where that is given.
+        balance_loss: all balance losses with their weights: what is added to `lm_loss`, times this call's share of
+            `num_items_in_batch` where that is given.
+        aux_loss: the same over `router_aux_loss_coef` (unless that is 0): transformers' convention, so that programs
+            which compute `loss + coef * aux_loss` themselves get what this model means.
         routing: one `Routing` per routing layer, when asked for.
         router_stats: sums over this call's real tokens, asked for or not; None while decoding.
     """
 
     lm_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
     routing: tuple[Routing, ...] | None = None
     router_stats: RouterStats | None = None
 
 
 @dataclass
 class RMoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
-    """Output of the classifier; `loss = task_loss + aux_loss`."""
+    """Output of the classifier; `loss = task_loss + balance_loss`."""
 
     router_logits: tuple[Tensor, ...] | None = None
     task_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     routing: tuple[Routing, ...] | None = None
     router_stats: RouterStats | None = None

@@ -335,6 +335,7 @@ class Pipeline:
             tokens=present[0].tokens,
             entropy=torch.cat([stats.entropy for stats in present]),
             dropped=torch.cat([stats.dropped for stats in present]),
+            logit_variance=torch.cat([stats.logit_variance for stats in present]),
         )
 
     def state_dict(self) -> dict[str, Tensor] | None:

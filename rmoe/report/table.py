@@ -33,6 +33,11 @@ class Column:
 def columns(summary: Summary) -> list[Column]:
     unit = UNITS[summary.corpus.unit]
     bits = "bits per byte" if summary.corpus.unit == "bits_per_byte" else "bits per token"
+    extra = []
+    if summary.law is not None:
+        extra += [Column("difference at equal time", bits), Column("effective speed-up", "times")]
+    if any(router.gate for router in summary.routers):
+        extra.append(Column("at both sizes", "", numeric=False))
     return [
         Column("router", "", numeric=False),
         Column("seeds", ""),
@@ -41,15 +46,25 @@ def columns(summary: Summary) -> list[Column]:
         Column(f"difference to {summary.baseline}", f"{bits}, {summary.confidence:.0%} interval"),
         Column("verdict", "", numeric=False),
         Column("seeds needed", "to see 0.01 bits"),
+        Column("initial logit std", "before step 0"),
         Column("parameters (router)", "non-embedding"),
         Column("peak memory", "MiB"),
         Column("time", "s per 1k steps"),
+        *extra,
     ]
 
 
 def rows(summary: Summary) -> list[list[Cell]]:
     """One row per router, in the summary's order; a dash where something was not measured."""
-    return [_row(router, summary.baseline) for router in summary.routers]
+    has_law, has_gate = summary.law is not None, any(router.gate for router in summary.routers)
+    return [
+        [
+            *_row(router, summary.baseline),
+            *(_equal_time(router) if has_law else []),
+            *([Cell(router.gate) if router.gate else BLANK] if has_gate else []),
+        ]
+        for router in summary.routers
+    ]
 
 
 def _row(router: RouterSummary, baseline: str) -> list[Cell]:
@@ -66,6 +81,9 @@ def _row(router: RouterSummary, baseline: str) -> list[Cell]:
         _difference(difference),
         Cell("baseline") if router.router == baseline else Cell(difference.verdict) if difference else BLANK,
         _seeds_needed(difference),
+        BLANK
+        if router.initial_logit_std is None
+        else Cell(f"{router.initial_logit_std:.2f}", router.initial_logit_std),
         _parameters(router),
         Cell(f"{timing.peak_mib:,.0f}", timing.peak_mib) if timing else BLANK,
         Cell(f"{timing.seconds_per_1k_steps:,.1f}", timing.seconds_per_1k_steps) if timing else BLANK,
@@ -103,6 +121,16 @@ def _difference(difference: Difference | None) -> Cell:
             f"simulated coverage {boot.simulated_coverage:.0%}"
         )
     return Cell(signed(difference.mean) + shown, difference.mean, "; ".join(notes))
+
+
+def _equal_time(router: RouterSummary) -> list[Cell]:
+    found = router.equal_time
+    if found is None:
+        return [BLANK, BLANK]
+    interval = found.speedup_interval
+    shown = f" [{interval.low:.2f}, {interval.high:.2f}]" if interval else ""
+    note = f"{found.seconds_ratio:.3f} times the baseline's seconds a step; {found.difference.verdict}"
+    return [_difference(found.difference), Cell(f"{found.speedup:.2f}{shown}", found.speedup, note)]
 
 
 def _seeds_needed(difference: Difference | None) -> Cell:
@@ -162,7 +190,7 @@ def _plain(text: str) -> str:
 
 def terminal(summary: Summary) -> str:
     """The table for a terminal of any width: the columns that carry the finding."""
-    shown = (0, 1, 2, 3, 4, 5, 7)
+    shown = (0, 1, 2, 3, 4, 5, 7, 8)
     heads = columns(summary)
     body = [[row[i].text for i in shown] for row in rows(summary)]
     cells = [[heads[i].title for i in shown], [heads[i].unit for i in shown], *body]

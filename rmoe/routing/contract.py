@@ -66,12 +66,14 @@ class RouterStats(NamedTuple):
         tokens: scalar int64.
         entropy: `[L]` float32, sum over tokens of the gate entropy in nats.
         dropped: `[L]` int64, assignments lost to the capacity limit.
+        logit_variance: `[L]` float32, sum over tokens of the sample variance of the raw logits over experts.
     """
 
     counts: Tensor
     tokens: Tensor
     entropy: Tensor
     dropped: Tensor
+    logit_variance: Tensor
 
     def add(self, other: RouterStats) -> RouterStats:
         """The sums over both."""
@@ -124,11 +126,17 @@ def gate_entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
+def logit_variance(logits: Tensor) -> Tensor:
+    """Sample variance over experts, `[*, C]` -> `[*]`: a shift common to all experts changes no decision."""
+    return logits.float().var(-1, correction=min(1, logits.shape[-1] - 1))
+
+
 def router_stats(routings: tuple[Routing, ...], num_experts: int, mask: Tensor | None) -> RouterStats:
     """The sums of one forward pass, all layers at once. No gradient flows into them."""
     with torch.no_grad():
         counts = count_by_layer(routings, num_experts, mask)
         entropies = gate_entropy(torch.stack([r.probs for r in routings])).float()  # [L, T]
+        variances = logit_variance(torch.stack([r.logits for r in routings]))  # [L, T]
         zero = torch.zeros((), dtype=torch.int64, device=counts.device)
         if any(r.dropped is not None for r in routings):
             dropped = torch.stack([zero if r.dropped is None else r.dropped.sum() for r in routings])
@@ -138,5 +146,5 @@ def router_stats(routings: tuple[Routing, ...], num_experts: int, mask: Tensor |
             tokens = zero + routings[0].experts.shape[0]
         else:
             tokens = mask.sum()
-            entropies = entropies * mask
-        return RouterStats(counts, tokens, entropies.sum(-1), dropped)
+            entropies, variances = entropies * mask, variances * mask
+        return RouterStats(counts, tokens, entropies.sum(-1), dropped, variances.sum(-1))

@@ -1,13 +1,17 @@
-"""Initial values as small functions of (tensor, generator).
+"""Initial values as small functions of (tensor, generator), and who draws them.
 
 A module says how each of its own parameters starts in `initializers()`; who fills them decides the generator:
-transformers' `_init_weights` the default one, `rmoe.model.initialize` one keyed by (seed, parameter name).
+transformers' `_init_weights` the default one, `fill` one keyed by (seed, parameter name). transformers draws from one
+generator in module order, so one projector more changes every weight after it, and two routers would not start from
+the same model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -58,6 +62,19 @@ class Initialized(nn.Module):
         return {}
 
 
+class PassedModule(nn.Module):
+    """A module of the model's that layers get as an argument.
+
+    accelerate's hooks move a layer's arguments to the layer's device by their `to`, modules too. One that is offloaded
+    has no data to move: its own hooks bring it when it is used.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return self
+        return super().to(*args, **kwargs)
+
+
 class ProjectionFP32(Initialized):
     """A linear map computed in at least float32, whatever the input and the weight are stored in.
 
@@ -96,6 +113,13 @@ class ProjectionFP32(Initialized):
     def initializers(self) -> dict[str, Initializer]:
         return {"weight": self.weight_init, "bias": constant(0.0)}
 
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply what it computes by `factor`."""
+        self.weight.mul_(factor)
+        if self.bias is not None:
+            self.bias.mul_(factor)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[*, in]` of any floating dtype -> `[*, out]`, float32 or float64."""
         return linear_fp32(x, self.weight, self.bias)
@@ -105,3 +129,53 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """`x W^T + b` in float32, or in float64 when either side is."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def keyed_generator(seed: int, name: str) -> Generator:
+    """A CPU generator whose stream depends on the seed and the name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def initializers_of(module: nn.Module, std: float) -> dict[str, Initializer]:
+    """How a module's own parameters start: as it says, else by its kind (weights normal, biases 0, norms 1)."""
+    if isinstance(module, Initialized) or hasattr(module, "initializers"):
+        return module.initializers()  # type: ignore[operator,union-attr]
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return {"weight": normal(std), "bias": constant(0.0)}
+    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+        return {"weight": constant(1.0), "bias": constant(0.0)}
+    return {}
+
+
+def own_tensors(module: nn.Module, rules: dict[str, Initializer]) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters, and frozen ones held as buffers, that have a rule."""
+    for name in rules:
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor):
+            yield name, tensor
+
+
+@torch.no_grad()
+def fill(root: nn.Module, seed: int, std: float, scope: str = "") -> None:
+    """Fill every parameter below `root` from a generator keyed by (seed, scope, parameter name).
+
+    Parameters of the same name and shape are then equal for every pair of routers. Values are drawn in float32 on the
+    CPU and copied, so the device does not matter.
+
+    Args:
+        std: of the normal start of modules that do not say how they start.
+        scope: put before each name, for several models under one seed.
+
+    Raises:
+        ValueError: a parameter that no rule covers.
+    """
+    for prefix, module in root.named_modules():
+        rules = initializers_of(module, std)
+        missing = dict(module.named_parameters(recurse=False)).keys() - rules.keys()
+        if missing:
+            raise ValueError(f"no initial value is defined for {sorted(missing)} of {prefix}")
+        for name, tensor in own_tensors(module, rules):
+            value = torch.empty(tensor.shape, dtype=torch.float32)
+            rules[name](value, keyed_generator(seed, f"{scope}{prefix}.{name}" if prefix else scope + name))
+            tensor.copy_(value)

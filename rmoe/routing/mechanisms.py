@@ -40,12 +40,15 @@ class Recurrence(RecurrenceSpec):
 
     Attributes:
         cell: "gru", "rnn", "lstm" are shared by all layers; "decay" is `x' + a * h` with a vector `a` per layer
-            (ZAYA1's EDA, arXiv:2605.05365); "identity" has no memory: a low-rank linear router.
+            (ZAYA1's EDA, arXiv:2605.05365); "gated_decay" is `x' + z * h` where `z` depends on `x'` and `h`, its
+            weights per layer; "identity" has no memory: a low-rank linear router.
         width: `p`.
         projector: one per layer, or one shared by all (Table 6, S-proj).
         projector_bias: the public code has none; EDA has one.
         carry: the state of the layer below is "passed"; "detached" (its values without their gradient); or
             "zero" (NP: same parameters and FLOPs, no memory).
+        truncate_every: cut the gradient of the state that enters every n-th layer (n, 2n, ...), so that it runs
+            through at most n layers; 1 is "detached"; None never.
         normalize: RMSNorm of the state before it is scored; the state itself is carried as it is.
         concat_hidden: score `[x; h]` instead of `h`.
     """
@@ -53,22 +56,28 @@ class Recurrence(RecurrenceSpec):
     kind = "cell"
     implementation = "rmoe.routing.recurrence:Recurrence"
 
-    cell: Literal["gru", "rnn", "lstm", "decay", "identity"] = "gru"
+    cell: Literal["gru", "rnn", "lstm", "decay", "gated_decay", "identity"] = "gru"
     width: int = 128
     projector: Literal["layer", "shared"] = "layer"
     projector_bias: bool = False
     carry: Literal["passed", "detached", "zero"] = "passed"
+    truncate_every: int | None = None
     normalize: bool = False
     concat_hidden: bool = False
 
     def check(self) -> None:
-        self.positive("width")
+        self.positive("width", "truncate_every")
+        ok = self.truncate_every is None or self.carry == "passed"
+        require(
+            ok, "recurrence.truncate_every", self.truncate_every, "null unless recurrence.carry is 'passed'"
+        )
         memoryless = self.cell == "identity" and self.carry != "zero"
         require(not memoryless, "recurrence.carry", self.carry, "'zero' with cell 'identity'")
 
     @property
     def equation(self) -> str:  # type: ignore[override]
-        steps = {"decay": "h = P x + a * h", "identity": "h = P x"}
+        gated = "z = sig(W [norm(P x); norm(h)] + b); h = P x + z * h"
+        steps = {"decay": "h = P x + a * h", "gated_decay": gated, "identity": "h = P x"}
         step = steps.get(self.cell, f"h = {self.cell.upper()}(P x, {'0' if self.carry == 'zero' else 'h'})")
         read = "norm(h)" if self.normalize else "h"
         return f"{step}; f = {f'[x; {read}]' if self.concat_hidden else read}"

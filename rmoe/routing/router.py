@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from rmoe.routing import mechanisms as options
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State
-from rmoe.routing.initial import ProjectionFP32, constant
+from rmoe.routing.initial import PassedModule, ProjectionFP32, constant
 from rmoe.routing.recurrence import SharedRecurrence
 from rmoe.routing.scorer import SharedLinear
 from rmoe.routing.spec import BalanceSpec, Geometry, RouterSpec
 from rmoe.routing.training_state import SelectionBias, Temperature, TrainingState
 
 
-class SharedRouter(nn.Module):
+class SharedRouter(PassedModule):
     """What the routers of all layers have in common: the cell and projector, the scorers of layer groups."""
 
     def __init__(self, spec: RouterSpec, geometry: Geometry) -> None:
@@ -94,7 +94,7 @@ class BaseRouter(TrainingState):
         """
         if context.noise is not None:
             context = context._replace(noise=context.noise.for_layer(self.layer_index))
-        with _without_autocast(hidden.device.type):
+        with without_autocast(hidden.device.type):
             routing, state = self.route(hidden, state, shared, context)
             if self.spec.balance.capacity_factor is not None:
                 routing = limit_capacity(routing, self.spec.balance, self.geometry, context.mask)
@@ -108,7 +108,7 @@ class BaseRouter(TrainingState):
                 module.update(self.layer_index, stats, step, total_steps)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Router arithmetic stays in float32 under autocast too; the meta device, which plans are made on, has none."""
     available = torch.amp.is_autocast_available(device_type)
     if available and torch.is_autocast_enabled(device_type):

@@ -42,6 +42,10 @@ class Scorer(Initialized):
     def experts_matrix(self, shared: nn.Module | None) -> Tensor | None:
         return None
 
+    def scaled_by(self, shared: nn.Module | None) -> nn.Module | None:
+        """The module whose `rescale(factor)` multiplies the logits by a factor; None where nothing does."""
+        return None
+
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
         raise NotImplementedError
 
@@ -70,6 +74,9 @@ class Linear(Scorer):
 
     def experts_matrix(self, shared: nn.Module | None) -> Tensor:
         return self._weights(shared).weight
+
+    def scaled_by(self, shared: nn.Module | None) -> ProjectionFP32:
+        return self._weights(shared)
 
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
         return self._weights(shared)(features)
@@ -102,11 +109,17 @@ class MLP(Scorer):
     def experts_matrix(self, shared: nn.Module | None) -> Tensor:
         return self.out.weight
 
+    def scaled_by(self, shared: nn.Module | None) -> ProjectionFP32:
+        return self.out
+
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
         hidden = F.gelu(self.up(features))
         if self.dropout and noise is not None:
             hidden = hidden * (noise.uniform(hidden) >= self.dropout) / (1 - self.dropout)
         return self.out(hidden)
+
+
+MOST_LOG_INVERSE_TEMPERATURE = math.log(100)
 
 
 class Cosine(Scorer):
@@ -135,13 +148,30 @@ class Cosine(Scorer):
     def experts_matrix(self, shared: nn.Module | None) -> Tensor:
         return self.embeddings
 
+    def scaled_by(self, shared: nn.Module | None) -> Cosine:
+        return self
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply the logits by `factor`, through the temperature.
+
+        Raises:
+            ValueError: the temperature would fall below 0.01, where `forward` holds it.
+        """
+        moved = float(self.log_inverse_temperature) + math.log(factor)
+        if moved > MOST_LOG_INVERSE_TEMPERATURE:
+            raise ValueError(
+                f"the cosine's temperature would be {math.exp(-moved):.2g}, below its least, 0.01"
+            )
+        self.log_inverse_temperature.fill_(moved)
+
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
         x = features if self.projection is None else self.projection(features)
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, embeddings = x.to(dtype), F.normalize(self.embeddings.to(dtype), dim=-1)
         if self.spec.normalize_tokens:
             x = F.normalize(x, dim=-1)
-        scale = self.log_inverse_temperature.to(dtype).clamp(max=math.log(100)).exp()
+        scale = self.log_inverse_temperature.to(dtype).clamp(max=MOST_LOG_INVERSE_TEMPERATURE).exp()
         return scale * linear_fp32(x, embeddings)
 
 
@@ -187,6 +217,9 @@ class Hypernetwork(Scorer):
     def experts_matrix(self, shared: nn.Module | None) -> Tensor:
         return self._generated()[0]
 
+    def scaled_by(self, shared: nn.Module | None) -> ProjectionFP32:
+        return self.out
+
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
         weight, bias = self._generated()
         return linear_fp32(features, weight, bias)
@@ -205,6 +238,9 @@ class EdaHead(Scorer):
 
     def experts_matrix(self, shared: nn.Module | None) -> Tensor:
         return self.out.weight
+
+    def scaled_by(self, shared: nn.Module | None) -> ProjectionFP32:
+        return self.out
 
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
         weight = self.norm.weight.to(features.dtype)

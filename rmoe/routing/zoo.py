@@ -105,6 +105,7 @@ RMOE = vary(SMOE, recurrence=Recurrence(), scorer=Linear(init_std="inverse_sqrt"
 NP = vary(RMOE, recurrence={"carry": "zero"})
 EDA = vary(SMOE, recurrence=Recurrence(cell="decay", width=256, projector_bias=True), scorer=EdaHead())
 EDA_LINEAR = vary(EDA, recurrence={"normalize": True}, scorer=Linear(init_std="inverse_sqrt"))
+GATED = vary(RMOE, recurrence=Recurrence(cell="gated_decay", normalize=True))
 LOW_RANK = vary(RMOE, recurrence=Recurrence(cell="identity", carry="zero"))
 XMOE = vary(SMOE, scorer=Cosine(width=16))
 UNBALANCED = BalanceSpec()
@@ -112,6 +113,7 @@ BIAS = BalanceSpec(bias_update_rate=1e-3)
 DEEPSEEK = vary(SMOE, gate=Sigmoid(), balance=replace(BIAS, losses=(SequenceBalance(),)))
 
 UNUSED_HIDDEN = (r".*cell\.weight_hh",)
+UNUSED_GATE = (r".*cell\.(weight|bias)",)
 IN_ORDER = "no: experts fill up in token order"
 
 
@@ -142,6 +144,8 @@ _ROWS: dict[str, ZooRow] = {
     "rmoe-std002": ZooRow(vary(RMOE, scorer={"init_std": 0.02}), "Eq. 4 to 6", "scorer starts at std 0.02, which starves a state bounded by 1"),
     "rmoe-np": ZooRow(NP, "Tables 4, 5", "state not passed: same parameters and FLOPs, no memory", zero_gradient=UNUSED_HIDDEN),
     "rmoe-detach": ZooRow(vary(RMOE, recurrence={"carry": "detached"}), "Table 5", "state passed without its gradient"),
+    "rmoe-truncated-2": ZooRow(vary(RMOE, recurrence={"truncate_every": 2}), "asked in the paper's reviews", "the state's gradient cut every 2 layers"),
+    "rmoe-truncated-3": ZooRow(vary(RMOE, recurrence={"truncate_every": 3}), "asked in the paper's reviews", "the state's gradient cut every 3 layers"),
     "rmoe-np-r0.5": ZooRow(_residual(0.5), "Table 5", "NP plus half the last layer's scores", zero_gradient=UNUSED_HIDDEN),
     "rmoe-np-r1.0": ZooRow(_residual(1.0), "Table 5", "NP plus the last layer's scores", zero_gradient=UNUSED_HIDDEN),
     "rmoe-np-r0.5-detach-r": ZooRow(_residual(0.5, detach=True), "Table 5", "r-0.5 without the residual's gradient", zero_gradient=UNUSED_HIDDEN),
@@ -155,6 +159,10 @@ _ROWS: dict[str, ZooRow] = {
     "xmoe-gru-8": ZooRow(_xmoe(8, Recurrence()), "Table 2", "cosine in 8 dimensions of the recurrent state"),
     "xmoe-gru": ZooRow(_xmoe(16, Recurrence()), "Table 2", "cosine in 16 dimensions of the recurrent state"),
     "xmoe-gru-32": ZooRow(_xmoe(32, Recurrence()), "Table 2", "cosine in 32 dimensions of the recurrent state"),
+    # ---- a linear state that can forget ----
+    "gated-linear": ZooRow(GATED, "ours", "linear state with a data-dependent decay, normalised, linear head"),
+    "gated-linear-np": ZooRow(vary(GATED, recurrence={"carry": "zero"}), "control", "the gated linear state, never passed", zero_gradient=UNUSED_GATE),
+    "gated-linear-detach": ZooRow(vary(GATED, recurrence={"carry": "detached"}), "control", "the gated linear state passed without its gradient"),
     # ---- what in RMoE does it? ----
     "rmoe-residual": ZooRow(vary(RMOE, recurrence={"concat_hidden": True}), "ours", "scores [x; h]: a linear router plus the state"),
     "rmoe-norm": ZooRow(vary(RMOE, recurrence={"normalize": True}), "ours", "state RMS-normalised before scoring"),

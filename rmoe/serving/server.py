@@ -8,15 +8,18 @@ from safetensors only, and handed to the handlers as loaded.
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from transformers import PreTrainedModel, StoppingCriteriaList
+from starlette.exceptions import HTTPException
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
@@ -30,16 +33,26 @@ from transformers.cli.serving.utils import (
 
 from rmoe.errors import one_line
 from rmoe.serving.limits import Limits, Refused, Slots, parse, tokens_asked
+from rmoe.serving.text import Penalties, StopText, before_stop
 
 POLL_SECONDS = 0.1
+PENALTIES = "rmoe_penalties"
+FAILED = "the server could not carry this out"
 
 
 class _Streamer(DirectStreamer):
-    """As transformers', which loses an answer's end in the middle of a character: sent as the whole answer shows it."""
+    """As transformers', but for two things.
 
-    def __init__(self, tokenizer: Any, loop: Any, queue: Any, response_parser: Any = None) -> None:
+    An answer that ends in the middle of a character is sent as the whole answer shows it; and it ends before a stop
+    string, which transformers' sends.
+    """
+
+    def __init__(
+        self, tokenizer: Any, loop: Any, queue: Any, response_parser: Any = None, stops: Sequence[str] = ()
+    ) -> None:
         self._ids: list[int] = []
         self._sent = ""
+        self._stops = StopText(stops)
         super().__init__(tokenizer, loop, queue, response_parser=response_parser)
 
     def put(self, value: torch.Tensor) -> None:
@@ -48,14 +61,19 @@ class _Streamer(DirectStreamer):
         super().put(value)
 
     def _enqueue(self, item: Any) -> None:
-        if isinstance(item, str):
+        if type(item) is str:  # not reasoning, which is a str of its own class
+            item = self._stops.feed(item)
             self._sent += item
-        super()._enqueue(item)
+        elif item is None and self._parser is not None and (rest := self._stops.rest()):
+            super()._enqueue(rest)
+        if item != "":
+            super()._enqueue(item)
 
     def end(self) -> None:
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        whole = before_stop(whole, self._stops.stops)
         if self._parser is None and whole != self._sent and whole.startswith(self._sent):
-            self._enqueue(whole[len(self._sent) :])
+            super()._enqueue(whole[len(self._sent) :])
         super().end()
 
 
@@ -74,15 +92,24 @@ class _Manager(GenerateManager):
         """As transformers', with our streamer."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        streamer = _Streamer(processor._tokenizer, loop, queue, response_parser=response_parser)
+        stops = gen_config.stop_strings or ()
+        streamer = _Streamer(processor._tokenizer, loop, queue, response_parser=response_parser, stops=stops)
+        penalties = _penalties(gen_config, inputs)
 
         def work() -> None:
             try:
-                model.generate(**inputs, streamer=streamer, generation_config=gen_config, tokenizer=processor)
+                model.generate(
+                    **inputs,
+                    streamer=streamer,
+                    generation_config=gen_config,
+                    tokenizer=processor,
+                    logits_processor=penalties,
+                )
             except _GenerationCancelled:
                 loop.call_soon_threadsafe(queue.put_nowait, None)
             except Exception as error:
-                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(str(error)))
+                _log_failure(error)
+                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(FAILED))
 
         self.submit(work)
         return queue, streamer
@@ -95,6 +122,7 @@ class _Manager(GenerateManager):
         def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             return torch.full((input_ids.shape[0],), gone.is_set(), device=input_ids.device)
 
+        stops = gen_config.stop_strings or ()
         try:
             sequences = await self.async_submit(
                 model.generate,
@@ -102,13 +130,22 @@ class _Manager(GenerateManager):
                 generation_config=gen_config,
                 tokenizer=processor,
                 stopping_criteria=StoppingCriteriaList([stop]),
+                logits_processor=_penalties(gen_config, inputs),
             )
         except asyncio.CancelledError:
             gone.set()
             raise
         length = inputs["input_ids"].shape[-1]
         generated = sequences[0, length:]
-        return processor.decode(generated, skip_special_tokens=True), length, generated
+        return before_stop(processor.decode(generated, skip_special_tokens=True), stops), length, generated
+
+
+def _penalties(config: Any, inputs: Any) -> LogitsProcessorList:
+    """The penalties that `_Sampling` has put beside a request's configuration, which knows none."""
+    frequency, presence = config.__dict__.pop(PENALTIES, (0.0, 0.0))
+    if not frequency and not presence:
+        return LogitsProcessorList()
+    return LogitsProcessorList([Penalties(frequency, presence, inputs["input_ids"].shape[-1])])
 
 
 class _State(GenerationState):
@@ -123,10 +160,18 @@ class _State(GenerationState):
 
 
 class _Sampling:
-    """What both handlers leave out: a temperature means sampling, and the number of tokens is ours to say."""
+    """What both handlers leave out: a temperature means sampling, and the number of tokens is ours to say.
+
+    transformers takes the frequency penalty for a repetition penalty, which divides logits and counts the prompt, and
+    has no bias for completions.
+    """
 
     def _build_generation_config(self, body: dict[str, Any], base: Any, use_cb: bool = False) -> Any:
+        penalties = tuple(body.pop(name, 0.0) for name in ("frequency_penalty", "presence_penalty"))
         config = super()._build_generation_config(body, base, use_cb=use_cb)  # type: ignore[misc]
+        setattr(config, PENALTIES, penalties)
+        if bias := body.get("logit_bias"):
+            config.sequence_bias = {(int(token),): float(value) for token, value in bias.items()}
         config.do_sample = body.get("temperature", 0) > 0
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
@@ -163,8 +208,9 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
     async def answer(request: Request, kind: str) -> Any:
         body = parse(await _read(request, limits), kind, name, vocabulary)
         length = await asyncio.to_thread(_prompt_length, tokenizer, body, kind)
-        body.pop("max_completion_tokens", None)
         body["max_tokens"] = tokens_asked(body, length, limits)
+        body.pop("max_completion_tokens", None)
+        include_usage = body.pop("stream_options", {}).get("include_usage")
         identity = request.headers.get("x-request-id", "")[:64] or f"rmoe-{id(body):x}"
         slot = slots.one()
         await _unless_gone(request, slot.__aenter__())
@@ -174,7 +220,7 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
             await slot.__aexit__(None, None, None)
             raise
         if isinstance(response, StreamingResponse):
-            response.body_iterator = _releasing(response.body_iterator, slot)
+            response.body_iterator = _releasing(_as_openai(response.body_iterator, include_usage), slot)
         else:
             await slot.__aexit__(None, None, None)
         return response
@@ -187,9 +233,17 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
     async def chat(request: Request) -> Any:
         return await answer(request, "chat")
 
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "rmoe"}
+
     @app.get("/v1/models")
     async def models() -> Any:
-        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "rmoe"}]}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def one_model(asked: str) -> Any:
+        if asked != name:
+            raise Refused(404, f"this server has one model, {name!r}", "model")
+        return card
 
     @app.get("/health")
     async def health() -> Any:
@@ -199,11 +253,16 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         return JSONResponse(error.body(), status_code=error.status)
 
+    @app.exception_handler(HTTPException)
+    async def of_http(_: Request, error: HTTPException) -> JSONResponse:
+        body = Refused(error.status_code, one_line(str(error.detail))).body()
+        body["error"]["code"] = None
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        said = one_line(f"{type(error).__name__}: {error}")
-        print(f"request failed: {said}", file=sys.stderr, flush=True)
-        return JSONResponse(Refused(500, "the server could not carry this out").body(), status_code=500)
+        _log_failure(error)
+        return JSONResponse(Refused(500, FAILED).body(), status_code=500)
 
     return app
 
@@ -260,6 +319,40 @@ async def _unless_gone(request: Request, work: Any) -> Any:
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
+
+
+def _log_failure(error: Exception) -> None:
+    said = one_line(f"{type(error).__name__}: {error}")
+    print(f"request failed: {said}", file=sys.stderr, flush=True)
+
+
+async def _as_openai(parts: Any, include_usage: bool | None) -> AsyncIterator[str]:
+    """Events as OpenAI sends them: errors as objects, `[DONE]` last, and usage where it was asked for.
+
+    Args:
+        parts: transformers' events, one or more to a part.
+        include_usage: True puts the usage into an event of its own without choices; False leaves it out; None leaves
+            it in the last event, where transformers puts it.
+    """
+    try:
+        async for part in parts:
+            events = []
+            for event in filter(None, part.split("\n\n")):
+                chunk = json.loads(event.removeprefix("data: "))
+                if "error" in chunk:
+                    chunk = Refused(500, chunk["error"]).body()
+                for choice in chunk.get("choices", ()):
+                    choice.setdefault("finish_reason", None)
+                usage = chunk.get("usage")
+                if include_usage is not None and "choices" in chunk:
+                    chunk["usage"] = None
+                events.append(chunk)
+                if include_usage and usage is not None:
+                    events.append({**chunk, "choices": [], "usage": usage})
+            yield "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in events)
+        yield "data: [DONE]\n\n"
+    finally:
+        await parts.aclose()
 
 
 async def _releasing(parts: Any, slot: Any) -> AsyncIterator[Any]:

@@ -76,6 +76,7 @@ class Window:
         self.seconds: float = saved.get("seconds", 0.0)
         self.counts: list[list[int]] = saved.get("counts", [])
         self.entropy: list[float] = saved.get("entropy", [])
+        self.logit_variance: list[float] = saved.get("logit_variance", [])
         self.dropped: int = saved.get("dropped", 0)
         self.routed: int = saved.get("routed", 0)
 
@@ -90,9 +91,10 @@ class Window:
         self.balance_loss += balance_loss
         self.tokens += tokens
         if stats is not None:
-            counts, entropy = stats.counts.cpu().numpy(), stats.entropy.double().cpu().numpy()
+            counts = stats.counts.cpu().numpy()
             self.counts = (counts + np.array(self.counts, dtype=np.int64) if self.counts else counts).tolist()
-            self.entropy = (entropy + np.array(self.entropy) if self.entropy else entropy).tolist()
+            self.entropy = _summed(self.entropy, stats.entropy)
+            self.logit_variance = _summed(self.logit_variance, stats.logit_variance)
             self.dropped += int(stats.dropped.sum())
             self.routed += int(stats.tokens)
 
@@ -110,6 +112,13 @@ class Window:
         if self.routed:
             counts = np.array(self.counts)
             row["gate_entropy"] = (np.array(self.entropy) / self.routed).tolist()
+            row["logit_std"] = np.sqrt(np.array(self.logit_variance) / self.routed).tolist()
             row["load_imbalance"] = load_imbalance(counts).tolist()
             row["dropped"] = self.dropped / max(int(counts.sum()), 1)
         return row
+
+
+def _summed(before: list[float], more: Tensor) -> list[float]:
+    """A sum per layer; empty stands for zeros."""
+    values = more.double().cpu().numpy()
+    return (values + np.array(before) if before else values).tolist()

@@ -14,6 +14,7 @@ from torch import nn
 
 from rmoe.errors import RequestError, one_line
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters, initialize
+from rmoe.places import expand
 from rmoe.routing.spec import RouterSpec
 from rmoe.routing.zoo import resolve
 from rmoe.training.config import RunConfig
@@ -38,7 +39,7 @@ def load_plugins(plugins: tuple[str, ...]) -> dict[str, str]:
 def _load_plugin(plugin: str) -> str:
     try:
         if plugin.endswith(".py"):
-            source = Path(plugin)
+            source = expand(plugin, "--plugin")
             name = f"rmoe_plugin_{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]}"
             if name not in sys.modules:
                 spec = importlib.util.spec_from_file_location(name, source)

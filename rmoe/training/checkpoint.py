@@ -64,11 +64,13 @@ class CheckpointStore:
         folder: the run's folder, `DIR`.
         run: the run's fingerprint, written into each manifest.
         keep: how many of the newest valid checkpoints rotation leaves; at least 2.
+        pinned: steps whose checkpoint rotation leaves too.
     """
 
     folder: Path
     run: str
     keep: int = 2
+    pinned: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.keep < 2:
@@ -148,7 +150,8 @@ class CheckpointStore:
         valid = 0
         for step, path in reversed(self.found()):
             if valid >= self.keep:
-                self._discard(path)
+                if step not in self.pinned:
+                    self._discard(path)
                 continue
             try:
                 verify(path, step, self.run)

@@ -10,14 +10,18 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import tyro
 
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError
+from rmoe.places import PREFIX, expand
 from rmoe.routing.spec import require
+
+if TYPE_CHECKING:
+    from rmoe.training.run_folder import RunRecord
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -83,8 +87,10 @@ class TrainingConfig:
         micro_batch_size: sequences of one forward pass on one device; None is the whole share of a device.
         sequence_length: tokens per sequence.
         learning_rate: the peak.
-        min_learning_rate: where `cosine` and `linear` end.
-        schedule: after the warm-up.
+        router_learning_rate: the peak for recurrences, scorers and what layers share of them; None is `learning_rate`.
+        min_learning_rate: where `cosine`, `linear` and `wsd` end.
+        schedule: after the warm-up. `wsd` is constant, then linear over the last fifth of the steps.
+        branch_points: steps of the constant part of `wsd` whose checkpoint stays, for shorter runs to branch from.
         warmup_steps: steps of linear growth from 0.
         weight_decay: on matrices; never on norms and biases.
         adam_beta1, adam_beta2, adam_epsilon: of AdamW.
@@ -98,6 +104,10 @@ class TrainingConfig:
         compile: run the model through `torch.compile`.
         max_skipped_batches: how many batches with a NaN or infinite loss or gradient may be left out before
             the run saves everything and stops.
+        initial_logit_std: before step 0, scale every layer's scorer so that its raw logits have this standard
+            deviation over experts on a fixed batch of training text; None leaves them as they are drawn.
+        average: also evaluate the weights averaged over so many of the last steps (LAWA); 0 is off.
+        average_every: steps between those averaged; None is the interval of the checkpoints.
     """
 
     max_steps: int = 200
@@ -105,8 +115,10 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     sequence_length: int = 256
     learning_rate: float = 1e-3
+    router_learning_rate: float | None = None
     min_learning_rate: float = 0.0
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    branch_points: tuple[int, ...] = ()
     warmup_steps: int = 20
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -121,6 +133,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     max_skipped_batches: int = 3
+    initial_logit_std: float | None = None
+    average: int = 0
+    average_every: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "sequence_length"):
@@ -135,12 +150,56 @@ class TrainingConfig:
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 to below 1")
-        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
+        for name in ("learning_rate", "router_learning_rate", "initial_logit_std"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < float("inf"), f"training.{name}", value, "above 0")
         require(0 <= self.seed < 2**31, "training.seed", self.seed, "0 to 2**31 - 1")
         require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "1 or more")
         micro = self.micro_batch_size
         divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
         require(divides, "training.micro_batch_size", micro, f"a divisor of batch_size ({self.batch_size})")
+        self._check_wsd()
+        self._check_average()
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of the linear decay that ends `wsd`."""
+        return max(1, self.max_steps // 5)
+
+    @property
+    def constant_steps(self) -> int:
+        """Steps of `wsd` before its decay, the warm-up among them."""
+        return self.max_steps - self.decay_steps
+
+    def _check_wsd(self) -> None:
+        constant_ends = self.constant_steps
+        fits = self.schedule != "wsd" or self.warmup_steps <= constant_ends
+        require(
+            fits, "training.warmup_steps", self.warmup_steps, f"0 to {constant_ends}, where the decay begins"
+        )
+        points, allowed = self.branch_points, f"none: schedule {self.schedule} has no constant part"
+        if self.schedule == "wsd":
+            first = max(1, self.warmup_steps)
+            allowed = f"steps of the constant part, {first} to {constant_ends} of {self.max_steps}"
+            points = tuple(point for point in points if not first <= point <= constant_ends)
+        require(not points, "training.branch_points", ", ".join(map(str, points)), allowed)
+
+    def _check_average(self) -> None:
+        require(
+            self.average >= 0 and self.average != 1,
+            "training.average",
+            self.average,
+            "0, which is off, or 2 or more",
+        )
+        every = self.average_every
+        require(every is None or every >= 1, "training.average_every", every, "1 or more")
+        reach = (self.average - 1) * (every or 1)
+        require(
+            reach < self.max_steps,
+            "training.average",
+            self.average,
+            f"fewer: the run has {self.max_steps} steps",
+        )
 
 
 @dataclass(frozen=True)
@@ -152,6 +211,7 @@ class LoggingConfig:
         evaluate_every: steps between evaluations on the validation split; None is a tenth of the run.
         evaluate_blocks: blocks of the validation split used while training; None is the whole split.
         final_blocks: the same for the finished model's figures on the validation and test splits.
+        test_blocks: the same for the test split alone; None is as many as `final_blocks`.
         test: judge the finished model on the test split too.
         report_to: also log through these, by transformers' names: tensorboard, trackio, wandb, mlflow.
     """
@@ -160,11 +220,12 @@ class LoggingConfig:
     evaluate_every: int | None = None
     evaluate_blocks: int | None = None
     final_blocks: int | None = None
+    test_blocks: int | None = None
     test: bool = True
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("every", "evaluate_every", "evaluate_blocks", "final_blocks"):
+        for name in ("every", "evaluate_every", "evaluate_blocks", "final_blocks", "test_blocks"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"logging.{name}", value, "1 or more")
 
@@ -257,6 +318,32 @@ class RunConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     preset: Annotated[str, tyro.conf.Suppress] = "quick"
 
+    def __post_init__(self) -> None:
+        for name, off in (("average", 0), ("router_learning_rate", None)):
+            value = getattr(self.training, name)
+            whole = not self.parallel.shards and self.parallel.pipeline == 1
+            require(
+                value == off or whole, f"training.{name}", value, f"{off} with a model cut up by `parallel`"
+            )
+        steps = self.average_steps
+        require(
+            not steps or min(steps) > 0,
+            "training.average",
+            self.training.average,
+            "fewer, or closer together",
+        )
+
+    @property
+    def average_steps(self) -> frozenset[int]:
+        """The optimizer steps whose weights are averaged."""
+        last, every = self.training.max_steps, self.training.average_every or self.checkpoint_interval
+        return frozenset(last - every * index for index in range(self.training.average))
+
+    @property
+    def test_blocks(self) -> int | None:
+        """Blocks of the test split the finished model is evaluated on; None is all."""
+        return self.logging.test_blocks or self.logging.final_blocks
+
     @property
     def checkpoint_interval(self) -> int:
         """Steps between checkpoints."""
@@ -294,7 +381,7 @@ class RunConfig:
         Raises:
             RequestError: no such preset, not TOML, or not a configuration.
         """
-        path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+        path = expand(name, "--preset") if name.endswith(".toml") else PRESETS / f"{name}.toml"
         known = path.suffix == ".toml" and (name.endswith(".toml") or name in cls.preset_names())
         require(
             known and path.is_file(), "--preset", name, f"{', '.join(cls.preset_names())}, or a .toml file"
@@ -310,7 +397,8 @@ class RunConfig:
         """The configuration of the run in a folder, to go on with; None where there is no run.
 
         A folder decides neither which code runs nor where on this machine is written: `plugin` and `data.cache_dir`
-        are as if they had not been given.
+        are as if they had not been given. Text and tokenizer are looked for where they may lie now, see
+        `run_folder.places_of`; where there are several, by their content.
 
         Raises:
             RequestError: its `config.json` is not one of a run.
@@ -319,8 +407,10 @@ class RunConfig:
 
         if not (folder / CONFIG).is_file():
             return None
-        stored = cls.from_dict(read_run(folder).config)
-        return replace(stored, plugin=(), data=replace(stored.data, cache_dir=None))
+        record = read_run(folder)
+        stored = cls.from_dict(record.config)
+        data = _found_again(replace(stored.data, cache_dir=None), folder, record)
+        return replace(stored, plugin=(), data=data)
 
     def with_setting(self, name: str, value: object) -> RunConfig:
         """This configuration with one setting changed.
@@ -344,6 +434,32 @@ class RunConfig:
         require(len(homes) == 1, "setting", name, ambiguous)
         tables[homes[0]][leaf] = _Text(value) if isinstance(value, str) else value
         return type(self).from_dict(tables.pop("") | tables)
+
+
+def _found_again(data: DataConfig, folder: Path, record: RunRecord) -> DataConfig:
+    """The data of a run with the paths that text and tokenizer have now; unchanged where they are not found."""
+    from rmoe.data.ingest import corpus_key
+    from rmoe.training.run_folder import places_of
+
+    def places(path: str | None) -> list[str | None]:
+        if path is None or path in ("bytes", "words") or path.startswith(PREFIX):
+            return [path]
+        return [str(place) for place in places_of(path, folder, record)] or [path]
+
+    found = [
+        replace(data, path=path, tokenizer=str(tokenizer))
+        for path in places(data.path)
+        for tokenizer in places(data.tokenizer)
+    ]
+    if len(found) == 1:
+        return found[0]
+    for candidate in found:
+        try:
+            if corpus_key(candidate) == record.data_sha256:
+                return candidate
+        except RequestError:
+            continue  # another file of the same name
+    return data
 
 
 class _Text(str):

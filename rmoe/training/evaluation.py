@@ -29,11 +29,13 @@ class Evaluation:
         nats: `-sum ln p` over the targets.
         targets: tokens predicted.
         context: what each target was predicted from, in words.
+        block_nats: `nats` by block, in order; empty where there are no blocks.
     """
 
     nats: float
     targets: int
     context: str
+    block_nats: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -70,7 +72,10 @@ def evaluate(
     """
     batches = _batches(blocks, limit, ranks.data_rank, ranks.data)
     nats = torch.zeros((), dtype=torch.float64)
-    targets = 0
+    stop = len(blocks) if limit is None else min(limit, len(blocks))
+    by_block = torch.zeros(stop, dtype=torch.float64)
+    mine = torch.arange(ranks.data_rank, stop, ranks.data)
+    targets = done = 0
     with _inference(model, bf16) as device:
         for batch in batches:
             labels = batch["labels"][:, 1:].to(device)
@@ -80,12 +85,17 @@ def evaluate(
             flat = logits[:, :-1].float().flatten(0, 1)
             losses = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
             nats += losses.double().sum().cpu()
+            here = mine[done : done + len(labels)]
+            by_block[here] = losses.view_as(labels).double().sum(-1).cpu()[: len(here)]
+            done += len(labels)
             targets += int((labels != IGNORED).sum())
     if ranks.world > 1:
         sums = torch.tensor([float(nats), float(targets)], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
         nats, targets = sums[0], int(sums[1])
-    return Evaluation(float(nats), targets, context_of(blocks, limit))
+        by_block = by_block.to(device)
+        torch.distributed.all_reduce(by_block)
+    return Evaluation(float(nats), targets, context_of(blocks, limit), tuple(by_block.tolist()))
 
 
 def summarize_routing(

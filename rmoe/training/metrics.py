@@ -8,6 +8,7 @@ the row before:
     balance_loss     the weighted balance losses, as added
     bits_per_byte    or `perplexity`: lm_loss in the corpus's unit
     gate_entropy     [L] mean entropy of the gate's probabilities, nats
+    logit_std        [L] standard deviation of the raw logits over experts, root mean square over tokens
     load_imbalance   [L] assignments of the busiest expert over the mean; 1 is perfect balance
     dropped          share of assignments dropped at capacity
     router_grad_norm, grad_norm   before clipping, of the last step

@@ -42,11 +42,7 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     experts = model.config.num_experts
     if experts % parallel.expert:
         raise RequestError("parallel.expert", parallel.expert, f"a divisor of num_experts ({experts})")
-    gated, plans = model.config.mlp_gated, ("_tp_plan", "_ep_plan")
-    for name in plans:  # rules for parameters that this model's experts lack would be warned about
-        rules = getattr(model, name, None) or {}
-        absent = ".experts.up_proj" if gated else ".experts.gate_up_proj"
-        setattr(model, name, {rule: style for rule, style in rules.items() if not rule.endswith(absent)})
+    model._ep_plan = model.config.without_absent(model._ep_plan or {})
     settings = _distributed_config(parallel)
     settings, _, mesh = type(model).prepare_distribute_model(settings)
     model = type(model).maybe_distribute_model(model, settings, mesh)

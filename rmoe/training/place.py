@@ -123,6 +123,14 @@ def training_arguments(config: RunConfig, out: Path, place: Place) -> TrainingAr
         "constant": ("constant_with_warmup", {}),
         "cosine": ("cosine_with_min_lr", {"min_lr": training.min_learning_rate}),
         "linear": ("polynomial", {"lr_end": training.min_learning_rate, "power": 1.0}),
+        "wsd": (
+            "warmup_stable_decay",
+            {
+                "num_decay_steps": training.decay_steps,
+                "decay_type": "linear",
+                "min_lr_ratio": training.min_learning_rate / training.learning_rate,
+            },
+        ),
     }[training.schedule]
     arguments = TrainingArguments(
         output_dir=str(out),

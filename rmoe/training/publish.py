@@ -13,7 +13,7 @@ from rmoe.errors import RunError
 from rmoe.training import run_folder
 from rmoe.training.checkpoint import CheckpointStore, sync
 from rmoe.training.metrics import Row
-from rmoe.training.result import Curve, Unit
+from rmoe.training.result import Curve, LayerCurve, Unit
 
 
 def publish_model(
@@ -51,6 +51,7 @@ def curves(rows: list[Row], unit: Unit) -> dict[str, Curve]:
         "train_lm_loss": ("train", unit, unit),
         "aux_loss": ("train", "balance_loss", "nats per token"),
         "gate_entropy": ("train", "gate_entropy", "nats"),
+        "logit_std": ("train", "logit_std", "standard deviation over experts"),
         "load_imbalance": ("train", "load_imbalance", "times the mean load"),
         "router_grad_norm": ("train", "router_grad_norm", "norm"),
         "lr": ("train", "lr", "learning rate"),
@@ -63,4 +64,15 @@ def curves(rows: list[Row], unit: Unit) -> dict[str, Curve]:
         if points:
             values = [sum(v) / len(v) if isinstance(v, list) else v for _, v in points]
             found[name] = Curve(unit=said, step=[step for step, _ in points], value=values)
+    return found
+
+
+def layer_curves(rows: list[Row]) -> dict[str, LayerCurve]:
+    """Gate entropy and scale of the logits by layer, to five digits."""
+    found = {}
+    for name, unit in (("gate_entropy", "nats"), ("logit_std", "standard deviation over experts")):
+        points = [(row["step"], row[name]) for row in rows if row["kind"] == "train" and row.get(name)]
+        if points:
+            values = [[float(f"{value:.5g}") for value in layers] for _, layers in points]
+            found[name] = LayerCurve(unit=unit, step=[step for step, _ in points], value=values)
     return found

@@ -56,6 +56,39 @@ class Curve(Record, frozen=True, kw_only=True):
     value: list[float]
 
 
+class LayerCurve(Record, frozen=True, kw_only=True):
+    """A figure of every layer over training: `value[j][l]` was measured after step `step[j]`."""
+
+    unit: str
+    step: list[int]
+    value: list[list[float]]
+
+
+class InitialLogits(Record, frozen=True, kw_only=True):
+    """Standard deviation of the raw logits over experts before step 0, by layer, on `tokens` fixed tokens."""
+
+    drawn: list[float]  # with the weights as they were drawn
+    start: list[float]  # as training starts: differs where `training.initial_logit_std` is set
+    tokens: int
+
+
+class TextLosses(Record, frozen=True, kw_only=True):
+    """Loss by stretch of text, in order: `nats[j]` is the sum over `blocks` neighbours (the last may have fewer)."""
+
+    blocks: int
+    targets: int  # in all
+    nats: list[float]
+
+
+class Averaged(Record, frozen=True, kw_only=True):
+    """The figures of the weights averaged over the last of `steps`, beside those of the last weights alone."""
+
+    steps: list[int]
+    val: float | None
+    test: float | None
+    test_losses: TextLosses | None = None
+
+
 class Histogram(Record, frozen=True, kw_only=True):
     """`counts[j]` samples fell into `[edges[j], edges[j + 1])`; the last bin is closed."""
 
@@ -92,6 +125,10 @@ class RunResult(Record, frozen=True, kw_only=True):
             runs may have shared the machine: compare it only between runs timed alone.
         peak_mib: the process's peak memory: the allocator's on a GPU, resident size on a CPU.
         routing: how the finished model routes the validation text.
+        initial_logits: the scale of the scores at the start; None for a router without a scorer.
+        layer_curves: `gate_entropy` and `logit_std` by layer.
+        test_losses: of `test`, by stretch of text, so that a difference has an interval over text too.
+        averaged: what the averaged weights reach; None without `training.average`.
         folder, model: where the run and its final model are.
     """
 
@@ -114,5 +151,9 @@ class RunResult(Record, frozen=True, kw_only=True):
     seconds_per_1k_steps: float
     peak_mib: float
     routing: RoutingSummary | None = None
+    initial_logits: InitialLogits | None = None
+    layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
+    test_losses: TextLosses | None = None
+    averaged: Averaged | None = None
     folder: str
     model: str

@@ -24,20 +24,23 @@ from rmoe.parallel import Pipeline
 from rmoe.records import read_record, write_record
 from rmoe.training import result as records
 from rmoe.training import run_folder
+from rmoe.training.average import WeightAverage
+from rmoe.training.branch import begin_branch, require_branch
 from rmoe.training.build import build_model, load_plugins, model_config, parameter_counts
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
 from rmoe.training.disk import require_space
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
+from rmoe.training.initial_scale import fixed_batch, start_at
 from rmoe.training.metrics import MetricsLog, read_metrics
 from rmoe.training.parallel import distribute
 from rmoe.training.pipelined import PipelineTrainer, build_pipeline
 from rmoe.training.place import Place, place_of, say, torch_settings, training_arguments
 from rmoe.training.profile import StepProfiler
 from rmoe.training.progress import ProgressReport
-from rmoe.training.publish import curves, publish_model
-from rmoe.training.result import RunResult
+from rmoe.training.publish import curves, layer_curves, publish_model
+from rmoe.training.result import Averaged, InitialLogits, RunResult, TextLosses
 from rmoe.training.run_folder import RunRecord
 from rmoe.training.stopping import Stopped as Stopped
 from rmoe.training.stopping import raise_unless_finished, signals
@@ -58,17 +61,26 @@ MAY_DIFFER = frozenset(
         "parallel.pipeline",
         "checkpoints.keep",
         "logging.final_blocks",
+        "logging.test_blocks",
         "logging.test",
         "logging.report_to",
     }
 )
 """Settings that may change when a run is resumed: none decides what is learned."""
 
+MOST_STRETCHES = 10_000  # of the test split in a result
+
 DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
 
 def train(
-    config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True, profile: bool = False
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    profile: bool = False,
+    branch_of: Path | None = None,
 ) -> RunResult:
     """Train one model.
 
@@ -81,6 +93,8 @@ def train(
             A finished run is left as it is.
         progress: show how far it is, on stderr.
         profile: also record a few steps into `out/profile`, see `rmoe.training.profile`.
+        branch_of: folder of a longer `wsd` run with the same settings: begin where this one's decay begins, at that
+            run's checkpoint; see `rmoe.training.branch`. The result is that of the whole run.
 
     Returns:
         The result, also written to `out/result.json`.
@@ -117,8 +131,11 @@ def train(
             data_sha256=corpus.manifest.key,
             versions=versions(),
             hardware=hardware(threads),
+            started_in=str(Path.cwd()),
         )
+        branch = None if branch_of is None else require_branch(config, record, branch_of, MAY_DIFFER)
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
+        initial = start_at(model, fixed_batch(corpus.train), config.training.initial_logit_std)
         if not resume:
             require_space(out, model, config.checkpoints.keep)
         if config.training.gradient_checkpointing:
@@ -131,8 +148,11 @@ def train(
         if (out / run_folder.RESULT).exists():
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
+        if branch is not None and not CheckpointStore(out, "").found():
+            _begin_branch(branch, out, record)
+            resume = True
         try:
-            return _run(config, out, corpus, learner, record, place, resume, progress, profile)
+            return _run(config, out, corpus, learner, record, initial, place, resume, progress, profile)
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
@@ -148,7 +168,9 @@ def read_result(folder: Path) -> RunResult:
     Raises:
         RequestError: there is none.
     """
-    return read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
+    found = read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
+    # Where it is now, not where it was written.
+    return msgspec.structs.replace(found, folder=str(folder), model=str(folder / run_folder.MODEL))
 
 
 # --- before training -----------------------------------------------------------------------------
@@ -183,6 +205,11 @@ def _enter(stack: ExitStack, out: Path, record: RunRecord, resume: bool) -> None
         raise RequestError(*wrong[0])
 
 
+def _sealed_as(out: Path, record: RunRecord) -> str:
+    """The fingerprint the checkpoints of `out` have: of the run as it was started, wherever its files lie now."""
+    return fingerprint(run_folder.read_run(out) if (out / run_folder.CONFIG).exists() else record)
+
+
 def fingerprint(record: RunRecord) -> str:
     """What makes two runs the same run: every setting but those of `MAY_DIFFER`, the model, the data."""
     settings = {
@@ -194,6 +221,19 @@ def fingerprint(record: RunRecord) -> str:
     return hashlib.sha256(identity).hexdigest()
 
 
+def _begin_branch(branch: Path, out: Path, record: RunRecord) -> None:
+    """By the first rank; on a wrong request the folder is as empty as it was."""
+    if PartialState().is_main_process:
+        source_run = fingerprint(run_folder.read_run(branch.parents[1]))
+        try:
+            begin_branch(branch, source_run, CheckpointStore(out, fingerprint(record)))
+        except RequestError:
+            (out / run_folder.CONFIG).unlink(missing_ok=True)
+            (out / run_folder.METRICS).unlink(missing_ok=True)
+            raise
+    PartialState().wait_for_everyone()
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -203,12 +243,14 @@ def _run(
     corpus: Corpus,
     learner: RMoEForCausalLM | Pipeline,
     record: RunRecord,
+    initial: InitialLogits | None,
     place: Place,
     resume: bool,
     progress: bool,
     profile: bool,
 ) -> RunResult:
-    store = CheckpointStore(out, fingerprint(record), config.checkpoints.keep)
+    pinned = frozenset(config.training.branch_points)
+    store = CheckpointStore(out, _sealed_as(out, record), config.checkpoints.keep, pinned)
     metrics = MetricsLog(out / run_folder.METRICS)
 
     def in_unit(split: SplitName, loss: float) -> dict[str, float]:
@@ -228,6 +270,8 @@ def _run(
     if profile and isinstance(learner, RMoEForCausalLM):
         tokens = config.training.batch_size * config.training.sequence_length // place.ranks.data
         callbacks.append(StepProfiler(learner, out, tokens))
+    steps = config.average_steps
+    average = WeightAverage(learner, steps) if steps and isinstance(learner, RMoEForCausalLM) else None
     kind: Any = PipelineTrainer if isinstance(learner, Pipeline) else RMoETrainer
     trainer: RMoETrainer = kind(
         learner,
@@ -246,6 +290,9 @@ def _run(
         judge=judge_on("valid", config.logging.evaluate_blocks),
         max_skipped_batches=config.training.max_skipped_batches,
         ranks=place.ranks,
+        router_learning_rate=config.training.router_learning_rate,
+        average=average,
+        branch_points=config.training.branch_points,
         callbacks=callbacks,
     )
     checkpoint = find_checkpoint(trainer, metrics, out) if resume else None
@@ -261,7 +308,14 @@ def _run(
     raise_unless_finished(trainer, store)
 
     valid = _final(trainer, config, judge_on("valid", config.logging.final_blocks))
-    test = judge_on("test", config.logging.final_blocks)(trainer.judged) if config.logging.test else None
+    test = judge_on("test", config.test_blocks)(trainer.judged) if config.logging.test else None
+    averaged = None
+    if average is not None:
+        with average.applied():
+            averaged = (
+                judge_on("valid", config.logging.final_blocks)(trainer.judged),
+                judge_on("test", config.test_blocks)(trainer.judged) if config.logging.test else None,
+            )
     routing = None if place.ranks.staged else summarize_routing(trainer.model, corpus.valid, bf16=place.bf16)
     model = trainer.storage.whole_model()
     if place.ranks.rank == 0:
@@ -289,6 +343,17 @@ def _run(
             seconds_per_1k_steps=1000 * trainer.train_seconds / trainer.state.global_step,
             peak_mib=peak_mib(trainer.args.device),
             routing=routing,
+            initial_logits=initial,
+            layer_curves=layer_curves(read_metrics(metrics.path)),
+            test_losses=_text_losses(test),
+            averaged=None
+            if averaged is None
+            else Averaged(
+                steps=sorted(steps),
+                val=corpus.in_unit("valid", averaged[0].loss),
+                test=None if averaged[1] is None else corpus.in_unit("test", averaged[1].loss),
+                test_losses=_text_losses(averaged[1]),
+            ),
             folder=str(out),
             model=str(out / run_folder.MODEL),
         )
@@ -325,3 +390,13 @@ def _final(trainer: RMoETrainer, config: RunConfig, judge: Any) -> Evaluation:
         return last[1]
     evaluation: Evaluation = judge(trainer.judged)
     return evaluation
+
+
+def _text_losses(evaluation: Evaluation | None) -> TextLosses | None:
+    """An evaluation's losses in at most `MOST_STRETCHES` stretches, to a thousandth of a nat."""
+    if evaluation is None or not evaluation.block_nats:
+        return None
+    blocks = evaluation.block_nats
+    size = -(-len(blocks) // MOST_STRETCHES)
+    nats = [round(sum(blocks[start : start + size]), 3) for start in range(0, len(blocks), size)]
+    return TextLosses(blocks=size, targets=evaluation.targets, nats=nats)

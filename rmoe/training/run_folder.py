@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from rmoe.errors import RequestError
+from rmoe.places import expand
 from rmoe.records import Record, read_record, write_record
 from rmoe.training.result import Hardware, Versions
 
@@ -40,6 +41,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
         model: the model's own configuration, with sizes that came from the data.
         plugins: plugin -> sha256 of its source.
         data_sha256: identity of the encoded corpus.
+        started_in: the working folder, in which relative paths of the configuration were meant.
     """
 
     schema_version: int = CONFIG_VERSION
@@ -50,6 +52,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     data_sha256: str
     versions: Versions
     hardware: Hardware
+    started_in: str = ""
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -116,6 +119,8 @@ def begin(folder: Path, record: RunRecord) -> None:
 def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) -> None:
     """Check that what is asked for now is the run that is in the folder.
 
+    The content of text, tokenizer and plugins decides, not where they lie now.
+
     Args:
         record: what is asked for.
         may_differ: dotted names below `config` that change no result, `checkpoints.keep` for one.
@@ -124,7 +129,13 @@ def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) ->
         RequestError: naming the first setting that differs.
     """
     stored = read_run(folder)
-    for part in ("config", "model", "plugins", "data_sha256"):
+    if stored.data_sha256 == record.data_sha256:
+        may_differ |= {"data.tokenizer"}
+    parts = ["config", "model", "plugins", "data_sha256"]
+    if sorted(stored.plugins.values()) == sorted(record.plugins.values()):
+        may_differ |= {"plugin"}
+        parts.remove("plugins")
+    for part in parts:
         was, now = flat(getattr(stored, part)), flat(getattr(record, part))
         for name in sorted(was.keys() | now.keys()):
             if was.get(name) == now.get(name) or (part == "config" and name in may_differ):
@@ -133,6 +144,22 @@ def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) ->
             raise RequestError(
                 field, now.get(name), f"{was.get(name)!r}, as the run in {folder} was started with"
             )
+
+
+def places_of(path: str, folder: Path, record: RunRecord) -> list[Path]:
+    """Where a path of a run's configuration may lead now, most likely first: existing, each once.
+
+    It is tried from this working folder and from that of the run's start; then from each folder above the run's own,
+    for a project that moved as a whole.
+    """
+    folder = folder.resolve()
+    given = expand(path, "data.path")
+    tails = [given]
+    if given.is_absolute():
+        tails += [Path(*given.parts[start:]) for start in range(1, len(given.parts))]
+    tried = [given, Path(record.started_in) / given]
+    tried += [above / tail for above in (folder, *folder.parents) for tail in tails]
+    return list({place.resolve(): place for place in reversed(tried) if os.path.exists(place)}.values())[::-1]
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -57,6 +57,7 @@ class TrainingState(Record, frozen=True, kw_only=True):
         param_groups: the optimizer's groups; `params` holds parameter names.
         optimizer_tensors: how many tensors the optimizer's state has.
         host_random: one per rank.
+        averaged: how many steps' weights the running average holds.
     """
 
     schema_version: int = STATE_VERSION
@@ -72,6 +73,7 @@ class TrainingState(Record, frozen=True, kw_only=True):
     param_groups: list[dict[str, Any]]
     optimizer_tensors: int
     host_random: list[HostRandom]
+    averaged: int = 0
 
 
 def read_state(folder: Path) -> TrainingState:
@@ -125,7 +127,7 @@ def check_model(folder: Path, expected: Mapping[str, Tensor]) -> None:
     Raises:
         Damaged: anything is missing, added, or different.
     """
-    _check_tensors(folder / MODEL, expected)
+    check_tensors(folder / MODEL, expected)
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -174,7 +176,8 @@ def group_settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[d
 def for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
     """A scheduler's state for another number of parameter groups, which layouts cut differently.
 
-    All groups of a run follow one schedule, so what is kept per group is the same for each.
+    All groups of such a run follow one schedule, so what is kept per group is the same for each; rates of the router's
+    own (`training.router_learning_rate`) go with one layout alone.
     """
     fitted = dict(scheduler)
     for name in ("base_lrs", "lr_lambdas", "_last_lr"):
@@ -316,7 +319,7 @@ def _headers(path: Path) -> dict[str, tuple[list[int], str]]:
         raise Damaged(f"{path.name}: {' '.join(str(error).split())}") from None
 
 
-def _check_tensors(path: Path, expected: Mapping[str, Tensor]) -> None:
+def check_tensors(path: Path, expected: Mapping[str, Tensor]) -> None:
     found = _headers(path)
     for name in sorted(expected.keys() - found.keys()):
         raise Damaged(f"{path.name}: {name} is missing")

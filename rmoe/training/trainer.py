@@ -41,6 +41,7 @@ from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.training import state as contents
 from rmoe.training.accounting import StepSums, Window
+from rmoe.training.average import WeightAverage
 from rmoe.training.build import router_parameters
 from rmoe.training.checkpoint import CheckpointStore, Damaged
 from rmoe.training.evaluation import Evaluation
@@ -76,6 +77,9 @@ class RMoETrainer(Trainer):
         judge: evaluates the model on the validation split; None where there is none.
         max_skipped_batches: how many batches with NaN or infinity may be left out.
         ranks: which processes see which sequences; None is different ones for each.
+        router_learning_rate: the peak for the routers' parameters; None is the common one.
+        average: takes the weights after its steps; None where none are averaged.
+        branch_points: steps after which a checkpoint is written, whatever the interval.
         callbacks: of transformers; `on_log` gets each row, its lists as `name/0`, `name/1`, ...
         eval_dataset, data_collator, processing_class, optimizers: as in transformers.
 
@@ -104,6 +108,9 @@ class RMoETrainer(Trainer):
         judge: Callable[[nn.Module], Evaluation] | None = None,
         max_skipped_batches: int = 0,
         ranks: Ranks | None = None,
+        router_learning_rate: float | None = None,
+        average: WeightAverage | None = None,
+        branch_points: tuple[int, ...] = (),
         callbacks: list[TrainerCallback] | None = None,
         eval_dataset: Any = None,
         data_collator: Any = None,
@@ -128,6 +135,8 @@ class RMoETrainer(Trainer):
         self.store, self.metrics, self.identity = store, metrics, identity
         self.in_unit, self.judge = in_unit, judge
         self.max_skipped_batches = max_skipped_batches
+        self.router_learning_rate, self.average = router_learning_rate, average
+        self.branch_points = frozenset(branch_points)
         self.ranks = ranks or Ranks(self.accelerator.num_processes, self.accelerator.process_index)
         self.storage = self._storage()
         self.skipped_batches = 0
@@ -156,6 +165,14 @@ class RMoETrainer(Trainer):
     def judged(self) -> nn.Module:
         """What can be evaluated; on all processes together."""
         return self.model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers; with a rate of their own the routers' parameters get groups of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if is_new and self.router_learning_rate is not None:
+            _split_groups(optimizer, self._router_parameters, self.router_learning_rate)
+        return optimizer
 
     # --- one optimizer step --------------------------------------------------------------------
 
@@ -224,7 +241,7 @@ class RMoETrainer(Trainer):
         loss = outputs.loss
         for name in ("lm_loss", "task_loss"):
             if getattr(outputs, name, None) is not None:
-                return getattr(outputs, name), outputs.aux_loss
+                return getattr(outputs, name), outputs.balance_loss
         aux_loss = getattr(outputs, "aux_loss", None)  # of transformers' own MoE models: without its weight
         if aux_loss is None:
             return loss, torch.zeros_like(loss)
@@ -292,7 +309,10 @@ class RMoETrainer(Trainer):
         if self._step_taken:
             tokens = self.identity.batch_size * self.identity.sequence_length
             self._window.add(*self._step_losses, tokens, self._sums.stats)
+        if self.average is not None:
+            self.average.after(self.state.global_step)
         control.should_log |= self.state.global_step >= self.state.max_steps
+        control.should_save |= self.state.global_step in self.branch_points
         if self.stopped or self.diverged:
             control.should_save = control.should_training_stop = True
 
@@ -373,6 +393,8 @@ class RMoETrainer(Trainer):
         optimizer = write_tensors(folder)
         self.model.config.save_pretrained(folder)
         contents.save_random(folder, [tensors for _, tensors in random])
+        if self.average is not None:
+            self.average.save(folder)
         self.state.save_to_json(str(folder / TRAINER_STATE))
         state = contents.TrainingState(
             step=self.state.global_step,
@@ -384,6 +406,7 @@ class RMoETrainer(Trainer):
             param_groups=optimizer.groups,
             optimizer_tensors=optimizer.tensors,
             host_random=[host for host, _ in random],
+            averaged=0 if self.average is None else self.average.count,
         )
         contents.write_state(folder, state)
 
@@ -413,6 +436,8 @@ class RMoETrainer(Trainer):
         if trainer_step != state.step:
             raise Damaged(f"{TRAINER_STATE} is of step {trainer_step}, not {state.step}")
         self.storage.check(folder, state)
+        if self.average is not None:
+            self.average.check(folder, state.averaged)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.storage.load_model(Path(resume_from_checkpoint))
@@ -427,6 +452,8 @@ class RMoETrainer(Trainer):
         self.lr_scheduler.load_state_dict(contents.for_groups(state.scheduler, groups))
         self.skipped_batches, self.train_seconds = state.skipped_batches, state.train_seconds
         self._window = Window(state.pending)
+        if self.average is not None:
+            self.average.load(folder, state.averaged)
         self._saved_step = state.step
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -447,6 +474,16 @@ class RMoETrainer(Trainer):
     def restart_clock(self) -> None:
         """Called when training begins."""
         self._clock = time.perf_counter()
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, members: list[nn.Parameter], rate: float) -> None:
+    """Move `members` into groups of their own, with the settings of the group they were in and another rate."""
+    chosen = {id(parameter) for parameter in members}
+    for group in list(optimizer.param_groups):
+        inside = [p for p in group["params"] if id(p) in chosen]
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        if inside:
+            optimizer.add_param_group({**group, "params": inside, "lr": rate})
 
 
 class _Steps(TrainerCallback):

@@ -34,7 +34,7 @@ def test_each_part_is_what_backward_gives_for_that_loss_alone(batches: list[Tens
     assert measured.tokens == 96
     for part, loss_of in (
         (measured.language_model, lambda o: o.lm_loss),
-        (measured.balance, lambda o: o.aux_loss),
+        (measured.balance, lambda o: o.balance_loss),
     ):
         model.zero_grad()
         for ids in batches:

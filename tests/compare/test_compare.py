@@ -138,6 +138,14 @@ def test_another_comparison_in_the_folder_is_refused(shared):
         ({"options": Options(jobs=0)}, "--jobs"),
         ({"config": "router"}, "--router is"),
         ({"config": "k"}, "num_experts_per_tok"),
+        ({"max_seeds": 8}, r"--seeds is 1; allowed: 2 or more with --until-decided"),
+        ({"seeds": 5, "max_seeds": 4}, r"--max-seeds is 4; allowed: --seeds \(5\) or more"),
+        ({"seeds": 3, "max_seeds": 4, "sweep": ["learning_rate=1e-3,1e-2"]}, r"--until-decided is True"),
+        (
+            {"routers": ["smoe", "hash"], "match_logits": 1.0},
+            r"initial_logit_std is 1.0; allowed: None with router",
+        ),
+        ({"match_logits": -1.0}, r"initial_logit_std is -1.0; allowed: above 0"),
     ],
 )
 def test_a_wrong_request_writes_nothing(tmp_path, arguments, said):
@@ -253,3 +261,67 @@ def test_a_failed_run_is_a_row_and_the_others_are_reported(tmp_path):
     rows, _ = read_rows(tmp_path / "diverged" / plans.RESULTS)
     assert rows[0].status == "failed"
     assert "not finite" in rows[0].error
+
+
+@pytest.mark.slow
+def test_pairs_are_added_until_every_verdict_stands_and_resumed_alike(tmp_path):
+    """One router is the baseline under another name (equal at once), one is hopeless, and one needs all pairs."""
+    config = config_of(tmp_path, steps=10)
+    out = tmp_path / "out"
+    options = Options(
+        jobs=2, timing_rounds=0, analysis_tokens=0, margin=10.0
+    )  # everything is equivalent soon
+    summary = compare(config, ["smoe", "rmoe"], 2, out, max_seeds=6, options=options)
+    router = next(r for r in summary.routers if r.router == "rmoe")
+    assert router.difference.verdict in (
+        "equivalent",
+        "better by less than the margin",
+        "worse by less than the margin",
+    )
+    assert router.finished < 6
+    assert any("Pairs not needed:" in note for note in summary.notes)
+    lines = (out / plans.RESULTS).read_bytes()
+    assert compare(config, ["smoe", "rmoe"], 2, out, max_seeds=6, options=options) == summary
+    assert (out / plans.RESULTS).read_bytes() == lines
+    with pytest.raises(RequestError, match=r"looks is None; allowed: \[2, 3, 4, 5, 6\], as the comparison"):
+        compare(config, ["smoe", "rmoe"], 2, out, options=options)
+
+    none = Options(
+        jobs=2, timing_rounds=0, analysis_tokens=0, margin=1e-9
+    )  # nothing is equivalent, little is better
+    summary = compare(config, ["smoe", "rmoe"], 2, tmp_path / "none", max_seeds=3, options=none)
+    rmoe = next(r for r in summary.routers if r.router == "rmoe")
+    assert rmoe.finished == 3 or rmoe.difference.verdict in ("better", "worse")
+
+
+@pytest.mark.slow
+def test_logits_are_matched_and_routers_without_a_scale_left_out_of_all(tmp_path):
+    summary = compare(
+        config_of(tmp_path, steps=2), ["smoe", "rmoe"], 1, tmp_path / "out", match_logits=1.0, options=QUIET
+    )
+    assert [r.initial_logit_std for r in summary.routers] == pytest.approx([1.0, 1.0], rel=2e-3)
+    assert not any("different scales" in note for note in summary.notes)
+
+
+@pytest.mark.slow
+def test_branches_give_a_law_and_bits_at_equal_time(tmp_path):
+    """Real branches of real runs; with so few steps any law will do, or none, but each is said."""
+    config = config_of(tmp_path, steps=40).with_setting("schedule", "wsd")
+    options = Options(jobs=1, timing_rounds=1, analysis_tokens=0)
+    out = tmp_path / "out"
+    summary = compare(config, ["smoe", "rmoe"], 2, out, lengths=(10, 20), options=options)
+    branches, _ = read_rows(out / plans.BRANCHES)
+    assert {(row.seed, row.steps) for row in branches} == {(0, 10), (0, 20), (1, 10), (1, 20)}
+    assert all(row.test is not None and row.router == "smoe" for row in branches)
+    alone = compare(
+        config.with_setting("max_steps", 20), ["smoe"], 1, tmp_path / "alone", options=QUIET
+    )  # the branch is the shorter run itself
+    assert next(r for r in branches if (r.seed, r.steps) == (0, 20)).test == alone.routers[0].test.values[0]
+    rmoe = next(r for r in summary.routers if r.router == "rmoe")
+    if summary.law is None:
+        assert any("no law goes through" in note for note in summary.notes)
+    else:
+        assert rmoe.equal_time.seconds_ratio > 0
+    before = (out / plans.BRANCHES).read_bytes()
+    compare(config, ["smoe", "rmoe"], 2, out, lengths=(10, 20), options=options)
+    assert (out / plans.BRANCHES).read_bytes() == before

@@ -110,3 +110,47 @@ def test_timing_is_blank_unless_a_run_was_timed_alone():
     timing = Timing(seconds_per_1k_steps=30.0, peak_mib=400.0, steps=20, rounds=3)
     rows[0] = row("smoe", 0, 1.70, test=1.70, timing=timing)
     assert next(r.timing for r in summarise(rows, "small", "smoe").routers if r.router == "smoe") == timing
+
+
+def started(scale: float, router: str, seed: int = 0):
+    import msgspec
+
+    from rmoe.compare.schema import InitialLogits, LayerCurve
+
+    return msgspec.structs.replace(
+        row(router, seed, 1.7, test=1.7),
+        initial_logits=InitialLogits(drawn=[0.1, 0.1], start=[scale, scale], tokens=4096),
+        layer_curves={"logit_std": LayerCurve(unit="std", step=[10, 20], value=[[scale, 1.0], [2.0, seed]])},
+    )
+
+
+@pytest.mark.parametrize(("other", "warned"), [(1.49, False), (1.51, True), (0.66, True), (0.67, False)])
+def test_routers_that_start_at_different_scales_are_warned_about(other, warned):
+    rows = [started(1.0, "smoe"), started(other, "rmoe"), row("hash", 0, 1.9)]
+    summary = summarise(rows, preset="small", baseline="smoe")
+    notes = [note for note in summary.notes if "start at different scales" in note]
+    assert bool(notes) is warned
+    if warned:
+        low, high = ("smoe", "rmoe") if other > 1 else ("rmoe", "smoe")
+        assert f"The raw logits of {low} have" in notes[0]
+        assert f"those of {high} {max(1.0, other):.2g}." in notes[0]
+    assert {r.router: r.initial_logit_std for r in summary.routers} == {
+        "smoe": 1.0,
+        "rmoe": pytest.approx(other),
+        "hash": None,
+    }
+
+
+def test_the_scale_is_in_the_table_and_by_layer_in_the_report():
+    from rmoe.report.charts.comparison import comparison_charts
+    from rmoe.report.page import styles
+    from rmoe.report.table import markdown
+
+    summary = summarise([started(1.0, "smoe", 0), started(1.0, "smoe", 1)], preset="small", baseline="smoe")
+    assert "initial logit std (before step 0)" in markdown(summary)
+    assert "| 1.00 |" in markdown(summary)
+    chart = next(
+        c for c in comparison_charts(summary, styles(["smoe"], "smoe")) if c.id == "layers-logit_std-smoe"
+    )
+    assert chart.data[0]["z"] == [[1.0, 2.0], [1.0, 0.5]]  # by layer, mean over the two seeds
+    assert chart.data[0]["x"] == [10, 20]

@@ -48,14 +48,17 @@ class NaiveLayer:
         projected = table[at + "recurrence.projector.weight"] @ x
         if r["projector_bias"]:
             projected = projected + table[at + "recurrence.projector.bias"]
+        cut = r["truncate_every"] and self.layer % r["truncate_every"] == 0
         if r["carry"] == "zero" or self.layer == 0:
             state = None
-        elif r["carry"] == "detached" and state is not None:
+        elif state is not None and (r["carry"] == "detached" or cut):
             state = tuple(s.detach() for s in state)
         if r["cell"] == "identity":
             new: tuple[Tensor, ...] = (projected,)
         elif r["cell"] == "decay":
             new = (projected if state is None else projected + self.own["recurrence.cell.scale"] * state[0],)
+        elif r["cell"] == "gated_decay":
+            new = (projected if state is None else self._gated_decay(projected, state[0]),)
         else:
             cell = {
                 n: self.shared[f"recurrence.cell.{n}"]
@@ -66,6 +69,16 @@ class NaiveLayer:
             new = naive.cell_step(r["cell"], cell, projected, start if state is None else state)
         out = rms(new[0], self.own["recurrence.norm.weight"]) if r["normalize"] else new[0]
         return torch.cat((x, out)) if r["concat_hidden"] else out, new
+
+    def _gated_decay(self, x: Tensor, h: Tensor) -> Tensor:
+        one = torch.ones_like(x)
+        seen = torch.cat((rms(x, one), rms(h, one)))
+        kept = []
+        for row, bias, old in zip(
+            self.own["recurrence.cell.weight"], self.own["recurrence.cell.bias"], h, strict=True
+        ):
+            kept.append(old / (1 + torch.exp(-(row @ seen + bias))))
+        return x + torch.stack(kept)
 
     # ---- stage 2
     def score(self, f: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from rmoe.graft.families import TOKENS, tiny_model
 from rmoe.graft.folder import GRAFT_WEIGHTS, ORIGINALS
 from rmoe.routing.mechanisms import Recurrence
 from tests.graft.conftest import SPEC, at_work, grafted
+from tests.reload import assert_reloaded
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_pure_starts_with_experts_that_differ() -> None:
     assert scores.std(dim=1).min() > 0
 
 
-@pytest.mark.parametrize("cell", ["gru", "rnn", "lstm", "decay", "identity"])
+@pytest.mark.parametrize("cell", ["gru", "rnn", "lstm", "decay", "gated_decay", "identity"])
 @pytest.mark.parametrize("projector", ["layer", "shared"])
 def test_every_recurrence(cell: str, projector: str, tmp_path: Path) -> None:
     plain = tiny_model("qwen3_moe")
@@ -183,7 +184,7 @@ def test_every_recurrence(cell: str, projector: str, tmp_path: Path) -> None:
         model = graft(plain, spec)
         assert torch.equal(model(TOKENS).logits, before)
         model.save_pretrained(tmp_path)
-        assert torch.equal(rmoe.load(tmp_path)(TOKENS).logits, before)
+        assert_reloaded(rmoe.load(tmp_path), model, TOKENS)
 
 
 def test_same_seed_same_graft_other_seed_another() -> None:

@@ -14,6 +14,7 @@ from rmoe.graft import graft
 from rmoe.graft.attach import OFFSET
 from rmoe.graft.families import PROMISED, TOKENS, tiny_model
 from tests.graft.conftest import SPEC, at_work, grafted
+from tests.reload import assert_reloaded, assert_same_logits
 
 
 @pytest.mark.parametrize("model_type", PROMISED)
@@ -81,12 +82,12 @@ def test_peft_trains_saves_and_reloads_experts_gate_and_cell(tmp_path: Path) -> 
         assert not torch.equal(expected, start(TOKENS).logits)
         model.save_pretrained(tmp_path)
         again = peft.PeftModel.from_pretrained(copy.deepcopy(start), tmp_path).eval()
-        assert torch.equal(again(input_ids=TOKENS).logits, expected)
+        assert_same_logits(again(input_ids=TOKENS).logits, expected)
         merged = again.merge_and_unload()
         torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
         merged.save_pretrained(tmp_path / "merged")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-        assert torch.equal(loaded(TOKENS).logits, merged(TOKENS).logits)
+        assert_reloaded(loaded, merged, TOKENS)
 
 
 def test_a_copy_of_a_gate_brings_no_copy_of_the_model() -> None:

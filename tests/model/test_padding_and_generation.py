@@ -28,7 +28,7 @@ def test_padding_stays_out(router: str) -> None:
     assert torch.equal(got.router_stats.counts, want.router_stats.counts)
     assert got.router_stats.tokens == want.router_stats.tokens == 18
     assert (got.router_stats.entropy - want.router_stats.entropy).abs().max() < 1e-4
-    assert abs(float(got.aux_loss - want.aux_loss)) < 1e-7
+    assert abs(float(got.balance_loss - want.balance_loss)) < 1e-7
     assert abs(float(got.lm_loss - want.lm_loss)) < 1e-5
 
 

@@ -30,7 +30,9 @@ SIZES = Geometry(12, 4, 2, num_layers=1, vocab_size=30)
 
 def stats(counts: list[int], tokens_: int = 10, entropy: float = 5.0) -> RouterStats:
     as_tensor = torch.tensor([counts])
-    return RouterStats(as_tensor, torch.tensor(tokens_), torch.tensor([entropy]), torch.tensor([0]))
+    return RouterStats(
+        as_tensor, torch.tensor(tokens_), torch.tensor([entropy]), torch.tensor([0]), torch.tensor([1.0])
+    )
 
 
 def test_bias_moves_towards_the_mean_load() -> None:
@@ -161,7 +163,7 @@ def test_global_batch_counts_across_micro_batches() -> None:
         routing = split(ids[2:], output_routing=True).routing
         means = torch.stack([r.probs.mean(0) for r in routing])
     wanted = 0.01 * 5 * (shares * means).sum(-1).mean()
-    assert abs(float(second.aux_loss.detach()) - float(wanted)) < 1e-7
+    assert abs(float(second.balance_loss.detach()) - float(wanted)) < 1e-7
 
 
 # ---- noise -----------------------------------------------------------------------------------------------

@@ -410,3 +410,113 @@ def test_compiled_training_learns_the_same(text, tmp_path):
         for name in ("plain", "compiled")
     )
     assert compiled == pytest.approx(plain, abs=1e-4)
+
+
+def wsd(text, **more):
+    """The whole of what a study of initial scales asks of a run."""
+    return tiny.config(
+        text,
+        schedule="wsd",
+        branch_points=(7, 14),
+        initial_logit_std=1.0,
+        router_learning_rate=3e-3,
+        average=3,
+        average_every=2,
+        **more,
+    )
+
+
+@pytest.fixture(scope="module")
+def decayed(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wsd") / "whole"
+    return out, train(wsd(text), out, progress=False)
+
+
+def test_a_wsd_run_keeps_its_branch_points_and_its_average(decayed):
+    out, result = decayed
+    kept = {int(path.name.partition("-")[2]) for path in (out / "checkpoints").iterdir()}
+    assert kept == {7, 14, 18, 20}
+    rates = {row["step"]: row["lr"] for row in read_metrics(out / "metrics.jsonl") if row["kind"] == "train"}
+    assert rates[15] == 1e-3
+    assert rates[18] == pytest.approx(0.75 * 1e-3)  # the second of four steps that end at 0
+    assert rates[20] == pytest.approx(0.25 * 1e-3)
+    assert result.averaged is not None
+    assert result.averaged.steps == [16, 18, 20]
+    assert result.averaged.test != result.test
+    assert abs(result.averaged.test - result.test) < 0.1
+    assert sum(result.test_losses.nats) / result.test_losses.targets == pytest.approx(
+        result.test * 0.693147, rel=1e-3
+    )
+    assert len(result.test_losses.nats) == 8
+    assert result.initial_logits.start == pytest.approx([1.0, 1.0], rel=2e-3)
+    assert result.initial_logits.drawn != pytest.approx([1.0, 1.0], rel=0.1)
+    assert {name: len(curve.value[0]) for name, curve in result.layer_curves.items()} == {
+        "gate_entropy": 2,
+        "logit_std": 2,
+    }
+
+
+def test_the_average_is_that_of_the_weights_it_names(text, tmp_path, monkeypatch):
+    """Against a float64 mean of the weights after each step, taken by hand."""
+    seen = []
+    end_step = RMoETrainer.end_step
+
+    def note(self, control):
+        end_step(self, control)
+        if self.state.global_step in (16, 18, 20):
+            seen.append({n: t.clone().double() for n, t in contents.unique_tensors(self.model).items()})
+        if self.state.global_step == 20:
+            seen.append({n: t.double() for n, t in self.average._mean.items()})
+
+    monkeypatch.setattr(RMoETrainer, "end_step", note)
+    train(wsd(text), tmp_path / "run", progress=False)
+    *weights, mean = seen
+    for name, value in mean.items():
+        expected = sum(w[name] for w in weights) / len(weights)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("step", [7, slow(15), 17, slow(19)])
+def test_a_wsd_run_resumes_exactly(text, decayed, tmp_path, monkeypatch, step):
+    whole, result = decayed
+    out = tmp_path / "run"
+    interrupted(wsd(text), out, monkeypatch, step)
+    again = train(wsd(text), out, resume=True, progress=False)
+    assert tiny.weights(out) == tiny.weights(whole)
+    assert again.averaged == result.averaged
+    assert again.test_losses == result.test_losses
+    assert again.initial_logits == result.initial_logits
+
+
+def test_a_checkpoint_without_its_average_is_not_used(text, tmp_path, monkeypatch, capsys):
+    from rmoe.training.checkpoint import seal
+
+    out = tmp_path / "run"
+    interrupted(wsd(text), out, monkeypatch, 19)
+    newest = out / "checkpoints" / "checkpoint-18"
+    run = json.loads((newest / "manifest.json").read_text())["manifest"]["run"]
+    for name in ("average.safetensors", "manifest.json"):
+        (newest / name).unlink()
+    seal(newest, 18, run)
+    train(wsd(text), out, resume=True, progress=False)
+    assert "skipped checkpoint-18: average.safetensors" in capsys.readouterr().err
+
+
+def test_the_routers_have_their_own_rate(text, tmp_path, monkeypatch):
+    groups = []
+    end_step = RMoETrainer.end_step
+
+    def note(self, control):
+        if self.state.global_step == 10:
+            names = contents.group_names(self.optimizer, self.model)
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            groups.extend(zip(rates, names, strict=True))
+        end_step(self, control)
+
+    monkeypatch.setattr(RMoETrainer, "end_step", note)
+    train(wsd(text), tmp_path / "run", progress=False)
+    rates = {name: rate for rate, names in groups for name in names}
+    for name, rate in rates.items():
+        routes = ".mlp.gate." in name or "router_shared" in name
+        assert rate == pytest.approx(3e-3 if routes else 1e-3), name
+    assert any("router_shared" in name for name in rates)

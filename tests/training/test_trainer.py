@@ -167,7 +167,9 @@ def test_transformers_own_moe_trains_too(text, tmp_path):
 
 def test_step_sums_on_one_rank():
     sums = StepSums()
-    stats = RouterStats(torch.tensor([[1, 3]]), torch.tensor(2), torch.tensor([0.5]), torch.tensor([0]))
+    stats = RouterStats(
+        torch.tensor([[1, 3]]), torch.tensor(2), torch.tensor([0.5]), torch.tensor([0]), torch.tensor([2.0])
+    )
     sums.add(torch.tensor(1.0), torch.tensor(0.25), stats)
     sums.add(torch.tensor(2.0), torch.tensor(0.25), stats)
     assert sums.finish(finite=True, stop=False) == (3.0, 0.5, True, False)
@@ -182,7 +184,9 @@ def test_step_sums_on_one_rank():
 def test_window_survives_a_checkpoint():
     import json
 
-    stats = RouterStats(torch.tensor([[1, 3]]), torch.tensor(2), torch.tensor([0.5]), torch.tensor([1]))
+    stats = RouterStats(
+        torch.tensor([[1, 3]]), torch.tensor(2), torch.tensor([0.5]), torch.tensor([1]), torch.tensor([2.0])
+    )
     window = Window()
     window.add(1.0, 0.5, 2, stats)
     window = Window(json.loads(json.dumps(window.to_dict())))
@@ -194,6 +198,7 @@ def test_window_survives_a_checkpoint():
         "balance_loss": 0.5,
         "tokens_per_s": 2.0,
         "gate_entropy": [0.25],
+        "logit_std": [1.0],
         "load_imbalance": [1.5],
         "dropped": 0.25,
     }

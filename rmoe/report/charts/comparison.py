@@ -26,6 +26,12 @@ CURVES = {
         "Gate entropy over training",
         "−Σ g ln g of the gate's probabilities, mean over layers and tokens.",
     ),
+    "logit_std": (
+        "Training",
+        "Scale of the logits over training",
+        "Standard deviation of the raw logits over experts, root mean square over tokens, mean over layers. Routers "
+        "that start at different scales are also a comparison of initialisations.",
+    ),
     "load_imbalance": (
         "Training",
         "Load imbalance over training",
@@ -39,6 +45,7 @@ CURVES = {
 }
 # Not drawn: the same for every router.
 LEFT_OUT = frozenset({"lr"})
+BY_LAYER_AT_MOST = 7  # routers, beside the baseline
 
 
 def comparison_charts(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
@@ -47,7 +54,7 @@ def comparison_charts(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
     names = dict.fromkeys(c for router in summary.routers for c in router.curves if c not in LEFT_OUT)
     for curve in sorted(names, key=lambda name: list(CURVES).index(name) if name in CURVES else len(CURVES)):
         charts += _curve(summary, curve, looks)
-    return charts
+    return [*charts, *_by_layer(summary)]
 
 
 def _differences(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
@@ -151,6 +158,44 @@ def _curve(summary: Summary, curve: str, looks: dict[str, Style]) -> list[Chart]
     if curve == "val":
         chart.layout["yaxis"]["range"] = _settled_range(list(bands.values()))
     return [chart]
+
+
+def _by_layer(summary: Summary) -> list[Chart]:
+    """Gate entropy and scale of the logits by layer and step: heat maps of the baseline and the best routers."""
+    charts = []
+    best = [router.router for router in summary.routers[:BY_LAYER_AT_MOST]]
+    for router in (r for r in summary.routers if r.router in {summary.baseline, *best}):
+        for name, curve in router.layer_curves.items():
+            _, title, definition = CURVES[name]
+            layers = [f"layer {layer}" for layer in range(len(curve.value[0]))]
+            by_layer = [list(values) for values in zip(*curve.value, strict=True)]
+            charts.append(
+                Chart(
+                    id=f"layers-{name}-{router.router}",
+                    section="By layer over training",
+                    title=f"{title}, by layer: {router.router}",
+                    definition=f"{definition} Here each layer on its own; mean over seeds.",
+                    unit=curve.unit,
+                    sample=counted([router.finished], "seed"),
+                    data=[
+                        {
+                            "type": "heatmap",
+                            "x": curve.step,
+                            "y": layers,
+                            "z": by_layer,
+                            "colorscale": "Viridis",
+                            "colorbar": {"title": {"text": curve.unit}},
+                            "hovertemplate": "step %{x}, %{y}: %{z:.4g}<extra></extra>",
+                        }
+                    ],
+                    layout={"xaxis": axis("optimizer step"), "yaxis": {"automargin": True}},
+                    rows=[
+                        ["step", *layers],
+                        *[[s, *v] for s, v in zip(curve.step, curve.value, strict=True)],
+                    ],
+                )
+            )
+    return charts
 
 
 def _settled_range(bands: list[Band]) -> list[float]:

@@ -1,0 +1,270 @@
+"""Rows of a file, whatever its format: JSON lines, a JSON array, csv, parquet. Imports no torch.
+
+The format is told from the suffix (csv, parquet) or the first bytes (parquet, an array). JSON and csv may be `.gz`,
+may begin with a byte order mark, may be UTF-16 or UTF-32, and may end their lines as Windows does. JSON lines and csv
+are read in pieces and a line may be of any length; a JSON array is read whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from rmoe.errors import RequestError
+from rmoe.records import NOT_JSON
+
+ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
+_PARQUET = b"PAR1"
+_BATCH = 1000
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+class Row(NamedTuple):
+    """One row.
+
+    Attributes:
+        where: file and line, for messages.
+        values: by column.
+        typed: False for csv, whose cells are all text.
+    """
+
+    where: str
+    values: dict[str, Any]
+    typed: bool = True
+
+
+def text_suffix(path: Path) -> str:
+    """A file's suffix in lower case; for `.gz` that of the file inside.
+
+    >>> text_suffix(Path("a/B.JSONL.gz"))
+    '.jsonl'
+    """
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a file holds rows rather than one text."""
+    return text_suffix(path) in ROW_SUFFIXES or _is_parquet(path)
+
+
+def read_rows(
+    path: Path,
+    content: Iterable[bytes],
+    allowed: str,
+    columns: Collection[str] | None = None,
+    prefix: str = "",
+) -> Iterator[Row]:
+    """The rows of a file, in order; blank lines are passed over.
+
+    Args:
+        path: the file.
+        content: its bytes in pieces, unpacked if `.gz`; parquet is opened by its path.
+        allowed: what a row must be, for messages.
+        columns: of parquet, read only these.
+        prefix: stands before the file's name in messages.
+
+    Raises:
+        RequestError: the file is missing, unreadable or damaged, or a row is not a table of names and values; it names
+            the line.
+    """
+    name = prefix + path.name
+    if _is_parquet(path):
+        return _parquet_rows(path, name, columns)
+    lines = read_lines(content, name)
+    if text_suffix(path) in (".csv", ".tsv"):
+        return _csv_rows(lines, name, allowed, tabs=text_suffix(path) == ".tsv")
+    return _json_rows(lines, name, allowed)
+
+
+def read_lines(content: Iterable[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+    """Lines of a file as UTF-8, without their ends and with their numbers from 1; of any length, in linear time."""
+    number, parts = 0, list[bytes]()
+    for chunk in _as_utf8(content, name):
+        first, *others = chunk.split(b"\n")
+        parts.append(first)
+        for rest in others:
+            number += 1
+            yield number, b"".join(parts)
+            parts = [rest]
+    if last := b"".join(parts):
+        yield number + 1, last
+
+
+def encoding_of(head: bytes) -> tuple[str, int]:
+    """The encoding a text begins in, and the length of its byte order mark.
+
+    Without a mark it is UTF-8, but for the zeros that UTF-16 and UTF-32 put beside the first, ASCII, character.
+
+    >>> encoding_of("a".encode("utf-8-sig")), encoding_of("{}".encode("utf-16-le")), encoding_of(b"{}")
+    (('utf-8', 3), ('utf-16-le', 0), ('utf-8', 0))
+    """
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            return encoding, len(mark)
+    zeros = tuple(byte == 0 for byte in head[:4])
+    if len(zeros) == 4:
+        patterns = {
+            (False, True, True, True): "utf-32-le",
+            (True, True, True, False): "utf-32-be",
+            (False, True, False, True): "utf-16-le",
+            (True, False, True, False): "utf-16-be",
+        }
+        return patterns.get(zeros, "utf-8"), 0
+    return "utf-8", 0
+
+
+def _as_utf8(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
+    decoder: codecs.IncrementalDecoder | None = None
+    encoding = "utf-8"
+    try:
+        for number, chunk in enumerate(chunks):
+            if number == 0:
+                encoding, mark = encoding_of(chunk)
+                chunk = chunk[mark:]
+                if encoding != "utf-8":
+                    decoder = codecs.getincrementaldecoder(encoding)()
+            yield chunk if decoder is None else decoder.decode(chunk).encode()
+        if decoder is not None:
+            decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        raise RequestError(name, f"{encoding.upper()} that is damaged ({error.args[-1]})", "UTF-8") from None
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def _json_rows(lines: Iterator[tuple[int, bytes]], name: str, allowed: str) -> Iterator[Row]:
+    decode = msgspec.json.Decoder(dict[str, Any]).decode
+    for kind, number, data in _json_items(lines, name, allowed):
+        where = f"{name} {kind} {number}"
+        try:
+            values = decode(data)
+        except NOT_JSON as error:
+            raise RequestError(where, str(error), allowed) from None
+        yield Row(where, values)
+
+
+def _json_items(
+    lines: Iterator[tuple[int, bytes]], name: str, allowed: str
+) -> Iterator[tuple[str, int, bytes | msgspec.Raw]]:
+    """Each line, or each item of the one array that all lines make."""
+    for number, line in lines:
+        text = line.strip()
+        if not text:
+            continue
+        if text.startswith(b"["):
+            # What follows the bracket tells an array of objects from a line that is wrong.
+            while text == b"[" and (following := next(lines, None)) is not None:
+                text += following[1].strip()
+            if text[1:].lstrip()[:1] in (b"{", b"]"):
+                whole = b"\n".join([text, *(rest for _, rest in lines)])
+                try:
+                    items = msgspec.json.decode(whole, type=list[msgspec.Raw])
+                except NOT_JSON as error:
+                    raise RequestError(name, str(error), f"a JSON array of {allowed}") from None
+                yield from (("item", index, item) for index, item in enumerate(items, start=1))
+                return
+        yield "line", number, line
+        yield from (("line", number, line) for number, line in lines if line.strip())
+
+
+# --- csv -----------------------------------------------------------------------------------------
+
+
+def _csv_rows(lines: Iterator[tuple[int, bytes]], name: str, allowed: str, tabs: bool) -> Iterator[Row]:
+    header: list[str] | None = None
+    texts = _decoded(lines, name)
+    first = next((line for line in texts if line.strip()), "")
+    mark = "\t" if tabs else max(",;\t", key=first.count)
+
+    def rest() -> Iterator[str]:
+        yield first
+        yield from texts
+
+    reader = csv.reader(rest(), delimiter=mark, strict=True)
+    try:
+        with _long_cells():
+            for cells in reader:
+                if header is None:
+                    header = [cell.strip() for cell in cells]
+                    continue
+                if not cells:
+                    continue
+                where = f"{name} line {reader.line_num}"
+                if len(cells) != len(header):
+                    problem = f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})"
+                    raise RequestError(where, problem, allowed)
+                yield Row(where, dict(zip(header, cells, strict=True)), typed=False)
+    except csv.Error as error:
+        raise RequestError(f"{name} line {reader.line_num}", str(error), f"csv: {allowed}") from None
+
+
+def _decoded(lines: Iterator[tuple[int, bytes]], name: str) -> Iterator[str]:
+    for number, line in lines:
+        try:
+            yield line.decode() + "\n"
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
+            raise RequestError(f"{name} line {number}", problem, "csv saved as UTF-8") from None
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """The csv module's limit of 128 KiB for a cell, out of the way."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+# --- parquet -------------------------------------------------------------------------------------
+
+
+def _is_parquet(path: Path) -> bool:
+    if text_suffix(path) == ".parquet":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PARQUET)) == _PARQUET
+    except OSError:
+        return False  # said where it is read
+
+
+def _parquet_rows(path: Path, name: str, columns: Collection[str] | None) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise RequestError(
+            name, str(path), "JSON lines, csv, or parquet with the extra `data`: pip install 'rmoe[data]'"
+        ) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = None if columns is None else [each for each in names if each in columns]
+            if wanted == []:
+                raise RequestError(
+                    name, f"columns {', '.join(names)}", f"parquet with {', '.join(columns or ())}"
+                )
+            number = 0
+            for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{name} row {number}", values)
+    except (ArrowException, OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(name, str(path), f"a whole parquet file ({error})") from None

@@ -1,0 +1,36 @@
+"""Packed sequences with padding: examples kept apart in attention, padding kept out of routing.
+
+transformers keeps the examples of a packed sequence apart by their positions, but only where there is no attention
+mask; and routing needs the mask. So the mask is for routing, and attention is told of padding by its positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PADDING = -2  # neither continues a position nor is continued by one
+
+
+def split_packed(attention_mask: Any, position_ids: Tensor, cache: Any) -> tuple[Any, Tensor]:
+    """The mask and positions that attention is given.
+
+    Args:
+        attention_mask: `[B, S]`, 0 at padding; anything else is returned as it is.
+        position_ids: `[B, S]`; in a packed sequence they start again with each example.
+        cache: of keys and values; nothing is packed where there is one.
+
+    Returns:
+        Both as they were; or, for packed sequences, no mask, and positions by which transformers takes each token of
+        padding for an example of its own.
+    """
+    is_mask = isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape
+    if cache is not None or not is_mask or torch.compiler.is_compiling():
+        return attention_mask, position_ids
+    real = attention_mask.bool()
+    seen = position_ids.masked_fill(~real, -1).cummax(-1).values
+    if not (real[:, 1:] & (position_ids[:, 1:] <= seen[:, :-1])).any():
+        return attention_mask, position_ids
+    return None, position_ids.masked_fill(~real, _PADDING)

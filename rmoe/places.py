@@ -1,0 +1,112 @@
+"""What a path or a model's name on the command line means. Imports no torch.
+
+A model, like a tokenizer, is one of three things, decided without asking the network:
+
+    a path that exists      a folder, also one made of links, or a link to it
+    hf:NAME, hf:ORG/NAME    a repository of the Hugging Face Hub, downloaded unless it is in the local Hub cache
+    NAME, ORG/NAME          such a repository, if it is in the local Hub cache already
+
+Anything else is an error at once: `runs/modle` has the form of a repository's name, and a search of the Hub for a
+mistyped folder takes long and ends in advice about tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from rmoe.errors import RequestError, one_line
+
+PREFIX = "hf:"
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+# What makes a model: no pickles, no weights of other frameworks, no code.
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def expand(path: str | Path, field: str) -> Path:
+    """A path with `~` and `~user` replaced, as a shell does where nothing stands before them.
+
+    Raises:
+        RequestError: there is no such home folder.
+    """
+    path = Path(path)
+    if not path.parts or not path.parts[0].startswith("~") or os.path.exists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise RequestError(
+            field, str(path), f"a path without ~, whose folder is not known ({error})"
+        ) from None
+
+
+def model_place(name: str | Path, field: str = "MODEL") -> Path:
+    """The folder of a model or tokenizer: the path itself, or a repository's folder in the Hub cache.
+
+    Raises:
+        RequestError: there is no such path, and it does not ask for the Hub with `hf:`; or the Hub has no such
+            repository, or cannot be reached.
+    """
+    text = str(name)
+    if text.startswith(PREFIX):
+        return _downloaded(text.removeprefix(PREFIX), field)
+    path = expand(name, field)
+    if os.path.exists(path):
+        return path
+    is_name = _HUB_NAME.fullmatch(text) is not None
+    if is_name and (cached := _cached(text)) is not None:
+        return cached
+    allowed = (
+        "an existing folder"
+        + _near(path)
+        + (f", or {PREFIX}{text} for the Hugging Face Hub" if is_name else "")
+    )
+    raise RequestError(field, text, allowed)
+
+
+def display_name(folder: Path) -> str:
+    """What to call a model: its folder's name; `ORG/NAME` for a folder of the Hub cache."""
+    folder = folder.absolute()
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name
+
+
+def _near(path: Path) -> str:
+    """` (did you mean X?)`, where a sibling of the missing folder has nearly its name."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""
+
+
+def _cached(repository: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
+def _downloaded(repository: str, field: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if not _HUB_NAME.fullmatch(repository):
+        raise RequestError(field, f"{PREFIX}{repository}", f"{PREFIX}NAME or {PREFIX}ORG/NAME")
+    if HF_HUB_OFFLINE:
+        if (cached := _cached(repository)) is not None:
+            return cached
+        allowed = "a repository in the local Hub cache while HF_HUB_OFFLINE is set"
+        raise RequestError(field, f"{PREFIX}{repository}", allowed)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_FILES))
+    except Exception as error:  # the network, the Hub, the cache's folder: each has its own family of errors
+        allowed = f"a repository of the Hugging Face Hub that can be read ({one_line(str(error))[:200]})"
+        raise RequestError(field, f"{PREFIX}{repository}", allowed) from None

@@ -1,0 +1,70 @@
+"""What of a generated text is sent: it ends before a stop string, whole or in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first stop string, as OpenAI sends it; `generate` leaves that string in.
+
+    >>> before_stop("one two three", ["three", "two"])
+    'one '
+    """
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+class StopText:
+    """As `before_stop`, for a text that comes in parts: what may be the beginning of a stop string is held back.
+
+    >>> parts = StopText(["END"])
+    >>> [parts.feed(part) for part in ("a E", "NT b EN", "D c")], parts.rest()
+    (['a ', 'ENT b ', ''], '')
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self._held = ""
+        self._ended = False
+
+    def feed(self, text: str) -> str:
+        """The part that can be sent now."""
+        self._held += text
+        ready = before_stop(self._held, self.stops)
+        if self._ended or len(ready) < len(self._held):
+            ready = "" if self._ended else ready
+            self._ended, self._held = True, ""
+            return ready
+        kept = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if ready.endswith(stop[:n])), default=0
+        )
+        ready, self._held = ready[: len(ready) - kept], ready[len(ready) - kept :]
+        return ready
+
+    def rest(self) -> str:
+        """What was held back when the text has ended."""
+        return self._held
+
+
+class Penalties(LogitsProcessor):
+    """OpenAI's penalties: a token generated c times loses `frequency * c`, and `presence` if c > 0, of its logit.
+
+    Args:
+        frequency, presence: see above.
+        prompt: tokens of the prompt, which do not count.
+    """
+
+    def __init__(self, frequency: float, presence: float, prompt: int) -> None:
+        self.frequency, self.presence, self.prompt = frequency, presence, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[B, V]` after the penalty, for the ids `[B, S]` so far."""
+        generated = input_ids[:, self.prompt :]
+        counts = torch.zeros_like(scores).scatter_add_(
+            1, generated, torch.ones_like(generated, dtype=scores.dtype)
+        )
+        return scores - self.frequency * counts - self.presence * (counts > 0).to(scores.dtype)

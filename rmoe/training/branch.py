@@ -1,0 +1,99 @@
+"""A shorter `wsd` run that begins at a longer one's checkpoint: the constant part is trained once for all lengths.
+
+A run of M steps is constant until `M - M // 5`. A longer run with the same settings is the same run up to there, bit
+for bit, since its rate is constant too and batches follow from (seed, step). So the checkpoint of that step, kept by
+`training.branch_points`, is the shorter run's own; only the seal on it is new.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rmoe.errors import RequestError
+from rmoe.routing.spec import RouterSpec
+from rmoe.training import run_folder
+from rmoe.training.checkpoint import MANIFEST, CheckpointStore, Damaged, verify
+from rmoe.training.config import RunConfig
+from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.run_folder import RunRecord, flat, read_run
+
+FIELD = "--branch-of"
+MAY_DIFFER = ("training.max_steps", "training.branch_points", "training.average", "training.average_every")
+
+
+def require_branch(config: RunConfig, record: RunRecord, source: Path, may_differ: frozenset[str]) -> Path:
+    """The checkpoint that a run begins at; nothing is written.
+
+    Args:
+        record: of the run to begin.
+        source: folder of the longer run.
+        may_differ: settings that decide nothing.
+
+    Raises:
+        RequestError: the run in `source` is another one, too short, or did not keep that checkpoint.
+    """
+    step = config.training.constant_steps
+    if config.training.schedule != "wsd":
+        raise RequestError(FIELD, str(source), f"a run with schedule wsd, not {config.training.schedule}")
+    if moved := _moved_by_length(RouterSpec.from_dict(record.router_spec)):
+        raise RequestError(
+            FIELD, str(source), f"a router without {moved}: it moves with the length of the run"
+        )
+    if config.average_steps and min(config.average_steps) <= step:
+        raise RequestError("training.average", config.training.average, f"averages after step {step} alone")
+    stored = read_run(source)
+    longer = RunConfig.from_dict(stored.config)
+    if longer.training.max_steps < config.training.max_steps:
+        allowed = f"at most {longer.training.max_steps}, the steps of the run in {source}"
+        raise RequestError("training.max_steps", config.training.max_steps, allowed)
+    for part in ("config", "model", "plugins", "data_sha256"):
+        was, now = flat(getattr(stored, part)), flat(getattr(record, part))
+        for name in sorted(was.keys() | now.keys()):
+            free = part == "config" and (
+                name in may_differ or name in MAY_DIFFER or name.startswith(("logging.", "checkpoints."))
+            )
+            if was.get(name) != now.get(name) and not free:
+                raise RequestError(name, now.get(name), f"{was.get(name)!r}, as the run in {source}")
+    return source / "checkpoints" / f"checkpoint-{step}"
+
+
+def begin_branch(checkpoint: Path, source_run: str, store: CheckpointStore) -> None:
+    """Copy a checkpoint and the metrics up to it into a new run's folder.
+
+    Args:
+        checkpoint: from `require_branch`.
+        source_run: fingerprint of the run it belongs to.
+        store: of the new run.
+
+    Raises:
+        RequestError: it is not there or damaged.
+    """
+    source, step = checkpoint.parents[1], int(checkpoint.name.rpartition("-")[2])
+    try:
+        verify(checkpoint, step, source_run)
+    except Damaged as reason:
+        allowed = f"a run that kept {checkpoint.name} (training.branch_points): {reason}"
+        raise RequestError(FIELD, str(source), allowed) from None
+
+    def write(folder: Path) -> None:
+        for path in checkpoint.iterdir():
+            if path.name != MANIFEST:
+                shutil.copyfile(path, folder / path.name)
+
+    metrics = MetricsLog(store.folder / run_folder.METRICS)
+    metrics.path.unlink(missing_ok=True)  # of a branch that was killed before its checkpoint was there
+    for row in read_metrics(source / run_folder.METRICS):
+        if row["step"] <= step:
+            metrics.append(row)
+    metrics.sync()
+    store.save(step, write)
+
+
+def _moved_by_length(spec: RouterSpec) -> str | None:
+    """What of a router follows the share of the training that is done."""
+    if spec.temperature.end is not None:
+        return "temperature.end"
+    if getattr(spec.gate, "start_k", None) is not None:
+        return "gate.start_k"
+    return "stages" if spec.router.kind == "stable" else None
