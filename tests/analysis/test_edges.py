@@ -182,9 +182,9 @@ def test_gradients_are_the_mean_over_the_batches(batches: int) -> None:
 def test_a_balance_loss_without_a_gradient_is_none() -> None:
     model = tiny_rmoe("smoe")
     for loss in (None, 0.5, torch.tensor(0.5)):
-        assert balance_loss(model, SimpleNamespace(aux_loss=loss)) is None
-    loss = torch.tensor(0.5, requires_grad=True)
-    assert balance_loss(model, SimpleNamespace(aux_loss=loss)) is loss
+        assert balance_loss(model, SimpleNamespace(aux_loss=loss, balance_loss=loss)) is None
+    loss, weighted = torch.tensor(0.5, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+    assert balance_loss(model, SimpleNamespace(aux_loss=loss, balance_loss=weighted)) is weighted
     other = nn.Linear(1, 1)
     other.config = SimpleNamespace(router_aux_loss_coef=0.25)
     assert float(balance_loss(other, SimpleNamespace(aux_loss=loss)).detach()) == 0.125

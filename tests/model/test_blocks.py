@@ -197,7 +197,7 @@ def test_classifier_reads_the_last_real_token(side: str) -> None:
 def test_each_layers_router_is_updated_with_its_own_stats() -> None:
     net = model(router="smoe-bias", num_hidden_layers=4)
     counts = torch.tensor([[9, 1, 1, 1, 3], [1, 9, 1, 1, 3], [3, 3, 3, 3, 3]])
-    net.update_routers(RouterStats(counts, torch.tensor(5), torch.zeros(3), torch.zeros(3)), 1, 10)
+    net.update_routers(RouterStats(counts, torch.tensor(5), *torch.zeros(3, 3)), 1, 10)
     wanted = [[-1, 1, 1, 1, 0], [1, -1, 1, 1, 0], [0, 0, 0, 0, 0]]
     for router, signs in zip(net.routers, wanted, strict=True):
         assert torch.equal(router.selection_bias.bias, 1e-3 * torch.tensor(signs, dtype=torch.float32))
@@ -387,7 +387,10 @@ def test_what_a_configuration_fills_in() -> None:
 def test_losses_add_up() -> None:
     net, ids = model(router="smoe-z"), tokens()
     out = net(ids, labels=ids)
-    assert math.isclose(float(out.loss), float(out.lm_loss + out.aux_loss), rel_tol=1e-6)
+    assert math.isclose(float(out.loss), float(out.lm_loss + out.balance_loss), rel_tol=1e-6)
+    assert math.isclose(
+        float(out.balance_loss), 0.01 * float(out.aux_loss), rel_tol=1e-6
+    )  # as transformers weigh it
     logits = out.logits[:, :-1].double().log_softmax(-1)
     nats = -logits.gather(-1, ids[:, 1:, None]).mean()
     assert math.isclose(float(out.lm_loss), float(nats), rel_tol=1e-5)

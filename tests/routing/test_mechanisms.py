@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -340,9 +341,15 @@ def test_similarity_needs_a_matrix() -> None:
 # ---- training-time state of several layers ----------------------------------------------------------------
 
 
+def sums(counts: list[list[int]], tokens: int, entropy: tuple[float, ...] | None = None) -> RouterStats:
+    layers = len(counts)
+    of_entropy = torch.zeros(layers) if entropy is None else torch.tensor(entropy)
+    none = torch.zeros(layers, dtype=torch.int64)
+    return RouterStats(torch.tensor(counts), torch.tensor(tokens), of_entropy, none, torch.zeros(layers))
+
+
 def three_layers(entropy: tuple[float, ...] = (1.0, 8.0, 4.0)) -> RouterStats:
-    counts = torch.tensor([[9, 1, 4, 2], [1, 9, 2, 4], [4, 4, 4, 4]])
-    return RouterStats(counts, torch.tensor(8), torch.tensor(entropy), torch.zeros(3, dtype=torch.int64))
+    return sums([[9, 1, 4, 2], [1, 9, 2, 4], [4, 4, 4, 4]], 8, entropy)
 
 
 def test_each_layer_follows_its_own_load() -> None:
@@ -390,14 +397,12 @@ def test_relu_weight_follows_the_mean_over_layers() -> None:
     """`lambda` grows by 1.2 above k active experts a token, shrinks below, and stays at exactly k."""
     counts = {9: 1.2, 8: 1.0, 7: 1 / 1.2}  # first layer; the second has 8, and k T = 8
     for first, factor in counts.items():
-        stats = RouterStats(
-            torch.tensor([[first, 0], [8, 0]]), torch.tensor(4), torch.zeros(2), torch.zeros(2)
-        )
+        stats = sums([[first, 0], [8, 0]], 4)
         for layer in range(2):
             router = layer_of("remoe", layer, experts=4)
             router.update_all(stats, 1, 10)
             assert math.isclose(float(router.gate.l1_weight), 1e-8 * factor, rel_tol=1e-6)
-    empty = RouterStats(torch.zeros(2, 4, dtype=torch.int64), torch.tensor(0), torch.zeros(2), torch.zeros(2))
+    empty = sums([[0, 0, 0, 0]] * 2, 0)
     before = float(router.gate.l1_weight)
     router.update_all(empty, 1, 10)  # no token at all is fewer than k experts a token, not a division by zero
     assert math.isclose(float(router.gate.l1_weight), before / 1.2, rel_tol=1e-6)
@@ -572,11 +577,14 @@ def test_entropy_and_stats_by_hand() -> None:
     assert found.counts.tolist() == [[2, 1, 1], [2, 1, 1]]
     assert int(found.tokens) == 3
     assert found.dropped.tolist() == [0, 2]
+    variances = [statistics.variance(row) for row in probs.tolist()]  # here the logits are the probabilities
+    assert found.logit_variance.tolist() == pytest.approx([sum(variances)] * 2)
     assert found.entropy.tolist() == pytest.approx([sum(wanted)] * 2, abs=1e-6)
     masked = router_stats(routings, 3, torch.tensor([True, False, True]))
     assert masked.counts.tolist() == [[1, 1, 1], [1, 1, 1]]
     assert int(masked.tokens) == 2
     assert masked.entropy.tolist() == pytest.approx([wanted[0] + wanted[2]] * 2, abs=1e-6)
+    assert masked.logit_variance.tolist() == pytest.approx([variances[0] + variances[2]] * 2)
     assert router_stats((plain,), 3, None).dropped.tolist() == [0]
     assert count_assignments(experts, 3).tolist() == [2, 1, 1]
     assert count_assignments(experts, 3, torch.tensor([False, True, True])).tolist() == [1, 0, 1]
