@@ -80,6 +80,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/compare/test_definitions.py",
         "rmoe/compare/statistics.py",
         "tests/compare/test_statistics.py",
+        "tests/compare/test_sequential.py",
     ),
     "rmoe/training/checkpoint.py": ("tests/training/test_checkpoint.py",),
 }

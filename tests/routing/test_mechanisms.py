@@ -316,6 +316,29 @@ def test_penalties_are_the_mean_over_layers_and_added_to_the_losses() -> None:
     assert float(balance_loss(bare, routings, None, context, 0.5)) == 0.0
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, False])])
+def test_penalties_of_a_single_token_by_hand(mask: Tensor | None) -> None:
+    x = inputs(1 if mask is None else 3)
+    relu = layer_of("remoe", 0)
+    relu.gate.l1_weight.fill_(0.3)
+    scores = (x[0] @ relu.scorer.linear.weight.T).clamp(min=0)
+    got = relu(x, (), None, RouterContext(1, len(x), mask))[0].penalty
+    assert (
+        abs(float((got - 0.3 * (6 / 2) * scores.sum()).detach())) < 1e-7
+    )  # each expert in use has a share of 1
+
+    stable, ids = layer_of("stable-moe", 0, top_k=1), torch.tensor([5, 7, 7])[: len(x)]
+    scores = x[0] @ stable.centroids.T
+    best = int(scores.argmax())
+    balance = (
+        (1 - 1 / 6) / (1 / 6) * torch.sigmoid(scores[best])
+    )  # one expert has a load of 1, the mean is 1/6
+    student = stable.word_router.weight @ stable.word_embeddings[5]
+    wanted = 0.3 * balance - torch.log_softmax(student, 0)[best]
+    got = stable(x, (), None, RouterContext(1, len(x), mask, ids))[0].penalty
+    assert abs(float((got - wanted).detach())) < 1e-9
+
+
 def test_similarity_needs_a_matrix() -> None:
     spec = vary(resolve("smoe-similarity"), scorer=m.Linear(shared_layers=0))
     sizes = Geometry(12, 6, 2, LAYERS, 0, VOCAB)
