@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, count_parameters, initialize
+from rmoe.model.experts import in_whole_16_bytes
 from rmoe.model.initialize import initializers_of
 from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock
 from rmoe.model.norm import RMSNorm
@@ -196,7 +197,7 @@ def test_classifier_reads_the_last_real_token(side: str) -> None:
 def test_each_layers_router_is_updated_with_its_own_stats() -> None:
     net = model(router="smoe-bias", num_hidden_layers=4)
     counts = torch.tensor([[9, 1, 1, 1, 3], [1, 9, 1, 1, 3], [3, 3, 3, 3, 3]])
-    net.update_routers(RouterStats(counts, torch.tensor(5), torch.zeros(3), torch.zeros(3)), 1, 10)
+    net.update_routers(RouterStats(counts, torch.tensor(5), *torch.zeros(3, 3)), 1, 10)
     wanted = [[-1, 1, 1, 1, 0], [1, -1, 1, 1, 0], [0, 0, 0, 0, 0]]
     for router, signs in zip(net.routers, wanted, strict=True):
         assert torch.equal(router.selection_bias.bias, 1e-3 * torch.tensor(signs, dtype=torch.float32))
@@ -386,7 +387,10 @@ def test_what_a_configuration_fills_in() -> None:
 def test_losses_add_up() -> None:
     net, ids = model(router="smoe-z"), tokens()
     out = net(ids, labels=ids)
-    assert math.isclose(float(out.loss), float(out.lm_loss + out.aux_loss), rel_tol=1e-6)
+    assert math.isclose(float(out.loss), float(out.lm_loss + out.balance_loss), rel_tol=1e-6)
+    assert math.isclose(
+        float(out.balance_loss), 0.01 * float(out.aux_loss), rel_tol=1e-6
+    )  # as transformers weigh it
     logits = out.logits[:, :-1].double().log_softmax(-1)
     nats = -logits.gather(-1, ids[:, 1:, None]).mean()
     assert math.isclose(float(out.lm_loss), float(nats), rel_tol=1e-5)
@@ -395,3 +399,60 @@ def test_losses_add_up() -> None:
         assert math.isclose(float(net(ids, **options).lm_loss), float(nats), rel_tol=1e-5)
     summed = net(ids, labels=ids, num_items_in_batch=100)
     assert math.isclose(float(summed.lm_loss), float(nats) * 36 / 100, rel_tol=1e-5)
+
+
+# ---- precision, defaults ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "sorted_mm", "grouped_mm", "batched_mm", "auto"])
+def test_block_in_bfloat16_gives_bfloat16_back(implementation: str, autocast: bool) -> None:
+    """Weights in float32 come from the router; the stream keeps its own dtype, also under autocast."""
+    settings = config(router="smoe", hidden_size=48, moe_intermediate_size=24)
+    settings._experts_implementation = implementation
+    block = RMoESparseMoeBlock(settings, 0)
+    for i, parameter in enumerate(block.parameters()):
+        parameter.data = 0.3 * randn(*parameter.shape, seed=i).float()
+    x = randn(2, 7, 48, seed=9).float()
+    context = RouterContext(2, 7)
+    routing = block.gate(x.view(14, 48), (), None, context)[0]
+    exact = block(x, routing)
+    if autocast:
+        with torch.autocast("cpu", torch.bfloat16):
+            low = block(x, routing)
+    else:
+        low = block.bfloat16()(x.bfloat16(), routing)
+        assert low.dtype == torch.bfloat16
+    assert (low.float() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_whole_16_bytes() -> None:
+    for hidden, width, whole in (
+        (48, 24, True),
+        (48, 20, False),
+        (36, 24, False),
+        (36, 20, False),
+        (8, 8, True),
+    ):
+        assert in_whole_16_bytes(hidden, width) == whole
+
+
+def test_defaults() -> None:
+    """Of a configuration without a word: what transformers' MoE models do, and this package's experts."""
+    net, ids = model(router="smoe").eval(), tokens(1, 4)
+    out = net(ids)
+    assert out.past_key_values.get_seq_length() == 4
+    assert net(ids, use_cache=False).past_key_values is None
+    assert (out.router_logits, out.hidden_states, out.attentions, out.routing) == (None, None, None, None)
+    assert net.lm_head.weight is not net.model.embed_tokens.weight
+    assert net.model.layers[0].self_attn.q_proj.bias is None
+    assert int(net.model.routing_noise_key) == 0
+    for asked in ("eager", "grouped_mm", "auto"):
+        assert model(experts=asked).config._experts_implementation == asked
+    assert RMoEForCausalLM(config()).config._experts_implementation == "auto"
+    classifier = RMoEForSequenceClassification(config(num_labels=3))
+    initialize(classifier, 0)
+    assert classifier.eval()(ids).routing is None
+    assert len(classifier(ids, output_routing=True).routing) == 2
+    with pytest.raises(RequestError, match="num_attention_heads is 0; allowed: 1 or more"):
+        config(num_attention_heads=0, head_dim=None)

@@ -63,6 +63,34 @@ def test_load_gives_what_was_saved(folder: Path) -> None:
     assert load(folder, dtype="float32").lm_head.weight.dtype == torch.float32
 
 
+def test_fields_are_changed_on_the_way(folder: Path) -> None:
+    changed = load(folder, router_aux_loss_coef=0.5, norm_topk_prob=False, experts_implementation="eager")
+    assert changed.config.router_aux_loss_coef == 0.5
+    assert changed.config.router_spec.gate.renormalize is False  # what follows from a field follows
+    assert changed.config._experts_implementation == "eager"
+    assert load(folder).config.router_spec.gate.renormalize is True
+    with pytest.raises(
+        RequestError, match=r"router_aux_los is 0\.5; allowed: a field of the rmoe configuration"
+    ):
+        load(folder, router_aux_los=0.5)
+    with pytest.raises(RequestError, match="num_experts_per_tok is 9"):
+        load(folder, num_experts_per_tok=9)
+    with pytest.raises(
+        RequestError, match="hidden_size is 'wide'; allowed: a value that the rmoe configuration"
+    ):
+        load(folder, hidden_size="wide")
+
+
+def test_what_is_not_saved_starts_anew(tmp_path: Path) -> None:
+    net = model(router="noisy-topk", num_hidden_layers=2).train()
+    net.set_routing_noise(3, 5)
+    net.save_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert int(loaded.model.routing_noise_key) == 0
+    ids = tokens(1, 5)
+    assert (loaded(ids).logits - net.eval()(ids).logits).abs().max() < 1e-5  # rotary frequencies too
+
+
 def test_load_takes_the_class_that_was_saved(tmp_path: Path, folder: Path) -> None:
     net = RMoEForSequenceClassification(config(num_labels=3))
     initialize(net, 0)

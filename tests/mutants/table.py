@@ -34,6 +34,7 @@ _WHOLE = (
     "tests/routing/test_training_state.py",
 )
 _FOLDERS = ("tests/model/test_folders.py", "tests/model/test_saving.py")
+_EDGES = "tests/analysis/test_edges.py"
 _ANALYSES = ("tests/analysis/test_rmoe.py", "tests/analysis/test_command.py")
 
 # The longest entry that a file's path begins with counts.
@@ -66,12 +67,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/model/norm.py": ("tests/model/test_blocks.py", "tests/model/test_variants.py"),
     "rmoe/model/sharing.py": _FOLDERS,
     "rmoe/model/weights.py": _FOLDERS,
-    "rmoe/analysis/": ("tests/analysis/test_measures.py", *_ANALYSES),
-    "rmoe/analysis/analyze.py": _ANALYSES,
-    "rmoe/analysis/command.py": ("tests/analysis/test_command.py",),
-    "rmoe/analysis/families.py": ("tests/analysis/test_recorder.py", *_ANALYSES),
-    "rmoe/analysis/gradients.py": ("tests/analysis/test_gradients.py",),
-    "rmoe/analysis/mutual_information.py": ("tests/analysis/test_mutual_information.py",),
+    "rmoe/analysis/": (_EDGES, "tests/analysis/test_measures.py", *_ANALYSES),
+    "rmoe/analysis/analyze.py": (_EDGES, *_ANALYSES),
+    "rmoe/analysis/command.py": (_EDGES, "tests/analysis/test_command.py"),
+    "rmoe/analysis/families.py": (_EDGES, "tests/analysis/test_recorder.py", *_ANALYSES),
+    "rmoe/analysis/gradients.py": (_EDGES, "tests/analysis/test_gradients.py"),
+    "rmoe/analysis/mutual_information.py": (_EDGES, "tests/analysis/test_mutual_information.py"),
     "rmoe/analysis/reading.py": _ANALYSES[1:],
     "rmoe/analysis/recorder.py": ("tests/analysis/test_recorder.py", *_ANALYSES),
     "rmoe/analysis/token_text.py": _ANALYSES,
@@ -79,11 +80,13 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/compare/test_definitions.py",
         "rmoe/compare/statistics.py",
         "tests/compare/test_statistics.py",
+        "tests/compare/test_sequential.py",
     ),
     "rmoe/training/checkpoint.py": ("tests/training/test_checkpoint.py",),
 }
 
 
-def tests_of(file: str) -> tuple[str, ...]:
-    """Arguments for pytest."""
-    return TESTS[max((entry for entry in TESTS if file.startswith(entry)), key=len)]
+def selection(file: str) -> tuple[str, ...]:
+    """Arguments for pytest: the entry's tests, and the file's own doctests."""
+    tests = TESTS[max((entry for entry in TESTS if file.startswith(entry)), key=len)]
+    return tests if file in tests else (*tests, file)

@@ -115,25 +115,42 @@ SAID = {  # name: equation, balance, carries, needs
         "load_balance", "scores [E]", "-",
     ),
     "rmoe-lstm": ("h = LSTM(P x, h); f = h; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h, c [128]", "-"),
-    "rmoe-norm": ("h = GRU(P x, h); f = norm(h); s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h [128]", "-"),
-    "rmoe-residual": ("h = GRU(P x, h); f = [x; h]; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h [128]", "-"),
+    "rmoe-norm": (
+        "h = GRU(P x, h); f = norm(h); s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h [128]", "-",
+    ),
+    "rmoe-residual": (
+        "h = GRU(P x, h); f = [x; h]; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "h [128]", "-",
+    ),
     "low-rank": ("h = P x; f = h; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "-", "-"),
-    "smoe-entropy": ("f = x; s = G f; s / T; g = top_k(softmax(s)) / sum", "load_balance", "-", "update after each step"),
-    "smoe-annealed": ("f = x; s = G f; s / T; g = top_k(softmax(s)) / sum", "load_balance", "-", "update after each step"),
-    "switch": ("f = x; s = G f; g = top_k(softmax(s))", "load_balance, capacity 1.25", "-", "k = 1, noise in training"),
+    "smoe-entropy": (
+        "f = x; s = G f; s / T; g = top_k(softmax(s)) / sum", "load_balance", "-", "update after each step",
+    ),
+    "smoe-annealed": (
+        "f = x; s = G f; s / T; g = top_k(softmax(s)) / sum", "load_balance", "-", "update after each step",
+    ),
+    "switch": (
+        "f = x; s = G f; g = top_k(softmax(s))", "load_balance, capacity 1.25", "-", "k = 1, noise in training",
+    ),
     "hash": ("n = table[token]", "-", "-", "token ids"),
     "stable-moe": (
         "y = a E(x) + (1 - a) x, a = sig(x . c)", "-", "-", "k = 1, token ids, update after each step",
     ),
     "smoe-dropout": ("f = x; s = G f; g = top_k(softmax(s)) / sum", "-", "-", "update after each step"),
-    "expert-choice": ("f = x; s = G f; g = top_C over tokens of softmax(s)", "-", "-", "whole batch: cannot generate"),
+    "expert-choice": (
+        "f = x; s = G f; g = top_C over tokens of softmax(s)", "-", "-", "whole batch: cannot generate",
+    ),
     "remoe": ("f = x; s = G f; g = ReLU(s)", "-", "-", "update after each step"),
-    "deepseek-v3": ("f = x; s = G f; g = top_k(sig(s)) / sum", "sequence_balance, bias 0.001", "-", "update after each step"),
+    "deepseek-v3": (
+        "f = x; s = G f; g = top_k(sig(s)) / sum", "sequence_balance, bias 0.001", "-", "update after each step",
+    ),
     "deepseek-v3-groups": (
         "f = x; s = G f; g = top_k(sig(s)) in the top 2 groups / sum", "sequence_balance, bias 0.001", "-",
         "update after each step",
     ),
-    "eda": ("h = P x + a * h; f = h; s = MLP(norm(f)); g = top_k(softmax(s))", "bias 0.001", "h [256]", "update after each step"),
+    "eda": (
+        "h = P x + a * h; f = h; s = MLP(norm(f)); g = top_k(softmax(s))", "bias 0.001", "h [256]",
+        "update after each step",
+    ),
     "path-moe": (
         "f = x; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "nothing; weights shared by 2 layers", "-",
     ),
