@@ -185,9 +185,8 @@ def carry_out(unit: Unit) -> list[ProbeRow]:
 
 
 def _row(fields: dict[str, Any], seconds: float) -> ProbeRow:
-    return ProbeRow(
-        **_rounded(fields), seconds=round(seconds, 3), code=rmoe.__version__, torch=torch.__version__
-    )
+    values = {name: _rounded(value) for name, value in fields.items()}
+    return ProbeRow(**values, seconds=round(seconds, 3), code=rmoe.__version__, torch=str(torch.__version__))
 
 
 def _rounded(value: Any) -> Any:

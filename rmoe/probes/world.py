@@ -21,7 +21,7 @@ from rmoe.routing.initial import keyed_generator
 CUE, CONTENT = 16, 16
 HIDDEN = CUE + CONTENT
 CUE_NORM = 2.0
-TEST_TOKENS, CURVE_TOKENS = 4096, 512
+TEST_TOKENS, CURVE_TOKENS = 2048, 512
 BLOCK = 32  # steps drawn at once
 
 
