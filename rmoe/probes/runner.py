@@ -26,7 +26,7 @@ from rmoe.routing.spec import RouterSpec
 from rmoe.routing.zoo import ZooRow, find, select
 
 RESULTS = "results.jsonl"
-AT_ONCE = 4  # routers trained on the same batches; resuming repeats at most so many
+AT_ONCE = 2  # routers trained on the same batches; resuming repeats at most so many
 
 
 class Asked(Record, frozen=True, kw_only=True):
@@ -121,7 +121,7 @@ def _finished(path: Path | None, asked: Mapping[tuple[str, Knobs], Asked]) -> di
         now = asked.get((row.router, row.knobs))
         if now is not None and now.spec != row.router_spec:
             raise RequestError(
-                f"{path.name}: router {row.router}", "another router", "the spec it has now, or a new --out"
+                f"{path.name}: {row.router}", "another spec", "what it is now, or another --out"
             )
     return {row.key: row for row in rows}
 
