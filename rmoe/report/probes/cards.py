@@ -49,7 +49,7 @@ class Cards(Record, frozen=True, kw_only=True):
 
 
 def complete(rows: list[ProbeRow]) -> list[ProbeRow]:
-    """Rows at the default knobs of the routers that have every probe and seed there is; the others are still running."""
+    """Rows at the default knobs of the routers that have every probe and seed there is; others are still running."""
     mine = [row for row in rows if row.knobs == Knobs()]
     wanted = {(row.probe, row.seed) for row in mine}
     found: dict[str, set[tuple[str, int]]] = {}
@@ -133,7 +133,7 @@ def text(cards: Cards, name: str) -> str | None:
             f"{_share(card.recurrent_share.get(probe)):>19}"
             for probe in [*cards.probes, MEAN]
         ),
-        f"rank {order.index(name) + 1} of {len(order)} by mean regret; {HELP[0].lower()}{HELP[1:]} {cards.seeds} seeds.",
+        f"rank {order.index(name) + 1} of {len(order)} by mean regret, {cards.seeds} seeds. {HELP}",
     ]
     return "\n".join(lines)
 
