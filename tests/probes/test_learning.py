@@ -1,4 +1,4 @@
-"""What routers learn, at the size a person runs: the controls, the order of the paper's Table 5, no one below the oracle."""
+"""What routers learn: the controls, the order of the paper's Table 5, and that none is below the oracle."""
 
 from __future__ import annotations
 
