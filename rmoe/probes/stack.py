@@ -19,7 +19,15 @@ from rmoe.errors import one_line
 from rmoe.probes.results import Knobs
 from rmoe.probes.world import CONTENT, HIDDEN
 from rmoe.routing.balance import balance_loss
-from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, dispatched_experts, gate_entropy
+from rmoe.routing.contract import (
+    RouterContext,
+    RouterStats,
+    Routing,
+    State,
+    dispatched_experts,
+    gate_entropy,
+    logit_variance,
+)
 from rmoe.routing.initial import fill, keyed_generator
 from rmoe.routing.mechanisms import Recurrence
 from rmoe.routing.noise import CounterNoise
@@ -39,7 +47,8 @@ class Routed(NamedTuple):
         gates: `[L, T, E]`, each expert's weight.
         passthrough: `[L, T]`, the content's own weight in the output.
         balance: scalar, weighted balance losses and penalties.
-        counts, entropy, dropped: `[L, E]`, `[L]`, `[L]`, sums over tokens, for training-time state.
+        counts, entropy, dropped, logit_variance: `[L, E]`, then `[L]`, sums over tokens, for training-time state; the
+            floats are zero for a router that has none.
         probs: `[L, T, C]`.
         states: `[L, T, p]`, what each layer hands to the next; `p` is 0 without memory.
     """
@@ -50,6 +59,7 @@ class Routed(NamedTuple):
     counts: Tensor
     entropy: Tensor
     dropped: Tensor
+    logit_variance: Tensor
     probs: Tensor
     states: Tensor
 
@@ -77,9 +87,13 @@ class RouterStack(nn.Module):
         self.routers = nn.ModuleList(
             build_router(spec, replace(size, layer_index=layer)) for layer in range(knobs.layers)
         )
-        moving = [m for m in self.modules() if isinstance(m, TrainingState)]
         self.num_experts = knobs.experts
-        self.moves = any(type(m).update is not TrainingState.update for m in moving)
+        self.moves = any(
+            isinstance(m, TrainingState)
+            and type(m).update is not TrainingState.update
+            and any(True for _ in m.buffers(recurse=False))
+            for m in self.modules()
+        )
 
     def forward(
         self, inputs: Tensor, noise_key: Tensor | None = None, cut: bool = False, measured: bool = False
@@ -104,7 +118,8 @@ class RouterStack(nn.Module):
             counts=counts,
         )
         probs = torch.stack([routing.probs for routing in routings])
-        nothing = torch.zeros_like(inputs[:, :, 0])
+        logits = torch.stack([routing.logits.detach() for routing in routings])
+        nothing, zero = torch.zeros_like(inputs[:, :, 0]), counts[:, 0].float() * 0
         gates = torch.stack([_dense(routing, self.num_experts) for routing in routings])
         return Routed(
             gates=gates,
@@ -113,10 +128,11 @@ class RouterStack(nn.Module):
             else torch.stack([r.passthrough for r in routings]),  # type: ignore[misc]
             balance=balance.to(gates.dtype),
             counts=counts,
-            entropy=gate_entropy(probs.detach()).sum(-1).float() if self.moves else counts[:, 0].float(),
+            entropy=gate_entropy(probs.detach()).sum(-1).float() if self.moves else zero,
             dropped=torch.zeros_like(counts[:, 0])
             if routings[0].dropped is None
             else torch.stack([r.dropped.sum() for r in routings]),  # type: ignore[union-attr]
+            logit_variance=logit_variance(logits).sum(-1).float() if self.moves else zero,
             probs=probs if measured else probs[:, :0],
             states=torch.stack(states) if measured else nothing[:, :0],
         )
@@ -163,9 +179,16 @@ class _Update(nn.Module):
         self.stack = stack
 
     def forward(
-        self, counts: Tensor, tokens: Tensor, entropy: Tensor, dropped: Tensor, step: int, total: int
+        self,
+        counts: Tensor,
+        tokens: Tensor,
+        entropy: Tensor,
+        dropped: Tensor,
+        variance: Tensor,
+        step: int,
+        total: int,
     ) -> Tensor:
-        stats = RouterStats(counts, tokens, entropy, dropped)
+        stats = RouterStats(counts, tokens, entropy, dropped, variance)
         for router in self.stack.routers:
             router.update_all(stats, step, total)  # type: ignore[operator]
         return tokens
@@ -246,7 +269,7 @@ class Ensemble:
             return functional_call(module, state, (*sums, step, self.knobs.steps))
 
         with torch.no_grad():
-            self._for_each(one, state, routed.counts, tokens, routed.entropy, routed.dropped)
+            self._for_each(one, state, routed.counts, tokens, *routed[4:7])
 
     def _for_each(self, one: Callable[..., Any], state: dict[str, Tensor], *stacked: Any) -> Any:
         """`one` for every seed: by vmap, or in turn."""

@@ -103,6 +103,7 @@ def test_same_seed_same_numbers_whatever_is_trained_beside() -> None:
     assert run(["rmoe"], ["carry"], [3], knobs=FEW)[0].loss == alone.loss
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_rows() -> None:
     one = run(["smoe"], ["lookup"], 1, knobs=[FEW, Knobs(steps=4, tokens=16, layers=2, experts=4, noise=1.0)])
     two = run(
