@@ -29,7 +29,7 @@ from rmoe.report import table
 from rmoe.report.analysis_schema import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
 from rmoe.report.charts.chart import counted
 from rmoe.report.page import write_report
-from rmoe.routing.zoo import ZOO
+from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
 from rmoe.training.result import Corpus, Hardware, RunResult, Versions
 
@@ -191,7 +191,7 @@ def _plan(
     from rmoe.training.build import load_plugins
 
     load_plugins(config.plugin)
-    names = plans.named_routers(routers)
+    names = select(routers)
     baseline = baseline or ("smoe" if "smoe" in names else names[0])
     if baseline not in names:
         raise RequestError("--baseline", baseline, f"one of the routers compared: {', '.join(names)}")

@@ -253,7 +253,7 @@ def compare_to_baseline(
             p_sequential=None if looks is None else p_used[name],
             equivalence=Equivalence(margin=margin, p=p_equal[name], p_holm=p_equal_holm[name]),
             power=Power(difference=REFERENCE_BITS, power=POWER, seeds=seeds_needed(sd)),
-            verdict=_verdict(found.mean, p_holm[name], p_equal_holm[name], 1 - confidence),
+            verdict=verdict_of(found.mean, p_holm[name], p_equal_holm[name], 1 - confidence),
         )
 
     return {name: judge(name) for name in paired}
@@ -289,7 +289,8 @@ def _difference(by_seed: dict[int, float], unit: Unit, split: Split) -> Differen
     )
 
 
-def _verdict(mean: float, p_differs: float, p_equal: float, level: float) -> Verdict:
+def verdict_of(mean: float, p_differs: float, p_equal: float, level: float) -> Verdict:
+    """What two p values decide at a level; lower is better."""
     differs, equal = p_differs < level, p_equal < level
     if differs and equal:
         return "better by less than the margin" if mean < 0 else "worse by less than the margin"
