@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import rmoe
 from rmoe.graft import graft, graft_folder, undo_folder
 from rmoe.graft.attach import CELL, OFFSET
-from rmoe.graft.families import PROMISED, TOKENS, tiny_inputs, tiny_model, try_family
+from tests.graft.tiny_families import PROMISED, TOKENS, tiny_inputs, tiny_model, try_family
 from rmoe.graft.folder import is_graft_tensor
 from rmoe.model.weights import tensor_sha256
 from tests.graft.conftest import SPEC, at_work

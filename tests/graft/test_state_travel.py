@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rmoe.graft import GraftedGate, GraftedLayer, RouterStream
 from rmoe.graft.attach import CELL
-from rmoe.graft.families import TOKENS
+from tests.graft.tiny_families import TOKENS
 from tests.graft.conftest import grafted
 
 FIRST, SECOND = TOKENS, TOKENS.flip(1)
