@@ -31,8 +31,9 @@ from transformers.utils import logging
 from rmoe.cli.graft import FAMILIES as TABLE
 from rmoe.cli.graft import markdown_table
 from rmoe.errors import RequestError, one_line
-from rmoe.graft.attach import OFFSET, graft
-from rmoe.graft.auto import GRAFT_MODEL_TYPE
+from rmoe.graft.attach import OFFSET
+from rmoe.graft.auto import graft
+from rmoe.graft.base import GRAFT_MODEL_TYPE
 from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.routing.mechanisms import Recurrence
