@@ -43,8 +43,10 @@ from rmoe.finetune.instructions import (
 )
 from rmoe.finetune.lora import with_lora
 from rmoe.finetune.parts import choose_trained
+from rmoe.graft.adapter import strip
 from rmoe.graft.attach import is_grafted
-from rmoe.graft.folder import keep_originals
+from rmoe.graft.base import base_digest
+from rmoe.graft.undo import keep_originals
 from rmoe.model.weights import open_weights, tensor_sha256
 from rmoe.places import expand, require_writable
 from rmoe.records import Record, read_record, write_record
@@ -177,8 +179,7 @@ def finetune(
         trainer = _train(job, run, request, out, place, resume, progress)
         model = _merged(trainer.model, out, bool(config.lora_rank))
         _restore_dtypes(model, dtypes)
-        keeps = is_grafted(model) and config.train != "all"
-        publish_model(out, model, tokenizer, (lambda folder: _complete(source, folder)) if keeps else None)
+        publish_model(out, model, tokenizer, lambda folder: _complete(source, folder, out, model, config))
         result = FinetuneResult(
             model=str(out / run_folder.MODEL),
             steps=trainer.state.global_step,
@@ -342,14 +343,17 @@ def _restore_dtypes(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> N
         parameter.data = parameter.data.to(dtypes[name])
 
 
-def _complete(source: Path, folder: Path) -> None:
-    """Keep in a trained graft's folder what is needed to undo it exactly."""
-    keep_originals(source, folder)
+def _complete(source: Path, folder: Path, out: Path, model: PreTrainedModel, config: FinetuneConfig) -> None:
+    """Make the trained model's folder an adapter again if it came from one, or keep what undoes it exactly."""
+    if base_digest(source) is not None:
+        strip(folder, model, out / run_folder.MODEL)
+    elif is_grafted(model) and config.train != "all":
+        keep_originals(source, folder)
 
 
 def _model_sha256(source: Path) -> str:
     weights = open_weights(source)
-    hasher = hashlib.sha256()
+    hasher = hashlib.sha256((base_digest(source) or "").encode())
     for name, tensor in weights.tensors():
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor_sha256(tensor.reshape(-1)[:64]).encode())

@@ -21,17 +21,23 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    base: str | Path | None = None,
+    verify: bool = False,
     **changes: Any,
 ) -> PreTrainedModel:
     """Load a model folder: RMoE, grafted, or any other transformers model.
 
     The class is the one that was saved. Weights come from safetensors only, keep the dtype they have on disk, and
-    must be exactly the model's: transformers itself fills a missing weight with random numbers and a warning.
+    must be exactly the model's: transformers itself fills a missing weight with random numbers and a warning. A graft
+    that is an adapter is joined with its base, after a check that the base is the one it was made from.
 
     Args:
         path: a model folder, or an id of the Hugging Face Hub.
         dtype: "auto" keeps the saved dtype.
         device: where the model goes, default the CPU.
+        base: where an adapter's base is, if not where the adapter says: a folder, or a name of the Hub.
+        verify: compare all bytes of an adapter's base with its digest. Without it names, dtypes and shapes of all
+            tensors and a sample of their bytes are compared (`rmoe.model.weights.sample_digest`).
         changes: fields of the configuration with other values than the saved ones (`router_aux_loss_coef=0.0`,
             `norm_topk_prob=False`), or how it is computed: `attn_implementation`, `experts_implementation`.
 
@@ -40,7 +46,8 @@ def load(
 
     Raises:
         RequestError: no such folder, no weights, pickled weights, an unknown model type, weights that do not fit, a
-            change of a field that the configuration has not, or to a value it cannot have.
+            base that is missing or another model, a change of a field that the configuration has not, or to a value
+            it cannot have.
     """
     folder = Path(path)
     if folder.exists():
@@ -53,8 +60,15 @@ def load(
         raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from error
     computed = {name: changes.pop(name) for name in _IMPLEMENTATIONS if name in changes}
     config = _changed(config, changes)
+    model_class = _model_class(config)
+    if base is not None or verify:
+        if not hasattr(model_class, "graft_base"):
+            raise RequestError(
+                "base", base and str(base), f"nothing: a {config.model_type} model has no base"
+            )
+        computed |= {"base": base, "verify": verify}
     try:
-        model, report = _model_class(config).from_pretrained(
+        model, report = model_class.from_pretrained(
             path,
             config=config,
             dtype=dtype,
