@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 .PHONY: help install demo test test-all torture torture-full bench check lint format clean constraints latest lowest docs
 
 help:
-	@echo "make demo      train and compare three routers on two seeds (at most 6 minutes on two cores)"
+	@echo "make demo      three routers on three probes and on text, two seeds each (at most 6 minutes on two cores)"
 	@echo "make test      the quick tests and doctests"
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make torture   kills, damage, full disks, hostile inputs: the table of docs/reliability.md (under 30 minutes)"
@@ -53,9 +53,11 @@ install: $(VENV)/.installed-dev
 # --- what it is for ------------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.installed
+	$(BIN)/rmoe probe --routers smoe,rmoe,rmoe-np --probes lookup,carry,integrate --seeds 2 --out $(DEMO_OUT)-probes
 	$(BIN)/rmoe compare --preset quick --routers smoe,rmoe,rmoe-np --seeds 2 --out $(DEMO_OUT)
+	@cat $(DEMO_OUT)-probes/summary.md
 	@cat $(DEMO_OUT)/summary.md
-	@echo "report: $(abspath $(DEMO_OUT))/report/index.html"
+	@echo "reports: $(abspath $(DEMO_OUT))-probes/report/index.html and $(abspath $(DEMO_OUT))/report/index.html"
 
 test: $(VENV)/.installed-dev
 	$(PYTEST)
