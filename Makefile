@@ -19,16 +19,17 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_AR
 EXACT := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-all torture torture-full bench check lint format clean constraints latest lowest
+.PHONY: help install demo test test-all torture torture-full bench check lint format clean constraints latest lowest docs
 
 help:
-	@echo "make demo      train and compare three routers on two seeds (at most 6 minutes on two cores)"
+	@echo "make demo      three routers on three probes and on text, two seeds each (at most 6 minutes on two cores)"
 	@echo "make test      the quick tests and doctests"
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make torture   kills, damage, full disks, hostile inputs: the table of docs/reliability.md (under 30 minutes)"
 	@echo "make torture-full  the same with five times the kills and an hour of fuzzing"
 	@echo "make bench     measure speed and memory against transformers' models; writes benchmarks/results"
 	@echo "make check     lint, formatting, types, security, then the quick tests (what CI runs)"
+	@echo "make docs      build the documentation site into site/, links and anchors checked"
 	@echo "make latest    the same with the newest release of everything, caps ignored, in an environment of its own"
 	@echo "make lowest    the same with the lowest releases declared"
 	@echo "make constraints  renew constraints.txt, the exact versions that make demo and make test install"
@@ -52,9 +53,11 @@ install: $(VENV)/.installed-dev
 # --- what it is for ------------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.installed
+	$(BIN)/rmoe probe --routers smoe,rmoe,rmoe-np --probes lookup,carry,integrate --seeds 2 --out $(DEMO_OUT)-probes
 	$(BIN)/rmoe compare --preset quick --routers smoe,rmoe,rmoe-np --seeds 2 --out $(DEMO_OUT)
+	@cat $(DEMO_OUT)-probes/summary.md
 	@cat $(DEMO_OUT)/summary.md
-	@echo "report: $(abspath $(DEMO_OUT))/report/index.html"
+	@echo "reports: $(abspath $(DEMO_OUT))-probes/report/index.html and $(abspath $(DEMO_OUT))/report/index.html"
 
 test: $(VENV)/.installed-dev
 	$(PYTEST)
@@ -91,6 +94,20 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml rmoe
 
+# --- documentation -------------------------------------------------------------------------------------------------
+
+# An environment without torch: the reference is read from the source.
+.venv-docs/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) tools/requirements.py docs > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) $(EXACT) --requirement .venv-docs/requirements.txt
+	@touch $@
+
+docs: .venv-docs/.installed
+	cd tools && $(abspath .venv-docs)/bin/python -m doctest docstrings.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	@echo "site: $(abspath site)/index.html"
+
 # --- other versions ------------------------------------------------------------------------------------------------
 
 # A failure says what broke, and which releases differ from the pinned ones.
@@ -108,7 +125,7 @@ latest lowest:
 constraints:
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
-	.venv-constraints/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e ".[dev,data,serve,finetune,eval,track]"
+	.venv-constraints/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e ".[dev,data,serve,finetune,eval,track,docs]"
 	{ echo "# The exact versions that make demo and make test install. Made by make constraints."; \
 		.venv-constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 	rm -rf .venv-constraints
@@ -118,4 +135,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-docs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

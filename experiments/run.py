@@ -21,9 +21,9 @@ import msgspec
 from experiments.figures import Figures, Finished, figures_of
 from rmoe.compare import statistics
 from rmoe.compare.compare import Options, compare
-from rmoe.compare.plan import named_routers
 from rmoe.compare.schema import Interval, read_rows, run_key
 from rmoe.errors import RequestError, RunError
+from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.environment import hardware, versions
@@ -130,7 +130,7 @@ def require_whole(name: str, experiment: Experiment) -> None:
         RequestError: one does not.
     """
     load_plugins((PLUGIN,))
-    trained = {grid.folder: set(named_routers(grid.routers)) for grid in experiment.grid}
+    trained = {grid.folder: set(select(grid.routers)) for grid in experiment.grid}
     for part in (part for one in experiment.statement for part in one.part):
         for grid in filter(None, (part.grid, part.beyond)):
             for router in (part.router, part.against):

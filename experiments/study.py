@@ -1,11 +1,13 @@
 """The study of text at depth: train its stages in order, collect what is finished, and tabulate it.
 
     python -m experiments.study run --data-dir ../shared/data --out runs/study
+    python -m experiments.study domains --data-dir ../shared/data --out runs/study
     python -m experiments.study collect --out runs/study
     python -m experiments.study table
 
 `study.toml` is the plan, `study.md` what was fixed beforehand. `run` resumes what is missing, from a copy of the code
-that never changes: runs of two versions are refused. `collect` copies finished runs, one line each, into
+that never changes: runs of two versions are refused. `domains` evaluates finished models on texts they were never
+trained on. `collect` copies finished runs, one line each, into
 `results/study.jsonl`; `table` writes `results/study.md` from that file alone.
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
 from experiments.study_table import markdown
 from rmoe.compare.compare import Options, compare
@@ -59,6 +62,8 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     margin: float
     baseline: str
     state_width: int
+    domains: dict[str, str]
+    domain_grids: list[str]
     size: dict[str, dict[str, Any]]
     stage: list[Stage]
 
@@ -140,18 +145,14 @@ def rows_of(folder: Path) -> list[ResultRow]:
 def finished(study: Study, out: Path) -> list[StudyRow]:
     """Every finished run of the study's grids, in the order of the plan."""
     folders = dict.fromkeys(grid.folder for stage in study.stage for grid in stage.grid)
-    return [
-        study_row(folder, row)
-        for folder in folders
-        for row in rows_of(out / folder)
-        if row.status == "finished"
-    ]
+    rows = [(folder, row) for folder in folders for row in rows_of(out / folder) if row.status == "finished"]
+    return [study_row(folder, row, read_domains(out / folder / "runs" / row.key)) for folder, row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong request."""
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
-    parser.add_argument("verb", choices=("run", "collect", "table"))
+    parser.add_argument("verb", choices=("run", "domains", "collect", "table"))
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--results", type=Path, default=COLLECTED)
@@ -162,6 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = read_study()
         if asked.verb == "run":
             run(study, asked.data_dir, asked.out, asked.jobs, asked.most)
+        elif asked.verb == "domains":
+            for row in finished(study, asked.out):
+                if row.grid in study.domain_grids:
+                    evaluate_domains(asked.out / row.grid / "runs" / row.name, study.domains, asked.data_dir)
         elif asked.verb == "collect":
             added = append_missing(asked.results, finished(study, asked.out))
             print(f"{added} runs added to {asked.results}")

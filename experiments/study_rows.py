@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from rmoe.compare.schema import ResultRow
+from rmoe.compare.statistics import STRETCHES
 from rmoe.errors import RequestError
 from rmoe.records import Record
 from rmoe.training.result import (
@@ -23,7 +24,6 @@ from rmoe.training.result import (
     Versions,
 )
 
-STRETCHES = 250  # of the test text, about 4,000 bytes each
 CURVE_POINTS = 10
 
 
@@ -50,14 +50,23 @@ class StudyRow(Record, frozen=True, kw_only=True):
     outer_balance: list[float] | None
     test_losses: TextLosses
     averaged: Averaged
+    domains: dict[str, float] = msgspec.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        return f"{self.router}-seed{self.seed}"
 
     @property
     def key(self) -> tuple[str, str, int]:
         return self.grid, self.router, self.seed
 
 
-def study_row(grid: str, row: ResultRow) -> StudyRow:
+def study_row(grid: str, row: ResultRow, domains: dict[str, float] | None = None) -> StudyRow:
     """A finished run's line.
+
+    Args:
+        domains: text never trained on -> bits per byte, where that was evaluated.
 
     Raises:
         RequestError: it is no run of this study: it has no averaged weights or no losses by stretch of text.
@@ -89,6 +98,7 @@ def study_row(grid: str, row: ResultRow) -> StudyRow:
         outer_balance=_short(routing.outer_balance) if routing else None,
         test_losses=coarser(row.test_losses),
         averaged=averaged,
+        domains=domains or {},
     )
 
 
@@ -149,16 +159,16 @@ def read_study_rows(path: Path) -> list[StudyRow]:
 
 
 def append_missing(path: Path, rows: Sequence[StudyRow]) -> int:
-    """Add the runs that the file lacks; returns how many.
+    """Add the runs that the file lacks, and what of theirs was evaluated since; returns how many are new.
 
     Raises:
         RequestError: they and those in the file were not made by one code on one text.
     """
     known = read_study_rows(path) if path.exists() else []
     one_code([*known, *rows])
-    keys = {row.key for row in known}
-    missing = [row for row in rows if row.key not in keys]
+    merged = {row.key: row for row in known} | {row.key: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in missing))
-    return len(missing)
+    staged = path.with_name(path.name + ".part")
+    staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in merged.values()))
+    staged.replace(path)
+    return len(merged) - len(known)

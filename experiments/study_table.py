@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from math import log
 
 import numpy as np
-from scipy import stats
 
 from experiments.study_rows import StudyRow
-from rmoe.compare.statistics import equivalence_p, seeds_needed, t_interval
-from rmoe.training.result import TextLosses
+from rmoe.compare.schema import Difference
+from rmoe.compare.statistics import compare_to_baseline, seeds_needed, text_interval
 
+Arms = dict[tuple[str, str], dict[int, StudyRow]]
+
+LOOKS = (5, 8)  # pairs; fixed beforehand in study.md
 REFERENCE = "std-1"  # the grid whose baseline the arms of 12 layers are compared with
 OWN_BASELINE = ("depth-", "proxy-")  # grids of another size: compared within themselves
 
 
 def markdown(rows: Sequence[StudyRow], baseline: str, margin: float) -> str:
     """Markdown: one row per arm."""
-    arms: dict[tuple[str, str], dict[int, StudyRow]] = defaultdict(dict)
+    arms: Arms = defaultdict(dict)
     for row in rows:
         arms[row.grid, row.router][row.seed] = row
     first = rows[0]
@@ -30,60 +31,85 @@ def markdown(rows: Sequence[StudyRow], baseline: str, margin: float) -> str:
         + f"; {first.hardware.cpu}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
         "lower is better. "
         f"Differences are to `{baseline}` in `{REFERENCE}` (grids of another size: in the same grid), seed by seed; "
-        f"intervals are 95%, t over seeds. Equivalent: within {margin:g} bits by two one-sided tests. "
-        "Not corrected for the number of arms.",
+        f"intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "
+        "decided, with an O'Brien-Fleming boundary over both looks and Holm's correction over the arms of a baseline. "
+        f"Equivalent: within {margin:g} bits by two one-sided tests.",
         "",
         "| grid | router | initial logit std | seeds | test | difference | interval over seeds | sd of a pair "
         "| verdict | pairs to see the margin | difference of averaged weights | sd of a pair "
-        "| interval over text, seed 0 |",
+        "| interval over text |",
         "|---|---|---:|---:|---:|---:|---|---:|---|---:|---:|---:|---|",
     ]
+    verdicts = _verdicts(arms, baseline, margin)
     for (grid, router), mine in arms.items():
-        home = grid if grid.startswith(OWN_BASELINE) else REFERENCE
+        home = _home(grid)
         against = {} if (grid, router) == (home, baseline) else arms.get((home, baseline), {})
-        lines.append(_line(grid, router, mine, against, margin))
+        lines.append(_line(grid, router, mine, against, margin, verdicts.get((grid, router))))
     return "\n".join(lines) + "\n"
 
 
+def _home(grid: str) -> str:
+    """The grid whose baseline a grid's arms are compared with."""
+    return grid if grid.startswith(OWN_BASELINE) else REFERENCE
+
+
+def _verdicts(arms: Arms, baseline: str, margin: float) -> dict[tuple[str, str], Difference]:
+    """Arm -> its difference, decided at the fixed looks with Holm's correction over the arms of its baseline."""
+    found: dict[tuple[str, str], Difference] = {}
+    for home in dict.fromkeys(_home(grid) for grid, _ in arms):
+        family = {
+            f"{grid}/{router}": {seed: row.test for seed, row in mine.items()}
+            for (grid, router), mine in arms.items()
+            if _home(grid) == home
+        }
+        judged = compare_to_baseline(
+            family, f"{home}/{baseline}", "bits_per_byte", "test", margin, looks=LOOKS
+        )
+        found |= {(name.split("/")[0], name.split("/")[1]): difference for name, difference in judged.items()}
+    return found
+
+
 def _line(
-    grid: str, router: str, mine: dict[int, StudyRow], against: dict[int, StudyRow], margin: float
+    grid: str,
+    router: str,
+    mine: dict[int, StudyRow],
+    against: dict[int, StudyRow],
+    margin: float,
+    difference: Difference | None,
 ) -> str:
     scales = [np.mean(row.initial_logits.start) for row in mine.values() if row.initial_logits]
     tests = [row.test for row in mine.values()]
     seeds = sorted(mine.keys() & against.keys())
-    raw = [mine[seed].test - against[seed].test for seed in seeds]
     averaged = [(mine[s].averaged.test or 0) - (against[s].averaged.test or 0) for s in seeds]
+    over_text = text_interval([mine[s].test_losses for s in seeds], [against[s].test_losses for s in seeds])
     cells = [
         grid,
         f"`{router}`",
         f"{np.mean(scales):.2f}" if scales else "",
         str(len(mine)),
         f"{np.mean(tests):.4f}",
-        f"{np.mean(raw):+.4f}" if raw else "",
-        *_verdict(raw, margin),
+        *_judged(difference, margin),
         f"{np.mean(averaged):+.4f}" if averaged else "",
         f"{np.std(averaged, ddof=1):.4f}" if len(averaged) > 1 else "",
-        _over_text(mine[seeds[0]].test_losses, against[seeds[0]].test_losses) if seeds else "",
+        f"{over_text.low:+.4f} to {over_text.high:+.4f}" if over_text else "",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _verdict(differences: list[float], margin: float) -> tuple[str, str, str, str]:
-    """Interval, standard deviation of a pair, verdict, and the pairs that would see a difference of the margin."""
-    if len(differences) < 2:
-        return "", "", "one pair: no verdict" if differences else "", ""
-    interval, p = t_interval(differences)
-    sd = float(np.std(differences, ddof=1))
-    if p < 0.05:
-        verdict = "better" if interval.high < 0 else "worse"
-    else:
-        verdict = "equivalent" if equivalence_p(differences, margin) < 0.05 else "not decided"
-    needed = seeds_needed(sd, margin)
-    return f"{interval.low:+.4f} to {interval.high:+.4f}", f"{sd:.4f}", verdict, str(needed or "over 10,000")
-
-
-def _over_text(mine: TextLosses, theirs: TextLosses) -> str:
-    """t interval of one pair's difference over stretches of text: what another text of this kind would give."""
-    bits = (np.array(mine.nats) - np.array(theirs.nats)) / log(2) * len(mine.nats) / mine.targets
-    half = stats.t.ppf(0.975, len(bits) - 1) * stats.sem(bits)
-    return f"{bits.mean() - half:+.4f} to {bits.mean() + half:+.4f}"
+def _judged(difference: Difference | None, margin: float) -> tuple[str, ...]:
+    """Mean, interval, standard deviation of a pair, verdict, and the pairs that would see the margin."""
+    if difference is None:
+        return "", "", "", "", ""
+    pairs = len(difference.values)
+    verdict = difference.verdict if pairs >= LOOKS[0] else f"{pairs} of {LOOKS[0]} pairs"
+    interval, sd = difference.interval, difference.sd
+    if interval is None or sd is None:
+        return f"{difference.mean:+.4f}", "", "", verdict, ""
+    needed = str(seeds_needed(sd, margin) or "over 10,000")
+    return (
+        f"{difference.mean:+.4f}",
+        f"{interval.low:+.4f} to {interval.high:+.4f}",
+        f"{sd:.4f}",
+        verdict,
+        needed,
+    )

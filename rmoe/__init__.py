@@ -4,7 +4,15 @@ Importing `rmoe` is cheap: nothing here imports torch until a name that needs it
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and the reference see of the names below
+    from rmoe.errors import RequestError, RunError
+    from rmoe.model import RMoEConfig, RMoEForCausalLM, RMoEForSequenceClassification, RMoEModel
+    from rmoe.model.loading import load
+    from rmoe.routing.spec import RouterSpec
+
+from rmoe.auto import register_when_asked
 
 __version__ = "0.1.0"
 
@@ -20,7 +28,20 @@ _LAZY = {
     "RunError": "rmoe.errors",
 }
 
-__all__ = ["__version__", *sorted(_LAZY)]
+__all__ = [
+    "RMoEConfig",
+    "RMoEForCausalLM",
+    "RMoEForSequenceClassification",
+    "RMoEModel",
+    "RequestError",
+    "RouterSpec",
+    "RunError",
+    "__version__",
+    "load",
+]
+
+
+register_when_asked()
 
 
 def __getattr__(name: str) -> Any:

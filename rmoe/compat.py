@@ -5,12 +5,19 @@ Each entry says in which releases it was seen. `tests/test_compat.py` fails on t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from inspect import signature
 from typing import Any
+from unittest import mock
 
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.11 to 2.14
 from transformers import PreTrainedModel
+from transformers.integrations.moe import _default_apply_gate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.generic import merge_with_config_defaults  # not in `transformers.utils`; 5.17 to 5.24
@@ -20,11 +27,24 @@ __all__ = [
     "CACHE",
     "CACHE_NAMES",
     "HAS_ACTIVATION_CHECKPOINTING",
+    "FakeTensorMode",
+    "accept_empty_slots",
     "announce_causal_lm",
     "attention_keywords",
+    "deal_batches_ourselves",
     "enable_checkpointing",
+    "grouped_products_in_python",
+    "has_default_gate",
+    "is_loaded",
+    "is_replica",
+    "is_split_by_plan",
     "merge_with_config_defaults",
+    "model_classes",
     "one_cache",
+    "one_gpu",
+    "plain_forward",
+    "prune_expert_plan",
+    "storage_key",
 ]
 
 CACHE = "cache" if "cache" in signature(LlamaAttention.forward).parameters else "past_key_values"
@@ -77,12 +97,12 @@ def attention_keywords(owner: PreTrainedModel, given: Mapping[str, Any]) -> dict
 def one_cache(cache: Any, past_key_values: Any) -> Any:
     """The cache, whichever of its two names the caller used.
 
-    Raises:
-        TypeError: both names at once.
+    PEFT's prefix tuning gives both: `generate`'s, and its prefix. The newer name wins, as in transformers, unless that
+    cache is still empty: then the prefix is what to begin with.
     """
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise TypeError("give `cache` or `past_key_values`, not both: they are one argument")
-    return past_key_values if cache is None else cache
+    if cache is None or (past_key_values is not None and cache.get_seq_length() == 0):
+        return past_key_values
+    return cache
 
 
 def announce_causal_lm(model_type: str, class_name: str) -> None:
@@ -92,6 +112,74 @@ def announce_causal_lm(model_type: str, class_name: str) -> None:
     `AutoModelForCausalLM.register` does not write into it (5.17 to 5.24).
     """
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = class_name
+
+
+def model_classes(config_class: type) -> Iterator[tuple[Any, Any]]:
+    """(Auto class, model class) for everything any Auto class has for this configuration; seen in 5.17 to 5.24."""
+    for name in modeling_auto.__all__:
+        auto = getattr(transformers, name)
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and config_class in mapping:
+            found = mapping[config_class]
+            yield from (
+                (auto, model_class) for model_class in (found if isinstance(found, tuple) else (found,))
+            )
+
+
+def is_loaded(what: Tensor | nn.Module) -> bool:
+    """Whether transformers has filled a tensor, or all of a module, from a checkpoint; 5.17 to 5.24."""
+    return bool(getattr(what, "_is_hf_initialized", False))
+
+
+def is_split_by_plan(module: nn.Module) -> bool:
+    """Whether a tensor-parallel plan of transformers has put hooks on a module; 5.17 to 5.24."""
+    return bool(getattr(module, "_is_hooked", False))
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether `torch.nn.DataParallel` made a module as a copy for one device; torch 2.11 to 2.14."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+def accept_empty_slots(experts: Any) -> None:
+    """Let transformers' experts kernels take index `E` as an empty slot, as under expert parallelism; 5.17 to 5.24."""
+    experts._is_expert_parallel = True
+
+
+def has_default_gate(experts: Any) -> bool:
+    """Whether experts activate as `act(gate) * up`, transformers' own way; 5.17 to 5.24."""
+    return type(experts)._apply_gate is _default_apply_gate
+
+
+def plain_forward(experts: Any) -> Any:
+    """The forward that `use_experts_implementation` has wrapped; 5.17 to 5.24."""
+    return type(experts).forward.__wrapped__
+
+
+def deal_batches_ourselves(model: Any) -> None:
+    """Keep Trainer from asking accelerate to deal out batches to tensor-parallel groups, which it refuses on a CPU."""
+    model._tp_size = 1
+
+
+def one_gpu(arguments: Any) -> None:
+    """One process never spreads over several GPUs by itself (DataParallel): torchrun starts one for each."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
+def prune_expert_plan(model: Any, keep: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    """Drop rules from a model's expert-parallel plan; 5.17 to 5.24."""
+    model._ep_plan = keep(model._ep_plan or {})
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Equal for tensors that share a storage, and for no others alive; fake tensors have no address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def grouped_products_in_python() -> AbstractContextManager[Any]:
+    """transformers' stand-in for torch's grouped product, which without data takes bfloat16 only; 5.17 to 5.24."""
+    return mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False)
 
 
 def enable_checkpointing(model: Any) -> None:

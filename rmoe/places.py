@@ -66,12 +66,42 @@ def model_place(name: str | Path, field: str = "MODEL") -> Path:
     raise RequestError(field, text, allowed)
 
 
+def require_writable(out: Path) -> None:
+    """Check, before any work, that the folder `--out` can be made and written.
+
+    Raises:
+        RequestError: it is something else, or cannot be made.
+    """
+    above = out
+    while not os.path.lexists(above) and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "" if above == out else f" ({above} is {'read-only' if above.is_dir() else 'no folder'})"
+        raise RequestError("--out", str(out), f"a folder that can be written{why}")
+
+
 def display_name(folder: Path) -> str:
     """What to call a model: its folder's name; `ORG/NAME` for a folder of the Hub cache."""
+    cached = hub_name(folder)
+    return folder.resolve().name if cached is None else cached[0]
+
+
+def hub_name(folder: Path) -> tuple[str, str] | None:
+    """(`ORG/NAME`, commit) of a folder of the Hub cache; None for any other folder."""
     folder = folder.absolute()
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return folder.resolve().name
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/"), folder.name
+
+
+def hub_folder(repository: str, field: str, revision: str | None = None) -> Path:
+    """The folder of a repository in the Hub cache, downloaded unless it is there.
+
+    Raises:
+        RequestError: the Hub has no such repository or revision, or cannot be reached.
+    """
+    return _downloaded(repository, field, revision)
 
 
 def _near(path: Path) -> str:
@@ -84,29 +114,31 @@ def _near(path: Path) -> str:
     return f" (did you mean {path.parent / close[0]}?)" if close else ""
 
 
-def _cached(repository: str) -> Path | None:
+def _cached(repository: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=_FILES, local_files_only=True)
+        )
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         return None
 
 
-def _downloaded(repository: str, field: str) -> Path:
+def _downloaded(repository: str, field: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if not _HUB_NAME.fullmatch(repository):
         raise RequestError(field, f"{PREFIX}{repository}", f"{PREFIX}NAME or {PREFIX}ORG/NAME")
     if HF_HUB_OFFLINE:
-        if (cached := _cached(repository)) is not None:
+        if (cached := _cached(repository, revision)) is not None:
             return cached
         allowed = "a repository in the local Hub cache while HF_HUB_OFFLINE is set"
         raise RequestError(field, f"{PREFIX}{repository}", allowed)
     try:
-        return Path(snapshot_download(repository, allow_patterns=_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_FILES))
     except Exception as error:  # the network, the Hub, the cache's folder: each has its own family of errors
         allowed = f"a repository of the Hugging Face Hub that can be read ({one_line(str(error))[:200]})"
         raise RequestError(field, f"{PREFIX}{repository}", allowed) from None

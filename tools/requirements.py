@@ -1,8 +1,9 @@
-"""pyproject.toml's requirements as lists for pip: for `make latest`, `make lowest` and `make constraints`.
+"""pyproject.toml's requirements as lists for pip: for `make latest`, `make lowest` and `make docs`.
 
     python tools/requirements.py latest     every name without its version: the newest of everything, caps ignored
     python tools/requirements.py lowest     run-time requirements at the lowest release they declare
     python tools/requirements.py declared   all requirements of all extras as they are declared
+    python tools/requirements.py docs       the requirements of one extra as they are declared
 
 The standard library alone: it runs before anything is installed.
 """
@@ -20,6 +21,8 @@ REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9_.-]+(?:\[[a-z,]+\])?)(?P<specifie
 def requirements(form: str) -> list[str]:
     """One line per requirement, run-time ones first."""
     project = tomllib.loads(Path(__file__).parent.with_name("pyproject.toml").read_text())["project"]
+    if form in project["optional-dependencies"]:
+        return list(project["optional-dependencies"][form])
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     lines = []
     for line in (*project["dependencies"], *extras):

@@ -48,6 +48,12 @@ def analyze_folders(
     paths = [model_path(str(model_place(model))) for model in models]
     target = _device(device)
     loaded = [rmoe.load(path, device=target) for path in paths]
+    for path, model in zip(paths, loaded, strict=True):
+        if options.gradient_tokens and not model.can_generate():
+            allowed = (
+                f"a language model, not {type(model).__name__} (or --gradient-tokens 0: they need its loss)"
+            )
+            raise RequestError("MODEL", path, allowed)
     layers = [find_moe_layers(model) for model in loaded]  # before anything slow
     vocabulary = [model.get_input_embeddings().weight.shape[0] for model in loaded]
     length = _sequence_length(sequence_length, loaded)

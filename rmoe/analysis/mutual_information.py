@@ -272,6 +272,10 @@ class ChosenMutualInformation:
         counts = self._counts.view(-1, self.num_classes, self.num_classes).numpy()
         values = np.array([mutual_information_of_counts(table) for table in counts])
         matrix = np.zeros((self.num_layers, self.num_layers))
-        matrix[self._rows, self._columns] = values
-        matrix[self._columns, self._rows] = values
+        rows, columns = (
+            self._rows.numpy(),
+            self._columns.numpy(),
+        )  # a tensor of one element is taken for a number
+        matrix[rows, columns] = values
+        matrix[columns, rows] = values
         return matrix

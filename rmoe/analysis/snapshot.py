@@ -89,7 +89,7 @@ class RoutingSnapshot:
         }
 
     def frequency(self) -> list[list[float]]:
-        """[L][E] share of the assignments that each expert takes.
+        """`[L][E]`: share of the assignments that each expert takes.
 
         Raises:
             ValueError: nothing was added.

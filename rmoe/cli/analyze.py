@@ -47,11 +47,11 @@ def run(
     """
     from rmoe.analysis.analyze import AnalysisOptions
     from rmoe.analysis.command import analyze_folders
-    from rmoe.cli.models import new_folder
+    from rmoe.places import require_writable
     from rmoe.report.analysis_schema import write_analysis
     from rmoe.report.page import write_report
 
-    new_folder(out)
+    require_writable(out)
     set_up(plugin)
     options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
     models = [model] if compare_with is None else [model, compare_with]

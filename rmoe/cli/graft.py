@@ -5,11 +5,18 @@ from __future__ import annotations
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import tyro
 
 from rmoe.cli.models import Plugins
 from rmoe.errors import RequestError, one_line
+
+# Every MoE model type of one release of transformers, grafted and compared by tests/graft/tiny_families.py. Read as a
+# file: importing `rmoe.graft` would import torch.
+FAMILIES = Path(__file__).parents[1] / "graft" / "families.json"
+
+Rows: TypeAlias = list[dict[str, Any]]
 
 
 def run(
@@ -20,6 +27,8 @@ def run(
     width: int | None = None,
     pure: bool = False,
     seed: int = 0,
+    full: bool = False,
+    base: str | None = None,
     upcycle: bool = False,
     experts: int = 8,
     top_k: int = 2,
@@ -31,21 +40,26 @@ def run(
 ) -> None:
     """Put a recurrent router onto a pretrained MoE, or an MoE in the place of a dense model, function unchanged.
 
+    A graft is an adapter: OUT has the graft's own tensors and points to MODEL, which has to stay.
+
     Args:
         model: a model folder in safetensors, the folder of a finished run, or hf:NAME of the Hugging Face Hub; with
-            --undo, a grafted one.
+            --undo or --base, a grafted one.
         out: the folder to write, new or empty.
         router: a row of `rmoe zoo`; its recurrence is taken, the family's own gate scores.
         width: p, width of the router state; default the row's.
         pure: the gate reads the state alone. For training from scratch: this does change the function.
         seed: of the projectors' and the cell's initial values.
+        full: write a standalone folder, with a copy of MODEL's weights.
+        base: where the base of MODEL, an adapter, is now: a folder, or hf:NAME of the Hugging Face Hub. Writes an
+            adapter that finds it there, or with --undo the base.
         upcycle: MODEL is dense (Llama, Mistral, Qwen2): make an RMoE model of it whose experts are copies of its MLPs.
         experts: with --upcycle, experts of each layer.
         top_k: with --upcycle, experts for each token.
         undo: write the model that MODEL was grafted from, and check that it is that, bit for bit.
-        keep_trained: with --undo, accept a base that training has changed.
+        keep_trained: with --undo, the base as training has changed it.
         plugin: modules or files (`my_router.py`) that register the routers of MODEL.
-        list: try every MoE model type of the installed transformers and say which take a graft.
+        list: print which MoE model types of transformers take a graft.
         json: print JSON.
     """
     if list:
@@ -56,10 +70,11 @@ def run(
     if out is None:
         raise RequestError("--out", None, "a folder that is new or empty")
 
-    from rmoe.cli.models import model_folder, new_folder, set_up
-    from rmoe.graft import GraftSpec, graft_folder, undo_folder, upcycle_folder
+    from rmoe.cli.models import model_folder, set_up
+    from rmoe.graft import GraftSpec, graft_folder, move_adapter, undo_folder, upcycle_folder
+    from rmoe.places import require_writable
 
-    new_folder(out)
+    require_writable(out)
     set_up(plugin)
     model = model_folder(model)
     if upcycle:
@@ -70,12 +85,18 @@ def run(
         return
 
     if undo:
-        undone = undo_folder(model, out, keep_trained=keep_trained)
+        undone = undo_folder(model, out, keep_trained=keep_trained, base=base)
         checked = {True: "bit for bit the original", False: "base trained since", None: "original not known"}
         said = f"{out}: {undone.model_type}, {undone.removed_tensors} tensors removed, {checked[undone.verified]}"
         print(jsonlib.dumps(asdict(undone)) if json else one_line(said))
         return
-    report = graft_folder(model, out, GraftSpec.from_router(router, width=width, pure=pure, seed=seed))
+    if base is not None:
+        place = move_adapter(model, out, base)
+        found = place.path or place.hub
+        print(jsonlib.dumps({"base": found}) if json else one_line(f"{out}: an adapter of {found}"))
+        return
+    spec = GraftSpec.from_router(router, width=width, pure=pure, seed=seed)
+    report = graft_folder(model, out, spec, full=full)
     said = (
         f"{out}: {report.model_type}, {len(report.gates)} gates, {report.added_parameters:,} parameters added"
     )
@@ -83,10 +104,21 @@ def run(
 
 
 def _list(json: bool) -> None:
-    from rmoe.graft.families import markdown_table, try_families
-
-    rows = try_families()
+    table = jsonlib.loads(FAMILIES.read_text())
     if json:
-        print(jsonlib.dumps([asdict(row) for row in rows], indent=2))
+        print(jsonlib.dumps(table["families"], indent=2))
     else:
-        print(markdown_table(rows), end="")
+        print(
+            f"Tried with transformers {table['transformers']}; the first {table['promised']} are promised.\n"
+        )
+        print(markdown_table(table["families"]), end="")
+
+
+def markdown_table(rows: Rows) -> str:
+    """The rows as docs/graft.md has them, ending in a newline."""
+    lines = ["| model type | takes a graft | why not, or how far |", "|---|---|---|"]
+    lines += [
+        f"| `{row['model_type']}` | {'yes' if row['works'] else 'no'} | {row['reason'].replace('|', '/')} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"

@@ -24,6 +24,7 @@ from rmoe.errors import RequestError, RunError, one_line
 VERBS = {
     "zoo": "list every named router: stages, source, what it carries",
     "train": "train one model",
+    "probe": "what routers can do, on tasks with a known optimum, in minutes",
     "compare": "train several routers on the same data and compare them with statistics",
     "analyze": "measure the routing of a model, ours or any Hugging Face MoE",
     "graft": "put a recurrent router onto a pretrained MoE without changing its function",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -40,17 +39,3 @@ def model_folder(path: str | Path, field: str = "MODEL") -> Path:
             raise RequestError(field, str(path), "a finished run, or one of its checkpoints")
         return path / "model"
     return path
-
-
-def new_folder(out: Path) -> None:
-    """Check, before any work, that a folder can be written.
-
-    Raises:
-        RequestError: it is something else, or cannot be made.
-    """
-    above = out
-    while not os.path.lexists(above) and above != above.parent:
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "" if above == out else f" ({above} is {'read-only' if above.is_dir() else 'no folder'})"
-        raise RequestError("--out", str(out), f"a folder that can be written{why}")

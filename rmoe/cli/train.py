@@ -46,7 +46,8 @@ def run(
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         return
     unit = result.corpus.unit.replace("_", " ")
-    figures = [
-        f"{name} {value:.4f}" for name, value in (("validation", result.val), ("test", result.test)) if value
-    ]
+    measured = [("validation", result.val), ("test", result.test)]
+    if result.averaged is not None:
+        measured.append(("test of averaged weights", result.averaged.test))
+    figures = [f"{name} {value:.4f}" for name, value in measured if value]
     print(one_line(f"{result.router}: {', '.join(figures)} {unit}; model in {result.model}"))

@@ -23,12 +23,13 @@ from rmoe.compare.statistics import MARGIN_BITS
 from rmoe.compare.summary import chosen_sweep, summarise, sweep_points
 from rmoe.compare.timing import time_alone
 from rmoe.errors import RequestError, RunError
+from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.report import table
 from rmoe.report.analysis_schema import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
 from rmoe.report.charts.chart import counted
 from rmoe.report.page import write_report
-from rmoe.routing.zoo import ZOO
+from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
 from rmoe.training.result import Corpus, Hardware, RunResult, Versions
 
@@ -119,6 +120,7 @@ def compare(
         RunError: interrupted, or no run of a router finished; the same command goes on.
     """
     options = options or Options()
+    require_writable(out)
     if lengths:
         config = with_branch_points(config, lengths)
     if match_logits is not None:
@@ -189,7 +191,7 @@ def _plan(
     from rmoe.training.build import load_plugins
 
     load_plugins(config.plugin)
-    names = plans.named_routers(routers)
+    names = select(routers)
     baseline = baseline or ("smoe" if "smoe" in names else names[0])
     if baseline not in names:
         raise RequestError("--baseline", baseline, f"one of the routers compared: {', '.join(names)}")

@@ -23,7 +23,7 @@ from rmoe.compare.schema import SweepValue, run_key
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.records import Record, read_record, write_record
-from rmoe.routing.zoo import ZOO, find
+from rmoe.routing.zoo import find
 from rmoe.training.config import RunConfig
 
 COMPARISON, RESULTS, SUMMARY, ANALYSIS = "comparison.json", "results.jsonl", "summary.json", "analysis.json"
@@ -109,22 +109,6 @@ class Plan:
         for name, value in (self.changes.get(router, {}) | point).items():
             config = config.with_setting(name, value)
         return config.with_setting("logging.test", not self.sweep)
-
-
-def named_routers(asked: Iterable[str]) -> tuple[str, ...]:
-    """Router names without repetition; `all` is the whole zoo.
-
-    Raises:
-        RequestError: no such router, or none at all.
-    """
-    names: dict[str, None] = {}
-    for name in asked:
-        for one in ZOO if name == "all" else (name,):
-            find(one)
-            names[one] = None
-    if not names:
-        raise RequestError("--routers", "", "names from `rmoe zoo`, separated by commas, or all")
-    return tuple(names)
 
 
 def parse_sweep(config: RunConfig, asked: Sequence[str]) -> dict[str, tuple[SweepValue, ...]]:

@@ -155,6 +155,9 @@ class Difference(Record, frozen=True, kw_only=True):
     p_sequential: float | None = None  # with looks: `p` and `p_holm` are of one look, this one of all so far
     equivalence: Equivalence | None = None
     power: Power | None = None
+    text_interval: Interval | None = (
+        None  # over stretches of the test text: what more of it would give these models
+    )
     verdict: Verdict
 
 
@@ -212,6 +215,7 @@ class RouterSummary(Record, frozen=True, kw_only=True):
     initial_logit_std: float | None = None  # mean over layers and seeds, as training starts
     layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)  # means over seeds
     equal_time: EqualTime | None = None
+    averaged: Difference | None = None  # between averaged weights, where both have them
     gate: Literal["better", "not better"] | None = None  # at this size and at the other one
 
 

@@ -80,7 +80,12 @@ def sequential_p(p_values: Sequence[float], looks: Looks) -> float:
     >>> round(sequential_p([nominal_levels(0.05, looks)[0], 0.5], looks), 6)
     0.05
     """
-    return min((_at_look(p, index, looks) for index, p in enumerate(p_values)), default=1.0)
+    smallest = 1.0
+    for index, p in enumerate(p_values):
+        # One recursion tells whether this look crossed at a smaller level; finding that level takes dozens.
+        if smallest == 1.0 or p < nominal_levels(smallest, looks)[index]:
+            smallest = min(smallest, _at_look(p, index, looks))
+    return smallest
 
 
 @lru_cache(maxsize=4096)

@@ -26,6 +26,7 @@ from rmoe.compare.schema import (
     Power,
     Split,
     Spread,
+    TextLosses,
     Unit,
     Verdict,
 )
@@ -74,6 +75,30 @@ def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> 
     result = stats.ttest_1samp(differences, 0.0)
     interval = result.confidence_interval(confidence)
     return Interval(low=float(interval.low), high=float(interval.high)), float(result.pvalue)
+
+
+STRETCHES = 250  # of the test text: long enough that neighbours hardly depend on each other
+
+
+def text_interval(
+    mine: Sequence[TextLosses], theirs: Sequence[TextLosses], confidence: float = CONFIDENCE
+) -> Interval | None:
+    """t interval of the difference over stretches of text, in bits per token, the mean over pairs in each stretch.
+
+    It says what more text of this kind would give the same models, nothing about training them again.
+
+    Args:
+        mine, theirs: pair by pair, over the same text.
+    """
+    if not mine or len({(one.blocks, one.targets, len(one.nats)) for one in (*mine, *theirs)}) > 1:
+        return None
+    nats = np.mean([np.subtract(a.nats, b.nats) for a, b in zip(mine, theirs, strict=True)], axis=0)
+    count = min(STRETCHES, len(nats))
+    if count < 2:
+        return None
+    per_target = len(nats) / mine[0].targets / math.log(2)
+    bits_per_token = np.array([part.mean() for part in np.array_split(nats, count)]) * per_target
+    return t_interval(bits_per_token.tolist(), confidence)[0]
 
 
 def equivalence_p(differences: Sequence[float], margin: float) -> float:
@@ -228,7 +253,7 @@ def compare_to_baseline(
             p_sequential=None if looks is None else p_used[name],
             equivalence=Equivalence(margin=margin, p=p_equal[name], p_holm=p_equal_holm[name]),
             power=Power(difference=REFERENCE_BITS, power=POWER, seeds=seeds_needed(sd)),
-            verdict=_verdict(found.mean, p_holm[name], p_equal_holm[name], 1 - confidence),
+            verdict=verdict_of(found.mean, p_holm[name], p_equal_holm[name], 1 - confidence),
         )
 
     return {name: judge(name) for name in paired}
@@ -264,7 +289,8 @@ def _difference(by_seed: dict[int, float], unit: Unit, split: Split) -> Differen
     )
 
 
-def _verdict(mean: float, p_differs: float, p_equal: float, level: float) -> Verdict:
+def verdict_of(mean: float, p_differs: float, p_equal: float, level: float) -> Verdict:
+    """What two p values decide at a level; lower is better."""
     differs, equal = p_differs < level, p_equal < level
     if differs and equal:
         return "better by less than the margin" if mean < 0 else "worse by less than the margin"

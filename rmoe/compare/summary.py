@@ -141,6 +141,10 @@ def summarise(
         )
         for name in dict.fromkeys(row.router for row in rows)
     ]
+    between_averages = statistics.compare_to_baseline(
+        _averaged(judged, split), baseline, unit, split, margin, confidence, looks
+    )
+    routers = [msgspec.structs.replace(r, averaged=between_averages.get(r.router)) for r in routers]
     law, said = _law(branches, judged, baseline, split)
     if law is not None:
         in_bits = {
@@ -221,6 +225,9 @@ def _router(
 ) -> RouterSummary:
     """One row of the table, from a router's finished runs at its chosen sweep point."""
     mine = sorted(judged, key=lambda row: row.seed)
+    if difference is not None and difference.split == "test":
+        over_text = _text_interval(mine, against)
+        difference = msgspec.structs.replace(difference, text_interval=over_text)
     shared = set.intersection(*(set(row.curves) for row in mine)) if mine else set()
     curves = {name: band([row.curves[name] for row in mine]) for name in sorted(shared)}
     return RouterSummary(
@@ -239,6 +246,27 @@ def _router(
         initial_logit_std=_initial_logit_std(mine),
         layer_curves=_layer_curves(mine),
     )
+
+
+def _text_interval(mine: Sequence[ResultRow], against: Mapping[int, ResultRow]) -> Interval | None:
+    """Of a text whose tokens are bytes or the like; perplexities per word have no losses per token."""
+    pairs = [(row.test_losses, against[row.seed].test_losses) for row in mine if row.seed in against]
+    known = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    if len(known) < len(pairs) or any(row.corpus.unit != "bits_per_byte" for row in mine):
+        return None
+    return statistics.text_interval([ours for ours, _ in known], [theirs for _, theirs in known])
+
+
+def _averaged(judged: Sequence[ResultRow], split: Split) -> dict[str, dict[int, float]]:
+    """Router -> seed -> figure of the averaged weights."""
+    figures: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in judged:
+        if row.averaged is None:
+            continue
+        figure = row.averaged.test if split == "test" else row.averaged.val
+        if figure is not None:
+            figures[row.router][row.seed] = figure
+    return figures
 
 
 def _initial_logit_std(rows: Sequence[ResultRow]) -> float | None:
@@ -368,6 +396,9 @@ def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], con
             f"Verdicts use p values corrected over all routers (Holm); intervals are {confidence:.0%} each, "
             "not corrected."
         )
+    codes = dict.fromkeys(row.versions.code for row in rows if row.status == "finished")
+    if len(codes) > 1:
+        notes.append(f"The runs were made by {len(codes)} versions of the code: {', '.join(codes)}.")
     for row in rows:
         if row.status == "failed":
             notes.append(f"{row.key} failed and is left out: {row.error}")

@@ -197,13 +197,16 @@ KINDS: tuple[type[Task], ...] = (Choice, Labelled, Instruction, Question, Passag
 T = TypeVar("T", bound=Task)
 
 
-def read_tasks(path: Path, kind: type[T], labels: Collection[int | str] | None = None) -> list[T]:
+def read_tasks(
+    path: Path, kind: type[T], labels: Collection[int | str] | None = None, field: str = "--data"
+) -> list[T]:
     """All items of a task file.
 
     Args:
         path: JSON lines, a JSON array (both also `.gz`), csv or parquet.
         kind: what each row holds.
         labels: classification: the labels of the training set; another label is an error. None takes any.
+        field: the option that named the file, for errors.
 
     Raises:
         RequestError: the file is missing, unreadable, empty, or a row is not JSON, lacks a key, has one of the wrong
@@ -211,7 +214,7 @@ def read_tasks(path: Path, kind: type[T], labels: Collection[int | str] | None =
     """
     items: list[T] = []
     allowed = f"an object with {described(kind)}"
-    for row in rows_of(expand(path, "--data"), allowed, columns_of(kind)):
+    for row in rows_of(expand(path, field), allowed, columns_of(kind), field=field):
         try:
             item = kind.of(row.values if row.typed else _read_cells(row, kind))
             problem = item.problem()

@@ -212,12 +212,14 @@ def read_documents(path: Path, field: str) -> Iterator[bytes]:
             raise RequestError(row.where, str(error), allowed) from None
 
 
-def rows_of(path: Path, allowed: str, columns: set[str] | None = None, prefix: str = "") -> Iterator[Row]:
-    """See `rmoe.data.rows.read_rows`."""
-    return read_rows(path, read_bytes(path), allowed, columns, prefix)
+def rows_of(
+    path: Path, allowed: str, columns: set[str] | None = None, prefix: str = "", field: str = "data.path"
+) -> Iterator[Row]:
+    """See `rmoe.data.rows.read_rows`; `field` is what named the file, for errors about the whole of it."""
+    return read_rows(path, read_bytes(path, field), allowed, columns, prefix)
 
 
-def read_bytes(path: Path) -> Iterator[bytes]:
+def read_bytes(path: Path, field: str = "data.path") -> Iterator[bytes]:
     """A file's bytes in pieces, unpacked if `.gz`.
 
     Raises:
@@ -233,11 +235,11 @@ def read_bytes(path: Path) -> Iterator[bytes]:
                     limit = (
                         f"at most {MAX_UNPACKED_BYTES} bytes when unpacked (unpack it yourself to use more)"
                     )
-                    raise RequestError("data.path", str(path), limit)
+                    raise RequestError(field, str(path), limit)
                 yield chunk
     except (OSError, EOFError, zlib.error) as error:
         kind = "a whole gzip file" if packed else "a readable file"
-        raise RequestError("data.path", str(path), f"{kind} ({error})") from error
+        raise RequestError(field, str(path), f"{kind} ({error})") from error
 
 
 def _first(chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:

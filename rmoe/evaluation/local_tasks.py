@@ -60,7 +60,7 @@ def local_task(name: str, file: Path, folder: Path) -> dict[str, Any]:
     if name not in LOCAL:
         raise RequestError("--tasks", f"{name}={file}", f"a file for one of {', '.join(LOCAL)}")
     kind, columns = LOCAL[name]
-    rows = [columns(item) for item in read_tasks(file, kind)]
+    rows = [columns(item) for item in read_tasks(file, kind, field="--tasks")]
     written = folder / f"{name}.jsonl"
     written.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return _shipped(name) | {

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from rmoe.compat import model_classes
 from rmoe.data.tasks import Labelled
 from rmoe.errors import RequestError
-from rmoe.model.loading import register
 from rmoe.model.weights import open_weights
 
 _HEADS = ("score.", "lm_head.")
@@ -27,9 +27,8 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
         RequestError: as `rmoe.load`; or the family has no classifier; or any weight but a head's does not fit.
     """
     open_weights(path)
-    register(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+    if AutoModelForSequenceClassification not in dict(model_classes(type(config))):
         raise RequestError("model", config.model_type, "a family with a sequence classifier in transformers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -43,10 +43,12 @@ from rmoe.finetune.instructions import (
 )
 from rmoe.finetune.lora import with_lora
 from rmoe.finetune.parts import choose_trained
+from rmoe.graft.adapter import strip
 from rmoe.graft.attach import is_grafted
-from rmoe.graft.folder import keep_originals
+from rmoe.graft.base import base_digest
+from rmoe.graft.undo import keep_originals
 from rmoe.model.weights import open_weights, tensor_sha256
-from rmoe.places import expand
+from rmoe.places import expand, require_writable
 from rmoe.records import Record, read_record, write_record
 from rmoe.training import run_folder
 from rmoe.training.checkpoint import CheckpointStore, sha256
@@ -140,6 +142,7 @@ def finetune(
         RequestError: the request is wrong; nothing was written.
         RunError: the run failed; it says what is saved.
     """
+    require_writable(out)
     if not resume:
         run_folder.refuse_used(out)
     disable_progress_bar()
@@ -176,8 +179,7 @@ def finetune(
         trainer = _train(job, run, request, out, place, resume, progress)
         model = _merged(trainer.model, out, bool(config.lora_rank))
         _restore_dtypes(model, dtypes)
-        keeps = is_grafted(model) and config.train != "all"
-        publish_model(out, model, tokenizer, (lambda folder: _complete(source, folder)) if keeps else None)
+        publish_model(out, model, tokenizer, lambda folder: _complete(source, folder, out, model, config))
         result = FinetuneResult(
             model=str(out / run_folder.MODEL),
             steps=trainer.state.global_step,
@@ -197,7 +199,7 @@ def finetune(
 
 def _instruction_job(source: Path, data: Path, config: FinetuneConfig, tokenizer: Any) -> Job:
     items = read_tasks(data, Instruction)
-    valid = [] if config.valid is None else read_tasks(config.valid, Instruction)
+    valid = [] if config.valid is None else read_tasks(config.valid, Instruction, field="--valid")
     model = load_language_model(source)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     require_rows(model, tokenizer, source, tokenizer.eos_token_id, pad)
@@ -248,7 +250,7 @@ def _answer_loss(model: nn.Module, sequences: PackedExamples) -> Evaluation:
 def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokenizer: Any) -> Job:
     items = read_tasks(data, Labelled)
     labels = label_set(items)
-    valid = [] if config.valid is None else read_tasks(config.valid, Labelled, labels)
+    valid = [] if config.valid is None else read_tasks(config.valid, Labelled, labels, field="--valid")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise RequestError("model", str(source), "a tokenizer with a padding or end-of-text token")
@@ -341,14 +343,17 @@ def _restore_dtypes(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> N
         parameter.data = parameter.data.to(dtypes[name])
 
 
-def _complete(source: Path, folder: Path) -> None:
-    """Keep in a trained graft's folder what is needed to undo it exactly."""
-    keep_originals(source, folder)
+def _complete(source: Path, folder: Path, out: Path, model: PreTrainedModel, config: FinetuneConfig) -> None:
+    """Make the trained model's folder an adapter again if it came from one, or keep what undoes it exactly."""
+    if base_digest(source) is not None:
+        strip(folder, model, out / run_folder.MODEL)
+    elif is_grafted(model) and config.train != "all":
+        keep_originals(source, folder)
 
 
 def _model_sha256(source: Path) -> str:
     weights = open_weights(source)
-    hasher = hashlib.sha256()
+    hasher = hashlib.sha256((base_digest(source) or "").encode())
     for name, tensor in weights.tensors():
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor_sha256(tensor.reshape(-1)[:64]).encode())

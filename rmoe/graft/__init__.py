@@ -3,12 +3,14 @@
 Importing this makes grafted folders known to transformers' Auto classes.
 """
 
-from rmoe.graft.attach import attach, graft
-from rmoe.graft.auto import GraftConfig
+from rmoe.graft.adapter import move_adapter, save_adapter
+from rmoe.graft.attach import attach
+from rmoe.graft.auto import GraftConfig, graft
 from rmoe.graft.discover import RoutedStack, find_routed_stack
-from rmoe.graft.folder import GraftReport, UndoReport, graft_folder, keep_originals, undo_folder
+from rmoe.graft.folder import GraftReport, graft_folder
 from rmoe.graft.modules import GraftedGate, GraftedLayer, RecurrentOffset, RouterStream
 from rmoe.graft.spec import GraftSpec
+from rmoe.graft.undo import UndoReport, keep_originals, undo_folder
 from rmoe.graft.upcycle import upcycle, upcycle_folder
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "graft",
     "graft_folder",
     "keep_originals",
+    "move_adapter",
+    "save_adapter",
     "undo_folder",
     "upcycle",
     "upcycle_folder",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rmoe.compat import is_replica
 from rmoe.errors import RequestError
 from rmoe.graft.discover import RoutedStack, find_routed_stack
 from rmoe.graft.modules import (
@@ -25,41 +26,8 @@ from rmoe.routing.initial import Initialized
 from rmoe.routing.recurrence import SharedRecurrence
 from rmoe.routing.spec import Geometry
 
-Model = TypeVar("Model", bound=PreTrainedModel)
-
 CELL = "router_cell"
 OFFSET = "router_offset"
-
-
-def graft(
-    model: Model, router: str | GraftSpec = "rmoe", *, width: int | None = None, pure: bool = False
-) -> Model:
-    """Put a recurrent router onto a pretrained MoE, in place, without changing its function.
-
-    Each gate is called with `x + B_i h_i`, `B_i = 0`; its weights and all that its family does with its scores
-    stay as they are, and the experts still read `x`. The model's class becomes a subclass of its own, whose
-    `save_pretrained` writes a folder that `rmoe.load` and, after `import rmoe.graft`, transformers' Auto classes
-    read.
-
-    Args:
-        model: any transformers MoE whose layers pass hidden states on one by one; see `rmoe graft --list`.
-        router: a zoo row, whose recurrence is taken, or the whole graft.
-        width: `p`, if it is to differ from the row's.
-        pure: the gate reads `B_i h_i` alone.
-
-    Returns:
-        The same object.
-
-    Raises:
-        RequestError: a dense model, no gate beside the experts, already grafted, a row without recurrence, p <= 0.
-    """
-    from rmoe.graft.auto import adopt
-
-    if is_grafted(model):
-        raise RequestError("model", model.config.model_type, "a model without a graft")
-    spec = router if isinstance(router, GraftSpec) else GraftSpec.from_router(router, width=width, pure=pure)
-    attach(model, spec)
-    return adopt(model, spec)
 
 
 def attach(model: PreTrainedModel, spec: GraftSpec) -> RoutedStack:
@@ -126,7 +94,7 @@ def _placed(module: nn.Module, like: Tensor) -> nn.Module:
 
 def _rebind_replica(backbone: nn.Module, args: Any) -> None:
     """In a replica of `nn.DataParallel`, point the gates at the replica's own cell."""
-    if getattr(backbone, "_is_replica", False):
+    if is_replica(backbone):
         for module in backbone.modules():
             if isinstance(module, GraftedGate | GraftedLayer):
                 module.owner = CellOwner(backbone)

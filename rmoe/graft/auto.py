@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from rmoe.compat import announce_causal_lm
+from rmoe.compat import announce_causal_lm, is_loaded
 from rmoe.errors import RequestError
+from rmoe.graft.attach import attach, is_grafted
+from rmoe.graft.base import GRAFT_MODEL_TYPE, GRAFT_SECTION, POINTER
+from rmoe.graft.join import JoinsBase
 from rmoe.graft.modules import reduce_as
 from rmoe.graft.spec import GraftSpec
 from rmoe.model.initialize import initialize_missing
@@ -30,13 +32,40 @@ from rmoe.routing.initial import Initialized
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-GRAFT_MODEL_TYPE = "rmoe_graft"
-GRAFT_SECTION = "rmoe_graft"
 CLASS_PREFIX = "Grafted"
 
 # See `rmoe.model.sharing`. The configuration alone is enough: reading it registers the model classes.
 AUTO_MAP = {"AutoConfig": "configuration_rmoe_graft.GraftConfig"}
 CODE = {"configuration_rmoe_graft.py": "from rmoe.graft import GraftConfig\n"}
+
+
+def graft(
+    model: Model, router: str | GraftSpec = "rmoe", *, width: int | None = None, pure: bool = False
+) -> Model:
+    """Put a recurrent router onto a pretrained MoE, in place, without changing its function.
+
+    Each gate is called with `x + B_i h_i`, `B_i = 0`; its weights and all that its family does with its scores
+    stay as they are, and the experts still read `x`. The model's class becomes a subclass of its own, whose
+    `save_pretrained` writes a standalone folder that `rmoe.load` and, after `import rmoe.graft`, transformers' Auto
+    classes read. `save_adapter` writes an adapter.
+
+    Args:
+        model: any transformers MoE whose layers pass hidden states on one by one; see `rmoe graft --list`.
+        router: a zoo row, whose recurrence is taken, or the whole graft.
+        width: `p`, if it is to differ from the row's.
+        pure: the gate reads `B_i h_i` alone.
+
+    Returns:
+        The same object.
+
+    Raises:
+        RequestError: a dense model, no gate beside the experts, already grafted, a row without recurrence, p <= 0.
+    """
+    if is_grafted(model):
+        raise RequestError("model", model.config.model_type, "a model without a graft")
+    spec = router if isinstance(router, GraftSpec) else GraftSpec.from_router(router, width=width, pure=pure)
+    attach(model, spec)
+    return adopt(model, spec)
 
 
 class GraftConfig(PreTrainedConfig):
@@ -98,8 +127,8 @@ def grafted_model_class(
     """A family's model class that puts the graft of its configuration on when it is made."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        from rmoe.graft.attach import attach, is_grafted
-
+        if POINTER in getattr(config, GRAFT_SECTION):
+            config = _without_pointer(config)
         base.__init__(self, config, *args, **kwargs)
         if not is_grafted(self):  # a classifier makes its backbone through AutoModel, which has grafted it
             attach(self, GraftSpec.from_dict(getattr(config, GRAFT_SECTION)))
@@ -109,11 +138,12 @@ def grafted_model_class(
         if kwargs.get("is_main_process", True):
             write_auto_code(Path(save_directory), CODE, AUTO_MAP)
 
-    def _init_weights(self: Any, module: nn.Module) -> None:
-        if isinstance(module, Initialized):
-            initialize_missing(module, self.config.initializer_range)
-        else:
-            base._init_weights(self, module)
+    def initialize_weights(self: Any) -> None:
+        # The backbone, a model of its own, knows nothing of the graft's modules in it.
+        ours = [m for m in self.modules() if isinstance(m, Initialized) and not is_loaded(m)]
+        base.initialize_weights(self)
+        for module in ours:
+            initialize_missing(module, std=0.0)  # they name all their rules
 
     body = {
         # The family's module: by it transformers tells its own models, whose weights it converts, from others.
@@ -122,9 +152,17 @@ def grafted_model_class(
         "save_pretrained": save_pretrained,
         "__reduce_ex__": reduce_as(_model_class, base, config_class.__bases__[0]),
         "config_class": config_class,
-        "_init_weights": _init_weights,
+        "initialize_weights": initialize_weights,
     }
-    return type(CLASS_PREFIX + base.__name__, (NonReentrant, base), body)
+    return type(CLASS_PREFIX + base.__name__, (NonReentrant, JoinsBase, base), body)
+
+
+def _without_pointer(config: Any) -> Any:
+    """A model in memory is whole: what writes its configuration beside all its weights must not call it an adapter."""
+    config = copy.copy(config)
+    section = getattr(config, GRAFT_SECTION)
+    setattr(config, GRAFT_SECTION, {name: value for name, value in section.items() if name != POINTER})
+    return config
 
 
 def _model_class(base: type[PreTrainedModel], config_base: type[PreTrainedConfig]) -> type[PreTrainedModel]:

@@ -41,7 +41,7 @@ class RMoEConfig(PreTrainedConfig):
     `norm_type="layernorm"`, `hidden_act="relu"`, `mlp_gated=False`; RoPE stands in for that model's learned
     relative positions and there are no cached segments: a deviation.
 
-    Args:
+    Attributes:
         vocab_size: rows of the embedding.
         hidden_size: `d`.
         intermediate_size: width of dense layers; None is `num_experts_per_tok * moe_intermediate_size`.
@@ -53,7 +53,8 @@ class RMoEConfig(PreTrainedConfig):
         num_experts, num_experts_per_tok: `E` and `k`.
         num_shared_experts: experts of `moe_intermediate_size` that every token visits, unweighted.
         hidden_act, mlp_gated: `W_down (act(W_gate x) * W_up x)`, or `W_down act(W_up x)` when not gated.
-        norm_position: "pre" or "post" the residual addition. norm_type: "rmsnorm" or "layernorm".
+        norm_position: "pre" or "post" the residual addition.
+        norm_type: "rmsnorm" or "layernorm".
         hidden_dropout: on the embedding and on what attention and MLP add to the stream.
         attention_dropout: on attention weights.
         router: name of a zoo row, or a `RouterSpec` as a dict; stored as the dict.

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     ExpertsInterface,
-    _default_apply_gate,
     batched_mm_experts_forward,
     grouped_mm_experts_forward,
 )
 
+from rmoe.compat import has_default_gate, plain_forward
 from rmoe.errors import RequestError
 
 aten = torch.ops.aten
@@ -240,7 +240,7 @@ def _sorted_mm(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 def supports_sorted_mm(experts: Any) -> bool:
     """Whether `sorted_mm` computes what these experts mean."""
     special = experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False)
-    default_gate = type(experts)._apply_gate is _default_apply_gate and experts.is_concatenated
+    default_gate = has_default_gate(experts) and experts.is_concatenated
     return not special and (default_gate or not experts.has_gate) and experts.config.hidden_act in ACTIVATIONS
 
 
@@ -348,7 +348,7 @@ def auto_experts_forward(
         if supports_sorted_mm(self):
             return _sorted_mm(self, hidden_states, top_k_index, top_k_weights)
         choice = "eager"
-    function = EXPERTS.get_interface(choice, type(self).forward.__wrapped__)
+    function = EXPERTS.get_interface(choice, plain_forward(self))
     return function(self, hidden_states, top_k_index, top_k_weights)
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rmoe.compat import is_split_by_plan
+
 IGNORED = -100
 """transformers' `ignore_index`."""
 
@@ -125,7 +127,7 @@ class LMHead(nn.Linear):
     @property
     def gives_loss(self) -> bool:
         """Not under tensor parallelism: each process has a part of the vocabulary, and the plan's output is logits."""
-        return not getattr(self, "_is_hooked", False)
+        return not is_split_by_plan(self)
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, items: Tensor | int | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rmoe.compat import is_loaded
 from rmoe.routing.initial import fill, initializers_of, keyed_generator, own_tensors
 from rmoe.routing.training_state import TrainingState
 
@@ -38,14 +39,10 @@ def initialize_missing(module: nn.Module, std: float) -> None:
     """First values for a module's own parameters and buffers that no checkpoint has filled."""
     rules = initializers_of(module, std)
     for name, tensor in own_tensors(module, rules):
-        if not _is_loaded(tensor):
+        if not is_loaded(tensor):
             rules[name](tensor, None)
     if isinstance(module, TrainingState):
-        module.restart(_is_loaded)
-
-
-def _is_loaded(tensor: Tensor) -> bool:
-    return bool(getattr(tensor, "_is_hf_initialized", False))
+        module.restart(is_loaded)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

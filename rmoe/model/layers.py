@@ -12,6 +12,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from rmoe.compat import accept_empty_slots
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.experts import EXPERTS
 from rmoe.model.norm import RMSNorm
@@ -105,7 +106,7 @@ class RMoESparseMoeBlock(nn.Module):
         self.gate = build_router(spec, config.router_geometry(layer_index))
         self.experts: Any = (GatedExperts if config.mlp_gated else UngatedExperts)(config)
         if spec.leaves_empty_slots:
-            self.experts._is_expert_parallel = True  # transformers' name for "index E is an empty slot"
+            accept_empty_slots(self.experts)
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = DenseMLP(config, width) if width else None
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 import rmoe.model  # noqa: F401 - registers RMoE with the Auto classes
+from rmoe.compat import model_classes
 from rmoe.errors import RequestError
-from rmoe.model.weights import CONFIG, open_weights, read_json
+from rmoe.model.weights import open_weights
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-
-# model_type -> module whose import registers it
-_REGISTERED_BY = {"rmoe_graft": "rmoe.graft"}
 
 
 def load(
@@ -26,17 +21,23 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    base: str | Path | None = None,
+    verify: bool = False,
     **changes: Any,
 ) -> PreTrainedModel:
     """Load a model folder: RMoE, grafted, or any other transformers model.
 
     The class is the one that was saved. Weights come from safetensors only, keep the dtype they have on disk, and
-    must be exactly the model's: transformers itself fills a missing weight with random numbers and a warning.
+    must be exactly the model's: transformers itself fills a missing weight with random numbers and a warning. A graft
+    that is an adapter is joined with its base, after a check that the base is the one it was made from.
 
     Args:
         path: a model folder, or an id of the Hugging Face Hub.
         dtype: "auto" keeps the saved dtype.
         device: where the model goes, default the CPU.
+        base: where an adapter's base is, if not where the adapter says: a folder, or a name of the Hub.
+        verify: compare all bytes of an adapter's base with its digest. Without it names, dtypes and shapes of all
+            tensors and a sample of their bytes are compared (`rmoe.model.weights.sample_digest`).
         changes: fields of the configuration with other values than the saved ones (`router_aux_loss_coef=0.0`,
             `norm_topk_prob=False`), or how it is computed: `attn_implementation`, `experts_implementation`.
 
@@ -45,12 +46,12 @@ def load(
 
     Raises:
         RequestError: no such folder, no weights, pickled weights, an unknown model type, weights that do not fit, a
-            change of a field that the configuration has not, or to a value it cannot have.
+            base that is missing or another model, a change of a field that the configuration has not, or to a value
+            it cannot have.
     """
     folder = Path(path)
     if folder.exists():
         open_weights(folder)
-        register(folder)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # None would ask on the terminal
     except RequestError:
@@ -59,8 +60,15 @@ def load(
         raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from error
     computed = {name: changes.pop(name) for name in _IMPLEMENTATIONS if name in changes}
     config = _changed(config, changes)
+    model_class = _model_class(config)
+    if base is not None or verify:
+        if not hasattr(model_class, "graft_base"):
+            raise RequestError(
+                "base", base and str(base), f"nothing: a {config.model_type} model has no base"
+            )
+        computed |= {"base": base, "verify": verify}
     try:
-        model, report = _model_class(config).from_pretrained(
+        model, report = model_class.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -100,20 +108,8 @@ def _changed(config: Any, changes: dict[str, Any]) -> Any:
         ) from error
 
 
-def register(folder: Path) -> None:
-    """Make the model type of a folder known to transformers' Auto classes."""
-    model_type = read_json(folder / CONFIG).get("model_type")
-    if isinstance(model_type, str) and model_type in _REGISTERED_BY:
-        import_module(_REGISTERED_BY[model_type])
-
-
 def _model_class(config: Any) -> Any:
     """The class whose name was saved, among those any Auto class has for this configuration."""
     name = (config.architectures or [None])[0]
-    for auto_name in modeling_auto.__all__:
-        mapping = getattr(getattr(transformers, auto_name), "_model_mapping", None)
-        found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
-        for model_class in found if isinstance(found, tuple) else (found,):
-            if model_class.__name__ == name:
-                return model_class
-    return AutoModelForCausalLM
+    found = (model_class for _, model_class in model_classes(type(config)))
+    return next((model_class for model_class in found if model_class.__name__ == name), AutoModelForCausalLM)

@@ -208,7 +208,7 @@ class RMoEModel(RMoEPreTrainedModel):
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds.
-            TypeError: a keyword that nothing here reads; both names of the cache.
+            TypeError: a keyword that nothing here reads.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -223,7 +223,9 @@ class RMoEModel(RMoEPreTrainedModel):
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
-        seen = cache.get_seq_length() if cache is not None else 0
+        # Continuous batching packs requests into one row: its cache has no length, and its mask no padding.
+        packed = cache is not None and not hasattr(cache, "get_seq_length")
+        seen = 0 if cache is None or packed else cache.get_seq_length()
         own_mask = attention_mask
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
@@ -236,7 +238,7 @@ class RMoEModel(RMoEPreTrainedModel):
             position_ids=position_ids,
             **{CACHE: cache},
         )
-        context = self._context(input_ids, embeds, attention_mask, seen)
+        context = self._context(input_ids, embeds, None if packed else attention_mask, seen)
         hidden = self.dropout(embeds)
         rotary = self.rotary_emb(hidden, position_ids)
         state: State = ()
@@ -452,7 +454,7 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
         Args:
             labels: `[B]` int64 (one class), `[B]` or `[B, num_labels]` float (regression), `[B, num_labels]` float
                 of 0 and 1 (several classes at once).
-            num_items_in_batch: examples of the whole optimizer step; both losses then enter `loss` with this call's
+            num_items_in_batch: labels of the whole optimizer step; both losses then enter `loss` with this call's
                 share of them.
             kwargs: the trunk's.
         """
@@ -483,8 +485,8 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
                 logits=logits, labels=labels, pooled_logits=pooled, config=self.config
             )
             balance = balance.to(task_loss.dtype)
-            examples = torch.ones(logits.shape[0], device=logits.device)
-            loss = (task_loss + balance) * _share(examples, num_items_in_batch)
+            # Trainer counts a batch's labels, which with several for an example are more than its examples.
+            loss = (task_loss + balance) * _share(labels.ne(IGNORED), num_items_in_batch)
         return RMoESequenceClassifierOutput(
             loss=loss,
             logits=logits,

@@ -18,6 +18,11 @@ from rmoe.errors import RequestError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = (
+    "graft.safetensors"  # of a folder that holds only what its model adds to, or changes in, a base elsewhere
+)
+
+SAMPLE_WHOLE, SAMPLE_BLOCK = 2**20, 2**12  # bytes; see `sample_digest`
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -43,7 +48,7 @@ class WeightFolder:
 
 
 def open_weights(path: Path) -> WeightFolder:
-    """Find and check the weight files of a model folder.
+    """Find and check the weight files of a model folder; of an adapter its own, without its base's.
 
     Raises:
         RequestError: no such folder, no configuration, no weights, pickled weights, a file that the index names
@@ -55,6 +60,8 @@ def open_weights(path: Path) -> WeightFolder:
         files = [WEIGHTS]
     elif (path / INDEX).is_file():
         files = sorted(set(_weight_map(path / INDEX).values()))
+    elif (path / ADAPTER).is_file():
+        files = [ADAPTER]
     else:
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
         held = f"{pickles[0]}, a pickle, which can run code when read" if pickles else "no weights"
@@ -64,12 +71,21 @@ def open_weights(path: Path) -> WeightFolder:
             raise RequestError(
                 "model", str(path / file), f"a file in the folder of the {INDEX} that names it"
             )
-        try:
-            with safe_open(path / file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise RequestError("model", str(path / file), f"a safetensors file ({error})") from None
+        require_safetensors(path / file)
     return WeightFolder(path, tuple(files))
+
+
+def require_safetensors(path: Path) -> None:
+    """Check that a file is a whole safetensors file, by its header.
+
+    Raises:
+        RequestError: it is missing, cut, or something else.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise RequestError("model", str(path), f"a safetensors file ({error})") from None
 
 
 def write_index(weights: WeightFolder) -> None:
@@ -86,6 +102,49 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """One sha256 over the names, dtypes, shapes and bytes of tensors, whatever files they are in."""
     each = {name: [str(t.dtype), list(t.shape), tensor_sha256(t)] for name, t in tensors}
     return hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()
+
+
+def layout_digest(weights: WeightFolder) -> str:
+    """One sha256 over the names, dtypes and shapes of all tensors, whatever files they are in."""
+    layout = {name: [entry["dtype"], entry["shape"]] for _, _, name, entry in _entries(weights)}
+    return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
+
+
+def sample_digest(weights: WeightFolder) -> str:
+    """One sha256 over a sample of all tensors' bytes: seconds for a model whose `digest` takes minutes.
+
+    A tensor of up to 1 MiB (gates, norms, biases) is read whole, a larger one in four blocks of 4 KiB: its first, its
+    last and two between.
+    """
+    each: dict[str, str] = {}
+    for file, start, name, entry in _entries(weights):
+        begin, end = entry["data_offsets"]
+        hasher = hashlib.sha256()
+        with open(weights.path / file, "rb", buffering=0) as stream:
+            for offset, size in _blocks(end - begin):
+                stream.seek(start + begin + offset)
+                hasher.update(stream.read(size))
+        each[name] = hasher.hexdigest()
+    return hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()
+
+
+def _entries(weights: WeightFolder) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
+    """(file, where its data starts, tensor's name, dtype and shape and offsets), from the safetensors headers."""
+    for file in weights.files:
+        with open(weights.path / file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield file, 8 + size, name, entry
+
+
+def _blocks(size: int) -> list[tuple[int, int]]:
+    """(offset, size) of what `sample_digest` reads of a tensor of so many bytes."""
+    if size <= SAMPLE_WHOLE:
+        return [(0, size)]
+    last = size - SAMPLE_BLOCK
+    return [(last * part // 3, SAMPLE_BLOCK) for part in range(4)]
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -17,11 +17,11 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
+from rmoe.compat import FakeTensorMode, grouped_products_in_python, storage_key
 from rmoe.errors import RequestError, one_line
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
 
@@ -208,12 +208,9 @@ def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> _Saved:
     entering: list[tuple[int, int]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = (
-                storage,
-                storage.nbytes(),
-            )  # kept alive: an address may not come twice
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
+        if key not in own:
+            storages[key] = (storage, storage.nbytes())  # kept alive: an address may not come twice
         return tensor
 
     def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -221,7 +218,7 @@ def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> _Saved:
         entering.append((_bytes(hidden), sum(map(_bytes, state))))
 
     with _fake_model(config) as (model, _):
-        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
         model.model.layers[-1].register_forward_pre_hook(look)
         ids = torch.zeros(batch, length, dtype=torch.int64)
         with (
@@ -288,12 +285,9 @@ def _fake_model(
     """The model in training mode, its tensors without data, for as long as the context lasts."""
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode())
-        # Without data torch's own grouped_mm takes bfloat16 only; transformers' stand-in keeps the same tensors.
-        stack.enter_context(
-            mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False)
-        )
+        stack.enter_context(grouped_products_in_python())  # it keeps the same tensors
         stack.enter_context(mock.patch("torch.bincount", _bincount))
-        model = RMoEForCausalLM._from_config(
+        model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), attn_implementation=attention, experts_implementation=experts
         )
         yield model.train(), mode

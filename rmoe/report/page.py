@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from urllib.parse import quote
@@ -43,6 +43,11 @@ def write_report(
     Returns:
         The page's path.
     """
+    return written(folder, lambda plotly: render(summary, analysis, plotly), single_file)
+
+
+def written(folder: Path, rendered: Callable[[str | None], str], single_file: bool) -> Path:
+    """Write a page made by `rendered(plotly's source to inline, or None)`, and plotly beside it unless inlined."""
     folder.mkdir(parents=True, exist_ok=True)
     inlined = None
     with as_file(files("plotly") / "package_data" / PLOTLY) as plotly:
@@ -52,7 +57,7 @@ def write_report(
             shutil.copyfile(plotly, folder / PLOTLY)
     page = folder / "index.html"
     staged = page.with_name("index.html.part")
-    staged.write_text(render(summary, analysis, inlined), encoding="utf-8")
+    staged.write_text(rendered(inlined), encoding="utf-8")
     staged.replace(page)
     return page
 
@@ -70,7 +75,7 @@ def render(summary: Summary | None, analysis: Analysis | None, plotly: str | Non
         "charts": {chart.id: {"data": chart.data, "layout": chart.layout} for chart in charts},
         "explorer": explorer,
     }
-    return _template().render(
+    return template("page.html").render(
         title=_title(summary, analysis),
         facts=_facts(summary, analysis),
         summary=summary,
@@ -87,7 +92,8 @@ def render(summary: Summary | None, analysis: Analysis | None, plotly: str | Non
     )
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of the report's templates, with everything from outside escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rmoe.report", "assets"),
         autoescape=True,
@@ -100,7 +106,7 @@ def _template() -> jinja2.Template:
     environment.globals["asset"] = lambda name: Markup(  # nosec B704
         (files("rmoe.report") / "assets" / name).read_text(encoding="utf-8")
     )
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def all_charts(summary: Summary | None, analysis: Analysis | None) -> list[Chart]:

@@ -34,6 +34,8 @@ def columns(summary: Summary) -> list[Column]:
     unit = UNITS[summary.corpus.unit]
     bits = "bits per byte" if summary.corpus.unit == "bits_per_byte" else "bits per token"
     extra = []
+    if any(router.averaged for router in summary.routers):
+        extra.append(Column("difference of averaged weights", bits))
     if summary.law is not None:
         extra += [Column("difference at equal time", bits), Column("effective speed-up", "times")]
     if any(router.gate for router in summary.routers):
@@ -56,10 +58,12 @@ def columns(summary: Summary) -> list[Column]:
 
 def rows(summary: Summary) -> list[list[Cell]]:
     """One row per router, in the summary's order; a dash where something was not measured."""
+    has_average = any(router.averaged for router in summary.routers)
     has_law, has_gate = summary.law is not None, any(router.gate for router in summary.routers)
     return [
         [
             *_row(router, summary.baseline),
+            *([_difference(router.averaged)] if has_average else []),
             *(_equal_time(router) if has_law else []),
             *([Cell(router.gate) if router.gate else BLANK] if has_gate else []),
         ]
@@ -114,6 +118,11 @@ def _difference(difference: Difference | None) -> Cell:
             f"equivalent within ±{difference.equivalence.margin:g}: p {difference.equivalence.p_holm:.2g} "
             "(TOST, Holm)"
         )
+    if difference.sd is not None:
+        notes.append(f"standard deviation of a pair {difference.sd:.4f}")
+    if difference.text_interval is not None:
+        over = difference.text_interval
+        notes.append(f"over stretches of text [{signed(over.low)}, {signed(over.high)}]")
     if difference.bootstrap is not None:
         boot = difference.bootstrap
         notes.append(

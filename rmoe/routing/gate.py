@@ -199,10 +199,16 @@ class ReLU(Gate):
 class _SampledMultiplier(torch.autograd.Function):
     """SparseMixer-v2's backward: the gradient of a sampled expert's weight (2409.12136, section 3)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, scores, multiplier, experts, probs, heun):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(multiplier, experts, probs)
+    def forward(scores, multiplier, experts, probs, heun):  # type: ignore[no-untyped-def]
         return multiplier * heun
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _, multiplier, experts, probs, _ = inputs
+        ctx.save_for_backward(multiplier, experts, probs)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]

@@ -30,7 +30,6 @@ class Scorer(Initialized):
     """Base of all scorers.
 
     Args:
-        spec: the options.
         geometry: the model's sizes.
         features: width of what it reads.
     """

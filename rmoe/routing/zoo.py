@@ -5,6 +5,7 @@ A row is a name, a spec, its source, and what it is for. Variants are `vary(BASE
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rmoe.errors import RequestError
@@ -89,6 +90,21 @@ def find(name: str) -> ZooRow:
     if name not in ZOO:
         raise RequestError("router", name, f"one of {', '.join(ZOO)}, or one that a --plugin registers")
     return ZOO[name]
+
+
+def select(asked: Iterable[str]) -> tuple[str, ...]:
+    """Router names without repetition; `all` is the whole zoo, `paper` the rows of the paper's tables.
+
+    Raises:
+        RequestError: no such router, or none at all.
+    """
+    groups = {"all": list(ZOO), "paper": [name for name, row in ZOO.items() if "Table" in row.source]}
+    names = [one for name in asked for one in groups.get(name, [name])]
+    if not names:
+        raise RequestError("--routers", "", "names from `rmoe zoo`, separated by commas, or all, or paper")
+    for name in names:
+        find(name)
+    return tuple(dict.fromkeys(names))
 
 
 def vary(base: RouterSpec, **stages: StageSpec | dict[str, object] | None) -> RouterSpec:

@@ -48,11 +48,12 @@ class _Streamer(DirectStreamer):
     """
 
     def __init__(
-        self, tokenizer: Any, loop: Any, queue: Any, response_parser: Any = None, stops: Sequence[str] = ()
+        self, tokenizer: Any, loop: Any, queue: Any, response_parser: Any = None, config: Any = None
     ) -> None:
         self._ids: list[int] = []
         self._sent = ""
-        self._stops = StopText(stops)
+        self._config = config
+        self._stops = StopText(_stops(config))
         super().__init__(tokenizer, loop, queue, response_parser=response_parser)
 
     def put(self, value: torch.Tensor) -> None:
@@ -71,7 +72,7 @@ class _Streamer(DirectStreamer):
 
     def end(self) -> None:
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        whole = before_stop(whole, self._stops.stops)
+        whole = _up_to_stop(whole, self._config)
         if self._parser is None and whole != self._sent and whole.startswith(self._sent):
             super()._enqueue(whole[len(self._sent) :])
         super().end()
@@ -92,8 +93,9 @@ class _Manager(GenerateManager):
         """As transformers', with our streamer."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        stops = gen_config.stop_strings or ()
-        streamer = _Streamer(processor._tokenizer, loop, queue, response_parser=response_parser, stops=stops)
+        streamer = _Streamer(
+            processor._tokenizer, loop, queue, response_parser=response_parser, config=gen_config
+        )
         penalties = _penalties(gen_config, inputs)
 
         def work() -> None:
@@ -122,7 +124,6 @@ class _Manager(GenerateManager):
         def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             return torch.full((input_ids.shape[0],), gone.is_set(), device=input_ids.device)
 
-        stops = gen_config.stop_strings or ()
         try:
             sequences = await self.async_submit(
                 model.generate,
@@ -137,7 +138,20 @@ class _Manager(GenerateManager):
             raise
         length = inputs["input_ids"].shape[-1]
         generated = sequences[0, length:]
-        return before_stop(processor.decode(generated, skip_special_tokens=True), stops), length, generated
+        text = _up_to_stop(processor.decode(generated, skip_special_tokens=True), gen_config)
+        return text, length, generated
+
+
+def _stops(config: Any) -> Sequence[str]:
+    return (config and config.stop_strings) or ()
+
+
+def _up_to_stop(text: str, config: Any) -> str:
+    """The text before a stop string. One that is found is why the answer ended, were it also at its last token."""
+    ready = before_stop(text, _stops(config))
+    if ready != text:
+        config.max_new_tokens = None  # by which the handlers tell "length" from "stop"
+    return ready
 
 
 def _penalties(config: Any, inputs: Any) -> LogitsProcessorList:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
+
 from rmoe.errors import RequestError
 from rmoe.routing.spec import RouterSpec
 from rmoe.training import run_folder
@@ -43,7 +45,8 @@ def require_branch(config: RunConfig, record: RunRecord, source: Path, may_diffe
     if config.average_steps and min(config.average_steps) <= step:
         raise RequestError("training.average", config.training.average, f"averages after step {step} alone")
     stored = read_run(source)
-    longer = RunConfig.from_dict(stored.config)
+    longer = RunConfig.from_dict(stored.config)  # settings that came after it was trained have their defaults
+    stored = msgspec.structs.replace(stored, config=longer.to_dict())
     if longer.training.max_steps < config.training.max_steps:
         allowed = f"at most {longer.training.max_steps}, the steps of the run in {source}"
         raise RequestError("training.max_steps", config.training.max_steps, allowed)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
+from rmoe.compat import deal_batches_ourselves, prune_expert_plan
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.training.config import ParallelConfig
@@ -42,13 +43,11 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     experts = model.config.num_experts
     if experts % parallel.expert:
         raise RequestError("parallel.expert", parallel.expert, f"a divisor of num_experts ({experts})")
-    model._ep_plan = model.config.without_absent(model._ep_plan or {})
+    prune_expert_plan(model, model.config.without_absent)
     settings = _distributed_config(parallel)
     settings, _, mesh = type(model).prepare_distribute_model(settings)
     model = type(model).maybe_distribute_model(model, settings, mesh)
-    # Trainer would ask accelerate to deal out batches to tensor-parallel groups, which that refuses on a CPU; here
-    # `Ranks` says who sees what.
-    model._tp_size = 1
+    deal_batches_ourselves(model)  # `Ranks` says who sees what
     return model
 
 

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from rmoe.compat import one_gpu
 from rmoe.errors import RequestError, one_line
 from rmoe.training.config import RunConfig
 
@@ -165,7 +166,5 @@ def training_arguments(config: RunConfig, out: Path, place: Place) -> TrainingAr
         report_to=list(config.logging.report_to) or "none",
         disable_tqdm=True,
     )
-    if arguments.n_gpu > 1:
-        # One process never spreads over several GPUs by itself (DataParallel): torchrun starts one for each.
-        arguments._n_gpu = 1
+    one_gpu(arguments)
     return arguments

@@ -21,6 +21,7 @@ from rmoe.data.config import SplitName
 from rmoe.errors import RequestError, RunError
 from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.parallel import Pipeline
+from rmoe.places import require_writable
 from rmoe.records import read_record, write_record
 from rmoe.training import result as records
 from rmoe.training import run_folder
@@ -108,6 +109,7 @@ def train(
         raise RequestError("profile", True, "off with training.compile: a compiled region has no stages")
     if profile and config.parallel.pipeline > 1:
         raise RequestError("profile", True, "off with parallel.pipeline above 1")
+    require_writable(out)
     if not resume:
         run_folder.refuse_used(out)
     disable_progress_bar()  # transformers' own, one for each file it writes

@@ -211,3 +211,10 @@ def test_at_least_200_times_faster_than_the_loop() -> None:
     digitised_mutual_information(probs)
     ours = (time.perf_counter() - start) / 2000
     assert loop > 200 * ours
+
+
+def test_one_layer_has_the_entropy_of_its_choice() -> None:
+    chosen = ChosenMutualInformation(1, 3)
+    chosen.update(torch.tensor([[0, 1] * 4000]))
+    assert chosen.result().shape == (1, 1)
+    assert chosen.result()[0, 0] == pytest.approx(np.log(2), abs=1e-3)

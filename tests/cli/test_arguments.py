@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -105,3 +107,76 @@ def test_a_configurations_own_error_arrives_as_it_is():
         parse(run, ["--out", "x", "--inner.size", "-1"], prog="rmoe do")
     with pytest.raises(RequestError, match=r"--preset is 'huge'; allowed: small, large"):
         parse(run, ["--out", "x", "--preset", "huge"], prog="rmoe do")
+
+
+@dataclass(frozen=True)
+class Nested:
+    compile: bool = False
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Whole(Config):
+    training: Nested = Nested()
+    data: Nested = Nested()
+
+
+def verb(
+    model: tyro.conf.Positional[Path],
+    *,
+    prompt: str = "",
+    out: Path | None = None,
+    json: bool = False,
+    count: int = 1,
+    config: Annotated[Whole, tyro.conf.arg(name="")] = Whole(),
+) -> None:
+    """Do it."""
+
+
+def given(*argv: str) -> dict[str, object]:
+    bound = parse(verb, argv, prog="rmoe do")
+    assert isinstance(bound, partial)
+    return bound.keywords
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("m", "--data", "a=b,c", "--prompt", "p", "--json", "--count", "2", "--training.compile"),
+        ("--data=a=b,c", "--prompt=p", "--json", "--count=2", "--training.compile", "m"),
+        ("--json=true", "--data=a=b,c", "m", "--count=2", "--training.compile=True", "--prompt=p"),
+        ("--count=2", "m", "--data.path=a=b,c", "--prompt=p", "--json=TRUE", "--training.compile"),
+    ],
+)
+def test_name_and_value_in_every_position(argv: tuple[str, ...]) -> None:
+    keywords = given(*argv)
+    whole = keywords["config"]
+    assert (keywords["model"], keywords["prompt"], keywords["json"], keywords["count"]) == (
+        Path("m"),
+        "p",
+        True,
+        2,
+    )
+    assert isinstance(whole, Whole)
+    assert (whole.data.path, whole.training.compile) == ("a=b,c", True)
+
+
+def test_a_flag_that_is_said_to_be_false() -> None:
+    keywords = given("m", "--json=false", "--training.compile=False")
+    assert keywords["json"] is False
+    assert keywords["config"] == Whole()
+
+
+def test_a_value_may_look_like_an_option() -> None:
+    assert given("m", "--prompt=--data")["prompt"] == "--data"
+    assert given("m", "--prompt=--json=true")["prompt"] == "--json=true"
+    assert given("m", "--prompt", "a --json=true")["prompt"] == "a --json=true"
+
+
+def test_a_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    keywords = given("~/m", "--out=~/o", "--prompt=~/p")
+    assert (keywords["model"], keywords["out"]) == (Path("/home/somebody/m"), Path("/home/somebody/o"))
+    assert keywords["prompt"] == "~/p"
+    with pytest.raises(RequestError, match="--out is '~nobody-here/x'"):
+        parse(verb, ["m", "--out=~nobody-here/x"], prog="rmoe do")()  # type: ignore[misc]

@@ -8,7 +8,7 @@ from rmoe.compare import plan as plans
 from rmoe.compare.plan import Plan
 from rmoe.compare.sharing import share
 from rmoe.errors import RequestError
-from rmoe.routing.zoo import ZOO
+from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
 
 CONFIG = RunConfig()
@@ -65,12 +65,12 @@ def test_a_wrong_sweep_is_refused(asked, said):
 
 
 def test_router_names():
-    assert plans.named_routers(["rmoe", "smoe", "rmoe"]) == ("rmoe", "smoe")
-    assert plans.named_routers(["all"]) == tuple(ZOO)
+    assert select(["rmoe", "smoe", "rmoe"]) == ("rmoe", "smoe")
+    assert select(["all"]) == tuple(ZOO)
     with pytest.raises(RequestError, match="router is 'nosuch'"):
-        plans.named_routers(["smoe", "nosuch"])
+        select(["smoe", "nosuch"])
     with pytest.raises(RequestError, match="--routers"):
-        plans.named_routers([])
+        select([])
 
 
 def test_a_router_with_one_k_only_runs_at_it():

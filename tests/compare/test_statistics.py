@@ -128,3 +128,23 @@ def test_identical_runs_are_equivalent_not_a_division_by_zero():
     routers = {"smoe": {0: 1.7, 1: 1.8}, "copy": {0: 1.7, 1: 1.8}}
     found = statistics.compare_to_baseline(routers, "smoe", "bits_per_byte", "test")["copy"]
     assert (found.p, found.verdict) == (1.0, "equivalent")
+
+
+def test_the_interval_over_text_is_a_t_interval_over_stretches():
+    from rmoe.compare.statistics import text_interval
+    from rmoe.training.result import TextLosses
+
+    rng = np.random.default_rng(0)
+    theirs = rng.normal(180, 20, 500)
+    mine = [
+        TextLosses(blocks=1, targets=500 * 127, nats=(theirs + d).tolist())
+        for d in rng.normal(-2, 1, (2, 500))
+    ]
+    base = TextLosses(blocks=1, targets=500 * 127, nats=theirs.tolist())
+    found = text_interval(mine, [base, base])
+    pairs = np.mean([np.array(one.nats) - theirs for one in mine], axis=0) / 127 / np.log(2)
+    expected = stats.ttest_1samp(pairs.reshape(250, 2).mean(1), 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    other = TextLosses(blocks=2, targets=500 * 127, nats=theirs.tolist())
+    assert text_interval([base], [other]) is None
+    assert text_interval([], []) is None

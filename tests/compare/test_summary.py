@@ -154,3 +154,15 @@ def test_the_scale_is_in_the_table_and_by_layer_in_the_report():
     )
     assert chart.data[0]["z"] == [[1.0, 2.0], [1.0, 0.5]]  # by layer, mean over the two seeds
     assert chart.data[0]["x"] == [10, 20]
+
+
+def test_runs_of_two_versions_of_the_code_are_said():
+    import msgspec
+
+    older, newer = row("smoe", 0, 1.7), row("rmoe", 0, 1.7)
+    newer = msgspec.structs.replace(newer, versions=msgspec.structs.replace(newer.versions, code="0.2.0"))
+    notes = summarise([older, newer], preset="small", baseline="smoe").notes
+    assert "The runs were made by 2 versions of the code: 0.1.0, 0.2.0." in notes
+    assert not any(
+        "versions of the code" in n for n in summarise(grid(-0.03), preset="", baseline="smoe").notes
+    )

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import doctest
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from experiments import run
-from rmoe.routing.zoo import ZOO
-from tests.conftest import ROOT
 
 SIZE = """
 [model]
@@ -45,18 +41,6 @@ settings = { "checkpoints.keep" = 20 }
 says = "entropy differs"
 part = [{ figure = "entropy", router = "rmoe-p{p}", expect = "same", margin = 10.0 }]
 """
-
-
-@pytest.fixture(autouse=True)
-def zoo_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The experiments' plugin registers routers; other tests in this process look at the whole zoo."""
-    monkeypatch.chdir(ROOT)
-    before = dict(ZOO)
-    yield
-    ZOO.clear()
-    ZOO.update(before)
-    for name in [name for name in sys.modules if name.startswith("rmoe_plugin_")]:
-        del sys.modules[name]  # the next test's plugin registers itself anew
 
 
 def test_the_examples_in_its_documentation() -> None:

@@ -18,8 +18,6 @@ from rmoe.training.build import load_plugins
 from rmoe.training.result import Averaged, InitialLogits, LayerCurve, TextLosses
 from tests.compare.rows import row
 
-ROOT = Path(__file__).parents[2]
-
 
 def run_of(router: str, seed: int, test: float, code: str = "0.1.0+gabc"):
     plain = row(router, seed, test, test=test)
@@ -47,7 +45,7 @@ def rows(code: str = "0.1.0+gabc"):
 
 def test_every_grid_has_a_configuration_and_routers_that_exist():
     plan = study.read_study()
-    load_plugins((str(ROOT / study.PLUGIN),))
+    load_plugins((study.PLUGIN,))
     for stage in plan.stage:
         for grid in stage.grid:
             config = plan.config(grid, Path("text.txt"))
@@ -81,10 +79,8 @@ def test_collecting_adds_what_is_new_and_the_table_says_it(tmp_path):
     table = markdown(found, "smoe", 0.005)
     line = next(line for line in table.splitlines() if "`rmoe-p32`" in line)
     interval = stats.ttest_1samp([-0.03, -0.02, -0.04], 0.0).confidence_interval(0.95)
-    assert (
-        f"| -0.0300 | {interval.low:+.4f} to {interval.high:+.4f} | {np.std([3, 2, 4], ddof=1) / 100:.4f} | better |"
-        in line
-    )
+    spread = np.std([3, 2, 4], ddof=1) / 100
+    assert f"| -0.0300 | {interval.low:+.4f} to {interval.high:+.4f} | {spread:.4f} | 3 of 5 pairs |" in line
     assert "| 1.00 | 3 |" in line
 
 
@@ -129,3 +125,52 @@ def test_a_run_of_the_early_study_is_refused(tmp_path, capsys):
     assert refused(capsys, "table", "--results", str(tmp_path / "none.jsonl")).startswith(
         "error: --results is"
     )
+
+
+def test_verdicts_come_at_five_pairs_with_the_boundary_of_two_looks():
+    gains = {
+        "random-smoe": (-0.014, -0.013, -0.016, -0.015, -0.014),
+        "rmoe-p32": (0.004, 0.03, 0.011, 0.02, 0.008),
+    }
+    found = [study_row("std-1", run_of("smoe", s, 2.0 + 0.01 * s)) for s in range(5)]
+    for name, values in gains.items():
+        found += [study_row("std-1", run_of(name, s, 2.0 + 0.01 * s - d)) for s, d in enumerate(values)]
+    lines = {
+        name: next(x for x in markdown(found, "smoe", 0.005).splitlines() if f"`{name}`" in x)
+        for name in gains
+    }
+    assert "| worse |" in lines["random-smoe"]
+    assert stats.ttest_1samp(gains["rmoe-p32"], 0).pvalue < 0.05
+    assert "| not decided |" in lines["rmoe-p32"]  # p = 0.036: not below the first look's boundary
+
+
+def test_what_was_evaluated_since_joins_its_run(tmp_path):
+    path = tmp_path / "study.jsonl"
+    append_missing(path, rows())
+    later = [msgspec.structs.replace(one, domains={"tech": 2.5}) for one in rows()]
+    assert append_missing(path, later) == 0
+    assert {one.domains["tech"] for one in read_study_rows(path)} == {2.5}
+
+
+def test_a_model_is_evaluated_on_texts_it_never_saw(tmp_path):
+    """A real run, two short texts; the second call reads what the first wrote."""
+    from experiments.study_domains import evaluate_domains, read_domains
+    from rmoe.data.config import DataConfig
+    from rmoe.training.config import LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+    from rmoe.training.run import train
+
+    for name in ("own", "far"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} line {i * 7919 % 101}\n" for i in range(900)))
+    config = RunConfig(
+        router="smoe",
+        model=ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_experts=2),
+        data=DataConfig(path=str(tmp_path / "own.txt")),
+        training=TrainingConfig(max_steps=10, batch_size=2, sequence_length=16, warmup_steps=1, threads=1),
+        logging=LoggingConfig(evaluate_blocks=2, final_blocks=2),
+    )
+    out = tmp_path / "run"
+    train(config, out, progress=False)
+    assert read_domains(out) == {}
+    found = evaluate_domains(out, {"far": "far.txt"}, tmp_path)
+    assert 0 < found["far"] < 9
+    assert evaluate_domains(out, {"far": "gone.txt"}, tmp_path) == found == read_domains(out)

@@ -35,7 +35,7 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `rmoe`, `olmoe` (bfloat16) and `grafted` (of the latter), each with a byte tokenizer."""
+    """Folders `rmoe`, `olmoe` (bfloat16), `grafted` and `adapter` (of the latter), each with a byte tokenizer."""
     root = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer()
     config = RMoEConfig(
@@ -60,7 +60,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (("rmoe", rmoe), ("olmoe", olmoe)):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    graft_folder(root / "olmoe", root / "grafted", GraftSpec(recurrence=Recurrence(width=8)))
+    graft_folder(root / "olmoe", root / "grafted", GraftSpec(recurrence=Recurrence(width=8)), full=True)
+    graft_folder(root / "olmoe", root / "adapter", GraftSpec(recurrence=Recurrence(width=8)))
     return root
 
 

@@ -18,7 +18,8 @@ from rmoe.errors import RequestError
 from rmoe.finetune.classification import label_set, scores
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import finetune
-from rmoe.graft import GraftSpec, graft_folder
+from rmoe.graft import GraftSpec, graft_folder, undo_folder
+from rmoe.model.weights import ADAPTER, open_weights, read_json
 from rmoe.routing.mechanisms import Recurrence
 from tests.finetune.conftest import write_lines
 
@@ -38,7 +39,7 @@ def texts(number: int, seed: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def grafted_qwen(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grafted Qwen3-MoE: a family with a classifier in transformers."""
+    """A Qwen3-MoE, a family with a classifier in transformers: `base`, and its graft in both forms."""
     folder = tmp_path_factory.mktemp("qwen")
     config = Qwen3MoeConfig(
         vocab_size=320,
@@ -54,13 +55,15 @@ def grafted_qwen(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
-    graft_folder(folder / "base", folder / "grafted", GraftSpec(recurrence=Recurrence(width=8)))
-    return folder / "grafted"
+    for form in ("grafted", "adapter"):
+        spec = GraftSpec(recurrence=Recurrence(width=8))
+        graft_folder(folder / "base", folder / form, spec, full=form == "grafted")
+    return folder
 
 
-@pytest.mark.parametrize("name", ["rmoe", "grafted"])
+@pytest.mark.parametrize("name", ["rmoe", "grafted", "adapter"])
 def test_it_beats_the_majority(name: str, models: Path, grafted_qwen: Path, tmp_path: Path) -> None:
-    source = models / name if name == "rmoe" else grafted_qwen
+    source = models / name if name == "rmoe" else grafted_qwen / name
     train = write_lines(tmp_path / "train.jsonl", texts(240, 0))
     valid = write_lines(tmp_path / "valid.jsonl", texts(120, 1))
     config = FinetuneConfig(
@@ -78,6 +81,17 @@ def test_it_beats_the_majority(name: str, models: Path, grafted_qwen: Path, tmp_
     model = AutoModelForSequenceClassification.from_pretrained(result.model)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert any("router" in key for key in model.state_dict())
+    if (
+        name == "adapter"
+    ):  # the head that it learned is in it, the one that it does not have is not asked of the base
+        saved = read_json(Path(result.model) / "config.json")["rmoe_graft"]["base"]
+        assert "score.weight" in open_weights(Path(result.model)).names(ADAPTER)
+        assert saved["unused"] == ["lm_head.weight"]
+        undo_folder(Path(result.model), tmp_path / "classifier", keep_trained=True)
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+        assert type(plain).__name__ == "Qwen3MoeForSequenceClassification"
+        assert torch.equal(plain.score.weight, model.score.weight)
+        assert undo_folder(Path(result.model), tmp_path / "original").verified is True
 
 
 def test_scores_are_sklearns() -> None:

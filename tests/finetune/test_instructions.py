@@ -16,9 +16,9 @@ from rmoe.data.encode import byte_tokenizer
 from rmoe.data.tasks import Instruction
 from rmoe.errors import RequestError
 from rmoe.finetune.instructions import Example, PackedExamples, can_pack, encode, pack, prompt_of
-from rmoe.graft.families import tiny_model
 from tests.finetune.conftest import instructions
 from tests.graft.conftest import at_work
+from tests.graft.tiny_families import tiny_model
 
 ITEMS = [Instruction(**row) for row in instructions(9)]
 

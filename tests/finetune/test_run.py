@@ -16,8 +16,9 @@ from rmoe.errors import RequestError
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import FinetuneResult, finetune
 from rmoe.graft import undo_folder
+from rmoe.graft.base import Base
 from rmoe.graft.folder import is_graft_tensor
-from rmoe.model.weights import open_weights, tensor_sha256
+from rmoe.model.weights import ADAPTER, open_weights, read_json, tensor_sha256
 from rmoe.training.metrics import read_metrics
 from rmoe.training.trainer import RMoETrainer
 from tests.finetune.conftest import instructions, write_lines
@@ -35,14 +36,24 @@ def tune(source: Path, data: Path, out: Path, resume: bool = False, **options: A
     return finetune(source, data, out, FinetuneConfig(**FAST | options), progress=False, resume=resume)
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def own_hashes(folder: Path) -> dict[str, str]:
     return {name: tensor_sha256(tensor) for name, tensor in open_weights(folder).tensors()}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of all tensors of the model; an adapter's stand before its base's."""
+    base = Base.of_config(read_json(folder / "config.json"), str(folder))
+    return (own_hashes(Path(str(base.path))) if base else {}) | own_hashes(folder)
 
 
 def changed(before: Path, after: Path) -> set[str]:
     one, other = hashes(before), hashes(after)
     assert one.keys() == other.keys()
     return {name for name in one if one[name] != other[name]}
+
+
+def joined_hashes(folder: Path) -> dict[str, str]:
+    return {name: tensor_sha256(tensor) for name, tensor in rmoe.load(folder).state_dict().items()}
 
 
 def is_gate(name: str) -> bool:
@@ -89,6 +100,29 @@ def test_training_the_router_alone_leaves_every_other_tensor(
     assert changed(models / "olmoe", tmp_path / "undone") == set()
 
 
+@pytest.mark.parametrize("train", ["router", "router+gate", "all"])
+def test_training_an_adapter_saves_an_adapter(train: str, models: Path, alpaca: Path, tmp_path: Path) -> None:
+    """The same model as from a standalone folder; its own tensors are the graft's and each of the base's that moved."""
+    result = tune(models / "adapter", alpaca, tmp_path / "out", train=train, epochs=2.0)
+    whole = tune(models / "grafted", alpaca, tmp_path / "whole", train=train, epochs=2.0)
+    trained = Path(result.model)
+    assert joined_hashes(trained) == joined_hashes(Path(whole.model))
+    weights = open_weights(trained)
+    own = own_hashes(trained)
+    assert weights.files == (ADAPTER,)
+    moved = {name for name in changed(models / "grafted", Path(whole.model)) if not is_graft_tensor(name)}
+    assert {name for name in own if not is_graft_tensor(name)} == moved
+    assert bool(moved) == (train != "router")
+
+    assert undo_folder(trained, tmp_path / "undone").verified is True
+    assert changed(models / "olmoe", tmp_path / "undone") == set()
+    assert undo_folder(trained, tmp_path / "kept", keep_trained=True).verified is (train == "router")
+    assert changed(models / "olmoe", tmp_path / "kept") == moved
+
+    again = tune(trained, alpaca, tmp_path / "again", train="router", epochs=1.0)
+    assert own_hashes(Path(again.model)).keys() == own.keys()
+
+
 @pytest.mark.parametrize("name", ["rmoe", "grafted"])
 @pytest.mark.parametrize("freeze", ["none", "router", "router+cell"])
 def test_freezing(freeze: str, name: str, models: Path, alpaca: Path, tmp_path: Path) -> None:
@@ -110,7 +144,9 @@ def test_freezing(freeze: str, name: str, models: Path, alpaca: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("freeze", ["none", "router+cell"])
-@pytest.mark.parametrize("name", [pytest.param("rmoe", marks=pytest.mark.slow), "grafted"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("rmoe", "adapter")), "grafted"]
+)
 def test_lora(name: str, freeze: str, models: Path, alpaca: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     result = tune(models / name, alpaca, tmp_path / "out", freeze=freeze, lora_rank=2, epochs=2.0)
@@ -134,7 +170,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "name", ["olmoe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rmoe", "grafted"))]
+    "name", ["olmoe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rmoe", "grafted", "adapter"))]
 )
 def test_a_killed_run_goes_on_bit_for_bit(
     name: str, models: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from rmoe.graft import GraftSpec, graft
 from rmoe.graft.attach import OFFSET
-from rmoe.graft.families import tiny_model
 from rmoe.routing.mechanisms import Recurrence
+from tests.graft.tiny_families import tiny_model
 
 SPEC = GraftSpec(recurrence=Recurrence(width=8), seed=3)
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rmoe.graft.attach import CELL
-from rmoe.graft.families import TOKENS
 from tests.graft.conftest import grafted
+from tests.graft.tiny_families import TOKENS
 
 FAMILIES = ("qwen3_moe", "jamba")
 WRAPPERS = ("ddp", "fsdp2")

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import rmoe
-from rmoe.graft import graft, graft_folder, undo_folder
+from rmoe.graft import graft, graft_folder, save_adapter, undo_folder
 from rmoe.graft.attach import CELL, OFFSET
-from rmoe.graft.families import PROMISED, TOKENS, tiny_inputs, tiny_model, try_family
 from rmoe.graft.folder import is_graft_tensor
-from rmoe.model.weights import tensor_sha256
+from rmoe.model.weights import ADAPTER, open_weights, tensor_sha256
 from tests.graft.conftest import SPEC, at_work
+from tests.graft.tiny_families import PROMISED, TOKENS, tiny_inputs, tiny_model, try_family
+from tests.reload import assert_reloaded
 
 PROMPT = TOKENS[:, :5]
 
@@ -82,7 +83,10 @@ def test_greedy_generation_is_the_same_with_and_without_cache(model_type: str) -
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For each family `original`, `grafted` (shards, bfloat16 for every second one) and `trained` (saved again)."""
+    """For each family `original` (shards, bfloat16 for every second one) and both forms of its graft.
+
+    `grafted` is a standalone folder and `adapter` an adapter; `trained` and `retrained` are those, trained and saved.
+    """
     root = tmp_path_factory.mktemp("families")
     for number, model_type in enumerate(PROMISED):
         family = root / model_type
@@ -92,20 +96,41 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rmoe.load(family / "seed").save_pretrained(
             family / "original", max_shard_size="9KB" if number % 2 else "1GB"
         )
-        graft_folder(family / "original", family / "grafted", SPEC)
+        graft_folder(family / "original", family / "grafted", SPEC, full=True)
         at_work(rmoe.load(family / "grafted")).save_pretrained(family / "trained")
+        graft_folder(family / "original", family / "adapter", SPEC)
+        save_adapter(at_work(rmoe.load(family / "adapter")), family / "retrained")
     return root
 
 
+@pytest.mark.parametrize("form", ["grafted", "adapter"])
 @pytest.mark.parametrize("model_type", PROMISED)
-def test_a_grafted_folder_loads_as_the_function_it_was(model_type: str, folders: Path) -> None:
+def test_a_grafted_folder_loads_as_the_function_it_was(model_type: str, form: str, folders: Path) -> None:
     original, model = (
         rmoe.load(folders / model_type / "original"),
-        rmoe.load(folders / model_type / "grafted"),
+        rmoe.load(folders / model_type / form),
     )
     assert model.dtype == original.dtype
     assert any(f".{OFFSET}." in name for name in model.state_dict())
     assert torch.equal(logits(original), logits(model))
+
+
+@pytest.mark.parametrize("model_type", PROMISED)
+def test_an_adapter_is_the_same_model_and_holds_the_grafts_tensors_alone(
+    model_type: str, folders: Path
+) -> None:
+    for adapter, standalone in (("adapter", "grafted"), ("retrained", "trained")):
+        weights = open_weights(folders / model_type / adapter)
+        own = set(weights.names(ADAPTER))
+        assert weights.files == (ADAPTER,)
+        assert own
+        assert all(map(is_graft_tensor, own))
+        joined, whole = (
+            rmoe.load(folders / model_type / adapter),
+            rmoe.load(folders / model_type / standalone),
+        )
+        assert_reloaded(joined, whole, TOKENS)
+        assert joined.generation_config == whole.generation_config
 
 
 def test_save_then_load_in_a_fresh_process(folders: Path) -> None:
@@ -113,7 +138,7 @@ def test_save_then_load_in_a_fresh_process(folders: Path) -> None:
     program = (
         "import json, sys, rmoe\n"
         "from tests.graft.test_families import logits\n"
-        "from rmoe.model.weights import tensor_sha256\n"
+        "from rmoe.model.weights import ADAPTER, open_weights, tensor_sha256\n"
         "root, *types = sys.argv[1:]\n"
         "print(json.dumps({t: tensor_sha256(logits(rmoe.load(f'{root}/{t}/trained'))) for t in types}))\n"
     )
@@ -125,13 +150,13 @@ def test_save_then_load_in_a_fresh_process(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", PROMISED)
-@pytest.mark.parametrize("state", ["grafted", "trained"])
+@pytest.mark.parametrize("state", ["grafted", "trained", "adapter", "retrained"])
 def test_undo_gives_the_original_back(model_type: str, state: str, folders: Path, tmp_path: Path) -> None:
     report = undo_folder(folders / model_type / state, tmp_path / "undone")
     assert report.verified is True
     assert report.removed_tensors > 0
     original, undone = folders / model_type / "original", tmp_path / "undone"
-    if state == "grafted":  # file for file, byte for byte
+    if state != "trained":  # file for file, byte for byte
         assert {p.name: p.read_bytes() for p in undone.iterdir()} == {
             p.name: p.read_bytes() for p in original.iterdir()
         }

@@ -17,10 +17,10 @@ import rmoe
 from rmoe.cli.main import main
 from rmoe.errors import RequestError
 from rmoe.graft import GraftSpec, find_routed_stack, graft, graft_folder, keep_originals, undo_folder
-from rmoe.graft.families import TOKENS, tiny_model
-from rmoe.graft.folder import GRAFT_WEIGHTS, ORIGINALS
+from rmoe.graft.files import GRAFT_WEIGHTS, ORIGINALS
 from rmoe.routing.mechanisms import Recurrence
 from tests.graft.conftest import SPEC, at_work, grafted
+from tests.graft.tiny_families import TOKENS, tiny_model
 from tests.reload import assert_reloaded
 
 

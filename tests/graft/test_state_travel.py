@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from rmoe.graft import GraftedGate, GraftedLayer, RouterStream
 from rmoe.graft.attach import CELL
-from rmoe.graft.families import TOKENS
 from tests.graft.conftest import grafted
+from tests.graft.tiny_families import TOKENS
 
 FIRST, SECOND = TOKENS, TOKENS.flip(1)
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rmoe.graft import graft
 from rmoe.graft.attach import OFFSET
-from rmoe.graft.families import PROMISED, TOKENS, tiny_model
 from tests.graft.conftest import SPEC, at_work, grafted
+from tests.graft.tiny_families import PROMISED, TOKENS, tiny_model
 from tests.reload import assert_reloaded, assert_same_logits
 
 

@@ -112,3 +112,13 @@ def test_what_a_cosine_cannot_reach_is_refused():
         RequestError, match=r"initial_logit_std is 1000.0; allowed: a smaller value \(the cosine's"
     ):
         start_at(model_of("xmoe"), IDS, 1000.0)
+
+
+def test_the_scale_of_a_zoo_row_is_what_its_initialisation_says():
+    """Against closed forms: G normal with std s on unit-scale inputs gives s sqrt(features)."""
+    from rmoe.model.logit_scale import initial_logit_std
+    from rmoe.routing.cost import MEDIUM
+
+    for router, expected in (("smoe", 0.02 * 352**0.5), ("rmoe-norm", 1.0), ("xmoe", 2 / 16**0.5)):
+        assert initial_logit_std(find(router).spec, MEDIUM) == pytest.approx(expected, rel=0.05)
+    assert initial_logit_std(find("hash").spec, MEDIUM) is None

@@ -94,3 +94,28 @@ def test_sigterm_saves_and_exits_cleanly(text, whole, tmp_path):
     assert not (out / "result.json").exists()
     finish(start(text, out, "--resume"))
     assert tiny.weights(out) == tiny.weights(whole)
+
+
+@pytest.mark.slow
+def test_a_wsd_run_with_an_average_is_killed_and_ends_with_the_same_bits(text, tmp_path):
+    """Killed before the average begins, and in the middle of it."""
+    import json
+
+    more = [
+        *SETTINGS, "--training.schedule", "wsd", "--training.average", "5", "--training.average-every", "4",
+        "--training.initial-logit-std", "1.0", "--training.router-learning-rate", "3e-3",
+        "--training.branch-points", "20",
+    ]  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    finish(start(text, whole, *more))
+    for step in (20, 48):
+        process = start(text, out, *(more if step == 20 else ["--resume"]))
+        wait_for(out, step, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    finish(start(text, out, "--resume"))
+    assert tiny.weights(out) == tiny.weights(whole)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (out, whole)]
+    for name in ("test", "averaged", "test_losses", "initial_logits", "layer_curves"):
+        assert results[0][name] == results[1][name], name
+    assert (out / "checkpoints" / "checkpoint-20").is_dir()

@@ -1,7 +1,10 @@
-"""Which of transformers' MoE model types take a graft: tried, not claimed, on tiny random configurations.
+"""Which of transformers' MoE model types take a graft, tried on tiny random models.
+
+`python -m tests.graft.tiny_families` tries all of them and writes the table that `rmoe graft --list` prints. Run it
+after a new release of transformers, and copy the printed table into docs/graft.md.
 
 A tiny configuration comes from the family's own configuration class. Sizes are set by the names of its fields,
-the same for every family; a field it does not have is left out.
+the same for every family; a field that a family does not have is skipped.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import warnings
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,14 +28,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rmoe.cli.graft import FAMILIES as TABLE
+from rmoe.cli.graft import markdown_table
 from rmoe.errors import RequestError, one_line
-from rmoe.graft.attach import OFFSET, graft
-from rmoe.graft.auto import GRAFT_MODEL_TYPE
+from rmoe.graft.attach import OFFSET
+from rmoe.graft.auto import graft
+from rmoe.graft.base import GRAFT_MODEL_TYPE
 from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.routing.mechanisms import Recurrence
 
-# The families the graft is promised for; `rmoe graft --list` tries every other one too.
+# The families the graft is promised for; the others are tried too.
 PROMISED = (
     "olmoe",
     "mixtral",
@@ -269,11 +277,13 @@ def try_families() -> list[FamilyResult]:
     return [try_family(model_type) for model_type in moe_model_types()]
 
 
-def markdown_table(rows: list[FamilyResult]) -> str:
-    """The rows as `docs/graft.md` has them, ending in a newline."""
-    lines = ["| model type | takes a graft | why not, or how far |", "|---|---|---|"]
-    lines += [
-        f"| `{row.model_type}` | {'yes' if row.works else 'no'} | {row.reason.replace('|', '/')} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+def main() -> None:
+    """Write `rmoe/graft/families.json` and print its table."""
+    rows = [dataclasses.asdict(row) for row in try_families()]
+    table = {"transformers": transformers.__version__, "promised": len(PROMISED), "families": rows}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    print(markdown_table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""`rmoe probe`: what routers can do, on tasks with a known optimum."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from rmoe.errors import RequestError
+
+if TYPE_CHECKING:
+    from rmoe.probes.results import Knobs
+
+
+def run(
+    *,
+    routers: str,
+    probes: str = "all",
+    seeds: int = 8,
+    out: Path | None = None,
+    baseline: str | None = None,
+    margin: float = 0.02,
+    knob: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    router_option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    jobs: int | None = None,
+    single_file: bool = False,
+) -> None:
+    """Train routers on tasks built so that routing is everything, and compare them with the optimum; resumes.
+
+    Regret is 0 at the optimum and 1 for a router that knows nothing. Prints a table; with --out it writes
+    results.jsonl, summary.json, summary.md and report/index.html.
+
+    Args:
+        routers: names from `rmoe zoo`, separated by commas; `paper` for the rows of the paper's tables; `all`.
+        probes: names separated by commas (lookup, carry, integrate, overwrite, compose, zipf, late, decoy), or all.
+        seeds: paired seeds per router and probe. One seed gives no verdict.
+        out: a new folder, or that of the same probes: what is missing of them is trained.
+        baseline: the router the others are compared with; `smoe` where it is there, else the first.
+        margin: differences of regret smaller than this count as none.
+        knob: NAME=VALUE, how hard the probes are and how long routers learn: noise, layers, experts, top_k, width,
+            steps, tokens, learning_rate, balance. May be given several times.
+        sweep: KNOB=VALUE,VALUE,...: runs every value and draws regret over them.
+        router_option: changes to every router, `stage.option=value`: `gate.order=topk_softmax`.
+        plugin: a module or .py file that registers routers. May be given several times.
+        jobs: processes at once; the default fills the cores. Results do not depend on it.
+        single_file: put the plotting library into the report's page, so that it can be sent alone.
+    """
+    from rmoe.probes import runner
+    from rmoe.probes.results import knobs_with
+    from rmoe.probes.stack import fitted
+    from rmoe.records import write_record
+    from rmoe.report.probes import summary as summaries
+    from rmoe.report.probes import table
+    from rmoe.report.probes.page import write_page
+    from rmoe.routing.plugins import load_plugins, with_options
+    from rmoe.routing.zoo import find, select
+
+    if seeds < 1:
+        raise RequestError("--seeds", seeds, "1 or more")
+    load_plugins(plugin)
+    names = select(_names(routers))
+    if baseline is not None and baseline not in names:
+        raise RequestError("--baseline", baseline, f"one of --routers: {', '.join(names)}")
+    base = knobs_with(dict(_pair("--knob", one) for one in knob))
+    settings, swept = _swept(base, sweep)
+    if router_option and any(k.width != base.width for k in settings):
+        raise RequestError("--sweep", "width", "another knob, or no --router-option")
+    asked = {
+        name: replace(find(name), spec=with_options(fitted(find(name).spec, base.width), router_option))
+        for name in names
+    }
+    rows = runner.run(
+        asked if router_option else names,
+        _names(probes),
+        seeds,
+        out,
+        knobs=settings,
+        plugins=plugin,
+        jobs=jobs or len(os.sched_getaffinity(0)),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    found = summaries.summarise(rows, baseline, margin, swept)
+    print(table.terminal(found))
+    if out is not None:
+        write_record(out / "summary.json", found)
+        (out / "summary.md").write_text(table.markdown(found), encoding="utf-8")
+        page = write_page(out / "report", found, single_file)
+        print(f"report: {page.resolve()}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not value:
+        raise RequestError(option, text, "NAME=VALUE")
+    return name, value
+
+
+def _swept(base: Knobs, asked: tuple[str, ...]) -> tuple[list[Knobs], str | None]:
+    """The settings of a sweep, and the knob that is swept; the base alone without one."""
+    from rmoe.probes.results import knobs_with
+
+    if not asked:
+        return [base], None
+    if len(asked) > 1:
+        raise RequestError("--sweep", ", ".join(asked), "one knob")
+    name, values = _pair("--sweep", asked[0])
+    return [knobs_with({name: value}, base) for value in dict.fromkeys(values.split(","))], name

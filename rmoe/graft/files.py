@@ -1,0 +1,61 @@
+"""Files of grafted folders: their names, what is copied, and how a folder appears only when it is whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rmoe.errors import RequestError
+from rmoe.graft.auto import CODE
+from rmoe.model.weights import CONFIG, INDEX, PICKLES
+
+BASE_CONFIG = "base_config.json"  # the original's, as it was
+BASE_INDEX = "base_index.json"  # likewise, if it had shards
+BASE_WEIGHTS = "model-base.safetensors"  # a single-file original: under its own name it would hide the index
+GRAFT_WEIGHTS = "model-rmoe-graft.safetensors"
+MORE_WEIGHTS = "model-more.safetensors"  # tensors that no file of the original has
+ORIGINALS = "base_tensors.safetensors"  # base tensors that training has changed, as they were; in no index
+TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")  # with what generation starts from
+
+_WEIGHT_SUFFIXES = (*PICKLES, ".safetensors", ".gguf")
+
+
+def publish(out: Path, write: Callable[[Path], None]) -> None:
+    """Have a folder written beside `out` and give it that name only when it is whole.
+
+    Raises:
+        RequestError: `out` is there and not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError("--out", str(out), "a folder that is new or empty")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
+        folder = Path(staging) / "model"
+        folder.mkdir()
+        write(folder)
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+
+
+def copy_others(source: Path, target: Path, only: tuple[str, ...] | None = None) -> None:
+    """Copy what is neither weights nor configuration: tokenizer, generation defaults, chat templates, the card.
+
+    Args:
+        only: of these, the files with one of these suffixes.
+    """
+    skipped = {CONFIG, INDEX, BASE_CONFIG, BASE_INDEX, *CODE}
+    for path in source.rglob("*"):
+        within = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in within.parts)
+        if (
+            path.is_file()
+            and not hidden
+            and within.name not in skipped
+            and path.suffix not in _WEIGHT_SUFFIXES
+            and (only is None or path.suffix in only)
+        ):
+            (target / within).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / within)

@@ -1,0 +1,55 @@
+"""The best a layer can do with k experts, for any posterior of the class: the reference lines of every probe.
+
+Experts are linear, `W_n = M + D_n` with `D_n = A_n - M` and `M` the prior mean of the teachers `A_n`; what all experts
+have in common costs no slot. For a posterior `q` the prediction `(M + sum_{n in S} w_n D_n) u`, `|S| = k`, has expected
+squared error `sum_c q_c G_cc - b_S' G_SS^-1 b_S` per output, with `G = <D_m, D_n> / d_u` and `b = G q`, at the best
+weights `w_S = G_SS^-1 b_S`. The best S is found by going through all of them. With S empty this is *blind*.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+_AT_ONCE = 1 << 20  # tokens times choices
+
+
+class BestExperts:
+    """Optimal experts and weights for one layer's teachers.
+
+    Args:
+        teachers: `[E, d_u, d_u]` float64.
+        prior: `[E]` float64.
+        top_k: `k`.
+    """
+
+    def __init__(self, teachers: Tensor, prior: Tensor, top_k: int) -> None:
+        self.mean = torch.einsum("c,cij->ij", prior, teachers)
+        self.deviations = teachers - self.mean
+        flat = self.deviations.flatten(1)
+        self.gram = flat @ flat.T / teachers.shape[-1]
+        self.choices = torch.tensor(list(combinations(range(teachers.shape[0]), top_k)))  # [C, k]
+        self.inverse = torch.linalg.pinv(
+            self.gram[self.choices[:, :, None], self.choices[:, None, :]], hermitian=True
+        )
+        self.blind = float(prior @ self.gram.diagonal())
+
+    def choose(self, posterior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Experts `[T, k]`, their weights `[T, k]`, and the expected squared error `[T]` for posteriors `[T, E]`."""
+        found = []
+        for part in posterior.split(max(1, _AT_ONCE // len(self.choices))):
+            b = (part @ self.gram)[:, self.choices]  # [T, C, k]
+            weights = torch.einsum("tck,ckj->tcj", b, self.inverse)
+            gain, best = (weights * b).sum(-1).max(-1)
+            weights = weights.gather(1, best[:, None, None].expand(-1, 1, weights.shape[-1]))[:, 0]
+            found.append((self.choices[best], weights, part @ self.gram.diagonal() - gain))
+        experts, weights, errors = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return experts, weights, errors
+
+    def predict(self, posterior: Tensor, contents: Tensor) -> Tensor:
+        """The best prediction itself, `[T, d_u]`, for contents `[T, d_u]`."""
+        experts, weights, _ = self.choose(posterior)
+        effective = self.mean + torch.einsum("tk,tkij->tij", weights, self.deviations[experts])
+        return torch.einsum("tij,tj->ti", effective, contents)

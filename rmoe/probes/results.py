@@ -1,0 +1,179 @@
+"""What probes write: `results.jsonl`, one line per (router, probe, seed, knobs), typed and versioned. Imports no torch.
+
+The file is a log that is only ever appended to; when two lines have one key, the later one stands.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from rmoe.errors import RequestError
+from rmoe.records import Record, Versioned
+
+RESULTS_VERSION = 1
+MOST_CHOICES = 2000  # ways to choose k of E experts that the oracle goes through for every token
+
+
+class Knobs(Record, frozen=True, kw_only=True):
+    """How hard a probe is, and how long a router learns. The same for every router of a run.
+
+    Attributes:
+        noise: standard deviation of the noise on a cue; None is the probe's own.
+        layers: `L`, routed layers.
+        experts: `E`, experts of a layer and classes of the world.
+        top_k: `k`; a row that is defined for one k only keeps its own.
+        width: `p`, what the zoo's state width of 128 becomes here; other state widths in proportion.
+        steps: optimizer steps.
+        tokens: per step.
+        learning_rate: Adam's for routers, decayed to zero by a cosine; that of experts is 4 times as high.
+        balance: weight of balance losses that name none of their own.
+    """
+
+    noise: Annotated[float, Meta(gt=0, le=100)] | None = None
+    layers: Annotated[int, Meta(ge=2, le=64)] = 6
+    experts: Annotated[int, Meta(ge=2, le=64)] = 8
+    top_k: Annotated[int, Meta(ge=1)] = 2
+    width: Annotated[int, Meta(ge=1, le=1024)] = 32
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 800
+    tokens: Annotated[int, Meta(ge=2, le=65_536)] = 64
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 8e-3
+    balance: Annotated[float, Meta(ge=0, le=100)] = 0.01
+
+
+KNOBS = tuple(field.name for field in msgspec.structs.fields(Knobs))
+
+
+def knobs_with(changes: Mapping[str, object], base: Knobs | None = None) -> Knobs:
+    """Knobs with some changed; text is read as the knob's type.
+
+    Raises:
+        RequestError: an unknown knob, or a value that is not allowed.
+    """
+    data = msgspec.to_builtins(base or Knobs())
+    for name, value in changes.items():
+        if name not in KNOBS:
+            raise RequestError("knob", name, ", ".join(KNOBS))
+        try:
+            msgspec.convert({name: value}, Knobs, strict=False)
+        except msgspec.ValidationError as error:
+            raise RequestError(name, value, str(error).partition(" - at")[0]) from None
+        data[name] = value
+    knobs = msgspec.convert(data, Knobs, strict=False)
+    if knobs.top_k > knobs.experts:
+        raise RequestError("top_k", knobs.top_k, f"1 to experts ({knobs.experts})")
+    choices = math.comb(knobs.experts, knobs.top_k)
+    if choices > MOST_CHOICES:
+        allowed = f"few enough that top_k of them ({choices} ways to choose) are at most {MOST_CHOICES}"
+        raise RequestError("experts", knobs.experts, allowed)
+    return knobs
+
+
+class Reference(Record, frozen=True, kw_only=True):
+    """The computed lines, mean squared error per layer: optimal without a cue, with this layer's, with all so far."""
+
+    blind: list[float]
+    stateless: list[float]
+    oracle: list[float]
+
+
+class ProbeRow(Record, frozen=True, kw_only=True):
+    """One router on one probe with one seed. Lists are per layer, measured on test tokens, unless said otherwise.
+
+    Attributes:
+        key fields: router, probe, seed, knobs.
+        stacked: how many models were trained in one pass; 1 where the router cannot be stacked, and `note` says why.
+        seconds: wall clock of its unit over the runs in it.
+        parameters: of all routers and what they share, frozen ones included; experts do not count.
+        regret: `(loss - oracle) / (blind - oracle)` of the means over layers.
+        curve_step, curve_regret: regret on other tokens during training.
+        steps_to_half, steps_to_tenth: first such step with regret below 0.5, 0.1; None if there is none.
+        accuracy: share of tokens whose first expert is their class's, under the best one-to-one naming of experts.
+        mutual_information: of class and first expert, nats.
+        entropy, inner_balance, outer_balance: of the gate (Fig. 4, Table 8): mean, median and median over tokens.
+        load: busiest expert's assignments over the mean.
+        recurrent_share: norm of the part of the routers' task gradient that comes through the state, over the norm of
+            all of it, mean over the points of the curve; None without a state.
+        decodability: accuracy of a ridge regression from the state to the class, on tokens it was not fitted on.
+    """
+
+    schema_version: int = RESULTS_VERSION
+    router: str
+    router_spec: dict[str, Any]
+    probe: str
+    seed: int
+    knobs: Knobs
+    code: str
+    torch: str
+    stacked: int
+    note: str = ""
+    seconds: float
+    parameters: int
+    reference: Reference
+    loss: list[float]
+    regret: float
+    regret_by_layer: list[float]
+    curve_step: list[int]
+    curve_regret: list[float]
+    steps_to_half: int | None
+    steps_to_tenth: int | None
+    accuracy: list[float]
+    mutual_information: list[float]
+    entropy: list[float]
+    inner_balance: list[float]
+    outer_balance: list[float]
+    load: list[float]
+    recurrent_share: float | None
+    decodability: list[float] | None
+
+    @property
+    def key(self) -> tuple[str, str, int, Knobs]:
+        return self.router, self.probe, self.seed, self.knobs
+
+
+def append_rows(path: Path, rows: Sequence[ProbeRow]) -> None:
+    """Append rows, by a single synced write: a kill leaves at most the last line short."""
+    lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+    with open(path, "ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if (
+                file.read(1) != b"\n"
+            ):  # an earlier kill cut a line: close it, or this row would be lost with it
+                lines = b"\n" + lines
+        file.write(lines)
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> tuple[list[ProbeRow], list[str]]:
+    """Read `results.jsonl`.
+
+    Returns:
+        The rows, one per key, and one line for each line that cannot be read.
+
+    Raises:
+        RequestError: a version this code does not read.
+    """
+    rows: dict[tuple, ProbeRow] = {}
+    problems: list[str] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            version = msgspec.json.decode(line, type=Versioned).schema_version
+            if version != RESULTS_VERSION:
+                raise RequestError(
+                    f"{path.name} line {number}: schema_version", version, str(RESULTS_VERSION)
+                )
+            row = msgspec.json.decode(line, type=ProbeRow)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            problems.append(f"{path.name} line {number} cannot be read and is skipped: {error}")
+            continue
+        rows[row.key] = row
+    return list(rows.values()), problems

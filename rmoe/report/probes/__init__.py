@@ -1,0 +1,1 @@
+"""Probe results to statistics, tables, figures and a page. Imports no torch."""

@@ -1,0 +1,259 @@
+"""Probe results over seeds: means, t intervals, paired differences to a baseline. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rmoe.compare.schema import Interval, Verdict
+from rmoe.compare.statistics import CONFIDENCE, equivalence_p, holm, t_interval, verdict_of
+from rmoe.errors import RequestError
+from rmoe.probes.results import Knobs, ProbeRow, Reference
+from rmoe.records import Record, read_record
+
+SUMMARY_VERSION = 1
+MEAN = "mean"  # over all probes of a summary, seed by seed
+BY_LAYER = (
+    "loss",
+    "regret_by_layer",
+    "accuracy",
+    "mutual_information",
+    "entropy",
+    "inner_balance",
+    "outer_balance",
+    "load",
+    "decodability",
+)
+
+
+class Against(Record, frozen=True, kw_only=True):
+    """Regret minus the baseline's, paired by seed. `p` values are corrected over the probe's routers (Holm)."""
+
+    mean: float
+    interval: Interval
+    p: float
+    p_holm: float
+    p_equivalent: float
+    verdict: Verdict
+
+
+class Score(Record, frozen=True, kw_only=True):
+    """One router's regret on one probe: `regrets[j]` belongs to `seeds[j]`. With one seed no interval, no verdict."""
+
+    seeds: list[int]
+    regrets: list[float]
+    mean: float
+    interval: Interval | None = None
+    against: Against | None = None
+
+
+class Detail(Record, frozen=True, kw_only=True):
+    """Means over seeds. `by_layer` has the names of `BY_LAYER`; steps are medians, None if half the seeds never came
+    there; the curve is regret at `curve_step`.
+    """
+
+    by_layer: dict[str, list[float]]
+    curve_step: list[int]
+    curve_regret: list[float]
+    steps_to_half: float | None
+    steps_to_tenth: float | None
+    recurrent_share: float | None
+
+
+class Card(Record, frozen=True, kw_only=True):
+    """One router. `scores` and `details` are by probe; `scores` also has the mean over probes."""
+
+    router: str
+    parameters: int
+    seconds: float  # per (probe, seed), mean
+    note: str
+    scores: dict[str, Score]
+    details: dict[str, Detail]
+
+
+class Point(Record, frozen=True, kw_only=True):
+    """Mean regret of a router on a probe at one value of a swept knob."""
+
+    router: str
+    probe: str
+    value: float
+    regret: float
+
+
+class Summary(Record, frozen=True, kw_only=True):
+    """`summary.json`. `knobs` and cards are of the first setting; `points` are of all, where a knob was swept.
+
+    Attributes:
+        references: by probe, mean over seeds.
+    """
+
+    schema_version: int = SUMMARY_VERSION
+    baseline: str
+    margin: float
+    knobs: Knobs
+    probes: list[str]
+    references: dict[str, Reference]
+    cards: list[Card]
+    swept: str | None
+    points: list[Point]
+    code: str
+    torch: str
+
+
+def read_summary(path: Path) -> Summary:
+    """Read `summary.json`.
+
+    Raises:
+        RequestError: absent, of another version, or not a summary.
+    """
+    return read_record(path, Summary, SUMMARY_VERSION)
+
+
+def summarise(
+    rows: Sequence[ProbeRow], baseline: str | None = None, margin: float = 0.02, swept: str | None = None
+) -> Summary:
+    """The summary of a run's rows; routers stand in the order of their mean regret.
+
+    Args:
+        baseline: None is `smoe`, or else the first router.
+        margin: half-width of "equivalent", in regret.
+        swept: the knob in which settings differ.
+    """
+    if not rows:
+        raise RequestError("results", "no rows", "at least one")
+    knobs = rows[0].knobs
+    first = [row for row in rows if row.knobs == knobs]
+    names = list(dict.fromkeys(row.router for row in first))
+    probes = list(dict.fromkeys(row.probe for row in first))
+    baseline = baseline or ("smoe" if "smoe" in names else names[0])
+    table = {
+        (name, probe): [row for row in first if row.router == name and row.probe == probe]
+        for name in names
+        for probe in probes
+    }
+    by_seed = {
+        probe: {name: {row.seed: row.regret for row in table[name, probe]} for name in names}
+        for probe in probes
+    }
+    by_seed[MEAN] = {name: _mean_over_probes([by_seed[p][name] for p in probes]) for name in names}
+    scores = {probe: _scores(found, baseline, margin) for probe, found in by_seed.items()}
+    cards = [
+        _card(name, {p: table[name, p] for p in probes}, {p: scores[p][name] for p in by_seed})
+        for name in names
+    ]
+    return Summary(
+        baseline=baseline,
+        margin=margin,
+        knobs=knobs,
+        probes=probes,
+        references={
+            probe: _reference([row for name in names for row in table[name, probe]]) for probe in probes
+        },
+        cards=sorted(cards, key=lambda card: card.scores[MEAN].mean),
+        swept=swept,
+        points=_points(rows, swept) if swept else [],
+        code=rows[0].code,
+        torch=rows[0].torch,
+    )
+
+
+def _mean_over_probes(by_probe: Sequence[dict[int, float]]) -> dict[int, float]:
+    shared = sorted(set.intersection(*(set(found) for found in by_probe)))
+    return {seed: float(np.mean([found[seed] for found in by_probe])) for seed in shared}
+
+
+def _scores(by_router: dict[str, dict[int, float]], baseline: str, margin: float) -> dict[str, Score]:
+    """Every router's score on one probe, and its paired difference to the baseline."""
+    against = by_router[baseline]
+    paired = {
+        name: [found[seed] - against[seed] for seed in sorted(found.keys() & against.keys())]
+        for name, found in by_router.items()
+        if name != baseline
+    }
+    tested = {name: t_interval(values) for name, values in paired.items() if len(values) > 1}
+    equal = {name: equivalence_p(paired[name], margin) for name in tested}
+    p_holm = dict(zip(tested, holm([p for _, p in tested.values()]), strict=True))
+    equal_holm = dict(zip(tested, holm(list(equal.values())), strict=True))
+
+    def difference(name: str) -> Against | None:
+        if name not in tested:
+            return None
+        mean = float(np.mean(paired[name]))
+        return Against(
+            mean=mean,
+            interval=tested[name][0],
+            p=tested[name][1],
+            p_holm=p_holm[name],
+            p_equivalent=equal_holm[name],
+            verdict=verdict_of(mean, p_holm[name], equal_holm[name], 1 - CONFIDENCE),
+        )
+
+    return {
+        name: Score(
+            seeds=sorted(found),
+            regrets=[found[seed] for seed in sorted(found)],
+            mean=float(np.mean(list(found.values()))),
+            interval=t_interval(list(found.values()))[0] if len(found) > 1 else None,
+            against=difference(name),
+        )
+        for name, found in by_router.items()
+    }
+
+
+def _card(name: str, by_probe: dict[str, list[ProbeRow]], scores: dict[str, Score]) -> Card:
+    rows = [row for found in by_probe.values() for row in found]
+    return Card(
+        router=name,
+        parameters=rows[0].parameters,
+        seconds=float(np.mean([row.seconds for row in rows])),
+        note=next((row.note for row in rows if row.note), ""),
+        scores=scores,
+        details={probe: _detail(found) for probe, found in by_probe.items()},
+    )
+
+
+def _detail(rows: Sequence[ProbeRow]) -> Detail:
+    shares = [row.recurrent_share for row in rows if row.recurrent_share is not None]
+    layered = {name: [getattr(row, name) for row in rows] for name in BY_LAYER}
+    return Detail(
+        by_layer={
+            name: np.mean(values, axis=0).tolist()
+            for name, values in layered.items()
+            if all(value is not None for value in values)
+        },
+        curve_step=rows[0].curve_step,
+        curve_regret=np.mean([row.curve_regret for row in rows], axis=0).tolist(),
+        steps_to_half=_median(rows, lambda row: row.steps_to_half),
+        steps_to_tenth=_median(rows, lambda row: row.steps_to_tenth),
+        recurrent_share=float(np.mean(shares)) if shares else None,
+    )
+
+
+def _median(rows: Sequence[ProbeRow], steps: Callable[[ProbeRow], int | None]) -> float | None:
+    found = [np.inf if steps(row) is None else float(steps(row) or 0) for row in rows]
+    median = float(np.median(found))
+    return median if np.isfinite(median) else None
+
+
+def _reference(rows: Sequence[ProbeRow]) -> Reference:
+    """Mean over seeds: each seed is its own world, the same for all routers."""
+    worlds = list({row.seed: row.reference for row in rows}.values())
+    return Reference(
+        **{
+            name: np.mean([getattr(world, name) for world in worlds], axis=0).tolist()
+            for name in ("blind", "stateless", "oracle")
+        }
+    )
+
+
+def _points(rows: Sequence[ProbeRow], swept: str) -> list[Point]:
+    found: dict[tuple[str, str, float], list[float]] = {}
+    for row in rows:
+        value = getattr(row.knobs, swept)
+        found.setdefault((row.router, row.probe, float(value)), []).append(row.regret)
+    return [
+        Point(router=name, probe=probe, value=value, regret=float(np.mean(regrets)))
+        for (name, probe, value), regrets in found.items()
+    ]

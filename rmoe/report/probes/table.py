@@ -1,0 +1,65 @@
+"""The table routers x probes, for the terminal, Markdown and the page."""
+
+from __future__ import annotations
+
+from rmoe.errors import one_line
+from rmoe.report.probes.summary import MEAN, Card, Score, Summary
+
+HELP = "Regret: 0 is optimal, 1 knows nothing."
+
+
+def value(score: Score) -> str:
+    """Mean regret, with half its 95% interval where there is one."""
+    shown = f"{score.mean:.3f}".replace("-", "−")
+    if score.interval is None:
+        return shown
+    return f"{shown} ± {(score.interval.high - score.interval.low) / 2:.3f}"
+
+
+def columns(summary: Summary) -> list[str]:
+    return [*summary.probes, MEAN] if len(summary.probes) > 1 else summary.probes
+
+
+def cells(card: Card, summary: Summary) -> list[str]:
+    return [value(card.scores[probe]) for probe in columns(summary)]
+
+
+def caption(summary: Summary) -> str:
+    seeds = len(summary.cards[0].scores[summary.probes[0]].seeds)
+    return (
+        f"{HELP} "
+        + ("Mean ± half the 95% t interval" if seeds > 1 else "Mean")
+        + (f" over {seeds} paired seeds." if seeds > 1 else " of one seed: no interval, no verdict.")
+    )
+
+
+def markdown(summary: Summary) -> str:
+    """`summary.md`: the table, best router first."""
+    heads = ["router", *columns(summary)]
+    lines = [
+        caption(summary),
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---|" + "---:|" * (len(heads) - 1),
+        *(
+            f"| `{_plain(card.router)}` | " + " | ".join(cells(card, summary)) + " |"
+            for card in summary.cards
+        ),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _plain(text: str) -> str:
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def terminal(summary: Summary) -> str:
+    body = [["router", *columns(summary)], *([one_line(c.router), *cells(c, summary)] for c in summary.cards)]
+    widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
+    return "\n".join([*(_aligned(row, widths) for row in body), "", caption(summary)])
+
+
+def _aligned(row: list[str], widths: list[int]) -> str:
+    """Names to the left, numbers to the right."""
+    numbers = (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
+    return "  ".join((row[0].ljust(widths[0]), *numbers))

@@ -1,0 +1,217 @@
+"""`rmoe probe` and `rmoe.probes.run`: what is written, resumed and refused; a stranger's router gets its card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rmoe.cli.main import main
+from rmoe.errors import RequestError
+from rmoe.probes import Knobs, read_rows, run
+from rmoe.report.probes.summary import MEAN, read_summary, summarise
+
+TINY = (
+    "--knob",
+    "steps=4",
+    "--knob",
+    "tokens=16",
+    "--knob",
+    "layers=2",
+    "--knob",
+    "experts=4",
+    "--jobs",
+    "1",
+)
+FEW = Knobs(steps=4, tokens=16, layers=2, experts=4)
+
+STRANGER = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from rmoe.routing import ZooRow, register, resolve, vary
+from rmoe.routing.initial import constant
+from rmoe.routing.scorer import Linear as Base
+from rmoe.routing.mechanisms import Linear
+
+class Scaled(Base):
+    def __init__(self, spec, geometry, features):
+        super().__init__(spec, geometry, features)
+        self.scale = nn.Parameter(torch.empty(()))
+    def initializers(self):
+        return {"scale": constant(spec_start)}
+    def forward(self, features, shared, noise):
+        return self.scale * super().forward(features, shared, noise)
+
+spec_start = 3.0
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledLinear(Linear):
+    kind = "scaled_linear"
+    def build(self, geometry, features):
+        return Scaled(self, geometry, features)
+
+register("stranger", ZooRow(vary(resolve("smoe"), scorer=ScaledLinear()), "elsewhere", "scores times a learned scale"))
+"""
+
+
+def test_a_strangers_router_gets_its_card(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One file of under 30 lines, one command, nothing of the package touched."""
+    plugin = tmp_path / "stranger.py"
+    plugin.write_text(STRANGER)
+    assert len(STRANGER.splitlines()) < 30
+    out = tmp_path / "out"
+    arguments = ["probe", "--routers", "smoe,stranger", "--probes", "lookup,carry", "--seeds", "2"]
+    assert main([*arguments, "--plugin", str(plugin), "--out", str(out), *TINY]) == 0
+    shown = capsys.readouterr().out
+    assert "stranger" in shown
+    summary = read_summary(out / "summary.json")
+    card = next(card for card in summary.cards if card.router == "stranger")
+    assert set(card.scores) == {"lookup", "carry", MEAN}
+    assert card.note == ""  # stacked
+    page = (out / "report" / "index.html").read_text()
+    assert "stranger" in page
+    assert (out / "summary.md").read_text().count("`stranger`") == 1
+
+
+def test_resumes_and_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rmoe.probes import runner
+
+    units: list[runner.Unit] = []
+    real = runner.carry_out
+    monkeypatch.setattr(runner, "carry_out", lambda unit: units.append(unit) or real(unit))
+    first = run(["smoe"], ["lookup"], 2, tmp_path, knobs=FEW)
+    assert [unit.lanes for unit in units] == [[("lookup", 0), ("lookup", 1)]]
+    results = tmp_path / "results.jsonl"
+    results.write_bytes(results.read_bytes()[:-40])  # a kill in the middle of the last line
+    again = run(["smoe"], ["lookup"], 3, tmp_path, knobs=FEW)
+    assert [unit.lanes for unit in units[1:]] == [[("lookup", 1), ("lookup", 2)]]
+    assert [row.regret for row in again[:2]] == pytest.approx([row.regret for row in first], abs=1e-5)
+    rows, problems = read_rows(results)
+    assert len(rows) == 3
+    assert len(problems) == 1
+    run(["smoe"], ["lookup"], 3, tmp_path, knobs=FEW)
+    assert len(units) == 2
+
+
+def test_same_seed_same_numbers_whatever_is_trained_beside() -> None:
+    alone = run(["rmoe"], ["carry"], [3], knobs=FEW)[0]
+    beside = run(["smoe", "rmoe"], ["lookup", "carry"], [0, 3], knobs=FEW)
+    other = next(row for row in beside if (row.router, row.probe, row.seed) == ("rmoe", "carry", 3))
+    assert other.loss == pytest.approx(alone.loss, abs=1e-5)
+    assert run(["rmoe"], ["carry"], [3], knobs=FEW)[0].loss == alone.loss
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_rows() -> None:
+    one = run(["smoe"], ["lookup"], 1, knobs=[FEW, Knobs(steps=4, tokens=16, layers=2, experts=4, noise=1.0)])
+    two = run(
+        ["smoe"],
+        ["lookup"],
+        1,
+        knobs=[FEW, Knobs(steps=4, tokens=16, layers=2, experts=4, noise=1.0)],
+        jobs=2,
+    )
+    assert [row.loss for row in one] == [row.loss for row in two]
+
+
+def test_sweep_and_options(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [
+        "probe",
+        "--routers",
+        "rmoe",
+        "--probes",
+        "integrate",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path),
+        *TINY,
+    ]
+    assert main([*arguments, "--sweep", "noise=0.5,2", "--router-option", "recurrence.width=7"]) == 0
+    assert "no verdict" in capsys.readouterr().out
+    summary = read_summary(tmp_path / "summary.json")
+    assert [point.value for point in summary.points] == [0.5, 2.0]
+    assert summary.cards[0].scores["integrate"].interval is None
+    rows, _ = read_rows(tmp_path / "results.jsonl")
+    assert {row.router_spec["recurrence"]["width"] for row in rows} == {7}
+    assert '"sweep"' in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--probes", "looku"], "--probes is 'looku'"),
+        (["--probes", ","], "--probes is ''"),
+        (["--routers", "nosuch"], "router is 'nosuch'"),
+        (["--knob", "colour=3"], "knob is 'colour'"),
+        (["--knob", "noise"], "--knob is 'noise'"),
+        (["--knob", "noise=loud"], "noise is 'loud'"),
+        (["--knob", "noise=-1"], "noise is '-1'"),
+        (["--knob", "layers=1"], "layers is '1'"),
+        (["--knob", "top_k=9"], "top_k is 9; allowed: 1 to experts (8)"),
+        (["--knob", "experts=32", "--knob", "top_k=8"], "experts is 32"),
+        (["--sweep", "noise"], "--sweep is 'noise'"),
+        (["--sweep", "noise=1,2", "--sweep", "width=8"], "--sweep is"),
+        (["--sweep", "width=8,16", "--router-option", "recurrence.normalize=true"], "--sweep is 'width'"),
+        (["--router-option", "gate.nosuch=1"], "--router-option is"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--baseline", "rmoe"], "--baseline is 'rmoe'"),
+        (["--plugin", "nosuch.py"], "--plugin is 'nosuch.py'"),
+        (["--routers", "deepseek-v3-groups", "--knob", "experts=6"], "gate.groups is 4"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = [*arguments] if "--routers" in arguments else ["--routers", "smoe", *arguments]
+    out = tmp_path / "out"
+    assert main(["probe", *given, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("change", ["version", "spec"])
+def test_results_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
+    run(["smoe"], ["lookup"], 1, tmp_path, knobs=FEW)
+    path = tmp_path / "results.jsonl"
+    row = json.loads(path.read_text())
+    if change == "version":
+        row["schema_version"] = 99
+    else:
+        row["router_spec"]["gate"]["renormalize"] = False
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(RequestError, match="schema_version is 99" if change == "version" else "another spec"):
+        run(["smoe"], ["lookup"], 1, tmp_path, knobs=FEW)
+
+
+def test_hash_is_a_router_that_knows_nothing() -> None:
+    """Probes have no token ids: every token has the same one, so a table can only give a constant."""
+    (row,) = run(["hash"], ["lookup"], 1, knobs=Knobs(steps=120, layers=2, experts=4))
+    assert row.regret > 0.9
+    assert max(row.mutual_information) == 0
+
+
+def test_summary_statistics_are_compares() -> None:
+    """Paired differences by hand."""
+    import numpy as np
+    from scipy import stats
+
+    rows = run(["smoe", "rmoe"], ["lookup", "carry"], 3, knobs=FEW)
+    summary = summarise(rows, "smoe")
+    regret = {(r.router, r.probe, r.seed): r.regret for r in rows}
+    card = next(card for card in summary.cards if card.router == "rmoe")
+    differences = [regret["rmoe", "carry", s] - regret["smoe", "carry", s] for s in range(3)]
+    against = card.scores["carry"].against
+    assert against is not None
+    assert against.mean == pytest.approx(np.mean(differences))
+    half = stats.t.ppf(0.975, 2) * np.std(differences, ddof=1) / 3**0.5
+    assert against.interval.high - against.mean == pytest.approx(half)
+    assert card.scores[MEAN].regrets[1] == pytest.approx(
+        (regret["rmoe", "lookup", 1] + regret["rmoe", "carry", 1]) / 2
+    )
+    assert summary.cards == sorted(summary.cards, key=lambda c: c.scores[MEAN].mean)
