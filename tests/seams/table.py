@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.seams.exceptions import EXCEPTIONS
+from tests.seams.exceptions import COMMON, EXCEPTIONS
 from tests.seams.families import CONTROL, FAMILIES
 from tests.seams.jobs import JOBS
 
@@ -90,7 +90,16 @@ def render(results: dict[tuple[str, str], str], versions: str) -> str:
                 body.append(f"| {job.title}{' *(slow)*' if job.slow else ''} | {' | '.join(cells)} |")
     reasons = [f"{number}. {reason[0].upper()}{reason[1:]}." for reason, number in notes.items()]
     return "\n".join(
-        [HEAD.format(counts=count(results), versions=versions), *body[1:], "", "## Reasons", "", *reasons, ""]
+        [
+            HEAD.format(counts=count(results), versions=versions),
+            *body[1:],
+            "",
+            "## Reasons",
+            "",
+            *reasons,
+            "",
+            COMMON,
+        ]
     )
 
 
