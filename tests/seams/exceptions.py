@@ -53,20 +53,3 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     (job, model): reason for job, models, reason in _KNOWN for model in models
 }
 """(job, model) -> why it fails."""
-
-COMMON = """\
-## transformers' own common tests
-
-`tests/test_modeling_common.py` and `tests/test_training_mixin.py` of transformers 5.24's source distribution, run outside
-this repository on RMoE (trunk, language model, classifier) beside OLMoE. The distribution does not hold the generation
-tests; the section on generation above stands in for them. Every test that OLMoE passes RMoE passes too, but these:
-
-| test | why |
-|---|---|
-| `test_batching_equivalence` | it compares each output of a batch with that of one row; `router_stats` are sums over the batch |
-| `test_model_outputs_equivalence` | it subtracts all outputs; the trunk's routing context holds a mask, and masks have no minus |
-| `test_training_gradient_checkpointing_use_reentrant_true` | refused by name, as above |
-| `test_eager_matches_batched_and_grouped_inference` | it counts calls of stand-ins for transformers' functions; RMoE wraps them so that they heed autocast. That they agree is a job above |
-| `test_moe_models_record_router_logits`, `test_capture_outputs_decorator`, `test_can_capture_specific_layers_hidden_states` | skipped by the tests themselves: RMoE returns router logits and hidden states, it records none with hooks |
-| `test_can_load_from_already_mapped_keys`, `test_reverse_loading_mapping` | skipped by the tests themselves: RMoE's weights are saved under the names they have in memory |
-"""

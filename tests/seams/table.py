@@ -17,12 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.seams.exceptions import COMMON, EXCEPTIONS
+from tests.seams.exceptions import EXCEPTIONS
 from tests.seams.families import CONTROL, FAMILIES
 from tests.seams.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "seams.md"
+COMMON = Path(__file__).with_name("common.md")
 PASSES, SKIPPED, CONTROL_FAILS, FAILS = "passes", "skipped", "control fails", "fails"
 TITLES = {
     "olmoe": "OLMoE (control)",
