@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -118,48 +117,41 @@ def test_generation_starts_from_the_same_defaults(base: Path, tmp_path: Path) ->
     assert joined.generation_config == whole.generation_config
 
 
-@pytest.mark.slow
-def test_by_names_of_the_hub(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """Base and adapter in the Hub's cache; the adapter made there points to the base's name and commit."""
+def test_by_names_of_the_hub(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and adapter in the Hub's cache; an adapter made from there points to the base's name and commit."""
     cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
-    def cached(name: str, commit: str) -> Path:
+    def cached(name: str, commit: str, head: str) -> Path:
         repository = cache / f"models--{name.replace('/', '--')}"
         (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text(commit)
+        (repository / "refs" / "main").write_text(head)
         (repository / "snapshots").mkdir()
         return repository / "snapshots" / commit
 
+    expected = rmoe.load(adapter)
     commit = hashlib.sha1(b"base", usedforsecurity=False).hexdigest()
-    shutil.copytree(base, cached("org/base", commit))
-    (cache / "models--org--base" / "refs" / "main").write_text("0" * 40)  # main has moved on since
-    environment = os.environ | {"HF_HUB_CACHE": str(cache)}
-
-    def run(program: str) -> str:
-        command = [sys.executable, "-c", program]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, env=environment
-        ).stdout.strip()
-
-    source = cache / "models--org--base" / "snapshots" / commit
+    source = cached("org/base", commit, head="0" * 40)  # main has moved on since
+    shutil.copytree(base, source)
     graft_folder(source, tmp_path / "made", SPEC)
     pointer = json.loads((tmp_path / "made" / "config.json").read_text())["rmoe_graft"]["base"]
     assert (pointer["hub"], pointer["revision"]) == ("org/base", commit)
     assert str(tmp_path) not in json.dumps(pointer)
-    shutil.copytree(tmp_path / "made", cached("org/adapter", "1" * 40))
-    program = (
-        "import rmoe, transformers, rmoe.graft\n"
-        "for load in (rmoe.load, transformers.AutoModelForCausalLM.from_pretrained):\n"
-        "    model = load('org/adapter')\n"
-        "    print(model.name_or_path, model.graft_place.name, len(model.state_dict()))\n"
-    )
-    expected = f"org/adapter {commit} {len(rmoe.load(adapter).state_dict())}"
-    assert run(program).splitlines() == [expected] * 2
-    shutil.move(cache / "models--org--base", cache / "gone")
-    said = run(
-        "import rmoe\ntry:\n    rmoe.load('org/adapter')\nexcept rmoe.RequestError as error:\n    print(error)"
-    )
-    assert said.startswith("base is 'hf:org/base'; allowed: a repository")
+
+    shutil.copytree(tmp_path / "made", cached("org/adapter", "1" * 40, head="1" * 40))
+    loaders = (rmoe.load, AutoModelForCausalLM.from_pretrained, type(expected).from_pretrained)
+    for load in loaders:
+        model = load("org/adapter", **({} if load == rmoe.load else {"cache_dir": cache}))
+        assert_reloaded(model, expected, TOKENS)
+        assert (model.name_or_path, model.graft_place) == ("org/adapter", source)
+    moved = rmoe.load(adapter, base=source)
+    assert_reloaded(moved, expected, TOKENS)
+
+    (cache / "models--org--base").rename(cache / "gone")
+    with pytest.raises(RequestError, match="base is 'hf:org/base'; allowed: a repository"):
+        rmoe.load("org/adapter")
 
 
 # --- where the base is -------------------------------------------------------------------------------------------

@@ -40,18 +40,21 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return lines[0]
 
 
-def test_graft_then_undo(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("form", [[], ["--full"]], ids=["adapter", "standalone"])
+def test_graft_then_undo(
+    form: list[str], original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (original / "tokenizer_config.json").write_text("{}")
     out, back = tmp_path / "grafted", tmp_path / "back"
-    assert (
-        main(["graft", str(original), "--router", "rmoe-lstm", "--width", "4", "--out", str(out), "--json"])
-        == 0
-    )
+    options = ["--router", "rmoe-lstm", "--width", "4", "--json", *form]
+    assert main(["graft", str(original), *options, "--out", str(out)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["model_type"] == "qwen3_moe"
     assert report["gates"] == [f"model.layers.{i}.mlp.gate" for i in range(4)]
     assert report["added_parameters"] == 4 * (2 * 32 * 4) + (2 * 16 * 4 + 2 * 16)
     assert (out / "tokenizer_config.json").is_file()
+    assert (out / "graft.safetensors").is_file() == (not form)
+    assert (out / "model-base.safetensors").is_file() == bool(form)
     assert json.loads((out / "config.json").read_text())["rmoe_graft"]["recurrence"]["cell"] == "lstm"
 
     assert main(["graft", "--undo", str(out), "--out", str(back)]) == 0
