@@ -106,7 +106,9 @@ def main() -> None:
     names = [name for _, name, _ in PARTS] + ["everything else", "not split by the profile", "roofline"]
     figure.legend(keys, names, loc="outside lower center", ncols=5, fontsize=9)
     hardware = suite["hardware"]
-    figure.suptitle(f"{suite['date']}, {hardware['cpu']}, {hardware['cores']} cores, float32, no GPU", fontsize=10)
+    figure.suptitle(
+        f"{suite['date']}, {hardware['cpu']}, {hardware['cores']} cores, float32, no GPU", fontsize=10
+    )
     figure.savefig(ROOT / "docs" / "images" / "performance.png", dpi=110)
 
 
