@@ -66,6 +66,10 @@ PANELS: dict[str, tuple[str, dict[str, str]]] = {
 PARTS = (("product_ms", "matrix products", "#2b6cb0"), ("attention_ms", "attention", "#63b3ed"))
 
 
+def label(milliseconds: float) -> str:
+    return f" {milliseconds:,.0f}" if milliseconds >= 100 else f" {milliseconds:.3g}"
+
+
 def draw(axes: Axes, rows: dict[str, dict[str, Any]], labels: dict[str, str]) -> None:
     """One panel: a bar per contestant, split where the profile split it, and the roofline as a line."""
     shown = [name for name in labels if name in rows]
@@ -77,7 +81,7 @@ def draw(axes: Axes, rows: dict[str, dict[str, Any]], labels: dict[str, str]) ->
                 start += row[field]
         rest = row["wall_ms"] - start
         axes.barh(place, rest, left=start, color="#cbd5e0" if start else "#718096")
-        axes.text(row["wall_ms"], place, f" {row['wall_ms']:.3g}", va="center", fontsize=8)
+        axes.text(row["wall_ms"], place, label(row["wall_ms"]), va="center", fontsize=8)
         if row.get("roofline_ms"):
             axes.plot([row["roofline_ms"]] * 2, [place - 0.4, place + 0.4], color="#c53030", linewidth=1.5)
     axes.set_yticks(range(len(shown)), [labels[name] for name in shown], fontsize=8)
@@ -90,7 +94,7 @@ def draw(axes: Axes, rows: dict[str, dict[str, Any]], labels: dict[str, str]) ->
 def main() -> None:
     """Draw every panel of the newest suite."""
     suite = json.loads(max((ROOT / "benchmarks" / "results").glob("*-suite.json")).read_text())
-    found = {(entry["case"], entry["size"]["name"]): entry for entry in suite["results"]}
+    found = {(entry["case"], entry["size"]["name"]): entry for entry in suite["results"] if entry["size"]}
     heights = [len(labels) + 1.5 for _, labels in PANELS.values()]
     figure, grid = plt.subplots(
         len(PANELS), len(SIZES), figsize=(12, 11), height_ratios=heights, layout="constrained"
