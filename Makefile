@@ -28,7 +28,7 @@ help:
 	@echo "make torture   kills, damage, full disks, hostile inputs: the table of docs/reliability.md (under 30 minutes)"
 	@echo "make torture-full  the same with five times the kills and an hour of fuzzing"
 	@echo "make bench     measure speed and memory against transformers' models; writes benchmarks/results"
-	@echo "make check     lint, formatting, types, security, then the quick tests (what CI runs)"
+	@echo "make check     lint, formatting, types, imports, security, then the quick tests (what CI runs)"
 	@echo "make docs      build the documentation site into site/, links and anchors checked"
 	@echo "make latest    the same with the newest release of everything, caps ignored, in an environment of its own"
 	@echo "make lowest    the same with the lowest releases declared"
@@ -92,6 +92,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml rmoe
 
 # --- documentation -------------------------------------------------------------------------------------------------
@@ -135,4 +136,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-docs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-docs site .mypy_cache .ruff_cache .pytest_cache .hypothesis

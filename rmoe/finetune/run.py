@@ -31,6 +31,7 @@ from rmoe.compat import enable_checkpointing
 from rmoe.data.blocks import IGNORED
 from rmoe.data.tasks import Instruction, Labelled, read_tasks
 from rmoe.errors import RequestError
+from rmoe.finetune.card import finetuning_card
 from rmoe.finetune.classification import LabelledTexts, label_set, load_classifier, predict, scores
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.instructions import (
@@ -179,7 +180,6 @@ def finetune(
         trainer = _train(job, run, request, out, place, resume, progress)
         model = _merged(trainer.model, out, bool(config.lora_rank))
         _restore_dtypes(model, dtypes)
-        publish_model(out, model, tokenizer, lambda folder: _complete(source, folder, out, model, config))
         result = FinetuneResult(
             model=str(out / run_folder.MODEL),
             steps=trainer.state.global_step,
@@ -189,6 +189,18 @@ def finetune(
             trained_parameters=trained,
             scores=job.score(model),
         )
+        complete = partial(_complete, source, out=out, model=model, config=config)
+        card = finetuning_card(
+            source,
+            data,
+            config,
+            steps=result.steps,
+            examples=result.examples,
+            trained_parameters=trained,
+            scores=result.scores,
+            data_sha256=request.data_sha256,
+        )
+        publish_model(out, model, tokenizer, card, complete)
         write_record(out / run_folder.RESULT, result)
         trainer.store.clear_staging()
     return result

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from rmoe.errors import RequestError
 from rmoe.graft.auto import CODE
+from rmoe.model.card import is_own
 from rmoe.model.weights import CONFIG, INDEX, PICKLES
 
 BASE_CONFIG = "base_config.json"  # the original's, as it was
@@ -43,6 +44,8 @@ def publish(out: Path, write: Callable[[Path], None]) -> None:
 def copy_others(source: Path, target: Path, only: tuple[str, ...] | None = None) -> None:
     """Copy what is neither weights nor configuration: tokenizer, generation defaults, chat templates, the card.
 
+    A card that `rmoe` wrote stays: it describes the model it lies beside.
+
     Args:
         only: of these, the files with one of these suffixes.
     """
@@ -56,6 +59,7 @@ def copy_others(source: Path, target: Path, only: tuple[str, ...] | None = None)
             and within.name not in skipped
             and path.suffix not in _WEIGHT_SUFFIXES
             and (only is None or path.suffix in only)
+            and not is_own(path)
         ):
             (target / within).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / within)
