@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmoe.analysis import measures
+from rmoe.analysis import measures, mutual_information
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.command import _sequence_length
 from rmoe.analysis.families import Family, MoELayer, expert_vectors
@@ -76,6 +76,22 @@ def test_chosen_information_is_of_each_pair_of_layers() -> None:
     assert measure.n == 5000
     assert got[0, 2] == pytest.approx(math.log(3), abs=0.01)
     assert 0.3 < got[0, 1] < 0.5  # ln 3 - ln 2 = 0.405
+
+
+def test_tokens_are_digitised_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk's bit sets fill the cache and no more; a token at a time would be a hundred times slower."""
+    sizes: list[int] = []
+    plain = mutual_information.digitise
+
+    def record(probs: np.ndarray, num_bins: int) -> np.ndarray:
+        sizes.append(probs.shape[-1])
+        return plain(probs, num_bins)
+
+    monkeypatch.setattr(mutual_information, "digitise", record)
+    monkeypatch.setattr(mutual_information, "_CHUNK_BYTES", 2 * 5 * 8 * 100)
+    probs = np.random.default_rng(0).dirichlet(np.ones(5), (2, 250)).transpose(0, 2, 1)
+    mutual_information.digitised_mutual_information(probs)
+    assert sizes == [100, 100, 50]
 
 
 def test_paths_are_merged_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,21 @@ def test_simulated_coverage_is_that_of_an_own_simulation():
     assert coverage(6, 0.9, 50) == coverage(6, 0.9, 50)
 
 
+def test_the_simulated_intervals_are_made_as_the_shown_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict] = []
+    plain = stats.bootstrap
+
+    def record(data: tuple, statistic: object, **options: object) -> object:
+        made.append({name: options.get(name) for name in ("n_resamples", "confidence_level", "method")})
+        return plain(data, statistic, **options)
+
+    monkeypatch.setattr(stats, "bootstrap", record)
+    statistics.bootstrap_interval([0.1, 0.4, -0.2, 0.3, 0.7, 0.1, 0.15], 0.85)
+    assert len(made) == 2
+    assert made[0] == made[1]
+    assert made[0]["confidence_level"] == 0.85
+
+
 # ---- what a comparison says ---------------------------------------------------------------------------------
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.errors import RequestError
-from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, count_parameters, initialize
+from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, count_parameters, head, initialize
 from rmoe.model.experts import in_whole_16_bytes
 from rmoe.model.initialize import initializers_of
 from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock
 from rmoe.model.norm import RMSNorm
+from rmoe.model.packing import split_packed
 from rmoe.routing import RouterContext, RouterStats
 from tests import naive
 from tests.model.small import POST, PRE, config, model, tokens
@@ -399,6 +400,90 @@ def test_losses_add_up() -> None:
         assert math.isclose(float(net(ids, **options).lm_loss), float(nats), rel_tol=1e-5)
     summed = net(ids, labels=ids, num_items_in_batch=100)
     assert math.isclose(float(summed.lm_loss), float(nats) * 36 / 100, rel_tol=1e-5)
+
+
+def packed(*examples: list[int]) -> tuple[Tensor, Tensor]:
+    """Positions and mask of one row per argument: a negative length is padding."""
+    rows, masks = [], []
+    for lengths in examples:
+        rows.append([i for n in lengths for i in range(abs(n))])
+        masks.append([int(n > 0) for n in lengths for _ in range(abs(n))])
+    return torch.tensor(rows), torch.tensor(masks)
+
+
+@pytest.mark.parametrize(
+    ("examples", "split"),
+    [
+        (([3, 4],), True), (([3, -2, 2],), True), (([7],), False), (([-3, 4],), False), (([4, -3],), False),
+        (([7], [2, 5]), True),
+    ],
+)  # fmt: skip
+def test_packed_examples_are_told_to_attention_by_positions(
+    examples: tuple, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positions, mask = packed(*examples)
+    got_mask, got = split_packed(mask, positions, None)
+    assert (got_mask is None) == split
+    assert torch.equal(got, torch.where(mask.bool(), positions, -2) if split else positions)
+    for other in ((mask, positions, object()), (None, positions, None), (mask[:, 1:], positions, None)):
+        assert all(a is b for a, b in zip(split_packed(*other), other[:2], strict=True))
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    assert all(a is b for a, b in zip(split_packed(mask, positions, None), (mask, positions), strict=True))
+
+
+def test_what_a_forward_pass_is_asked_for() -> None:
+    """Raw scores of experts alone, also beside a skip class; the balance loss without labels; a classifier's cache."""
+    net, ids = model(router="eda").eval(), tokens(2, 5)
+    out = net(ids, output_router_logits=True)
+    assert [tuple(logits.shape) for logits in out.router_logits] == [(10, 5)] * 2
+    assert out.loss is None
+    assert net(ids).aux_loss is None
+    asked = model(router="smoe").eval()(ids, output_router_logits=True)
+    assert asked.loss is None
+    assert float(asked.aux_loss.detach()) > 0
+    classifier = RMoEForSequenceClassification(config(num_labels=3, router="smoe"))
+    initialize(classifier, 0)
+    classifier.eval()
+    first = classifier(ids[:, :3], use_cache=True)
+    whole = classifier(ids)
+    rest = classifier(
+        ids[:, 3:], past_key_values=first.past_key_values, position_ids=torch.tensor([[3, 4]]), use_cache=True
+    )
+    assert (rest.logits - whole.logits).abs().max() < 1e-5
+    assert (rest.logits - classifier(ids, position_ids=torch.arange(5)[None] + 7).logits).abs().max() < 1e-4
+    assert (whole.logits - classifier(ids, position_ids=2 * torch.arange(5)[None]).logits).abs().max() > 1e-4
+    assert whole.router_logits is None
+    assert len(classifier(ids, output_router_logits=True).router_logits) == 2
+    for labels, kind in ((torch.tensor([0, 2]), "one"), (torch.rand(2, 3), "several")):
+        out = classifier(ids, labels=labels)
+        logits = out.logits.double()
+        if kind == "one":
+            wanted = -logits.log_softmax(-1)[torch.arange(2), labels].mean()
+        else:
+            wanted = -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).mean()
+        assert math.isclose(float(out.task_loss), float(wanted), rel_tol=1e-5)
+        assert math.isclose(float(out.loss), float(out.task_loss + out.balance_loss), rel_tol=1e-6)
+        classifier.config.problem_type = None
+
+
+def test_chunks_of_the_loss_hold_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float32 logits; 262 rows at a vocabulary of 32,000. What is not asked for is empty."""
+    assert head.CHUNK_BYTES // (4 * 32_000) == 262
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 11 * 4)
+    rows: list[int] = []
+    plain = torch.nn.functional.log_softmax
+
+    def record(logits: Tensor, dim: int) -> Tensor:
+        rows.append(logits.shape[0])
+        return plain(logits, dim)
+
+    monkeypatch.setattr("torch.nn.functional.log_softmax", record)
+    hidden, weight, targets = randn(10, 5), randn(11, 5, seed=1), torch.arange(10)
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        rows.clear()
+        found = head.chunked_cross_entropy(hidden, weight, targets, torch.tensor(10), torch.float64, *wanted)
+        assert rows == [4, 4, 2]
+        assert [part.numel() for part in found[1:]] == [50 * wanted[0], 55 * wanted[1]]
 
 
 # ---- precision, defaults ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rmoe.errors import RequestError
-from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, initialize, loading
+from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, initialize
 from rmoe.model.loading import load
 from rmoe.model.sharing import AUTO_MAP, write_auto_code
 from rmoe.model.weights import (
@@ -130,23 +130,6 @@ def test_weights_that_do_not_fit_are_named(folder: Path) -> None:
     change(folder, num_experts=5, num_experts_per_tok=9)
     with pytest.raises(RequestError, match="num_experts_per_tok is 9"):  # its own words, not wrapped
         load(folder)
-
-
-def test_types_of_other_packages_are_registered_on_demand(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    imported: list[str] = []
-    monkeypatch.setattr(loading, "import_module", imported.append)
-    for model_type, module in (
-        ("rmoe", []),
-        ("rmoe_graft", ["rmoe.graft"]),
-        (["rmoe_graft"], []),
-        (None, []),
-    ):
-        change(folder, model_type=model_type)
-        loading.register(folder)
-        assert imported == module
-        imported.clear()
 
 
 def test_shards_are_one_model(folder: Path) -> None:

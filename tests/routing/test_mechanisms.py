@@ -27,6 +27,7 @@ from rmoe.routing import (
     dispatched_experts,
     find,
     gate_entropy,
+    recurrence,
     resolve,
     router_stats,
     vary,
@@ -520,6 +521,70 @@ def test_cells_compute_in_the_wider_of_two_dtypes(cell: str) -> None:
         assert (narrow[0] - wanted[0]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("tokens", "axis"), [(1, 0), (4, 0), (4, 1)])
+def test_stacked_grus_are_each_their_own(tokens: int, axis: int) -> None:
+    """`torch.func.vmap` over models, or over inputs of one model on another axis: outputs and gradients."""
+    cells = [SHARED_CELLS["gru"](5).double() for _ in range(3)]
+    for i, parameter in enumerate(p for cell in cells for p in cell.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
+    x, h = (torch.stack([inputs(tokens, seed=10 * j + i)[:, :5] for i in range(3)]) for j in (1, 2))
+    own = [dict(cell.named_parameters()) for cell in cells]
+    stacked = {name: torch.stack([one[name] for one in own]) for name in own[0]}
+
+    leaves = [
+        t.clone().requires_grad_() for t in (x, h, *(stacked.values() if axis == 0 else own[0].values()))
+    ]
+
+    def step(x: Tensor, h: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(cells[0], dict(zip(own[0], parameters, strict=True)), (x, (h,)))[0]
+
+    if axis == 0:
+        out = torch.func.vmap(step)(*leaves)
+    else:  # one model's weights, tokens in front
+        dims = (1, 1, *[None] * len(own[0]))
+        out = torch.func.vmap(step, in_dims=dims)(
+            leaves[0].movedim(0, 1), leaves[1].movedim(0, 1), *leaves[2:]
+        )
+    got = torch.autograd.grad(out.sin().sum(), leaves)
+    total = [torch.zeros_like(p) for p in own[0].values()]
+    for i in range(3):
+        theirs = torch.nn.GRUCell(5, 5, dtype=torch.float64)
+        theirs.load_state_dict(cells[i if axis == 0 else 0].state_dict())
+        their_x, their_h = x[i].clone().requires_grad_(), h[i].clone().requires_grad_()
+        wanted = theirs(their_x, their_h)
+        assert (out[i] - wanted).abs().max() < 1e-12
+        parameters = [dict(theirs.named_parameters())[name] for name in own[0]]
+        of_x, of_h, *rest = torch.autograd.grad(wanted.sin().sum(), [their_x, their_h, *parameters])
+        assert (got[0][i] - of_x).abs().max() < 1e-12
+        assert (got[1][i] - of_h).abs().max() < 1e-12
+        for j, one in enumerate(rest):
+            total[j] += one
+            assert axis == 1 or (got[2 + j][i] - one).abs().max() < 1e-12
+    assert axis == 0 or all((a - b).abs().max() < 1e-12 for a, b in zip(got[2:], total, strict=True))
+
+
+def test_without_gradients_nothing_is_kept_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr(recurrence._GRUOnCPU, "forward", lambda *inputs: called.append(True))
+    with torch.no_grad():
+        SHARED_CELLS["gru"](5)(torch.zeros(2, 5), (torch.zeros(2, 5),))
+    assert called == []
+
+
+@pytest.mark.parametrize("row", sorted({"hash", "stable-moe", "stable-moe-onestage"} ^ ZOO.keys()))
+def test_rescaling_multiplies_the_scores(row: str) -> None:
+    routers = Routers(row).double().eval()
+    x, ids = data()
+    scorer = routers.routers[0].scorer
+    shared = None if routers.router_shared is None else routers.router_shared.scorer
+    part = scorer.scaled_by(shared)
+    assert part is not None
+    before = routers.routers[0](x[0], (), routers.router_shared, RouterContext(3, 9, None, ids))[0].logits
+    part.rescale(0.25)
+    after = routers.routers[0](x[0], (), routers.router_shared, RouterContext(3, 9, None, ids))[0].logits
+    assert (after - 0.25 * before).abs().max() < 1e-9
+
+
 # ---- gates at their edges ---------------------------------------------------------------------------------
 
 
@@ -707,6 +772,8 @@ def test_shared_scorers_by_group() -> None:
 
 LIMITS = [
     (lambda v: m.Recurrence(width=v), (1,), (0, -1)),
+    (lambda v: m.Recurrence(truncate_every=v), (1, None), (0,)),
+    (lambda v: m.Recurrence(truncate_every=2, carry=v), ("passed",), ("detached", "zero")),
     (lambda v: m.Linear(shared_layers=v), (0, 1), (-1,)),
     (lambda v: m.Linear(init_std=v), (1e-9, None, "inverse_sqrt"), (0.0, -1.0, "other", True)),
     (lambda v: m.MLP(dropout=v), (0.0, 0.99), (1.0, -0.01)),
