@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from rmoe.errors import RunError
 from rmoe.model.card import ModelCard, write_card
+from rmoe.records import durable_rename
 from rmoe.training import run_folder
-from rmoe.training.checkpoint import CheckpointStore, sync
+from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.metrics import Row
 from rmoe.training.result import Curve, LayerCurve, Unit
 
@@ -39,12 +40,9 @@ def publish_model(
         write_card(staged, card)
         if complete is not None:
             complete(staged)
-        for path in (*staged.rglob("*"), staged):
-            sync(path)
         if target.exists():  # killed after this was written and before the result was
             target.rename(out / "staging" / "replaced-model")
-        staged.rename(target)
-        sync(out)
+        durable_rename(staged, target)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"could not save {target}: {error}", store.saved(), "free disk space, then --resume"
