@@ -54,10 +54,19 @@ def sources() -> dict[str, str]:
     pages = {"README.md": "index.md", "experiments/README.md": "experiments/index.md"}
     pages |= {f"{name}.md": f"{name.lower()}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")}
     pages |= {"CITATION.cff": "citation.md", "LICENSE": "license.md"}
-    for pattern in ("experiments/*.md", "experiments/results/*.md", "examples/*.py", "notebooks/*.ipynb"):
+    for pattern in (
+        "experiments/*.md",
+        "experiments/*.toml",
+        "experiments/results/*.md",
+        "examples/*.py",
+        "notebooks/*.ipynb",
+    ):
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            pages.setdefault(name, str(PurePosixPath(name).with_suffix(".md")))
+            stem = (
+                name if path.suffix == ".toml" else PurePosixPath(name).with_suffix("")
+            )  # claims.md is there too
+            pages.setdefault(name, f"{stem}.md")
     return pages
 
 
@@ -66,6 +75,8 @@ def content(name: str) -> str:
     text = (ROOT / name).read_text()
     if name.endswith(".py"):
         return f"# {name}\n\n```python\n{text}```\n"
+    if name.endswith(".toml"):
+        return f"# {name}\n\n```toml\n{text}```\n"
     if name in ("CITATION.cff", "LICENSE"):
         return f"# {name}\n\n```text\n{text}```\n"
     if name.endswith(".ipynb"):

@@ -36,7 +36,7 @@ class ModelCard:
     Attributes:
         title: the model's name.
         summary: what it is, in a sentence.
-        data: the name of the text or the task file, as its user gave it.
+        data: the name of the text or the task file, as its user gave it; empty for a model that was not trained.
         metrics: what was measured, on what.
         context: what each token was predicted from, in words; empty where the metric is none of language modelling.
         tables: heading -> rows, in order.
@@ -48,8 +48,8 @@ class ModelCard:
 
     title: str
     summary: str
-    data: str
-    metrics: tuple[Metric, ...]
+    data: str = ""
+    metrics: tuple[Metric, ...] = ()
     context: str = ""
     tables: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     load: str
