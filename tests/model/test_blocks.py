@@ -511,6 +511,30 @@ def test_block_in_bfloat16_gives_bfloat16_back(implementation: str, autocast: bo
     assert (low.float() - exact).norm() < 0.03 * exact.norm()
 
 
+@pytest.mark.parametrize("architecture", [PRE, POST], ids=["gated", "plain"])
+def test_one_token_without_gradients_in_every_dtype(architecture: dict) -> None:
+    """Weights that differ, an empty slot: the shortest path adds up what the plain loop does."""
+    settings = config(router="smoe", num_experts_per_tok=3, num_shared_experts=0, **architecture)
+    settings._experts_implementation = "sorted_mm"
+    block = RMoESparseMoeBlock(settings, 0).double()
+    for i, parameter in enumerate(block.parameters()):
+        parameter.data = 0.3 * randn(*parameter.shape, seed=i)
+    x, index = randn(1, 36, seed=9), torch.tensor([[3, 5, 1]])
+    weights = torch.tensor([[0.7, 0.0, 0.2]], dtype=torch.float64)
+    own = dict(block.experts.named_parameters())
+    first = own["gate_up_proj" if settings.mlp_gated else "up_proj"]
+    wanted = sum(
+        w * naive.expert(x[0], first[n], own["down_proj"][n], settings.mlp_gated)
+        for n, w in ((3, 0.7), (1, 0.2))
+    )
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        block.to(dtype)
+        with torch.no_grad():
+            got = block.experts(x.to(dtype), index, weights.to(dtype))
+        assert got.dtype == dtype
+        assert (got[0].double() - wanted).norm() < bound * wanted.norm()
+
+
 def test_whole_16_bytes() -> None:
     for hidden, width, whole in (
         (48, 24, True),

@@ -65,8 +65,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/routing/spec.py": _OPTIONS,
     "rmoe/model/": _WHOLE,
     "rmoe/model/configuration_rmoe.py": ("tests/model/test_configuration.py", "tests/model/test_blocks.py"),
-    "rmoe/model/experts.py": ("tests/model/test_experts.py",),
-    "rmoe/model/head.py": ("tests/model/test_head.py",),
+    "rmoe/model/experts.py": ("tests/model/test_experts.py", "tests/model/test_blocks.py"),
+    "rmoe/model/head.py": ("tests/model/test_head.py", "tests/model/test_blocks.py"),
     "rmoe/model/initialize.py": (
         "tests/model/test_configuration.py",
         *_ROUTING[:1],

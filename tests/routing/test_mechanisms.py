@@ -35,9 +35,11 @@ from rmoe.routing import (
 from rmoe.routing import mechanisms as m
 from rmoe.routing.balance import LossView
 from rmoe.routing.contract import count_assignments, count_by_layer
+from rmoe.routing.plugins import with_options
 from rmoe.routing.recurrence import SHARED_CELLS
 from rmoe.routing.router import limit_capacity
 from rmoe.routing.training_state import SelectionBias
+from rmoe.routing.zoo import RMOE
 from tests import naive
 from tests.contract.test_contract import EXPERTS, LAYERS, VOCAB, Routers, data, dense
 
@@ -912,3 +914,37 @@ def test_properties(name: str) -> None:
     spec = resolve(name)
     shared = build_shared(spec, Geometry(12, 8, 2, 2)) is not None
     assert (spec.uses_noise, spec.leaves_empty_slots, spec.is_causal, shared) == PROPERTIES[name]
+
+
+def test_options_are_changed_by_name() -> None:
+    changed = with_options(
+        resolve("rmoe"),
+        ["recurrence.width=64", "recurrence.carry=zero", "balance.capacity_factor=1.5", "scorer.bias=true"],
+    )
+    assert changed == vary(
+        RMOE,
+        recurrence={"width": 64, "carry": "zero"},
+        balance={"capacity_factor": 1.5},
+        scorer={"bias": True},
+    )
+    assert with_options(changed, ["balance.capacity_factor=null"]).balance.capacity_factor is None
+    assert with_options(RMOE, []) == RMOE
+    for wrong in (
+        "recurrence.width",
+        "width=3",
+        "recurrence.depth=3",
+        "router=3",
+        "balance.losses=[]",
+        "x.y=1",
+    ):
+        with pytest.raises(RequestError) as caught:
+            with_options(RMOE, [wrong])
+        assert str(caught.value).startswith(
+            f"--router-option is '{wrong}'; allowed: NAME=VALUE, NAME one of "
+        )
+        assert "recurrence.width" in str(caught.value)
+        assert "losses" not in str(caught.value).partition("allowed:")[2]
+    with pytest.raises(RequestError, match=r"recurrence\.width is 'wide'; allowed: int"):
+        with_options(RMOE, ["recurrence.width=wide"])
+    with pytest.raises(RequestError, match="--router-option"):
+        with_options(resolve("hash"), ["scorer.bias=true"])  # it has no scorer
