@@ -74,7 +74,7 @@ VERSION = 1
 
 
 # Where a thing lies does not make a run another one; what it is does, and has a sha256 of its own.
-PLACES = frozenset({"model", "data", "config.valid"})
+PLACES = frozenset({"valid"})
 
 
 class Request(Record, frozen=True, kw_only=True):
@@ -387,10 +387,9 @@ def _same(out: Path, now: Request) -> Request:
         RequestError: naming the first setting that differs.
     """
     was = read_record(out / REQUEST, Request, VERSION)
-    before, after = (run_folder.flat(msgspec.to_builtins(each)) for each in (was, now))
-    for name in sorted((before.keys() | after.keys()) - PLACES):
-        unknown = name == "valid_sha256" and before.get(name) is None and was.config.get("valid") is not None
-        if before.get(name) != after.get(name) and not unknown:
-            allowed = f"{before.get(name)!r}, as the run in {out} was started with"
-            raise RequestError(name.removeprefix("config."), after.get(name), allowed)
+    parts = ["config", "data_sha256", "model_sha256", "valid_sha256"]
+    if was.valid_sha256 is None and was.config.get("valid") is not None:
+        parts.remove("valid_sha256")  # an earlier release did not write it
+    before, after = (run_folder.settings_of(each, parts) for each in (was, now))
+    run_folder.require_equal(before, after, PLACES, f"the run in {out}")
     return was
