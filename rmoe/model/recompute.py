@@ -59,7 +59,7 @@ class NonReentrant:
         options |= given or {}
         if options["use_reentrant"]:
             warnings.warn(
-                "use_reentrant=True would lose the gradient of the balance loss; layers are checkpointed non-reentrantly",
+                "use_reentrant=True would lose the balance loss's gradient: layers are checkpointed non-reentrantly",
                 UserWarning,
                 stacklevel=3,
             )
