@@ -18,7 +18,8 @@ from typing import Any
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 CONFIGS = {"rmoe": ("rmoe.model", "RMoEConfig"), "rmoe_graft": ("rmoe.graft", "GraftConfig")}
-"""model_type -> the module whose import registers it, and its configuration."""
+"""model_type -> the module whose import registers it, and its configuration. The only arrow up from here: by name,
+when a user asks."""
 
 
 def register_when_asked() -> None:
@@ -43,25 +44,40 @@ def _stand_in(model_type: str) -> type:
     def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return getattr(import_module(module), name).from_dict(config_dict, **kwargs)
 
-    body = {"__module__": __name__, "model_type": model_type, "from_dict": classmethod(from_dict)}
+    def made(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+    body = {
+        "__module__": __name__,
+        "model_type": model_type,
+        "from_dict": classmethod(from_dict),
+        "__new__": made,
+    }
     return type(name, (PreTrainedConfig,), body)
 
 
 class _AfterAutoConfig(MetaPathFinder):
     """Finds one module, as everybody else would, and registers the stand-ins once it has been executed."""
 
+    searching = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != AUTO_CONFIG:
+        if fullname != AUTO_CONFIG or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.searching = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _register(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

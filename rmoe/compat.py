@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.generic import merge_with_config_defaults  # not in `transformers.utils`; 5.17 to 5.24
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 __all__ = [
     "ATTENTION_KEYWORDS",
@@ -38,6 +39,7 @@ __all__ = [
     "is_loaded",
     "is_replica",
     "is_split_by_plan",
+    "keep_recording",
     "merge_with_config_defaults",
     "model_classes",
     "one_cache",
@@ -124,6 +126,15 @@ def model_classes(config_class: type) -> Iterator[tuple[Any, Any]]:
             yield from (
                 (auto, model_class) for model_class in (found if isinstance(found, tuple) else (found,))
             )
+
+
+def keep_recording(model: Any) -> None:
+    """Router logits and hidden states stay recorded when a model's class has changed: they are looked up by it.
+
+    5.17 has a plain dict with class names as keys; 5.24 one that takes a model.
+    """
+    key = str(type(model)) if type(_CAN_RECORD_REGISTRY) is dict else model
+    _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
 
 
 def is_loaded(what: Tensor | nn.Module) -> bool:

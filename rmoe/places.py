@@ -56,7 +56,7 @@ def model_place(name: str | Path, field: str = "MODEL") -> Path:
     if os.path.exists(path):
         return path
     is_name = _HUB_NAME.fullmatch(text) is not None
-    if is_name and (cached := _cached(text)) is not None:
+    if is_name and (cached := cached_folder(text)) is not None:
         return cached
     allowed = (
         "an existing folder"
@@ -114,7 +114,8 @@ def _near(path: Path) -> str:
     return f" (did you mean {path.parent / close[0]}?)" if close else ""
 
 
-def _cached(repository: str, revision: str | None = None) -> Path | None:
+def cached_folder(repository: str, revision: str | None = None) -> Path | None:
+    """The folder of a repository in the Hub cache; None where it is not there. No network is asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -133,7 +134,7 @@ def _downloaded(repository: str, field: str, revision: str | None = None) -> Pat
     if not _HUB_NAME.fullmatch(repository):
         raise RequestError(field, f"{PREFIX}{repository}", f"{PREFIX}NAME or {PREFIX}ORG/NAME")
     if HF_HUB_OFFLINE:
-        if (cached := _cached(repository, revision)) is not None:
+        if (cached := cached_folder(repository, revision)) is not None:
             return cached
         allowed = "a repository in the local Hub cache while HF_HUB_OFFLINE is set"
         raise RequestError(field, f"{PREFIX}{repository}", allowed)

@@ -163,7 +163,6 @@ OF_TUPLES = {"_replace", "_asdict", "_fields", "_exit"}
 """Public, whatever their names look like: of named tuples, and `os._exit`."""
 
 STILL_PRIVATE = {
-    "graft/auto.py": {"_CAN_RECORD_REGISTRY", "_can_record_outputs", "_model_mapping"},
     "graft/discover.py": {"_modules"},
     "serving/server.py": {"_GenerationCancelled", "_StreamError", "_tokenizer"},
 }

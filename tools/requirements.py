@@ -33,7 +33,8 @@ def requirements(form: str) -> list[str]:
         if form == "latest":
             lines.append(name)
         elif form == "lowest" and lowest and line in project["dependencies"]:
-            lines.append(f"{name}=={lowest[1]}{'' if lowest[1].count('.') > 1 else '.*'}")
+            minor = lowest[1] if "." in lowest[1] else f"{lowest[1]}.0"
+            lines.append(f"{name}=={minor}{'' if minor.count('.') > 1 else '.*'}")
         else:
             lines.append(name + specifier)
     return lines

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rmoe.analysis.record import RoutingRecord
 from rmoe.errors import RequestError
+from rmoe.graft.attach import OFFSET
 from rmoe.graft.discover import GATE_NAMES
 
 SCORES = {
@@ -191,7 +192,11 @@ def scorer_matrix(layer: MoELayer, shared: nn.Module | None) -> Tensor | None:
         matrix = layer.router.experts_matrix(shared)  # type: ignore[operator]
         return None if matrix is None else matrix.detach()
     classes = layer.num_experts + layer.family.skip_class
-    matrices = [p for p in layer.router.parameters() if p.dim() == 2 and p.shape[0] == classes]
+    matrices = [
+        parameter
+        for name, parameter in layer.router.named_parameters()
+        if not name.startswith(f"{OFFSET}.") and parameter.dim() == 2 and parameter.shape[0] == classes
+    ]
     return matrices[-1].detach() if matrices else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +50,7 @@ def run(
         jobs: processes at once; the default fills the cores. Results do not depend on it.
         single_file: put the plotting library into the report's page, so that it can be sent alone.
     """
+    from rmoe.compare.sharing import cores
     from rmoe.probes import runner
     from rmoe.probes.results import knobs_with
     from rmoe.probes.stack import fitted
@@ -82,7 +82,7 @@ def run(
         out,
         knobs=settings,
         plugins=plugin,
-        jobs=jobs or len(os.sched_getaffinity(0)),
+        jobs=jobs or cores(),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     found = summaries.summarise(rows, baseline, margin, swept)

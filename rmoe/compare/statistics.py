@@ -272,8 +272,11 @@ def _at_looks(
 
 def _t_test(differences: Sequence[float], confidence: float, looks: Looks | None) -> tuple[Interval, float]:
     """`t_interval`; with looks, one that holds the mean at every look so far with this confidence."""
-    if looks is not None and len(differences) in looks:
-        confidence = 1 - nominal_levels(round(1 - confidence, 12), looks)[looks.index(len(differences))]
+    if (
+        looks is not None
+    ):  # between two looks, and before the first (a run has failed), the next one's level holds
+        look = next((i for i, pairs in enumerate(looks) if pairs >= len(differences)), len(looks) - 1)
+        confidence = 1 - nominal_levels(round(1 - confidence, 12), looks)[look]
     return t_interval(differences, confidence)
 
 

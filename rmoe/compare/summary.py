@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -249,12 +250,19 @@ def _router(
 
 
 def _text_interval(mine: Sequence[ResultRow], against: Mapping[int, ResultRow]) -> Interval | None:
-    """Of a text whose tokens are bytes or the like; perplexities per word have no losses per token."""
+    """Of the difference in bits per byte; perplexities per word have no losses per token."""
     pairs = [(row.test_losses, against[row.seed].test_losses) for row in mine if row.seed in against]
     known = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
     if len(known) < len(pairs) or any(row.corpus.unit != "bits_per_byte" for row in mine):
         return None
-    return statistics.text_interval([ours for ours, _ in known], [theirs for _, theirs in known])
+    interval = statistics.text_interval([ours for ours, _ in known], [theirs for _, theirs in known])
+    if interval is None:
+        return None
+    row = mine[0]
+    assert row.test is not None and row.test_losses is not None  # noqa: PT018 - both or neither
+    # From bits per token to bits per byte: one constant of the text, whatever the row.
+    per_byte = row.test / (sum(row.test_losses.nats) / row.test_losses.targets / math.log(2))
+    return Interval(low=interval.low * per_byte, high=interval.high * per_byte)
 
 
 def _averaged(judged: Sequence[ResultRow], split: Split) -> dict[str, dict[int, float]]:

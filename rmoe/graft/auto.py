@@ -13,12 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from rmoe.compat import announce_causal_lm, is_loaded
+from rmoe.compat import announce_causal_lm, is_loaded, keep_recording, model_classes
 from rmoe.errors import RequestError
 from rmoe.graft.attach import attach, is_grafted
 from rmoe.graft.base import GRAFT_MODEL_TYPE, GRAFT_SECTION, POINTER
@@ -110,14 +107,10 @@ def grafted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]
 
 def _family_models(base: type[PreTrainedConfig]) -> list[tuple[Any, type[PreTrainedModel]]]:
     """(Auto class, model class) for every task the family has a model for."""
-    found = []
-    for name in modeling_auto.__all__:
-        auto = getattr(transformers, name)
-        mapping = auto._model_mapping if name.startswith("AutoModel") else None
-        if mapping is not None and base in mapping:
-            models = mapping[base]
-            found.append((auto, models[0] if isinstance(models, tuple) else models))
-    return found
+    found: dict[Any, type[PreTrainedModel]] = {}
+    for auto, model_class in model_classes(base):
+        found.setdefault(auto, model_class)
+    return list(found.items())
 
 
 @cache
@@ -184,9 +177,7 @@ def adopt(model: Model, spec: GraftSpec) -> Model:
         if module.__dict__.get("config") is old:
             module.config = config
     model.__class__ = grafted_model_class(type(model), type(config))  # type: ignore[arg-type]
-    _CAN_RECORD_REGISTRY[model] = (
-        model._can_record_outputs
-    )  # keyed by class name: router logits stay recorded
+    keep_recording(model)
     return model
 
 

@@ -19,7 +19,7 @@ from rmoe.model.weights import (
     read_json,
     sample_digest,
 )
-from rmoe.places import hub_folder, hub_name, model_place
+from rmoe.places import cached_folder, hub_name, model_place
 
 GRAFT_MODEL_TYPE = "rmoe_graft"
 GRAFT_SECTION = "rmoe_graft"
@@ -87,7 +87,7 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return values
 
     def locate(self, adapter: Path) -> Path:
-        """The base's folder: its absolute path, else the path from the adapter, else the Hub.
+        """The base's folder: its absolute path, else the path from the adapter, else the Hub's cache.
 
         Raises:
             RequestError: it is at none of them.
@@ -97,8 +97,14 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         for place in places:
             if (place / CONFIG).is_file():
                 return place
-        if self.hub is not None:
-            return hub_folder(self.hub, "base", self.revision)
+        if self.hub is not None:  # a folder does not decide a download
+            if (cached := cached_folder(self.hub, self.revision)) is not None:
+                return cached
+            allowed = (
+                f"a model in the Hub cache, or asked for: rmoe.load({str(adapter)!r}, base='hf:{self.hub}') or "
+                f"rmoe graft {adapter} --base hf:{self.hub} --out DIR"
+            )
+            raise RequestError("base", self.hub, allowed)
         allowed = (
             f"a folder that exists; if the base has moved, rmoe.load({str(adapter)!r}, base=PLACE) or "
             f"rmoe graft {adapter} --base PLACE --out DIR"

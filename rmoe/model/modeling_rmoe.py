@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,9 @@ class RMoEModel(RMoEPreTrainedModel):
         state: State = ()
         routings: list[Routing] = []
         hidden_states, attentions = [hidden], []
-        for layer in self.layers[: config.num_hidden_layers]:  # assisted generation may lower it: early exit
+        for layer in islice(
+            self.layers, config.num_hidden_layers
+        ):  # assisted generation lowers it: early exit
             hidden, state, routing, attention = layer(
                 hidden,
                 state,

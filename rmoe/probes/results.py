@@ -64,7 +64,15 @@ def knobs_with(changes: Mapping[str, object], base: Knobs | None = None) -> Knob
         except msgspec.ValidationError as error:
             raise RequestError(name, value, str(error).partition(" - at")[0]) from None
         data[name] = value
-    knobs = msgspec.convert(data, Knobs, strict=False)
+    return checked(msgspec.convert(data, Knobs, strict=False))
+
+
+def checked(knobs: Knobs) -> Knobs:
+    """The knobs.
+
+    Raises:
+        RequestError: they cannot go together.
+    """
     if knobs.top_k > knobs.experts:
         raise RequestError("top_k", knobs.top_k, f"1 to experts ({knobs.experts})")
     choices = math.comb(knobs.experts, knobs.top_k)

@@ -16,7 +16,7 @@ import torch
 import rmoe
 from rmoe.errors import RequestError, RunError
 from rmoe.probes.measure import measures
-from rmoe.probes.results import Knobs, ProbeRow, append_rows, read_rows
+from rmoe.probes.results import Knobs, ProbeRow, append_rows, checked, read_rows
 from rmoe.probes.stack import Ensemble, RouterStack, fitted
 from rmoe.probes.suite import named_probes
 from rmoe.probes.train import Curve, regret, regret_by_layer, train
@@ -77,7 +77,7 @@ def run(
         RunError: a run diverged; all others are done.
     """
     load_plugins(tuple(plugins))
-    settings = [knobs] if isinstance(knobs, Knobs) else list(knobs)
+    settings = [checked(one) for one in ([knobs] if isinstance(knobs, Knobs) else knobs)]
     chosen = range(seeds) if isinstance(seeds, int) else seeds
     if not len(chosen):
         raise RequestError("--seeds", seeds, "1 or more")

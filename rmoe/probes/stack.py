@@ -236,8 +236,8 @@ class Ensemble:
             [g for g in groups if g["params"]], lr=knobs.learning_rate, fused=True
         )
         self.note = "" if stacked is None else "one by one was asked for"
-        if stacked is None and len(lanes) > 1:
-            self.note = self._why_not_stacked(dtype)
+        if stacked is None:
+            self.note = "one model" if len(lanes) == 1 else self._why_not_stacked(dtype)
 
     @property
     def router_parameters(self) -> int:

@@ -10,8 +10,8 @@ from rmoe.training.result import RunResult
 LOAD = """import rmoe
 from transformers import AutoTokenizer
 
-# or, where rmoe is installed: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-model = rmoe.load(folder)
+folder = "path/to/this/folder"
+model = rmoe.load(folder)  # or, after import rmoe: AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)"""
 
 

@@ -140,7 +140,7 @@ def train(
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
         initial = start_at(model, fixed_batch(corpus.train), config.training.initial_logit_std)
         if not resume:
-            require_space(out, model, config.checkpoints.keep)
+            require_space(out, model, config.checkpoints.keep + len(config.training.branch_points))
         if config.training.gradient_checkpointing:
             enable_checkpointing(model)
         if place.ranks.staged:
