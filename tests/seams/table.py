@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from tests.seams.exceptions import EXCEPTIONS
 from tests.seams.families import CONTROL, FAMILIES
-from tests.seams.jobs import JOBS
+from tests.seams.jobs import GROUPS, JOBS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "seams.md"
@@ -83,7 +83,7 @@ def render(results: dict[tuple[str, str], str], versions: str) -> str:
     """The page."""
     notes: dict[str, int] = {}
     body: list[str] = []
-    for group in dict.fromkeys(job.group for job in JOBS.values()):
+    for group in GROUPS:
         body += ["", f"## {group}", "", f"| job | {' | '.join(TITLES.values())} |", "|---|---|---|---|---|"]
         for job in JOBS.values():
             if job.group == group:
