@@ -35,6 +35,7 @@ _OPTIONS = (
 )
 _WHOLE = (
     "tests/model/test_blocks.py",
+    "tests/model/test_folders.py",
     "tests/model/test_padding_and_generation.py",
     "tests/model/test_saving.py",
     "tests/model/test_variants.py",
@@ -73,6 +74,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/model/test_blocks.py",
     ),
     "rmoe/model/loading.py": _FOLDERS,
+    "rmoe/model/logit_scale.py": ("tests/model/test_blocks.py", "tests/training/test_initial_scale.py"),
     "rmoe/model/norm.py": ("tests/model/test_blocks.py", "tests/model/test_variants.py"),
     "rmoe/model/sharing.py": _FOLDERS,
     "rmoe/model/weights.py": _FOLDERS,
