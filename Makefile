@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_AR
 EXACT := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-all torture torture-full bench check lint format clean constraints latest lowest docs
+.PHONY: help install demo test test-all torture torture-full bench mutants probes check lint format clean constraints latest lowest docs
 
 help:
 	@echo "make demo      three routers on three probes and on text, two seeds each (at most 6 minutes on two cores)"
@@ -27,8 +27,10 @@ help:
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make torture   kills, damage, full disks, hostile inputs: the table of docs/reliability.md (under 30 minutes)"
 	@echo "make torture-full  the same with five times the kills and an hour of fuzzing"
+	@echo "make mutants   one small fault at a time: which of a fixed sample no test sees (about an hour on one core)"
+	@echo "make probes    the whole zoo on all probes, eight seeds (about an hour and a half of processor time); resumes"
 	@echo "make bench     measure speed and memory against transformers' models; writes benchmarks/results"
-	@echo "make check     lint, formatting, types, security, then the quick tests (what CI runs)"
+	@echo "make check     lint, formatting, types, imports, security, then the quick tests (what CI runs)"
 	@echo "make docs      build the documentation site into site/, links and anchors checked"
 	@echo "make latest    the same with the newest release of everything, caps ignored, in an environment of its own"
 	@echo "make lowest    the same with the lowest releases declared"
@@ -86,12 +88,25 @@ bench: $(VENV)/.installed-dev
 	cd benchmarks && for case in mutual_information recording_overhead graft_cost; do \
 		$(abspath $(BIN))/python $$case.py --out results || exit 1; done
 
+# MUTANTS="--changed main": every mutant of the covered files that differ from a commit. See docs/mutants.md.
+MUTANTS ?=
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+PROBES_OUT ?= runs/probes
+probes: $(VENV)/.installed-dev
+	$(BIN)/rmoe probe --plugin experiments/probe_routers.py --routers all,smoe-mlp-matched,eda-linear-unnormed --seeds 8 --out $(PROBES_OUT)
+	$(BIN)/rmoe probe --routers smoe,rmoe,smoe-bias,rmoe-bias --probes zipf --seeds 8 --sweep balance=0.01,0,0.1 --out $(PROBES_OUT)
+	$(BIN)/python -m rmoe.report.probes.cards $(PROBES_OUT)
+	$(BIN)/python -m experiments.mechanisms $(PROBES_OUT) --out experiments/results/mechanisms.md
+
 check: lint test
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml rmoe
 
 # --- documentation -------------------------------------------------------------------------------------------------
@@ -135,4 +150,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-docs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-docs site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Time and memory that a graft adds at p = 128, beside what its FLOPs and bytes predict.
+"""Time, memory and disk that a graft adds at p = 128, beside what its FLOPs and bytes predict.
 
     python benchmarks/graft_cost.py [--out benchmarks/results] [--threads N] [--hidden-size D] [--layers L]
 
@@ -6,7 +6,8 @@ A random Qwen3-MoE of one size up to what memory allows; rounds alternate betwee
 forward alone and forward with backward. Time is given on the wall and on the processor: on a shared machine the
 former also says what else was running, and with several threads the latter counts those that wait. Memory is what
 tensors take, counted by torch's own hooks on saved tensors, not the process's: on a CPU the allocator's figures say
-more about what ran before.
+more about what ran before. Disk is what the files of the base and of its adapter take, and the seconds to write the
+adapter, to check the base and to load both; they are in a temporary folder, which needs room for the base.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import copy
 import time
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from results import write_result
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from rmoe.graft import GraftSpec, graft
+import rmoe
+from rmoe.graft import GraftSpec, graft, graft_folder
 from rmoe.graft.folder import is_graft_tensor
+from rmoe.model.weights import open_weights, sample_digest
 from rmoe.routing.mechanisms import Recurrence
 
 BATCH, LENGTH, ROUNDS, WIDTH = 2, 512, 11, 128
@@ -56,6 +60,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     plain = Qwen3MoeForCausalLM(config)
+    files = on_disk(plain)
     # The same weights in the same memory: where a copy comes to lie can cost more than a graft.
     same = {id(parameter): parameter for parameter in plain.parameters()}
     grafted = graft(copy.deepcopy(plain, same), GraftSpec(recurrence=Recurrence(width=WIDTH)))
@@ -105,9 +110,30 @@ def main() -> None:
             "added_saved_bytes_per_token_and_layer": (saved["grafted"] - saved["plain"]) / tokens / layers,
             "predicted_saved_bytes_per_token_and_layer": predicted_saved_bytes(d, layers),
             "rounds": ROUNDS,
+            **files,
         },
         arguments.out,
     )
+
+
+def on_disk(plain: PreTrainedModel) -> dict[str, float]:
+    """Bytes of a base and of its adapter, and seconds: to write the adapter, to check the base, to load both."""
+    with TemporaryDirectory() as place:
+        base, adapter = Path(place, "base"), Path(place, "adapter")
+        plain.save_pretrained(base)
+        started = time.perf_counter()
+        graft_folder(base, adapter, GraftSpec(recurrence=Recurrence(width=WIDTH)))
+        written = time.perf_counter()
+        sample_digest(open_weights(base))
+        checked = time.perf_counter()
+        rmoe.load(adapter)
+        return {
+            "base_bytes": sum(path.stat().st_size for path in base.iterdir()),
+            "adapter_bytes": sum(path.stat().st_size for path in adapter.iterdir()),
+            "write_adapter_s": written - started,
+            "sample_digest_s": checked - written,
+            "load_adapter_s": time.perf_counter() - checked,
+        }
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor) -> None:

@@ -27,9 +27,10 @@ from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
 from experiments.study_table import markdown
 from rmoe.compare.compare import Options, compare
-from rmoe.compare.plan import RESULTS, named_routers
+from rmoe.compare.plan import RESULTS
 from rmoe.compare.schema import ResultRow, read_rows
 from rmoe.errors import RequestError, RunError
+from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.environment import versions
@@ -106,7 +107,7 @@ def run(study: Study, data_dir: Path, out: Path, jobs: int, most: int | None) ->
     load_plugins((PLUGIN,))
     for stage in study.stage:
         for grid in stage.grid:
-            named_routers(grid.routers)
+            select(grid.routers)
     one_code([*finished(study, out), versions().code])
     done = 0
     for grid, seeds in steps(study):

@@ -11,7 +11,7 @@ import msgspec
 from rmoe.compare.schema import ResultRow
 from rmoe.compare.statistics import STRETCHES
 from rmoe.errors import RequestError
-from rmoe.records import Record
+from rmoe.records import Record, atomic_write
 from rmoe.training.result import (
     Averaged,
     Corpus,
@@ -168,7 +168,6 @@ def append_missing(path: Path, rows: Sequence[StudyRow]) -> int:
     one_code([*known, *rows])
     merged = {row.key: row for row in known} | {row.key: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
-    staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in merged.values()))
-    staged.replace(path)
+    with atomic_write(path) as staged:
+        staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in merged.values()))
     return len(merged) - len(known)

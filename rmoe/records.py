@@ -1,8 +1,10 @@
-"""Files that say what they are: typed, versioned JSON, written whole or not at all. Imports no torch."""
+"""Files that are whole or not there, and typed, versioned JSON in them. Imports no torch."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,11 +29,63 @@ class Versioned(msgspec.Struct):
 R = TypeVar("R", bound=Record)
 
 
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def durable_rename(staged: Path, target: Path, *, synced: bool = False) -> None:
+    """Rename a finished file or folder so that a crash leaves all of it under its new name, or none.
+
+    Args:
+        staged: on the file system of `target`.
+        target: a file that is there is replaced; a folder must be empty or not there.
+        synced: its bytes are on disk already.
+    """
+    if not synced:
+        for path in (*(sorted(staged.rglob("*")) if staged.is_dir() else ()), staged):
+            sync(path)
+    staged.rename(target)
+    sync(target.parent)
+
+
+@contextmanager
+def atomic_write(target: Path, suffix: str = ".part") -> Iterator[Path]:
+    """Give a path beside `target` to write a file to; a crash leaves the old file or the new one, never a part.
+
+    Args:
+        suffix: of the path to write to; of its own where several processes may write at once.
+    """
+    staged = target.with_name(target.name + suffix)
+    try:
+        yield staged
+        durable_rename(staged, target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """Append whole lines by one synced write: a kill leaves at most the last line short.
+
+    A line that an earlier kill cut is closed first, or the next would be lost with it.
+    """
+    with path.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                lines = b"\n" + lines
+        file.write(lines)
+        os.fsync(file.fileno())
+
+
 def write_record(path: Path, record: Record) -> None:
-    """Write a record as indented JSON; a kill leaves the old file or the new one, never a part."""
-    staged = path.with_name(path.name + ".part")
-    staged.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-    os.replace(staged, path)
+    """Write a record as indented JSON, by `atomic_write`."""
+    with atomic_write(path) as staged:
+        staged.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
 def read_record(path: Path, kind: type[R], version: int) -> R:

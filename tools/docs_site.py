@@ -53,10 +53,20 @@ def sources() -> dict[str, str]:
     """Files of the repository that are pages -> where the page is in the site."""
     pages = {"README.md": "index.md", "experiments/README.md": "experiments/index.md"}
     pages |= {f"{name}.md": f"{name.lower()}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")}
-    for pattern in ("experiments/*.md", "experiments/results/*.md", "examples/*.py", "notebooks/*.ipynb"):
+    pages |= {"CITATION.cff": "citation.md", "LICENSE": "license.md"}
+    for pattern in (
+        "experiments/*.md",
+        "experiments/*.toml",
+        "experiments/results/*.md",
+        "examples/*.py",
+        "notebooks/*.ipynb",
+    ):
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            pages.setdefault(name, str(PurePosixPath(name).with_suffix(".md")))
+            stem = (
+                name if path.suffix == ".toml" else PurePosixPath(name).with_suffix("")
+            )  # claims.md is there too
+            pages.setdefault(name, f"{stem}.md")
     return pages
 
 
@@ -65,6 +75,10 @@ def content(name: str) -> str:
     text = (ROOT / name).read_text()
     if name.endswith(".py"):
         return f"# {name}\n\n```python\n{text}```\n"
+    if name.endswith(".toml"):
+        return f"# {name}\n\n```toml\n{text}```\n"
+    if name in ("CITATION.cff", "LICENSE"):
+        return f"# {name}\n\n```text\n{text}```\n"
     if name.endswith(".ipynb"):
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
         return "\n\n".join(said if kind == "markdown" else f"```python\n{said}\n```" for kind, said in cells)
@@ -157,7 +171,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Examples": [where for where in pages.values() if where.startswith(("notebooks/", "examples/"))]},
         {"Evidence": [*(f"{name}.md" for name in EVIDENCE if name in guides), {"Experiments": experiments}]},
         {"API": api},
-        {"Project": ["contributing.md", "security.md", "changelog.md"]},
+        {"Project": ["contributing.md", "security.md", "changelog.md", "citation.md", "license.md"]},
     ]
     config.nav = nav
     return config

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmoe.analysis.families import FAMILIES, MoELayer, find_transformers_layers
+from rmoe.analysis.families import MoELayer, find_transformers_layers
 from rmoe.analysis.record import RoutingBatch, RoutingRecord
 from rmoe.errors import RequestError
 from rmoe.graft.modules import GraftedGate
@@ -22,15 +22,12 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model, lowest first.
 
     Raises:
-        RequestError: there are none of a known family, or they are not all of one size.
+        RequestError: there are none, or they are not all of one size.
     """
     layers = _rmoe_layers(model) or find_transformers_layers(model)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not layers:
-        known = ", ".join(family.block for family in FAMILIES)
-        raise RequestError(
-            "MODEL", kind, f"a model with MoE layers: RMoE's, or blocks of the classes {known}"
-        )
+        raise RequestError("MODEL", kind, "a model with MoE layers: a router beside experts")
     sizes = {(layer.num_experts, layer.experts_per_token) for layer in layers}
     if len(sizes) > 1:
         raise RequestError(
@@ -62,7 +59,7 @@ class Recorder:
     """Calls a model and keeps what its routers decided.
 
     Args:
-        model: an `RMoEForCausalLM`, or a transformers MoE of a family in `families.FAMILIES`.
+        model: an `RMoEForCausalLM`, or any transformers MoE.
 
     Raises:
         RequestError: see `find_moe_layers`.

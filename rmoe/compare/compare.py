@@ -2,80 +2,36 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from rmoe.compare import plan as plans
 from rmoe.compare.equal_time import with_branch_points
 from rmoe.compare.gate import gated, read_other
-from rmoe.compare.jobs import Answer, Judge, Measure, Train
-from rmoe.compare.plan import Plan, Run
+from rmoe.compare.phases import Options as Options
+from rmoe.compare.phases import (
+    Setting,
+    analyse,
+    judge_chosen,
+    planned_rows,
+    time_each_alone,
+    train_branches,
+    train_until_decided,
+)
+from rmoe.compare.plan import Plan
 from rmoe.compare.pool import Pool
-from rmoe.compare.progress import Progress
-from rmoe.compare.schema import ResultRow, Summary, append_row, read_rows
-from rmoe.compare.sharing import Sharing, share
-from rmoe.compare.statistics import MARGIN_BITS
-from rmoe.compare.summary import chosen_sweep, summarise, sweep_points
-from rmoe.compare.timing import time_alone
+from rmoe.compare.schema import Summary, read_rows
+from rmoe.compare.sharing import share
+from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError, RunError
 from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.report import table
-from rmoe.report.analysis_schema import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
-from rmoe.report.charts.chart import counted
 from rmoe.report.page import write_report
 from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
-from rmoe.training.result import Corpus, Hardware, RunResult, Versions
-
-ANALYSED_AT_MOST = 8  # models in one report: the baseline and those with the lowest loss
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a comparison is carried out; none of it changes a run's result.
-
-    Attributes:
-        jobs: runs at once; None takes the default for the size.
-        margin: half-width of "equivalent", in bits.
-        timing_rounds: turns each router gets in the phase that times it alone; 0 leaves it out.
-        analysis_tokens: tokens of the validation split whose routing is measured; 0 leaves that out.
-        single_file: inline the plotting library into the report.
-    """
-
-    jobs: int | None = None
-    margin: float = MARGIN_BITS
-    timing_rounds: int = 3
-    analysis_tokens: int = 65_536
-    single_file: bool = False
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What all phases of one comparison share."""
-
-    plan: Plan
-    out: Path
-    sharing: Sharing
-    options: Options
-    corpus: Corpus
-    versions: Versions
-    hardware: Hardware
-
-    @property
-    def results(self) -> Path:
-        return self.out / plans.RESULTS
-
-    def folder(self, run: Run) -> Path:
-        return self.out / "runs" / run.key
-
-    def rows(self) -> dict[str, ResultRow]:
-        return {row.key: row for row in read_rows(self.results)[0]} if self.results.exists() else {}
+from rmoe.training.result import Corpus
 
 
 def compare(
@@ -132,16 +88,16 @@ def compare(
     setting, notes = _set_up(plan, out, match_params, options)
     try:
         with Pool(setting.sharing.jobs, setting.sharing.threads, out / "logs") as pool:
-            setting = _train_until_decided(setting, pool)
-            _judge_chosen(setting, pool)
-            _train_branches(setting, pool)
-            _time_alone(setting)
-            analysis = _analyse(setting, pool)
+            setting = train_until_decided(setting, pool)
+            judge_chosen(setting, pool)
+            train_branches(setting, pool)
+            time_each_alone(setting)
+            analysis = analyse(setting, pool)
     except KeyboardInterrupt:
         runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
         saved = f"{runs}, and checkpoints of those under way, in {out}"
         raise RunError("interrupted", saved, "run the same command again") from None
-    rows, problems = _planned_rows(setting)
+    rows, problems = planned_rows(setting)
     if not any(row.status == "finished" for row in rows):
         raise RunError(
             f"every run failed, {rows[0].key} with: {rows[0].error}", "no model", f"see {out / 'logs'}"
@@ -207,7 +163,7 @@ def _plan(
     )
 
 
-def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tuple[_Setting, list[str]]:
+def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tuple[Setting, list[str]]:
     """Prepare the text once for all workers, refuse what cannot work, take the folder."""
     import torch
 
@@ -240,7 +196,7 @@ def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tupl
             "At the size of the quick preset no router is expected to win; the paper's small model saw none."
         )
     plans.enter(out, plan, corpus.sha256)
-    setting = _Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads))
+    setting = Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads))
     setting.rows()  # a results.jsonl of another version is refused before anything is trained
     return setting, notes
 
@@ -315,263 +271,3 @@ def _matched(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
             "time column is not comparable."
         )
     return replace(plan, changes={name: change for name, change in changes.items() if change}), notes
-
-
-# --- phases --------------------------------------------------------------------------------------
-
-
-def _train_until_decided(setting: _Setting, pool: Pool) -> _Setting:
-    """Train what is missing; with looks, one pair more of every undecided router at each.
-
-    Which router stops when follows from the rows alone, so an interrupted comparison comes to the same runs.
-
-    Returns:
-        The setting with the plan of what was trained.
-    """
-    looks = setting.plan.looks
-    if looks is None:
-        _train_missing(setting, pool)
-        return setting
-    for pairs in looks:
-        setting = replace(setting, plan=replace(setting.plan, seeds=pairs))
-        _train_missing(setting, pool)
-        decided = _decided(setting, pairs)
-        setting = replace(setting, plan=replace(setting.plan, decided=decided | setting.plan.decided))
-        undecided = set(setting.plan.routers) - {setting.plan.baseline} - set(setting.plan.decided)
-        if not undecided:
-            break
-        print(f"after {pairs} pairs not decided: {', '.join(sorted(undecided))}", file=sys.stderr, flush=True)
-    return setting
-
-
-def _decided(setting: _Setting, pairs: int) -> dict[str, int]:
-    """Routers whose verdict stands after so many pairs."""
-    rows = _planned_rows(setting)[0]
-    if not any(row.status == "finished" for row in rows):
-        return {}
-    plan = setting.plan
-    summary = summarise(rows, "", plan.baseline, margin=setting.options.margin, looks=plan.looks)
-    verdicts = {r.router: r.difference.verdict for r in summary.routers if r.difference is not None}
-    return {
-        name: pairs
-        for name, verdict in verdicts.items()
-        if verdict not in ("not decided", "one seed: no verdict")
-    }
-
-
-def _planned_rows(setting: _Setting) -> tuple[list[ResultRow], list[str]]:
-    """The rows that count: with looks those of the plan, else all there are."""
-    rows, problems = read_rows(setting.results)
-    if setting.plan.looks is not None:
-        keys = {run.key for run in setting.plan.runs()}
-        rows = [row for row in rows if row.key in keys]
-    return rows, problems
-
-
-def _train_missing(setting: _Setting, pool: Pool) -> None:
-    """Train every run that has no finished row, several at once."""
-    known = setting.rows()
-    missing = [r for r in setting.plan.runs() if r.key not in known or known[r.key].status != "finished"]
-    if not missing:
-        return
-
-    def note(run: Run, answer: Answer) -> None:
-        if answer.stopped:
-            raise RunError(f"{run.key}: {answer.error}", "every finished run", "run the same command again")
-        append_row(setting.results, _row(setting, run, answer))
-        progress.finished(run.key, answer.error)
-
-    def job(run: Run) -> Train:
-        return Train(config=run.config.to_dict(), folder=str(setting.folder(run)))
-
-    steps, sharing = setting.plan.config.training.max_steps, setting.sharing
-    print(
-        f"training {counted([len(missing)], 'run')}, {sharing.jobs} at once with "
-        f"{counted([sharing.threads], 'thread')} each; logs in {setting.out / 'logs'}",
-        file=sys.stderr,
-        flush=True,
-    )
-    with Progress({run.key: setting.folder(run) for run in missing}, steps) as progress:
-        pool.map(missing, job, note)
-
-
-def _train_branches(setting: _Setting, pool: Pool) -> None:
-    """Train the baseline's shorter runs that are missing, each from its longer run's checkpoint."""
-    path = setting.out / plans.BRANCHES
-    known = {row.key for row in read_rows(path)[0] if row.status == "finished"} if path.exists() else set()
-    rows = setting.rows()
-    missing = [
-        (branch, run)
-        for branch, run in setting.plan.branches()
-        if branch.key not in known and run.key in rows and rows[run.key].status == "finished"
-    ]
-    if not missing:
-        return
-
-    def note(pair: tuple[Run, Run], answer: Answer) -> None:
-        if answer.stopped:
-            raise RunError(
-                f"{pair[0].key}: {answer.error}", "every finished run", "run the same command again"
-            )
-        append_row(path, _row(setting, pair[0], answer))
-        state = f"failed: {answer.error}" if answer.error else "finished"
-        print(f"{pair[0].key} {state}", file=sys.stderr, flush=True)
-
-    def job(pair: tuple[Run, Run]) -> Train:
-        branch, run = pair
-        return Train(
-            config=branch.config.to_dict(),
-            folder=str(setting.out / "branches" / branch.key),
-            branch_of=str(setting.folder(run)),
-        )
-
-    print(
-        f"training {counted([len(missing)], 'branch')} of {setting.plan.baseline} ...",
-        file=sys.stderr,
-        flush=True,
-    )
-    pool.map(missing, job, note)
-
-
-def _row(setting: _Setting, run: Run, answer: Answer) -> ResultRow:
-    """The line of results.jsonl that an answer makes."""
-    if answer.error is not None:
-        return ResultRow(
-            router=run.router,
-            router_spec=ZOO[run.router].spec.to_dict(),
-            seed=run.seed,
-            sweep=run.sweep,
-            config=run.config.to_dict(),
-            versions=setting.versions,
-            hardware=setting.hardware,
-            corpus=setting.corpus,
-            status="failed",
-            error=answer.error,
-        )
-    result = msgspec.convert(answer.value, RunResult)
-    return ResultRow(
-        router=run.router,
-        router_spec=result.router_spec,
-        seed=run.seed,
-        sweep=run.sweep,
-        config=result.config,
-        versions=result.versions,
-        hardware=result.hardware,
-        corpus=result.corpus,
-        status="finished",
-        steps=result.steps,
-        tokens=result.tokens,
-        val=result.val,
-        test=result.test,
-        parameters=result.parameters,
-        curves=result.curves,
-        routing=result.routing,
-        initial_logits=result.initial_logits,
-        layer_curves=result.layer_curves,
-        test_losses=result.test_losses,
-        averaged=result.averaged,
-    )
-
-
-def _judge_chosen(setting: _Setting, pool: Pool) -> None:
-    """With a sweep: the test split, once, for the point each router does best at on validation."""
-    rows = setting.rows()
-    chosen = chosen_sweep(sweep_points(list(rows.values())))
-    runs = [
-        run
-        for run in setting.plan.runs()
-        if run.sweep == chosen.get(run.router)
-        and (row := rows.get(run.key)) is not None
-        and row.status == "finished"
-        and row.test is None
-    ]
-    if not runs:
-        return
-
-    def note(run: Run, answer: Answer) -> None:
-        if answer.error is not None:
-            raise RunError(
-                f"judging {run.key} on the test split failed: {answer.error}",
-                "every run",
-                "run the same command again",
-            )
-        append_row(setting.results, msgspec.structs.replace(rows[run.key], test=answer.value))
-
-    pool.map(runs, lambda run: Judge(config=run.config.to_dict(), folder=str(setting.folder(run))), note)
-
-
-def _first_runs(setting: _Setting) -> dict[str, Run]:
-    """Router -> its first finished run at its chosen sweep point."""
-    rows = setting.rows()
-    chosen = chosen_sweep(sweep_points(list(rows.values())))
-    found: dict[str, Run] = {}
-    for run in setting.plan.runs():
-        finished = run.key in rows and rows[run.key].status == "finished"
-        if finished and run.sweep == chosen.get(run.router):
-            found.setdefault(run.router, run)
-    return found
-
-
-def _time_alone(setting: _Setting) -> None:
-    """Time and memory of every router, one at a time, in turns; kept with the router's first run.
-
-    Routers that were timed in another session are timed again with the new ones: figures of one table come from
-    one phase.
-    """
-    rows, runs = setting.rows(), _first_runs(setting)
-    if not setting.options.timing_rounds or all(rows[run.key].timing for run in runs.values()):
-        return
-    print("timing each router alone ...", file=sys.stderr, flush=True)
-    configs = {router: run.config for router, run in runs.items()}
-    found = time_alone(configs, setting.sharing.threads, setting.options.timing_rounds, setting.out / "logs")
-    for router, timing in found.items():
-        append_row(setting.results, msgspec.structs.replace(rows[runs[router].key], timing=timing))
-
-
-def _analyse(setting: _Setting, pool: Pool) -> Analysis | None:
-    """Measure the routing of each router's first run; `analysis.json`."""
-    if not setting.options.analysis_tokens:
-        return None
-    path = setting.out / plans.ANALYSIS
-    rows, runs = setting.rows(), _first_runs(setting)
-    ranked = sorted(runs, key=lambda name: (name != setting.plan.baseline, rows[runs[name].key].val))
-    wanted = ranked[:ANALYSED_AT_MOST]
-    if path.exists() and [m.name for m in read_analysis(path).models] == wanted:
-        return read_analysis(path)
-    print("measuring how each router routes ...", file=sys.stderr, flush=True)
-    found: dict[str, ModelAnalysis] = {}
-    notes = [f"Of each router, the run with seed {setting.plan.config.training.seed} is analysed."]
-    if len(ranked) > len(wanted):
-        notes.append(
-            f"Analysed: {setting.plan.baseline} and the {len(wanted) - 1} routers with the lowest loss."
-        )
-
-    def note(name: str, answer: Answer) -> None:
-        if answer.error is not None:
-            notes.append(f"{name} could not be analysed: {answer.error}")
-        else:
-            found[name] = msgspec.convert(answer.value, ModelAnalysis)
-
-    def job(name: str) -> Any:
-        run = runs[name]
-        return Measure(
-            config=run.config.to_dict(),
-            folder=str(setting.folder(run)),
-            name=name,
-            tokens=setting.options.analysis_tokens,
-        )
-
-    pool.map(wanted, job, note)
-    if not found:
-        return None
-    analysis = Analysis(
-        text=Text(
-            name=f"{setting.corpus.name}, validation split",
-            sha256=setting.corpus.sha256,
-            tokens=max((m.entropy.n for m in found.values() if m.entropy), default=0),
-        ),
-        models=[found[name] for name in wanted if name in found],
-        notes=notes,
-    )
-    write_analysis(path, analysis)
-    return analysis

@@ -25,6 +25,7 @@ from rmoe.errors import RequestError
 from rmoe.records import Record, read_record, write_record
 from rmoe.routing.zoo import find
 from rmoe.training.config import RunConfig
+from rmoe.training.run_folder import flat, require_equal
 
 COMPARISON, RESULTS, SUMMARY, ANALYSIS = "comparison.json", "results.jsonl", "summary.json", "analysis.json"
 BRANCHES = "branches.jsonl"
@@ -200,31 +201,17 @@ def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
 
 
 def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord) -> None:
-    was, new = _flat(stored), _flat(now)
     # The text's hash covers the tokenizer's content, wherever that lies now.
     may_differ = MAY_DIFFER | ({"data.tokenizer"} if stored.data_sha256 == now.data_sha256 else frozenset())
-    for name in sorted(was.keys() | new.keys()):
-        if name not in may_differ and was.get(name) != new.get(name):
-            allowed = f"{was.get(name)!r}, as the comparison in {folder} was started with"
-            raise RequestError(name, new.get(name), allowed)
+    was, new = (
+        flat(each.config) | {"looks": each.looks, "sweep": each.sweep, "text (sha256)": each.data_sha256}
+        for each in (stored, now)
+    )
+    require_equal(was, new, may_differ, f"the comparison in {folder}")
     for router in stored.changes.keys() & now.changes.keys():
         if stored.changes[router] != now.changes[router]:
             allowed = f"{stored.changes[router]}, as the comparison in {folder} was started with"
             raise RequestError(f"settings of {router}", now.changes[router], allowed)
-
-
-def _flat(record: ComparisonRecord) -> dict[str, Any]:
-    flat: dict[str, Any] = {"text (sha256)": record.data_sha256, "sweep": record.sweep, "looks": record.looks}
-    for name, value in record.config.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": _plain(v) for inner, v in value.items()}
-        else:
-            flat[name] = _plain(value)
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def with_threads(plan: Plan, threads: int) -> Plan:

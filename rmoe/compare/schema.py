@@ -8,14 +8,13 @@ Imports no torch, so reports can be made where no model can be run.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, Versioned
+from rmoe.records import Record, Versioned, append_lines
 from rmoe.training.result import (  # noqa: F401  a row is read with what it is made of
     Averaged,
     Corpus,
@@ -247,18 +246,8 @@ class Summary(Record, frozen=True, kw_only=True):
 
 
 def append_row(path: Path, row: ResultRow) -> None:
-    """Append one row, by a single synced write: a kill leaves at most the last line short."""
-    line = msgspec.json.encode(row) + b"\n"
-    with open(path, "ab+", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(-1, os.SEEK_END)
-            if (
-                file.read(1) != b"\n"
-            ):  # an earlier kill cut a line: close it, or this row would be lost with it
-                line = b"\n" + line
-        file.write(line)
-        os.fsync(file.fileno())
+    """Append one row, by `append_lines`."""
+    append_lines(path, msgspec.json.encode(row) + b"\n")
 
 
 def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:

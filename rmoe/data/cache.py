@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import time
 import uuid
@@ -23,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rmoe.data.manifest import MANIFEST_VERSION, Manifest
-from rmoe.records import read_record
+from rmoe.records import durable_rename, read_record
 
 log = logging.getLogger(__name__)
 _STAGING = ".staging-"
@@ -72,10 +71,12 @@ def publish(staging: Path, entry: Path, key: str) -> None:
             _checked(entry, key)
             return
         with staging_folder(entry.parent) as away:
-            os.rename(entry, away / "damaged")
+            entry.rename(away / "damaged")
     try:
-        os.rename(staging, entry)
+        durable_rename(staging, entry)
     except OSError:
+        if not entry.exists():
+            raise
         _checked(entry, key)  # lost a race: what stands there must be as good
 
 

@@ -20,6 +20,7 @@ from rmoe.data.config import SPLITS, DataConfig
 from rmoe.data.text import SplitTexts, Text, open_text, read_bytes
 from rmoe.errors import RequestError, RunError
 from rmoe.places import expand
+from rmoe.records import atomic_write
 
 ENWIK8_BYTES = 100_000_000
 ENWIK8_CUTS = (90_000_000, 95_000_000)
@@ -118,23 +119,22 @@ def _fetched(config: DataConfig) -> Path:
     where = f"the path of {wanted.url} ({wanted.bytes / 1e6:.0f} MB), fetched by you"
     if not config.download:
         raise RequestError("data.path", None, f"{where}, or --data.download to have it fetched")
-    staged = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         what = f"the cache {target.parent} cannot be written ({error})"
         raise RunError(what, "nothing", config.another_cache) from None
     try:
-        _download(wanted, staged)
-        if _sha256(staged) != wanted.sha256:
-            raise RunError(f"{wanted.url} is not the published file", "nothing", f"give data.path: {where}")
-        os.replace(staged, target)
+        with atomic_write(target, f".{os.getpid()}.part") as staged:
+            _download(wanted, staged)
+            if _sha256(staged) != wanted.sha256:
+                raise RunError(
+                    f"{wanted.url} is not the published file", "nothing", f"give data.path: {where}"
+                )
     except (urllib.error.URLError, OSError) as error:
         raise RequestError(
             "data.download", True, f"a network that reaches {wanted.url} ({error}), or {where}"
         ) from error
-    finally:
-        staged.unlink(missing_ok=True)
     return target
 
 

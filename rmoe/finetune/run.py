@@ -31,6 +31,7 @@ from rmoe.compat import enable_checkpointing
 from rmoe.data.blocks import IGNORED
 from rmoe.data.tasks import Instruction, Labelled, read_tasks
 from rmoe.errors import RequestError
+from rmoe.finetune.card import finetuning_card
 from rmoe.finetune.classification import LabelledTexts, label_set, load_classifier, predict, scores
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.instructions import (
@@ -73,7 +74,7 @@ VERSION = 1
 
 
 # Where a thing lies does not make a run another one; what it is does, and has a sha256 of its own.
-PLACES = frozenset({"model", "data", "config.valid"})
+PLACES = frozenset({"valid"})
 
 
 class Request(Record, frozen=True, kw_only=True):
@@ -179,7 +180,6 @@ def finetune(
         trainer = _train(job, run, request, out, place, resume, progress)
         model = _merged(trainer.model, out, bool(config.lora_rank))
         _restore_dtypes(model, dtypes)
-        publish_model(out, model, tokenizer, lambda folder: _complete(source, folder, out, model, config))
         result = FinetuneResult(
             model=str(out / run_folder.MODEL),
             steps=trainer.state.global_step,
@@ -189,6 +189,18 @@ def finetune(
             trained_parameters=trained,
             scores=job.score(model),
         )
+        complete = partial(_complete, source, out=out, model=model, config=config)
+        card = finetuning_card(
+            source,
+            data,
+            config,
+            steps=result.steps,
+            examples=result.examples,
+            trained_parameters=trained,
+            scores=result.scores,
+            data_sha256=request.data_sha256,
+        )
+        publish_model(out, model, tokenizer, card, complete)
         write_record(out / run_folder.RESULT, result)
         trainer.store.clear_staging()
     return result
@@ -375,10 +387,9 @@ def _same(out: Path, now: Request) -> Request:
         RequestError: naming the first setting that differs.
     """
     was = read_record(out / REQUEST, Request, VERSION)
-    before, after = (run_folder.flat(msgspec.to_builtins(each)) for each in (was, now))
-    for name in sorted((before.keys() | after.keys()) - PLACES):
-        unknown = name == "valid_sha256" and before.get(name) is None and was.config.get("valid") is not None
-        if before.get(name) != after.get(name) and not unknown:
-            allowed = f"{before.get(name)!r}, as the run in {out} was started with"
-            raise RequestError(name.removeprefix("config."), after.get(name), allowed)
+    parts = ["config", "data_sha256", "model_sha256", "valid_sha256"]
+    if was.valid_sha256 is None and was.config.get("valid") is not None:
+        parts.remove("valid_sha256")  # an earlier release did not write it
+    before, after = (run_folder.settings_of(each, parts) for each in (was, now))
+    run_folder.require_equal(before, after, PLACES, f"the run in {out}")
     return was

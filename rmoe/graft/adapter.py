@@ -118,7 +118,7 @@ def move_adapter(source: Path, out: Path, base: str | Path) -> Base:
     moved = msgspec.structs.replace(found, unused=pointer.unused).seen_from(out)
 
     def write(folder: Path) -> None:
-        copy_others(source, folder)
+        copy_others(source, folder, same=True)
         write_adapter(folder, dict(weights.tensors()), config, moved)
 
     publish(out, write)

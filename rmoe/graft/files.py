@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from rmoe.errors import RequestError
 from rmoe.graft.auto import CODE
+from rmoe.model.card import is_own
 from rmoe.model.weights import CONFIG, INDEX, PICKLES
 
 BASE_CONFIG = "base_config.json"  # the original's, as it was
@@ -40,11 +41,14 @@ def publish(out: Path, write: Callable[[Path], None]) -> None:
         folder.rename(out)
 
 
-def copy_others(source: Path, target: Path, only: tuple[str, ...] | None = None) -> None:
+def copy_others(
+    source: Path, target: Path, only: tuple[str, ...] | None = None, *, same: bool = False
+) -> None:
     """Copy what is neither weights nor configuration: tokenizer, generation defaults, chat templates, the card.
 
     Args:
         only: of these, the files with one of these suffixes.
+        same: the target is the same model, so a card that `rmoe` wrote still describes it.
     """
     skipped = {CONFIG, INDEX, BASE_CONFIG, BASE_INDEX, *CODE}
     for path in source.rglob("*"):
@@ -56,6 +60,7 @@ def copy_others(source: Path, target: Path, only: tuple[str, ...] | None = None)
             and within.name not in skipped
             and path.suffix not in _WEIGHT_SUFFIXES
             and (only is None or path.suffix in only)
+            and (same or not is_own(path))
         ):
             (target / within).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / within)

@@ -23,6 +23,7 @@ from rmoe.graft.adapter import write_adapter
 from rmoe.graft.attach import CELL, OFFSET, attach
 from rmoe.graft.auto import AUTO_MAP, CLASS_PREFIX, CODE, graft_section
 from rmoe.graft.base import GRAFT_MODEL_TYPE, GRAFT_SECTION, Base
+from rmoe.graft.card import graft_card
 from rmoe.graft.files import (
     BASE_CONFIG,
     BASE_INDEX,
@@ -33,6 +34,7 @@ from rmoe.graft.files import (
     publish,
 )
 from rmoe.graft.spec import GraftSpec
+from rmoe.model.card import write_card
 from rmoe.model.sharing import write_auto_code
 from rmoe.model.weights import (
     CONFIG,
@@ -96,16 +98,20 @@ def graft_folder(source: Path, out: Path, spec: GraftSpec, *, full: bool = False
         GRAFT_SECTION: section,
     }
 
+    report = GraftReport(config["model_type"], gates, sum(t.numel() for t in added.values()), base_sha256)
+    card = graft_card(source, report.model_type, len(gates), report.added_parameters, spec)
+
     def write(folder: Path) -> None:
-        if full:
+        if full:  # has the base's own card, which undo gives back
             copy_others(source, folder)
             _write_standalone(folder, weights, added, config | own)
         else:
             copy_others(source, folder, TOKENIZER_FILES)
             write_adapter(folder, added, config | own, Base.of(weights).seen_from(out))
+            write_card(folder, card)
 
     publish(out, write)
-    return GraftReport(config["model_type"], gates, sum(t.numel() for t in added.values()), base_sha256)
+    return report
 
 
 def _write_standalone(

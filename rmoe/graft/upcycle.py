@@ -75,7 +75,9 @@ def upcycle_folder(
     source: Path, out: Path, router: str = "rmoe", *, num_experts: int = 8, top_k: int = 2, seed: int = 0
 ) -> RMoEForCausalLM:
     """`upcycle` from folder to folder, the tokenizer with it. Raises as `upcycle` does, with nothing written."""
+    from rmoe.graft.card import upcycling_card
     from rmoe.graft.folder import copy_others, publish
+    from rmoe.model.card import write_card
     from rmoe.model.loading import load
 
     model = upcycle(load(source), router, num_experts=num_experts, top_k=top_k, seed=seed)
@@ -83,6 +85,7 @@ def upcycle_folder(
     def write(folder: Path) -> None:
         copy_others(source, folder)
         model.save_pretrained(folder)
+        write_card(folder, upcycling_card(source, router, num_experts, top_k, model.num_parameters()))
 
     publish(out, write)
     return model

@@ -8,6 +8,7 @@ asked. What a layer decides, integers and truth values, is small and therefore k
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from rmoe.compat import HAS_ACTIVATION_CHECKPOINTING
-from rmoe.errors import RequestError
 
 aten = torch.ops.aten
 
@@ -58,9 +58,12 @@ class NonReentrant:
             options["context_fn"] = self.checkpoint_context
         options |= given or {}
         if options["use_reentrant"]:
-            raise RequestError(
-                "use_reentrant", True, "False: the reentrant form loses the balance loss's gradient"
+            warnings.warn(
+                "use_reentrant=True would lose the balance loss's gradient: layers are checkpointed non-reentrantly",
+                UserWarning,
+                stacklevel=3,
             )
+            options["use_reentrant"] = False
         return options
 
     if HAS_ACTIVATION_CHECKPOINTING:
@@ -68,11 +71,7 @@ class NonReentrant:
         def activation_checkpointing_enable(
             self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
         ) -> None:
-            """As in transformers, which gets `kwargs` as they are.
-
-            Raises:
-                RequestError: `use_reentrant=True`.
-            """
+            """As in transformers, which gets `kwargs` as they are; `use_reentrant=True` warns and is not heeded."""
             options = self._checkpoint_options(activation_checkpointing_kwargs)
             super().activation_checkpointing_enable(options, **kwargs)  # type: ignore[misc]
 
@@ -81,10 +80,6 @@ class NonReentrant:
         def gradient_checkpointing_enable(
             self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
         ) -> None:
-            """As in transformers, which gets `kwargs` as they are.
-
-            Raises:
-                RequestError: `use_reentrant=True`.
-            """
+            """As in transformers, which gets `kwargs` as they are; `use_reentrant=True` warns and is not heeded."""
             options = self._checkpoint_options(gradient_checkpointing_kwargs)
             super().gradient_checkpointing_enable(options, **kwargs)  # type: ignore[misc]

@@ -22,7 +22,10 @@ ADAPTER = (
     "graft.safetensors"  # of a folder that holds only what its model adds to, or changes in, a base elsewhere
 )
 
-SAMPLE_WHOLE, SAMPLE_BLOCK = 2**20, 2**12  # bytes; see `sample_digest`
+SAMPLE_WHOLE, SAMPLE_BLOCK = (
+    2**20,
+    2**12,
+)  # bytes; see `sample_digest`, whose values in adapters depend on them
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

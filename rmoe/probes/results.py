@@ -6,7 +6,6 @@ The file is a log that is only ever appended to; when two lines have one key, th
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, Versioned
+from rmoe.records import Record, Versioned, append_lines
 
 RESULTS_VERSION = 1
 MOST_CHOICES = 2000  # ways to choose k of E experts that the oracle goes through for every token
@@ -138,17 +137,8 @@ class ProbeRow(Record, frozen=True, kw_only=True):
 
 
 def append_rows(path: Path, rows: Sequence[ProbeRow]) -> None:
-    """Append rows, by a single synced write: a kill leaves at most the last line short."""
-    lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
-    with open(path, "ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if (
-                file.read(1) != b"\n"
-            ):  # an earlier kill cut a line: close it, or this row would be lost with it
-                lines = b"\n" + lines
-        file.write(lines)
-        os.fsync(file.fileno())
+    """Append rows, by `append_lines`."""
+    append_lines(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 
 def read_rows(path: Path) -> tuple[list[ProbeRow], list[str]]:

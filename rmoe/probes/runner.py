@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 import rmoe
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
 from rmoe.probes.measure import measures
 from rmoe.probes.results import Knobs, ProbeRow, append_rows, read_rows
 from rmoe.probes.stack import Ensemble, RouterStack, fitted
@@ -73,6 +74,7 @@ def run(
 
     Raises:
         RequestError: an unknown router or probe, sizes that cannot work, or results of another version or router.
+        RunError: a run diverged; all others are done.
     """
     load_plugins(tuple(plugins))
     settings = [knobs] if isinstance(knobs, Knobs) else list(knobs)
@@ -91,9 +93,13 @@ def run(
         done.update({row.key: row for row in rows})
         names = ", ".join(dict.fromkeys(row.router for row in rows))
         progress(
-            f"{number} of {len(units)}: {names}: {len(rows)} runs in {rows[0].seconds * len(rows):.0f} s"
+            f"{number} of {len(units)}: {names}: {len(rows)} runs in {sum(row.seconds for row in rows):.0f} s"
         )
-    return [done[name, probe, seed, k] for name, k in asked for probe, seed in lanes]
+    wanted = [(name, probe, seed, k) for name, k in asked for probe, seed in lanes]
+    lost = [f"{key[0]} on {key[1]}, seed {key[2]}" for key in wanted if key not in done]
+    if lost:
+        raise RunError(f"training diverged: {'; '.join(lost)}", "every other run", "a smaller learning_rate")
+    return [done[key] for key in wanted]
 
 
 def _asked(
@@ -182,7 +188,8 @@ def carry_out(unit: Unit) -> list[ProbeRow]:
             for asked, ensemble, curve in zip(unit.routers, ensembles, curves, strict=True)
         ]
     each = (time.perf_counter() - started) / (len(unit.routers) * len(unit.lanes))
-    return [_row(fields, each) for rows in found for fields in rows]
+    # A run that diverged has no numbers to write; the others of its pass are not touched by it.
+    return [_row(fields, each) for rows in found for fields in rows if math.isfinite(fields["regret"])]
 
 
 def _row(fields: dict[str, Any], seconds: float) -> ProbeRow:

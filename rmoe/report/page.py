@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from rmoe.compare.schema import Summary
+from rmoe.records import atomic_write
 from rmoe.report import table
 from rmoe.report.analysis_schema import Analysis
 from rmoe.report.charts.chart import Chart, counted, styles
@@ -56,9 +57,8 @@ def written(folder: Path, rendered: Callable[[str | None], str], single_file: bo
         else:
             shutil.copyfile(plotly, folder / PLOTLY)
     page = folder / "index.html"
-    staged = page.with_name("index.html.part")
-    staged.write_text(rendered(inlined), encoding="utf-8")
-    staged.replace(page)
+    with atomic_write(page) as staged:
+        staged.write_text(rendered(inlined), encoding="utf-8")
     return page
 
 

@@ -18,7 +18,7 @@ from rmoe.training import run_folder
 from rmoe.training.checkpoint import MANIFEST, CheckpointStore, Damaged, verify
 from rmoe.training.config import RunConfig
 from rmoe.training.metrics import MetricsLog, read_metrics
-from rmoe.training.run_folder import RunRecord, flat, read_run
+from rmoe.training.run_folder import RunRecord, flat, read_run, require_equal, settings_of
 
 FIELD = "--branch-of"
 MAY_DIFFER = ("training.max_steps", "training.branch_points", "training.average", "training.average_every")
@@ -50,14 +50,10 @@ def require_branch(config: RunConfig, record: RunRecord, source: Path, may_diffe
     if longer.training.max_steps < config.training.max_steps:
         allowed = f"at most {longer.training.max_steps}, the steps of the run in {source}"
         raise RequestError("training.max_steps", config.training.max_steps, allowed)
-    for part in ("config", "model", "plugins", "data_sha256"):
-        was, now = flat(getattr(stored, part)), flat(getattr(record, part))
-        for name in sorted(was.keys() | now.keys()):
-            free = part == "config" and (
-                name in may_differ or name in MAY_DIFFER or name.startswith(("logging.", "checkpoints."))
-            )
-            if was.get(name) != now.get(name) and not free:
-                raise RequestError(name, now.get(name), f"{was.get(name)!r}, as the run in {source}")
+    free = {name for name in flat(record.config) if name.startswith(("logging.", "checkpoints."))}
+    parts = ("config", "model", "plugins", "data_sha256")
+    was, now = (settings_of(each, parts) for each in (stored, record))
+    require_equal(was, now, free.union(may_differ, MAY_DIFFER), f"the run in {source}")
     return source / "checkpoints" / f"checkpoint-{step}"
 
 

@@ -21,7 +21,7 @@ import msgspec
 from safetensors import SafetensorError
 
 from rmoe.errors import RunError, one_line
-from rmoe.records import NOT_JSON, Record
+from rmoe.records import NOT_JSON, Record, durable_rename, sync
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -108,8 +108,7 @@ class CheckpointStore:
             seal(staged, step, self.run)
             self.checkpoints.mkdir(exist_ok=True)
             self._discard(target)  # one of the same step can only be there if it was found damaged
-            staged.rename(target)
-            sync(self.checkpoints)
+            durable_rename(staged, target, synced=True)
         except (OSError, SafetensorError) as error:
             _remove(staged)
             raise RunError(
@@ -241,15 +240,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _own_sha256(manifest: Manifest) -> str:

@@ -24,13 +24,12 @@ and for `"kind": "eval"`: `split`, `loss` (nats per token), the figure in the co
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from rmoe.records import NOT_JSON
+from rmoe.records import NOT_JSON, atomic_write, sync
 
 Row = dict[str, Any]
 
@@ -50,17 +49,15 @@ class MetricsLog:
     def sync(self) -> None:
         """Force the rows to disk."""
         if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(self.path)
 
     def truncate(self, step: int) -> None:
         """Keep the rows up to a step: those after it are about to be measured again."""
         if not self.path.exists():
             return
-        staged = self.path.with_name(self.path.name + ".part")
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
-        os.replace(staged, self.path)
+        with atomic_write(self.path) as staged:
+            staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
 
 
 def read_metrics(path: Path) -> list[Row]:

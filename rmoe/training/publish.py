@@ -10,18 +10,25 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from rmoe.errors import RunError
+from rmoe.model.card import ModelCard, write_card
+from rmoe.records import durable_rename
 from rmoe.training import run_folder
-from rmoe.training.checkpoint import CheckpointStore, sync
+from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.metrics import Row
 from rmoe.training.result import Curve, LayerCurve, Unit
 
 
 def publish_model(
-    out: Path, model: PreTrainedModel, tokenizer: Any, complete: Callable[[Path], None] | None = None
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    card: ModelCard,
+    complete: Callable[[Path], None] | None = None,
 ) -> None:
     """Publish `model/` in one step: staged, synced, renamed.
 
     Args:
+        card: what its README.md says.
         complete: adds to the staged folder before it is published.
     """
     staged, target = out / "staging" / run_folder.MODEL, out / run_folder.MODEL
@@ -30,14 +37,12 @@ def publish_model(
         store.clear_staging()
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
+        write_card(staged, card)
         if complete is not None:
             complete(staged)
-        for path in (*staged.rglob("*"), staged):
-            sync(path)
         if target.exists():  # killed after this was written and before the result was
             target.rename(out / "staging" / "replaced-model")
-        staged.rename(target)
-        sync(out)
+        durable_rename(staged, target)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"could not save {target}: {error}", store.saved(), "free disk space, then --resume"

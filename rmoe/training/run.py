@@ -28,6 +28,7 @@ from rmoe.training import run_folder
 from rmoe.training.average import WeightAverage
 from rmoe.training.branch import begin_branch, require_branch
 from rmoe.training.build import build_model, load_plugins, model_config, parameter_counts
+from rmoe.training.card import training_card
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
 from rmoe.training.disk import require_space
@@ -323,7 +324,6 @@ def _run(
     if place.ranks.rank == 0:
         if routing is None:  # no stage sees the whole routing
             routing = summarize_routing(model, corpus.valid, bf16=place.bf16)
-        publish_model(out, model, corpus.tokenizer)
         result = RunResult(
             router=config.router,
             router_spec=record.router_spec,
@@ -359,6 +359,7 @@ def _run(
             folder=str(out),
             model=str(out / run_folder.MODEL),
         )
+        publish_model(out, model, corpus.tokenizer, training_card(result))
         write_record(out / run_folder.RESULT, result)
         store.clear_staging()
     trainer.accelerator.wait_for_everyone()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,15 +136,34 @@ def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) ->
     if sorted(stored.plugins.values()) == sorted(record.plugins.values()):
         may_differ |= {"plugin"}
         parts.remove("plugins")
-    for part in parts:
-        was, now = flat(getattr(stored, part)), flat(getattr(record, part))
-        for name in sorted(was.keys() | now.keys()):
-            if was.get(name) == now.get(name) or (part == "config" and name in may_differ):
-                continue
-            field = name if part == "config" else ".".join(filter(None, (part, name)))
-            raise RequestError(
-                field, now.get(name), f"{was.get(name)!r}, as the run in {folder} was started with"
-            )
+    was, now = (settings_of(each, parts) for each in (stored, record))
+    require_equal(was, now, may_differ, f"the run in {folder}")
+
+
+def settings_of(record: Record, parts: Iterable[str]) -> dict[str, Any]:
+    """What a record asks for, flat, part by part; names below `config` have no prefix, others that of their field."""
+    prefixes = {part: "" if part == "config" else part for part in parts}
+    return {
+        name: value
+        for part, prefix in prefixes.items()
+        for name, value in sorted(flat(getattr(record, part), prefix).items())
+    }
+
+
+def require_equal(
+    was: Mapping[str, Any], now: Mapping[str, Any], may_differ: Container[str], where: str
+) -> None:
+    """Check that two requests are the same, but for the names in `may_differ`.
+
+    Args:
+        where: what asked for `was`, for the error.
+
+    Raises:
+        RequestError: naming the first difference.
+    """
+    for name in dict.fromkeys((*was, *now)):
+        if was.get(name) != now.get(name) and name not in may_differ:
+            raise RequestError(name, now.get(name), f"{was.get(name)!r}, as {where} was started with")
 
 
 def places_of(path: str, folder: Path, record: RunRecord) -> list[Path]:

@@ -18,6 +18,7 @@ from rmoe.cli.main import main
 from rmoe.errors import RequestError
 from rmoe.graft import GraftSpec, find_routed_stack, graft, graft_folder, keep_originals, undo_folder
 from rmoe.graft.files import GRAFT_WEIGHTS, ORIGINALS
+from rmoe.model.weights import ADAPTER, digest, open_weights
 from rmoe.routing.mechanisms import Recurrence
 from tests.graft.conftest import SPEC, at_work, grafted
 from tests.graft.tiny_families import TOKENS, tiny_model
@@ -39,18 +40,21 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return lines[0]
 
 
-def test_graft_then_undo(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("form", [[], ["--full"]], ids=["adapter", "standalone"])
+def test_graft_then_undo(
+    form: list[str], original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (original / "tokenizer_config.json").write_text("{}")
     out, back = tmp_path / "grafted", tmp_path / "back"
-    assert (
-        main(["graft", str(original), "--router", "rmoe-lstm", "--width", "4", "--out", str(out), "--json"])
-        == 0
-    )
+    options = ["--router", "rmoe-lstm", "--width", "4", "--json", *form]
+    assert main(["graft", str(original), *options, "--out", str(out)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["model_type"] == "qwen3_moe"
     assert report["gates"] == [f"model.layers.{i}.mlp.gate" for i in range(4)]
     assert report["added_parameters"] == 4 * (2 * 32 * 4) + (2 * 16 * 4 + 2 * 16)
     assert (out / "tokenizer_config.json").is_file()
+    assert (out / "graft.safetensors").is_file() == (not form)
+    assert (out / "model-base.safetensors").is_file() == bool(form)
     assert json.loads((out / "config.json").read_text())["rmoe_graft"]["recurrence"]["cell"] == "lstm"
 
     assert main(["graft", "--undo", str(out), "--out", str(back)]) == 0
@@ -136,6 +140,7 @@ def test_undo_brings_back_tensors_that_transformers_does_not_load(tmp_path: Path
     model.save_pretrained(tmp_path / "trained")
     assert keep_originals(tmp_path / "grafted", tmp_path / "trained") == 1
     assert undo_folder(tmp_path / "trained", tmp_path / "back").verified is True
+    assert digest(open_weights(tmp_path / "back").tensors()) == digest(open_weights(original).tensors())
 
 
 def test_a_graft_in_memory_leaves_the_callers_configuration_alone() -> None:
@@ -292,11 +297,12 @@ def test_undo_of_what_is_no_graft(original: Path, capsys: pytest.CaptureFixture[
     assert "rmoe graft" in refused(capsys, "--undo", str(original), "--out", str(original.parent / "out"))
 
 
-def test_a_missing_weight_is_no_warning(original: Path, tmp_path: Path) -> None:
-    graft_folder(original, tmp_path / "grafted", SPEC)
-    weights = load_file(tmp_path / "grafted" / GRAFT_WEIGHTS)
+@pytest.mark.parametrize("file", [GRAFT_WEIGHTS, ADAPTER])
+def test_a_missing_weight_is_no_warning(original: Path, tmp_path: Path, file: str) -> None:
+    graft_folder(original, tmp_path / "grafted", SPEC, full=file == GRAFT_WEIGHTS)
+    weights = load_file(tmp_path / "grafted" / file)
     del weights["model.router_cell.cell.weight_hh"]
-    save_file(weights, tmp_path / "grafted" / GRAFT_WEIGHTS)
+    save_file(weights, tmp_path / "grafted" / file)
     with pytest.raises(RequestError, match=r"missing_keys: model\.router_cell\.cell\.weight_hh"):
         rmoe.load(tmp_path / "grafted")
 

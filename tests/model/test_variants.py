@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmoe.errors import RequestError
 from rmoe.model.norm import RMSNorm
 from tests.model.small import POST, PRE, assert_same, loss_and_gradients, model, tokens
 
@@ -52,9 +51,14 @@ def test_checkpointing_counts_each_token_once() -> None:
     assert out.router_stats.counts.sum(-1).tolist() == [78, 78]
 
 
-def test_reentrant_checkpointing_is_refused() -> None:
-    with pytest.raises(RequestError, match="use_reentrant is True"):
-        model().gradient_checkpointing_enable({"use_reentrant": True})
+def test_reentrant_checkpointing_is_not_heeded() -> None:
+    """It warns, and the gradients are those of the other form: the balance loss's too."""
+    want = loss_and_gradients(model().train(), tokens())
+    net = model().train()
+    with pytest.warns(UserWarning, match="non-reentrantly"):
+        net.gradient_checkpointing_enable({"use_reentrant": True})
+    assert all(layer.gradient_checkpointing for layer in net.model.layers)
+    assert_same(loss_and_gradients(net, tokens()), want)
 
 
 @pytest.mark.slow

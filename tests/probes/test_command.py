@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rmoe.cli.main import main
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
 from rmoe.probes import Knobs, read_rows, run
 from rmoe.report.probes.summary import MEAN, read_summary, summarise
 
@@ -187,6 +187,25 @@ def test_results_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> Non
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(RequestError, match="schema_version is 99" if change == "version" else "another spec"):
         run(["smoe"], ["lookup"], 1, tmp_path, knobs=FEW)
+
+
+def test_a_run_that_diverges_is_named_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rmoe.probes import runner
+    from rmoe.probes.stack import Ensemble
+
+    class Diverging(Ensemble):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            self.experts.data[1] = float("nan")
+
+    monkeypatch.setattr(runner, "Ensemble", Diverging)
+    with pytest.raises(RunError, match="smoe on lookup, seed 1; saved: every other run"):
+        run(["smoe"], ["lookup"], 3, tmp_path, knobs=FEW)
+    assert [row.seed for row in read_rows(tmp_path / "results.jsonl")[0]] == [0, 2]
+    monkeypatch.undo()
+    assert [row.seed for row in run(["smoe"], ["lookup"], 3, tmp_path, knobs=FEW)] == [0, 1, 2]
 
 
 def test_hash_is_a_router_that_knows_nothing() -> None:

@@ -17,15 +17,11 @@ _DROPPED = "Trainer reads a checkpoint without transformers' weight conversion a
 _OLD_NAME = (
     "PEFT hands the cache on by the name it had before transformers 5.24, so generation loses the prompt"
 )
-_REENTRANT = (
-    "refused by name: the reentrant form loses the gradient of the balance loss and of the router's state"
-)
 
 _KNOWN: list[tuple[str, tuple[str, ...], str]] = [
     # ---- Trainer ----
     ("best_model_at_end", FAMILY_CODE, _DROPPED),
     ("resumes", FAMILY_CODE, _DROPPED),
-    ("checkpointing_reentrant", OURS, _REENTRANT),
     (
         "accumulated_balance_loss",
         FAMILY_CODE,

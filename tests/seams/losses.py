@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +165,24 @@ def experts_implementations(family: Family, tmp: Path) -> None:
     for implementation in ("batched_mm", "grouped_mm"):
         model.set_experts_implementation(implementation)
         close(model(input_ids=ids()).logits, want, 1e-4)
+
+
+@job(GROUP, "experts: an implementation of one's own, registered with transformers, is called")
+def own_experts(family: Family, tmp: Path) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
+
+    calls = []
+
+    def own(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(len(calls))
+        return batched_mm_experts_forward(*args, **kwargs)
+
+    ALL_EXPERTS_FUNCTIONS.register("seams_own", own)
+    model = family.causal()
+    want = model(input_ids=ids()).logits
+    model.set_experts_implementation("seams_own")
+    close(model(input_ids=ids()).logits, want, 1e-4)
+    assert len(calls) == LAYERS
 
 
 @job(GROUP, "odd sizes: one token, one row, 17 tokens")

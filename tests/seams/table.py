@@ -23,6 +23,7 @@ from tests.seams.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "seams.md"
+COMMON = Path(__file__).with_name("common.md")
 PASSES, SKIPPED, CONTROL_FAILS, FAILS = "passes", "skipped", "control fails", "fails"
 TITLES = {
     "olmoe": "OLMoE (control)",
@@ -90,7 +91,16 @@ def render(results: dict[tuple[str, str], str], versions: str) -> str:
                 body.append(f"| {job.title}{' *(slow)*' if job.slow else ''} | {' | '.join(cells)} |")
     reasons = [f"{number}. {reason[0].upper()}{reason[1:]}." for reason, number in notes.items()]
     return "\n".join(
-        [HEAD.format(counts=count(results), versions=versions), *body[1:], "", "## Reasons", "", *reasons, ""]
+        [
+            HEAD.format(counts=count(results), versions=versions),
+            *body[1:],
+            "",
+            "## Reasons",
+            "",
+            *reasons,
+            "",
+            COMMON,
+        ]
     )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rmoe import records
 from rmoe.errors import RequestError, RunError
-from rmoe.training import publish
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.metrics import read_metrics
@@ -296,12 +296,15 @@ def test_disk_full_in_mid_run(text, finished, tmp_path, monkeypatch):
 
 def test_disk_full_at_the_final_model(text, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
+    sync = records.sync
     with monkeypatch.context() as patched:
 
         def full(path: Path) -> None:
-            raise OSError(28, "No space left on device")
+            if "staging" in path.parts:
+                raise OSError(28, "No space left on device")
+            sync(path)
 
-        patched.setattr(publish, "sync", full)
+        patched.setattr(records, "sync", full)
         with pytest.raises(RunError, match=r"could not save .*model.*saved: checkpoint-20"):
             train(tiny.config(text), out, progress=False)
     assert not (out / "model").exists()

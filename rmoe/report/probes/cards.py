@@ -1,11 +1,12 @@
 """The zoo's probe results as the package carries them: one small file, and the table of docs/probes.md made from it.
 
-python -m rmoe.report.probes.cards RUN     # RUN/results.jsonl -> rmoe/probes/cards.json and the docs' table
+`python -m rmoe.report.probes.cards RUN [PROBE,PROBE,...]` reads RUN/results.jsonl and writes both.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -48,9 +49,13 @@ class Cards(Record, frozen=True, kw_only=True):
     routers: dict[str, PackagedCard]
 
 
-def complete(rows: list[ProbeRow]) -> list[ProbeRow]:
-    """Rows at the default knobs of the routers that have every probe and seed there is; others are still running."""
-    mine = [row for row in rows if row.knobs == Knobs()]
+def complete(rows: list[ProbeRow], probes: Sequence[str] = ()) -> list[ProbeRow]:
+    """Rows at the default knobs of the routers that have every probe and seed there is; others are still running.
+
+    Args:
+        probes: these only; empty is all.
+    """
+    mine = [row for row in rows if row.knobs == Knobs() and (not probes or row.probe in probes)]
     wanted = {(row.probe, row.seed) for row in mine}
     found: dict[str, set[tuple[str, int]]] = {}
     for row in mine:
@@ -149,9 +154,9 @@ def with_table(document: str, table: str) -> str:
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
-def main(run: Path) -> None:
+def main(run: Path, probes: Sequence[str] = ()) -> None:
     rows, _ = read_rows(run / "results.jsonl")
-    cards = cards_of(summarise(complete(rows)))
+    cards = cards_of(summarise(complete(rows, probes)))
     root = Path(__file__).parents[3]
     write_record(root / "rmoe" / "probes" / "cards.json", cards)
     docs = root / "docs" / "probes.md"
@@ -159,4 +164,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2].split(",") if len(sys.argv) > 2 else ())

@@ -70,9 +70,13 @@ def finding(summary: Summary) -> str:
     text = f"{best.router} has the lowest regret {where}, {best.scores[MEAN].mean:.3f}."
     against = best.scores[MEAN].against
     if best.router != summary.baseline and against is not None:
-        low, high = against.interval.low, against.interval.high
-        text += f" Against {summary.baseline}: {against.mean:+.3f} ({low:+.3f} to {high:+.3f}), {against.verdict}."
-    return text.replace("-0", "−0")
+        mean, low, high = map(_signed, (against.mean, against.interval.low, against.interval.high))
+        text += f" Against {summary.baseline}: {mean} ({low} to {high}), {against.verdict}."
+    return text
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _title(summary: Summary) -> str:
