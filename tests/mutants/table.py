@@ -81,7 +81,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/analysis/": (_EDGES, "tests/analysis/test_measures.py", *_ANALYSES),
     "rmoe/analysis/analyze.py": (_EDGES, *_ANALYSES),
     "rmoe/analysis/command.py": (_EDGES, "tests/analysis/test_command.py"),
-    "rmoe/analysis/families.py": (_EDGES, "tests/analysis/test_recorder.py", *_ANALYSES),
+    "rmoe/analysis/families.py": (
+        _EDGES,
+        "tests/analysis/test_families.py",
+        "tests/analysis/test_recorder.py",
+        *_ANALYSES,
+    ),
     "rmoe/analysis/gradients.py": (_EDGES, "tests/analysis/test_gradients.py"),
     "rmoe/analysis/mutual_information.py": (_EDGES, "tests/analysis/test_mutual_information.py"),
     "rmoe/analysis/reading.py": _ANALYSES[1:],
