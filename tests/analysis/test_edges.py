@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from rmoe.analysis import measures, mutual_information
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.command import _sequence_length
 from rmoe.analysis.families import Family, MoELayer, expert_vectors
-from rmoe.analysis.gradients import balance_loss, recurrence_cut, router_gradients
+from rmoe.analysis.gradients import _only_trainable, balance_loss, recurrence_cut, router_gradients
 from rmoe.analysis.load import Load
 from rmoe.analysis.measures import RoutingMeasures, Sizes
 from rmoe.analysis.mutual_information import (
@@ -24,7 +25,7 @@ from rmoe.analysis.mutual_information import (
 )
 from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.record import RoutingBatch
-from rmoe.analysis.recorder import find_moe_layers, find_shared
+from rmoe.analysis.recorder import Recorder, find_moe_layers, find_shared
 from rmoe.analysis.weights import random_similarity
 from rmoe.errors import RequestError
 from tests.analysis.random_routing import random_routing
@@ -142,12 +143,12 @@ def test_explorer_puts_empty_slots_nowhere() -> None:
 
 
 def test_records_carry_no_gradient() -> None:
-    layer = MoELayer("mlp", nn.Identity(), nn.Identity(), 4, 2, Family("X"))
+    layer = MoELayer("mlp", nn.Identity(), nn.Identity(), 4, 2, Family("softmax"))
     logits = torch.randn(5, 4, requires_grad=True)
     weights, experts = logits.softmax(-1).topk(2)
     record = layer.family.record((logits, weights, experts), (torch.zeros(5, 3), experts, weights), layer)
     assert not any(part.requires_grad for part in record[:4])
-    assert torch.equal(record.probs, logits.detach().softmax(-1))
+    assert (record.probs - logits.detach().softmax(-1)).abs().max() < 1e-6
     with pytest.raises(RuntimeError, match="mlp: 2 of the router's results look like logits"):
         layer.family.record((logits, logits * 2), (torch.zeros(5, 3), experts, weights), layer)
     with pytest.raises(RuntimeError, match="mlp: 0 of the router's results look like logits"):
@@ -175,6 +176,28 @@ def test_reference_line_has_as_many_matrices_as_the_experts(gated: bool, matrice
     assert found.gradient_split is None
 
 
+def test_paths_of_a_report_are_shares_of_all_tokens() -> None:
+    batch = random_routing(2, 40, 3, 1, scale=5.0)
+    measured = RoutingMeasures(Sizes(2, 3, 1, 3), np.full(4, 10))
+    measured.update(batch, torch.arange(40) % 4)
+    paths = measured.fields(str)["paths"]
+    counts = Counter(tuple(batch.experts[:, t, 0].tolist()) for t in range(40))
+    assert {tuple(path.experts): path.share for path in paths.top} == {p: n / 40 for p, n in counts.items()}
+    assert (paths.distinct, paths.n) == (len(counts), 40)
+    shares = [path.share for path in paths.top]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_a_batch_leaves_padding_out() -> None:
+    recorder = Recorder(tiny_rmoe("smoe"))
+    ids = torch.randint(0, 256, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    batch = recorder.batch(ids, mask)
+    assert batch.num_tokens == 10
+    assert torch.equal(batch.experts[:, :4], recorder.batch(ids[:1, :4]).experts)
+    assert recorder.batch(ids).num_tokens == 12
+
+
 # ---- gradients ----------------------------------------------------------------------------------------------
 
 
@@ -193,6 +216,20 @@ def test_gradients_are_the_mean_over_the_batches(batches: int) -> None:
         assert found.language_model[index] == pytest.approx(float((total / batches).norm()), rel=1e-4)
     assert found.tokens == 18 * batches
     assert (found.cut, found.recurrent, found.shared) == (None, None, None)
+
+
+def test_only_the_routers_parameters_are_differentiated() -> None:
+    """For the length of the measurement; afterwards each is as trainable as it was."""
+    model = tiny_rmoe("smoe")
+    frozen = model.lm_head.weight.requires_grad_(False)
+    routers = [layer.router.scorer.linear.weight for layer in find_moe_layers(model)]
+    before = [p.requires_grad for p in model.parameters()]
+    with _only_trainable(model, routers):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 3
+        assert all(a is b for a, b in zip(trained, routers, strict=True))
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert not frozen.requires_grad
 
 
 def test_a_balance_loss_without_a_gradient_is_none() -> None:

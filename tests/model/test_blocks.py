@@ -16,7 +16,8 @@ from rmoe.model.initialize import initializers_of
 from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock
 from rmoe.model.norm import RMSNorm
 from rmoe.model.packing import split_packed
-from rmoe.routing import RouterContext, RouterStats
+from rmoe.routing import BalanceSpec, RouterContext, RouterStats, resolve, vary
+from rmoe.routing.mechanisms import Linear, SimilarityPreserving
 from tests import naive
 from tests.model.small import POST, PRE, config, model, tokens
 
@@ -431,6 +432,33 @@ def test_packed_examples_are_told_to_attention_by_positions(
     assert all(a is b for a, b in zip(split_packed(mask, positions, None), (mask, positions), strict=True))
 
 
+def test_a_cache_without_a_length_is_one_of_packed_requests() -> None:
+    """Continuous batching: one row, whose mask says which keys a token sees and not which tokens are real."""
+    net, seen = model(router="smoe", num_hidden_layers=2).eval(), []
+
+    def keep(gate: nn.Module, inputs: tuple, named: dict) -> None:
+        seen.append(named["context"])
+
+    net.routers[0].register_forward_pre_hook(keep, with_kwargs=True)
+
+    class Paged:
+        is_compileable = False
+
+        def update(
+            self, keys: Tensor, values: Tensor, *args: object, **kwargs: object
+        ) -> tuple[Tensor, Tensor]:
+            return tuple(
+                torch.cat((part, torch.zeros_like(part)), 2) for part in (keys, values)
+            )  # free pages
+
+    mask = torch.zeros(1, 1, 4, 8)
+    mask[..., 4:] = -torch.inf
+    ids = tokens(1, 4)
+    out = net.model(ids, attention_mask=mask, position_ids=torch.arange(4)[None], cache=Paged())
+    assert seen[0].mask is None
+    assert out.last_hidden_state.isfinite().all()
+
+
 def test_what_a_forward_pass_is_asked_for() -> None:
     """Raw scores of experts alone, also beside a skip class; the balance loss without labels; a classifier's cache."""
     net, ids = model(router="eda").eval(), tokens(2, 5)
@@ -565,3 +593,13 @@ def test_defaults() -> None:
     assert len(classifier(ids, output_routing=True).routing) == 2
     with pytest.raises(RequestError, match="num_attention_heads is 0; allowed: 1 or more"):
         config(num_attention_heads=0, head_dim=None)
+
+
+def test_balance_loss_sees_what_the_layers_share() -> None:
+    """One scorer for all layers, held near orthogonal: `1e-2 |R R^T - I|_1 / E^2`, the same for each."""
+    balance = BalanceSpec(losses=(SimilarityPreserving(),))
+    spec = vary(resolve("smoe"), scorer=Linear(shared_layers=0), balance=balance)
+    net, ids = model(router=spec.to_dict()), tokens()
+    matrix = net.model.router_shared.scorer.groups[0].weight
+    wanted = 1e-2 * (matrix @ matrix.T - torch.eye(5)).abs().sum() / 25
+    assert math.isclose(float(net(ids, labels=ids).balance_loss), float(wanted), rel_tol=1e-5)

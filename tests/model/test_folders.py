@@ -18,8 +18,10 @@ from rmoe.model.weights import (
     INDEX,
     WEIGHTS,
     digest,
+    layout_digest,
     open_weights,
     read_json,
+    sample_digest,
     tensor_sha256,
     write_index,
 )
@@ -103,7 +105,7 @@ def test_load_takes_the_class_that_was_saved(tmp_path: Path, folder: Path) -> No
         assert type(load(folder)) is RMoEForCausalLM
 
 
-@pytest.mark.parametrize(("removed", "shown"), [(1, 1), (3, 3), (5, 3)])
+@pytest.mark.parametrize(("removed", "shown"), [(1, 1), (3, 3), (4, 3), (5, 3)])
 def test_missing_weights_are_named(folder: Path, removed: int, shown: int) -> None:
     tensors = load_file(folder / WEIGHTS)
     gone = sorted(n for n in tensors if "proj" in n)[:removed]
@@ -258,3 +260,41 @@ def test_only_the_main_process_writes_the_code(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     net.save_pretrained(tmp_path / "b", is_main_process=False)
     assert not (tmp_path / "b" / "modeling_rmoe.py").exists()
+
+
+def test_sample_digest_reads_the_ends_and_two_blocks_between(tmp_path: Path) -> None:
+    """Of a tensor above 1 MiB four blocks of 4 KiB, of a smaller one all; the files' split does not matter."""
+    limit, block = 1 << 20, 1 << 12
+    big = torch.arange(limit + 5000, dtype=torch.int64).to(torch.uint8)
+    tensors = {"big": big, "small": torch.zeros(limit, dtype=torch.uint8), "other": torch.ones(3)}
+    (tmp_path / "config.json").write_text("{}")
+
+    def digests(tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
+        save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+        return sample_digest(open_weights(tmp_path)), layout_digest(open_weights(tmp_path))
+
+    def flipped(name: str, at: int) -> dict[str, torch.Tensor]:
+        tensor = tensors[name].clone()
+        tensor[at] += 1
+        return tensors | {name: tensor}
+
+    whole = digests(tensors)
+    last = big.numel() - block
+    for start in (0, last // 3, 2 * last // 3, last):
+        for at in (start, start + block - 1):
+            sample, layout = digests(flipped("big", at))
+            assert sample != whole[0], at
+            assert layout == whole[1]
+        for at in (start - 1, start + block):
+            if 0 <= at < big.numel():
+                assert digests(flipped("big", at)) == whole
+    for name, at in (("small", 0), ("small", limit - 1), ("small", limit // 2), ("other", 1)):
+        assert digests(flipped(name, at))[0] != whole[0]
+    assert digests(tensors | {"other": torch.ones(1, 3)})[1] != whole[1]
+    assert digests(tensors | {"other": torch.ones(3, dtype=torch.float64)})[1] != whole[1]
+    (tmp_path / WEIGHTS).unlink()
+    for number, names in enumerate((("big",), ("other", "small"))):
+        save_file({n: tensors[n] for n in names}, tmp_path / f"part-{number}.safetensors")
+    files = {"big": "part-0.safetensors", "small": "part-1.safetensors", "other": "part-1.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": files}))
+    assert (sample_digest(open_weights(tmp_path)), layout_digest(open_weights(tmp_path))) == whole

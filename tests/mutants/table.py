@@ -35,6 +35,7 @@ _OPTIONS = (
 )
 _WHOLE = (
     "tests/model/test_blocks.py",
+    "tests/model/test_folders.py",
     "tests/model/test_padding_and_generation.py",
     "tests/model/test_saving.py",
     "tests/model/test_variants.py",
@@ -73,13 +74,19 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/model/test_blocks.py",
     ),
     "rmoe/model/loading.py": _FOLDERS,
+    "rmoe/model/logit_scale.py": ("tests/model/test_blocks.py", "tests/training/test_initial_scale.py"),
     "rmoe/model/norm.py": ("tests/model/test_blocks.py", "tests/model/test_variants.py"),
     "rmoe/model/sharing.py": _FOLDERS,
     "rmoe/model/weights.py": _FOLDERS,
     "rmoe/analysis/": (_EDGES, "tests/analysis/test_measures.py", *_ANALYSES),
     "rmoe/analysis/analyze.py": (_EDGES, *_ANALYSES),
     "rmoe/analysis/command.py": (_EDGES, "tests/analysis/test_command.py"),
-    "rmoe/analysis/families.py": (_EDGES, "tests/analysis/test_recorder.py", *_ANALYSES),
+    "rmoe/analysis/families.py": (
+        _EDGES,
+        "tests/analysis/test_families.py",
+        "tests/analysis/test_recorder.py",
+        *_ANALYSES,
+    ),
     "rmoe/analysis/gradients.py": (_EDGES, "tests/analysis/test_gradients.py"),
     "rmoe/analysis/mutual_information.py": (_EDGES, "tests/analysis/test_mutual_information.py"),
     "rmoe/analysis/reading.py": _ANALYSES[1:],
