@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmoe.analysis.families import MoELayer
 from rmoe.graft.modules import GraftedGate
+from rmoe.model.head import next_token_loss
 from rmoe.model.modeling_rmoe import RMoEPreTrainedModel
 
 _STATE_ARGUMENTS = ("state", "router_states")  # of our routers, of ZAYA1's
@@ -39,11 +39,6 @@ class RouterGradients:
     recurrent: list[float] | None
     shared: float | None
     tokens: int
-
-
-def language_model_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Mean cross entropy in nats of each next token: logits [B, S, V], input_ids [B, S]."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
 
 def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
@@ -161,13 +156,13 @@ def router_gradients(
         for input_ids in batches:
             output = model(input_ids=input_ids, use_cache=False, **_asking_for_balance(model, input_ids))
             auxiliary = balance_loss(model, output)
-            whole.add(language_model_loss(output.logits, input_ids), keep_graph=auxiliary is not None)
+            whole.add(next_token_loss(output.logits, input_ids, "mean"), keep_graph=auxiliary is not None)
             if auxiliary is not None:
                 balance.add(auxiliary)
             with recurrence_cut(layers) as found:
                 output = model(input_ids=input_ids, use_cache=False)
             if found:
-                cut.add(language_model_loss(output.logits, input_ids))
+                cut.add(next_token_loss(output.logits, input_ids, "mean"))
 
     def per_owner(gradients: Sequence[Tensor]) -> list[float]:
         rest = iter(gradients)

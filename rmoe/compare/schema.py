@@ -34,6 +34,17 @@ RESULTS_VERSION = 1
 SUMMARY_VERSION = 1
 
 Split: TypeAlias = Literal["val", "test"]
+BitsUnit: TypeAlias = Literal["bits_per_byte", "bits_per_token"]
+
+UNITS = {"bits_per_byte": "bits per byte", "bits_per_token": "bits per token", "perplexity": "perplexity"}
+SPLITS: dict[Split, str] = {"val": "validation", "test": "test"}
+
+
+def unit_of_differences(unit: Unit) -> BitsUnit:
+    """The scale that differences between values of a unit are given on: bits, per byte or per token."""
+    return "bits_per_byte" if unit == "bits_per_byte" else "bits_per_token"
+
+
 SweepValue: TypeAlias = float | int | str | bool
 
 
@@ -142,7 +153,7 @@ class Difference(Record, frozen=True, kw_only=True):
     """Router minus baseline over the seeds both finished, in bits (of perplexity: its log2)."""
 
     split: Split
-    unit: Literal["bits_per_byte", "bits_per_token"]
+    unit: BitsUnit
     seeds: list[int]
     values: list[float]
     mean: float

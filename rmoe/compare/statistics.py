@@ -29,6 +29,7 @@ from rmoe.compare.schema import (
     TextLosses,
     Unit,
     Verdict,
+    unit_of_differences,
 )
 from rmoe.compare.sequential import Looks, nominal_levels, sequential_p
 
@@ -284,7 +285,7 @@ def _difference(by_seed: dict[int, float], unit: Unit, split: Split) -> Differen
     """The difference before it is judged."""
     return Difference(
         split=split,
-        unit="bits_per_byte" if unit == "bits_per_byte" else "bits_per_token",
+        unit=unit_of_differences(unit),
         seeds=list(by_seed),
         values=list(by_seed.values()),
         mean=float(np.mean(list(by_seed.values()))),

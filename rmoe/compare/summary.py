@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -16,6 +15,8 @@ import numpy as np
 from rmoe.compare import statistics
 from rmoe.compare.equal_time import equal_time, fit_law, in_unit
 from rmoe.compare.schema import (
+    SPLITS,
+    UNITS,
     Band,
     Curve,
     Difference,
@@ -30,19 +31,13 @@ from rmoe.compare.schema import (
     SweepValue,
     Unit,
     check_comparable,
+    unit_of_differences,
 )
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.report.charts.chart import counted
 
-UNIT_NAMES = {
-    "bits_per_byte": "bits per byte",
-    "bits_per_token": "bits per token",
-    "perplexity": "perplexity",
-}
 SCALE_RATIO = 1.5  # arms whose logits start further apart than this are not compared at one scale
-
-SPLIT_NAMES: dict[Split, str] = {"val": "validation", "test": "test"}
 
 
 def sweep_points(rows: Sequence[ResultRow]) -> list[SweepPoint]:
@@ -156,7 +151,7 @@ def summarise(
             said = ["No comparison at equal time: the routers were not timed alone (--timing-rounds)."]
         at_equal = equal_time(in_bits, seconds, baseline, law, split, margin, confidence, looks)
         routers = [
-            msgspec.structs.replace(r, equal_time=in_unit(at_equal[r.router], bits_name(unit)))
+            msgspec.structs.replace(r, equal_time=in_unit(at_equal[r.router], unit_of_differences(unit)))
             if r.router in at_equal
             else r
             for r in routers
@@ -205,10 +200,6 @@ def _law(
         f"exponent {law.exponent:.3f} and floor {law.floor:.4f}; every router is taken to share both. "
         "Times are of steps run alone."
     ]
-
-
-def bits_name(unit: Unit) -> Literal["bits_per_byte", "bits_per_token"]:
-    return "bits_per_byte" if unit == "bits_per_byte" else "bits_per_token"
 
 
 def _rank(router: RouterSummary, split: Split) -> float:
@@ -313,7 +304,9 @@ def _minus(ours: Curve, theirs: Curve, unit: Unit) -> Curve:
         for step, value in zip(ours.step, ours.value, strict=True)
         if step in at
     ]
-    return Curve(unit=bits_unit(unit), step=[s for s, _ in points], value=[v for _, v in points])
+    return Curve(
+        unit=UNITS[unit_of_differences(unit)], step=[s for s, _ in points], value=[v for _, v in points]
+    )
 
 
 def signed(value: float) -> str:
@@ -340,7 +333,7 @@ def verdict_sentence(
     if not differences:
         return f"Nothing to compare: no router shares a finished seed with the baseline {baseline}."
     name, best = min(differences.items(), key=lambda item: item[1].mean)
-    where = f"{UNIT_NAMES[best.unit]} on the {SPLIT_NAMES[best.split]} split"
+    where = f"{UNITS[best.unit]} on the {SPLITS[best.split]} split"
     if best.interval is None:
         return (
             f"One seed gives no verdict: {name} minus {baseline} is {signed(best.mean)} {where}, "
@@ -411,8 +404,3 @@ def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], con
         if row.status == "failed":
             notes.append(f"{row.key} failed and is left out: {row.error}")
     return notes
-
-
-def bits_unit(unit: Unit) -> str:
-    """The scale differences are given on, in words."""
-    return UNIT_NAMES["bits_per_byte" if unit == "bits_per_byte" else "bits_per_token"]

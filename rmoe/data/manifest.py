@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal
 
-from rmoe.data.config import SplitName
+from rmoe.data.config import SplitName, Unit
 from rmoe.errors import RequestError
 from rmoe.records import Record
 
 MANIFEST_VERSION = 1
-
-Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
 
 
 class Source(Record, frozen=True, kw_only=True):

@@ -21,14 +21,12 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from rmoe.compat import enable_checkpointing
-from rmoe.data.blocks import IGNORED
 from rmoe.data.tasks import Instruction, Labelled, read_tasks
 from rmoe.errors import RequestError
 from rmoe.finetune.card import finetuning_card
@@ -48,6 +46,7 @@ from rmoe.graft.adapter import strip
 from rmoe.graft.attach import is_grafted
 from rmoe.graft.base import base_digest
 from rmoe.graft.undo import keep_originals
+from rmoe.model.head import count_next_tokens, next_token_loss
 from rmoe.model.weights import open_weights, tensor_sha256
 from rmoe.places import expand, require_writable
 from rmoe.records import Record, read_record, write_record
@@ -251,10 +250,9 @@ def _answer_loss(model: nn.Module, sequences: PackedExamples) -> Evaluation:
     nats, targets = 0.0, 0
     for index in range(len(sequences)):
         row = {name: tensor[None].to(device) for name, tensor in sequences[index].items()}
-        labels = row.pop("labels")[0, 1:]
-        logits = model(**row, use_cache=False).logits
-        nats += F.cross_entropy(logits[0, :-1].float(), labels, ignore_index=IGNORED, reduction="sum").item()
-        targets += int((labels != IGNORED).sum())
+        labels = row.pop("labels")
+        nats += next_token_loss(model(**row, use_cache=False).logits, labels).item()
+        targets += int(count_next_tokens(labels))
     model.train(training)
     return Evaluation(nats, max(targets, 1), "the instruction and the answer so far")
 

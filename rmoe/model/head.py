@@ -163,3 +163,21 @@ class LMHead(nn.Linear):
 def next_tokens(labels: Tensor) -> Tensor:
     """What each position predicts, `[B, S]` -> `[B, S]`: the label after it; nothing (-100) at the end."""
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
+    """Cross-entropy of the next token in nats, float32, from whole logits.
+
+    Args:
+        logits: `[B, S, V]`. labels: `[B, S]` int64, not shifted; -100 does not count.
+        reduction: `sum`, `mean` over the labels that count, or `none`: `[B, S - 1]`, 0 where none counts.
+    """
+    targets = labels[:, 1:]
+    flat = logits[:, :-1].float().flatten(0, 1)
+    loss = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    return loss.view_as(targets) if reduction == "none" else loss
+
+
+def count_next_tokens(labels: Tensor) -> Tensor:
+    """How many labels `next_token_loss` sums over, int64 scalar."""
+    return (labels[:, 1:] != IGNORED).sum()

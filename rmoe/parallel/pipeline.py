@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
@@ -26,6 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from rmoe.compat import CACHE
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
+from rmoe.model.head import count_next_tokens, next_token_loss
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, router_stats
 from rmoe.routing.noise import CounterNoise
@@ -219,7 +219,7 @@ class Pipeline:
             self._schedule = self._build(input_ids[: len(input_ids) // self.micro_batches])
         self.part.stats = None
         self._losses.zero_()
-        self._targets = self._mean_over_copies((labels[:, 1:] != -100).sum())
+        self._targets = self._mean_over_copies(count_next_tokens(labels))
         inputs = (input_ids,) if self.index == 0 else ()
         if self.is_last:
             self._schedule.step(*inputs, target=labels, losses=[])
@@ -266,10 +266,8 @@ class Pipeline:
     def _loss(self, output: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """The micro-batch's part of the batch's mean loss: parts add up."""
         logits, balance = output
-        nats = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-        )
-        parts = torch.stack([nats / self._targets, balance.sum() / self.micro_batches])
+        nats = next_token_loss(logits, labels) / self._targets
+        parts = torch.stack([nats, balance.sum() / self.micro_batches])
         self._losses += parts.detach().double()
         return parts.sum()
 

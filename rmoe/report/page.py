@@ -17,7 +17,7 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from rmoe.compare.schema import Summary
+from rmoe.compare.schema import UNITS, Summary
 from rmoe.records import atomic_write
 from rmoe.report import table
 from rmoe.report.analysis_schema import Analysis
@@ -161,7 +161,7 @@ def _facts(summary: Summary | None, analysis: Analysis | None) -> Facts:
             ("text", summary.corpus.name),
             ("preset", summary.preset),
             ("seeds", str(max(router.finished for router in summary.routers))),
-            ("unit", f"{table.UNITS[summary.corpus.unit]}, lower is better"),
+            ("unit", f"{UNITS[summary.corpus.unit]}, lower is better"),
         ]
     return [("text", analysis.text.name), ("tokens", f"{analysis.text.tokens:,}")] if analysis else []
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rmoe.compare.schema import Difference, RouterSummary, Spread, Summary
+from rmoe.compare.schema import UNITS, Difference, RouterSummary, Spread, Summary, unit_of_differences
 from rmoe.errors import one_line
 from rmoe.report.charts.chart import counted
-
-UNITS = {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Column:
 
 def columns(summary: Summary) -> list[Column]:
     unit = UNITS[summary.corpus.unit]
-    bits = "bits per byte" if summary.corpus.unit == "bits_per_byte" else "bits per token"
+    bits = UNITS[unit_of_differences(summary.corpus.unit)]
     extra = []
     if any(router.averaged for router in summary.routers):
         extra.append(Column("difference of averaged weights", bits))

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rmoe.analysis.histogram import StreamingHistogram
 from rmoe.analysis.snapshot import RoutingSnapshot
 from rmoe.data.blocks import IGNORED, BlockDataset
+from rmoe.model.head import count_next_tokens, next_token_loss
 from rmoe.training.place import Ranks
 from rmoe.training.result import Histogram, RoutingSummary
 
@@ -78,17 +78,16 @@ def evaluate(
     targets = done = 0
     with _inference(model, bf16) as device:
         for batch in batches:
-            labels = batch["labels"][:, 1:].to(device)
+            labels = batch["labels"].to(device)
             logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
             if logits is None or not ranks.speaks:
                 continue
-            flat = logits[:, :-1].float().flatten(0, 1)
-            losses = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
+            losses = next_token_loss(logits, labels, "none")
             nats += losses.double().sum().cpu()
             here = mine[done : done + len(labels)]
-            by_block[here] = losses.view_as(labels).double().sum(-1).cpu()[: len(here)]
+            by_block[here] = losses.double().sum(-1).cpu()[: len(here)]
             done += len(labels)
-            targets += int((labels != IGNORED).sum())
+            targets += int(count_next_tokens(labels))
     if ranks.world > 1:
         sums = torch.tensor([float(nats), float(targets)], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import msgspec
 
+from rmoe.data.config import Unit
 from rmoe.records import Record
 
 RESULT_VERSION = 1
-
-Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
 
 
 class Corpus(Record, frozen=True, kw_only=True):

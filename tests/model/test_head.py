@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.loss.loss_utils import fixed_cross_entropy
 
 from rmoe.model import head as module
-from rmoe.model.head import LMHead, chunked_cross_entropy, next_tokens
+from rmoe.model.head import LMHead, chunked_cross_entropy, count_next_tokens, next_token_loss, next_tokens
 from tests.model.small import assert_same, loss_and_gradients, model, tokens
 
 
@@ -44,6 +44,26 @@ def test_equals_transformers(
         )
         for ours, theirs in zip(*gradients, strict=True):
             assert (ours - theirs).abs().max() < 1e-14
+
+
+def test_loss_of_whole_logits() -> None:
+    """Each pair of a position and the label after it, one by one."""
+    head, hidden, labels = small_head()
+    logits = head(hidden)
+    want = torch.zeros(3, 6, dtype=torch.float64)
+    for row in range(3):
+        for position in range(6):
+            if (target := int(labels[row, position + 1])) != -100:
+                want[row, position] = -logits[row, position].log_softmax(-1)[target]
+    counted = int(count_next_tokens(labels))
+    assert counted == int((want != 0).sum()) == 15
+    found = {name: next_token_loss(logits, labels, name) for name in ("none", "sum", "mean")}
+    assert (found["none"] - want).abs().max() < 1e-6
+    assert abs(found["sum"] - want.sum()) < 1e-5
+    assert abs(found["mean"] - want.sum() / counted) < 1e-6
+    assert (
+        abs(found["mean"] - head(hidden, next_tokens(labels))) < 1e-6
+    )  # the chunked loss, of the same targets
 
 
 def test_no_token_or_no_label_counts() -> None:

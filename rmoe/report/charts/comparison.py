@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from rmoe.compare.schema import Band, Difference, Summary
+from rmoe.compare.schema import SPLITS, UNITS, Band, Difference, Summary
 from rmoe.report.charts.chart import SHOWN_AT_FIRST, Chart, Style, axis, counted, label
-
-UNITS = {"bits_per_byte": "bits per byte", "bits_per_token": "bits per token", "perplexity": "perplexity"}
-SPLITS = {"val": "validation", "test": "test"}
 
 # curve -> (section, title, definition). A curve that is not named here is drawn under its own name.
 CURVES = {
