@@ -108,8 +108,8 @@ class Loop:
 
     def run(self, checkpoint: Path | None = None) -> None:
         """Train to the last step, from the start or from a checkpoint (`rmoe.training.resume.newest`)."""
-        self.begin(checkpoint)
         try:
+            self.begin(checkpoint)
             for batches in self.batches():
                 self.begin_step()
                 self.learner.accumulate(batches, self.sums)

@@ -66,7 +66,7 @@ def schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate over `steps` optimizer steps: `training.schedule`, after `training.warmup_steps`."""
     low, peak = training.min_learning_rate, training.learning_rate
-    name, options = {
+    schedules: dict[str, tuple[str, dict[str, Any]]] = {
         "constant": ("constant_with_warmup", {}),
         "cosine": ("cosine_with_min_lr", {"min_lr": low}),
         "linear": ("polynomial", {"lr_end": low, "power": 1.0}),
@@ -74,8 +74,9 @@ def schedule(
             "warmup_stable_decay",
             {"num_decay_steps": training.decay_steps, "decay_type": "linear", "min_lr_ratio": low / peak},
         ),
-    }[training.schedule]
+    }
+    name, options = schedules[training.schedule]
     found: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        name, optimizer, training.warmup_steps, steps, scheduler_specific_kwargs=dict(options)
+        name, optimizer, training.warmup_steps, steps, scheduler_specific_kwargs=options
     )
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from rmoe.data import prepare
@@ -193,3 +195,98 @@ def test_window_survives_a_checkpoint():
         "dropped": 0.25,
     }
     assert Window().row()["loss"] is None
+
+
+def test_trackers_get_every_number(tmp_path):
+    from accelerate.tracking import GeneralTracker
+
+    from rmoe.training.hooks import Trackers
+
+    class Notes(GeneralTracker):
+        name, requires_logging_directory = "notes", False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list = []
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values) -> None:
+            self.seen.append(values)
+
+        def log(self, values, step=None, **_) -> None:
+            self.seen.append((step, values))
+
+        def finish(self) -> None:
+            self.seen.append("finished")
+
+    notes = Notes()
+    hook = Trackers(Accelerator(cpu=True, log_with=[notes]), {"training.seed": 3, "plugin": (), "a.b": None})
+    hook.begin(None)
+    hook.log(None, {"kind": "train", "step": 5, "loss": 2.5, "load_imbalance": [1.0, 1.5], "lr": None})
+    hook.log(None, {"kind": "eval", "step": 5, "split": "valid", "loss": 2.0})
+    hook.end()
+    assert notes.seen == [
+        {"training.seed": 3, "plugin": "()", "a.b": "None"},
+        (5, {"train/loss": 2.5, "train/load_imbalance/0": 1.0, "train/load_imbalance/1": 1.5}),
+        (5, {"eval/loss": 2.0}),
+        "finished",
+    ]
+
+
+def test_hooks_are_called_in_step_and_ended_after_an_error(text, tmp_path, monkeypatch):
+    from rmoe.training.hooks import Hook
+
+    class Notes(Hook):
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def begin(self, loop) -> None:
+            self.seen.append(f"begin {loop.step}")
+
+        def step_begin(self, loop) -> None:
+            self.seen.append(f"from {loop.step}")
+
+        def step_end(self, loop) -> None:
+            self.seen.append(f"to {loop.step}" + " ended" * loop.ended)
+
+        def log(self, loop, row) -> None:
+            self.seen.append(f"{row['kind']} {row['step']}")
+
+        def end(self) -> None:
+            self.seen.append("end")
+
+    def watched(out: Path, fail: bool) -> list[str]:
+        out.mkdir()
+        notes = Notes()
+        loop = loop_of(quiet(tiny.config(text, max_steps=2)), out)
+        loop.hooks = [notes]
+        if fail:
+            monkeypatch.setattr(loop, "take_step", lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loop.run()
+        else:
+            loop.run()
+        return notes.seen
+
+    steps = ["from 0", "to 1", "train 1", "from 1", "to 2 ended", "train 2"]
+    assert watched(tmp_path / "whole", fail=False) == ["begin 0", *steps, "end"]
+    assert watched(tmp_path / "failed", fail=True) == ["begin 0", "from 0", "end"]
+
+
+def test_nothing_of_trainer_is_imported():
+    """transformers' Trainer, its arguments, state, control and callbacks."""
+    import rmoe
+
+    for path in Path(rmoe.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            )
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            for name in (module, *names):
+                assert "Trainer" not in name, path
+                assert not name.startswith(("transformers.trainer", "transformers.training_args")), path
+                assert name != "TrainingArguments", path
