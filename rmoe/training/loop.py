@@ -198,7 +198,9 @@ class Loop:
             self.learner.model.update_routers(self.sums.stats, self.step + 1, self.plan.max_steps)
 
     def skip(self) -> None:
-        """Report a step that is not taken."""
+        """Report a step that is not taken: without gradients the optimizer changes nothing."""
+        self.optimizer.zero_grad()
+        self.optimizer.step()  # or the schedule would warn that it steps alone
         self.skipped_batches += 1
         self.diverged = self.skipped_batches > self.training.max_skipped_batches
         if not self.is_main:

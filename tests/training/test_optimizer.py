@@ -89,7 +89,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_rates(name: str) -> None:
-    """As shares of the peak, at steps counted from 1; two steps of warm-up, ends at a tenth, where `wsd` also begins."""
+    """Shares of the peak at steps counted from 1: two steps of warm-up, a tenth at the end (and where `wsd` begins)."""
     training = TrainingConfig(
         max_steps=20, learning_rate=2.0, min_learning_rate=0.2, warmup_steps=2, schedule=name
     )
