@@ -163,7 +163,7 @@ class ModelLearner(Learner):
 @contextmanager
 def _deferred(model: Any) -> Iterator[None]:
     """FSDP2's no_sync. Replicas (HSDP) only put off their all-reduce, so gradients stay cut up."""
-    if getattr(model.config.distributed_config, "dp_replicate_size", 1) > 1:
+    if getattr(getattr(model.config, "distributed_config", None), "dp_replicate_size", 1) > 1:
         model.set_requires_all_reduce(False)
     else:
         model.set_requires_gradient_sync(False)
