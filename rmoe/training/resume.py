@@ -5,14 +5,12 @@ What is in which file is `rmoe.training.state`'s business, where the tensors com
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
 
 from rmoe.errors import RequestError
 from rmoe.training import state as contents
@@ -39,23 +37,21 @@ def save(loop: Loop) -> None:
     random = gather_object([contents.capture_random(loop.device)])
     write = loop.learner.storage.collect(loop.store, loop.step, loop.optimizer)
     if loop.is_main:
-        loop.store.save(loop.step, lambda folder: _write(loop, folder, random, write))
+        with loop.store.staged(loop.step) as folder:
+            loop.metrics.sync()  # a checkpoint never knows of steps that the rows before it lack
+            optimizer = write(folder)
+            loop.model.config.save_pretrained(folder)
+            contents.save_random(folder, [tensors for _, tensors in random])
+            if loop.average is not None:
+                loop.average.save(folder)
+            contents.write_state(folder, _state(loop, optimizer, [host for host, _ in random]))
     loop.accelerator.wait_for_everyone()
 
 
-def _write(
-    loop: Loop,
-    folder: Path,
-    random: list[tuple[Any, dict[str, Tensor]]],
-    write_tensors: Callable[[Path], OptimizerRecord],
-) -> None:
-    loop.metrics.sync()  # a checkpoint never knows of steps that the rows before it lack
-    optimizer = write_tensors(folder)
-    loop.model.config.save_pretrained(folder)
-    contents.save_random(folder, [tensors for _, tensors in random])
-    if loop.average is not None:
-        loop.average.save(folder)
-    state = contents.TrainingState(
+def _state(
+    loop: Loop, optimizer: OptimizerRecord, random: list[contents.HostRandom]
+) -> contents.TrainingState:
+    return contents.TrainingState(
         step=loop.step,
         **asdict(loop.identity),
         skipped_batches=loop.skipped_batches,
@@ -64,10 +60,9 @@ def _write(
         scheduler=loop.scheduler.state_dict(),
         param_groups=optimizer.groups,
         optimizer_tensors=optimizer.tensors,
-        host_random=[host for host, _ in random],
+        host_random=random,
         averaged=0 if loop.average is None else loop.average.count,
     )
-    contents.write_state(folder, state)
 
 
 def newest(loop: Loop) -> Path | None:
