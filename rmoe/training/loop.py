@@ -110,7 +110,7 @@ class Loop:
         """Train to the last step, from the start or from a checkpoint (`rmoe.training.resume.newest`)."""
         try:
             self.begin(checkpoint)
-            for batches in self.batches():
+            for batches in self.batches(checkpoint):
                 self.begin_step()
                 self.learner.accumulate(batches, self.sums)
                 if self.guard():
@@ -143,10 +143,9 @@ class Loop:
         self.learner.model.train()
         for hook in self.hooks:
             hook.begin(self)
-        self._checkpoint = checkpoint
         self._clock = time.perf_counter()
 
-    def batches(self) -> Iterator[list[Batch]]:
+    def batches(self, checkpoint: Path | None) -> Iterator[list[Batch]]:
         """What this process sees at each of the steps that are left."""
         ranks, parts = self.learner.ranks, self.learner.parts
         sampler = StepBatches(
@@ -158,8 +157,8 @@ class Loop:
             ranks=ranks,
         )
         found = iter(loader(self.dataset, sampler, self.collate, self.device.type == "cuda"))
-        if self._checkpoint is not None:  # after the loader has drawn its number, as in a run without a break
-            resume.load_random(self, self._checkpoint)
+        if checkpoint is not None:  # after the loader has drawn its number, as in a run without a break
+            resume.load_random(self, checkpoint)
         for _ in range(len(sampler) // parts):
             yield [send_to_device(next(found), self.device, non_blocking=True) for _ in range(parts)]
 
