@@ -70,7 +70,8 @@ class PipelineLearner(Learner):
         sums.add(task, balance, self.pipeline.stats)
 
     def norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        return torch.tensor(self.pipeline.norm(parameters), device=self.pipeline.device)
+        norm = self.pipeline.norm(parameters)
+        return torch.tensor(norm, dtype=torch.float64, device=self.pipeline.device)
 
 
 class _Evaluated(nn.Module):

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from rmoe.errors import RequestError
 from rmoe.training import state as contents
 from rmoe.training.accounting import Window
+from rmoe.training.checkpoint import Damaged
 from rmoe.training.storage import OptimizerRecord
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def _check(loop: Loop, folder: Path) -> None:
         was = getattr(state, name)
         if was != now:
             raise RequestError(name, now, f"{was!r}, as {folder} was trained with")
+    if folder.name != f"checkpoint-{state.step}":
+        raise Damaged(f"{contents.STATE} is of step {state.step}")
     loop.learner.storage.check(folder, state)
     if loop.average is not None:
         loop.average.check(folder, state.averaged)
