@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import transformers
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.11 to 2.14
 from transformers import PreTrainedModel
@@ -32,8 +33,8 @@ __all__ = [
     "accept_empty_slots",
     "announce_causal_lm",
     "attention_keywords",
-    "deal_batches_ourselves",
     "enable_checkpointing",
+    "forget_accelerators",
     "grouped_products_in_python",
     "has_default_gate",
     "is_loaded",
@@ -43,7 +44,6 @@ __all__ = [
     "merge_with_config_defaults",
     "model_classes",
     "one_cache",
-    "one_gpu",
     "plain_forward",
     "prune_expert_plan",
     "storage_key",
@@ -167,15 +167,12 @@ def plain_forward(experts: Any) -> Any:
     return type(experts).forward.__wrapped__
 
 
-def deal_batches_ourselves(model: Any) -> None:
-    """Keep Trainer from asking accelerate to deal out batches to tensor-parallel groups, which it refuses on a CPU."""
-    model._tp_size = 1
+def forget_accelerators() -> None:
+    """Let the next Accelerator of this process be on another device or of another precision; accelerate 1.12 to 1.15.
 
-
-def one_gpu(arguments: Any) -> None:
-    """One process never spreads over several GPUs by itself (DataParallel): torchrun starts one for each."""
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
+    It keeps both in class attributes and raises on a change. A process group is left as it is.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def prune_expert_plan(model: Any, keep: Callable[[dict[str, str]], dict[str, str]]) -> None:

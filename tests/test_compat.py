@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from accelerate import Accelerator
 from torch import nn
 from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 from transformers.distributed import tensor_parallel
@@ -24,6 +24,7 @@ from rmoe.compat import (
     FakeTensorMode,
     accept_empty_slots,
     enable_checkpointing,
+    forget_accelerators,
     has_default_gate,
     is_loaded,
     is_replica,
@@ -218,10 +219,14 @@ def test_marks_that_others_leave() -> None:
     )
     assert "_is_hooked" in inspect.getsource(tensor_parallel)
     assert "_is_expert_parallel" in inspect.getsource(moe)
-    assert "_tp_size" in inspect.getsource(transformers.trainer) + inspect.getsource(
-        transformers.modeling_utils
-    )
-    assert "_n_gpu" in inspect.getsource(transformers.TrainingArguments)
+
+
+def test_an_accelerator_of_another_precision_in_one_process() -> None:
+    for precision in ("no", "bf16", "no"):
+        forget_accelerators()
+        assert Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision
+    with pytest.raises(ValueError, match="mixed_precision='bf16'"):  # what it is for
+        Accelerator(cpu=True, mixed_precision="bf16")
 
 
 def test_tensors_of_one_storage_have_one_key() -> None:

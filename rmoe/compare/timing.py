@@ -70,57 +70,57 @@ def _turn(worker: Worker, name: str, config: RunConfig) -> Measured:
 
 
 def time_steps(config: RunConfig, steps: int) -> Measured:
-    """In a worker: train a fresh model through the trainer of real runs, without evaluation and checkpoints.
+    """In a worker: train a fresh model through the loop of real runs, without evaluation and checkpoints.
 
     Returns:
         The seconds of each of `steps` optimizer steps, after some for warming up.
     """
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-
     from rmoe.data import prepare
     from rmoe.training.build import build_model, load_plugins, model_config
     from rmoe.training.checkpoint import CheckpointStore
+    from rmoe.training.loop import Loop, peak_mib
     from rmoe.training.metrics import MetricsLog
-    from rmoe.training.place import place_of, torch_settings, training_arguments
-    from rmoe.training.trainer import Identity, RMoETrainer, peak_mib
+    from rmoe.training.place import place_of, torch_settings
+    from rmoe.training.plan import Plan
+    from rmoe.training.run import make_learner
 
     load_plugins(config.plugin)
     training = config.training
     corpus = prepare(config.data, training.sequence_length)
     with torch_settings(config), tempfile.TemporaryDirectory() as scratch:
-        arguments = training_arguments(config, Path(scratch), place_of(config))
-        arguments.max_steps = WARM_UP_STEPS + steps
-        arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+        out = Path(scratch)
+        model = build_model(model_config(config, corpus.vocab_size), training.seed)
+        learner, accelerator = make_learner(model, config, out, place_of(config))
         clock = _clock()
-        trainer = RMoETrainer(
-            build_model(model_config(config, corpus.vocab_size), training.seed),
-            arguments,
-            train_dataset=corpus.train,
-            store=CheckpointStore(Path(scratch), "timing"),
-            metrics=MetricsLog(Path(scratch) / "metrics.jsonl"),
-            identity=Identity(
-                training.seed, corpus.manifest.key, training.batch_size, training.sequence_length
-            ),
+        loop = Loop(
+            learner,
+            training,
+            Plan(max_steps=WARM_UP_STEPS + steps, log_every=config.logging.every),
+            accelerator,
+            dataset=corpus.train,
+            data_sha256=corpus.manifest.key,
+            store=CheckpointStore(out, "timing"),
+            metrics=MetricsLog(out / "metrics.jsonl"),
             in_unit=lambda split, loss: {},
-            callbacks=[clock],
+            hooks=[clock],
         )
-        trainer.train()
+        loop.run()
         marks: list[float] = clock.marks
         return Measured(
             step_seconds=[end - start for start, end in pairwise(marks)][WARM_UP_STEPS - 1 :],
-            peak_mib=peak_mib(trainer.args.device),
+            peak_mib=peak_mib(loop.device),
         )
 
 
 def _clock() -> Any:
-    """A callback that notes when each step ends."""
-    from transformers import TrainerCallback
+    """A hook that notes when each step ends."""
+    from rmoe.training.hooks import Hook
 
-    class Clock(TrainerCallback):
+    class Clock(Hook):
         def __init__(self) -> None:
             self.marks: list[float] = []
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def step_end(self, loop: Any) -> None:
             self.marks.append(time.perf_counter())
 
     return Clock()

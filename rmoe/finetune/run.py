@@ -52,21 +52,18 @@ from rmoe.places import expand, require_writable
 from rmoe.records import Record, read_record, write_record
 from rmoe.training import run_folder
 from rmoe.training.checkpoint import CheckpointStore, sha256
+from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import Evaluation
 from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
+from rmoe.training.learner import ModelLearner
+from rmoe.training.loop import Loop
 from rmoe.training.metrics import MetricsLog
+from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
+from rmoe.training.plan import Plan
 from rmoe.training.progress import ProgressReport
-from rmoe.training.run import (
-    find_checkpoint,
-    place_of,
-    publish_model,
-    raise_unless_finished,
-    say,
-    signals,
-    torch_settings,
-    training_arguments,
-)
-from rmoe.training.trainer import Identity, RMoETrainer
+from rmoe.training.publish import publish_model
+from rmoe.training.run import find_checkpoint
+from rmoe.training.stopping import raise_unless_finished, signals
 
 REQUEST = "finetune.json"
 VERSION = 1
@@ -111,14 +108,14 @@ class FinetuneResult(Record, frozen=True, kw_only=True):
 
 @dataclass
 class Job:
-    """A task made ready: the model, what it learns from, and how it is judged."""
+    """A task made ready: the model, what it learns from, and how it is evaluated."""
 
     model: Any
     dataset: Dataset[Any]
     collate: Callable[..., Any] | None
     examples: int
     left_out: int
-    judge: Callable[[nn.Module], Evaluation] | None
+    evaluate: Callable[[nn.Module], Evaluation] | None
     score: Callable[[PreTrainedModel], dict[str, float]]
 
 
@@ -176,12 +173,12 @@ def finetune(
         if (out / run_folder.RESULT).exists():
             found = read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
             return msgspec.structs.replace(found, model=str(out / run_folder.MODEL))
-        trainer = _train(job, run, request, out, place, resume, progress)
-        model = _merged(trainer.model, out, bool(config.lora_rank))
+        loop = _train(job, run, request, out, place, resume, progress)
+        model = _merged(loop.model, out, bool(config.lora_rank))
         _restore_dtypes(model, dtypes)
         result = FinetuneResult(
             model=str(out / run_folder.MODEL),
-            steps=trainer.state.global_step,
+            steps=loop.step,
             examples=job.examples,
             left_out=job.left_out,
             sequences=len(job.dataset),  # type: ignore[arg-type]
@@ -201,7 +198,7 @@ def finetune(
         )
         publish_model(out, model, tokenizer, card, complete)
         write_record(out / run_folder.RESULT, result)
-        trainer.store.clear_staging()
+        loop.store.clear_staging()
     return result
 
 
@@ -230,15 +227,15 @@ def _instruction_job(source: Path, data: Path, config: FinetuneConfig, tokenizer
 
     dataset, used, left_out = sequences(items)
     judged = sequences(valid)[0] if valid else None
-    judge = None if judged is None else partial(_answer_loss, sequences=judged)
+    evaluate = None if judged is None else partial(_answer_loss, sequences=judged)
     return Job(
         model=model,
         dataset=dataset,
         collate=None,
         examples=used,
         left_out=left_out,
-        judge=judge,
-        score=lambda model: {} if judge is None else {"answer_loss_nats": judge(model).loss},
+        evaluate=evaluate,
+        score=lambda model: {} if evaluate is None else {"answer_loss_nats": evaluate(model).loss},
     )
 
 
@@ -274,7 +271,7 @@ def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokeni
         collate=dataset.collate,
         examples=len(items),
         left_out=0,
-        judge=None,
+        evaluate=None,
         score=lambda model: {} if judged is None else scores(predict(model, judged), judged.labels),
     )
 
@@ -303,40 +300,30 @@ def _prepare(job: Job, config: FinetuneConfig) -> int:
 
 
 def _train(
-    job: Job, run: Any, request: Request, out: Path, place: Any, resume: bool, progress: bool
-) -> RMoETrainer:
-    arguments = training_arguments(run, out, place)
-    if job.judge is None:
-        arguments.eval_strategy = "no"
-    reports = [ProgressReport("perplexity")] if progress else []
-    store = CheckpointStore(out, _fingerprint(request), run.checkpoints.keep)
-    metrics = MetricsLog(out / run_folder.METRICS)
-    training = run.training
-    identity = Identity(training.seed, request.data_sha256, training.batch_size, training.sequence_length)
-    trainer = RMoETrainer(
-        job.model,
-        arguments,
-        train_dataset=job.dataset,
-        eval_dataset=job.dataset if job.judge is not None else None,
-        data_collator=job.collate,
-        store=store,
-        metrics=metrics,
-        identity=identity,
+    job: Job, run: RunConfig, request: Request, out: Path, place: Place, resume: bool, progress: bool
+) -> Loop:
+    # As transformers' Trainer decides it; an adapter of PEFT's is no PreTrainedModel.
+    unused = not (isinstance(job.model, PreTrainedModel) and run.training.gradient_checkpointing)
+    accelerator = accelerator_of(run, out, place, unused)
+    loop = Loop(
+        ModelLearner(job.model, accelerator, place.ranks, micro_batches(run, place.ranks)),
+        run.training,
+        Plan.of(run),
+        accelerator,
+        dataset=job.dataset,
+        collate=job.collate,
+        data_sha256=request.data_sha256,
+        store=CheckpointStore(out, _fingerprint(request), run.checkpoints.keep),
+        metrics=MetricsLog(out / run_folder.METRICS),
         in_unit=lambda split, loss: {"perplexity": math.exp(min(loss, 700.0))},
-        judge=job.judge,
-        max_skipped_batches=training.max_skipped_batches,
-        callbacks=list(reports),
+        evaluate=job.evaluate,
+        hooks=[ProgressReport("perplexity")] if progress else [],
     )
-    checkpoint = find_checkpoint(trainer, metrics, out) if resume else None
-    try:
-        with signals(trainer):
-            torch.manual_seed(training.seed)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        for report in reports:
-            report.close()
-    raise_unless_finished(trainer, store)
-    return trainer
+    checkpoint = find_checkpoint(loop, out) if resume else None
+    with signals(loop):
+        loop.run(checkpoint)
+    raise_unless_finished(loop, loop.store)
+    return loop
 
 
 def _merged(model: Any, out: Path, lora: bool) -> PreTrainedModel:

@@ -44,9 +44,6 @@ class PipelinePart(nn.Module):
         RequestError: more stages than layers, tied embeddings, or a router that needs what only one stage has.
     """
 
-    is_distributed_loading_by_transformers = True
-    """What transformers' Trainer asks before it wraps a model in DDP: this one sees to its gradients itself."""
-
     def __init__(self, model: RMoEForCausalLM, index: int, count: int) -> None:
         super().__init__()
         _check(model, count)

@@ -80,18 +80,16 @@ def begin_branch(checkpoint: Path, source_run: str, store: CheckpointStore) -> N
         allowed = f"a run that kept {checkpoint.name} (training.branch_points): {reason}"
         raise RequestError(FIELD, str(source), allowed) from None
 
-    def write(folder: Path) -> None:
-        for path in checkpoint.iterdir():
-            if path.name != MANIFEST:
-                shutil.copyfile(path, folder / path.name)
-
     metrics = MetricsLog(store.folder / run_folder.METRICS)
     metrics.path.unlink(missing_ok=True)  # of a branch that was killed before its checkpoint was there
     for row in read_metrics(source / run_folder.METRICS):
         if row["step"] <= step:
             metrics.append(row)
     metrics.sync()
-    store.save(step, write)
+    with store.staged(step) as folder:
+        for path in checkpoint.iterdir():
+            if path.name != MANIFEST:
+                shutil.copyfile(path, folder / path.name)
 
 
 def _moved_by_length(spec: RouterSpec) -> str | None:

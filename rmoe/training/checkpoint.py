@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,15 +87,14 @@ class CheckpointStore:
         """Holds what is being written or deleted; its content is never read."""
         return self.folder / "staging"
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Write, seal and publish one checkpoint, then rotate.
+    @contextmanager
+    def staged(self, step: int) -> Iterator[Path]:
+        """A folder to write a checkpoint's plain files into; leaving it seals, publishes and rotates.
+
+        An error inside leaves no checkpoint.
 
         Args:
             step: optimizer steps done.
-            write: fills the folder it is given with plain files.
-
-        Returns:
-            The published folder.
 
         Raises:
             RunError: it could not be written (disk full, for one); earlier checkpoints are untouched.
@@ -104,7 +104,7 @@ class CheckpointStore:
         try:
             _remove(staged)
             staged.mkdir(parents=True)
-            write(staged)
+            yield staged
             seal(staged, step, self.run)
             self.checkpoints.mkdir(exist_ok=True)
             self._discard(target)  # one of the same step can only be there if it was found damaged
@@ -117,7 +117,6 @@ class CheckpointStore:
                 "free disk space, then --resume",
             ) from error
         self.rotate()
-        return target
 
     def newest_valid(self, check: Callable[[Path], None] = lambda _: None) -> Path | None:
         """The newest checkpoint that is whole, saying on stderr which were skipped and why.

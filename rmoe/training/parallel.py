@@ -10,17 +10,20 @@ import copy
 import os
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
-from rmoe.compat import deal_batches_ourselves, prune_expert_plan
+from rmoe.compat import prune_expert_plan
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.training.config import ParallelConfig
+
+T = TypeVar("T", bound=Tensor)
 
 
 def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int) -> RMoEForCausalLM:
@@ -47,7 +50,6 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     settings = _distributed_config(parallel)
     settings, _, mesh = type(model).prepare_distribute_model(settings)
     model = type(model).maybe_distribute_model(model, settings, mesh)
-    deal_batches_ourselves(model)  # `Ranks` says who sees what
     return model
 
 
@@ -86,17 +88,39 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def total_norm(tensors: Iterable[Tensor]) -> float:
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm over all tensors, whichever devices their parts are on; the same on every process.
 
     Tensors of different device meshes (experts and the rest) cannot meet in one call, so their norms are taken mesh
     by mesh.
     """
-    by_mesh: dict[object, list[Tensor]] = defaultdict(list)
+    norms = [whole(get_total_norm(group)) for group in by_mesh(tensors)]
+    if not norms:
+        return torch.zeros(())
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+    """Scale gradients, whose `total_norm` is `norm`, to a norm of at most `most`."""
+    with_gradient = [p for p in parameters if p.grad is not None]
+    for group in by_mesh(with_gradient):
+        clip_grads_with_norm_(group, most, norm)
+
+
+def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
+    """Tensors by the device mesh they are cut over, in the order of first appearance."""
+    found: dict[object, list[T]] = defaultdict(list)
     for tensor in tensors:
-        by_mesh[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
-    norms = [whole(get_total_norm(group)) for group in by_mesh.values()]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        found[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
+    return list(found.values())
+
+
+def average_replicated(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of what no mesh is responsible for over all processes. Collective."""
+    for p in parameters:
+        if p.grad is not None and not isinstance(p, DTensor):
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= torch.distributed.get_world_size()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training through a pipeline of stages: `RMoETrainer` around `rmoe.parallel.Pipeline`.
+"""Training through a pipeline of stages: a `Learner` around `rmoe.parallel.Pipeline`.
 
 Each process has one stage, its optimizer, and the same batches as the other stages of its pipeline; the last stage has
 the loss. Checkpoints are whole (`rmoe.training.storage.Gathered`), so any layout can go on from them.
@@ -7,7 +7,6 @@ the loss. Checkpoints are whole (`rmoe.training.storage.Gathered`), so any layou
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.parallel import Pipeline
+from rmoe.training.accounting import StepSums
 from rmoe.training.config import RunConfig
-from rmoe.training.place import Place
-from rmoe.training.storage import Gathered, Storage
-from rmoe.training.trainer import RMoETrainer
+from rmoe.training.learner import Batch, Learner
+from rmoe.training.place import Place, Ranks
+from rmoe.training.storage import Gathered
 
 
 def build_pipeline(model: RMoEForCausalLM, config: RunConfig, place: Place) -> Pipeline:
@@ -41,55 +41,40 @@ def build_pipeline(model: RMoEForCausalLM, config: RunConfig, place: Place) -> P
     return Pipeline(model, share // micro, device, config.parallel.replicate)
 
 
-class PipelineTrainer(RMoETrainer):
-    """Args:
-    pipeline: its part is the model that transformers' Trainer sees.
-    others: as `RMoETrainer`'s, without `model`.
+class PipelineLearner(Learner):
+    """A stage of a pipeline, which cuts the batch of a step up itself.
+
+    Args:
+        pipeline: on its device.
+        ranks: which processes see which sequences.
     """
 
-    def __init__(self, pipeline: Pipeline, *others: Any, **named: Any) -> None:
+    parts = 1
+
+    def __init__(self, pipeline: Pipeline, ranks: Ranks) -> None:
+        super().__init__(pipeline.part, ranks)
         self.pipeline = pipeline
-        super().__init__(pipeline.part, *others, **named)  # type: ignore[arg-type]
-
-    def _storage(self) -> Storage:
-        return Gathered(self.model, self.pipeline)
+        self.forward_passes = pipeline.micro_batches
+        self.storage = Gathered(pipeline.part, pipeline)
 
     @property
-    def judged(self) -> nn.Module:
-        return _Judged(self.pipeline)
+    def evaluated(self) -> nn.Module:
+        return _Evaluated(self.pipeline)
 
-    @property
-    def micro_batches(self) -> int:
-        return self.pipeline.micro_batches
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """A whole step: the pipeline cuts its batch up itself and sends the parts through the stages."""
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        loss = self.pipeline.step(inputs["input_ids"], inputs["labels"])
+    def accumulate(self, batches: list[Batch], sums: StepSums) -> None:
+        (batch,) = batches
+        loss = self.pipeline.step(batch["input_ids"], batch["labels"])
         # The sums are over copies of the pipeline, and each has its share of the step's tokens in it.
-        task = torch.tensor(loss.lm / self.ranks.data, dtype=torch.float64, device=self.args.device)
-        balance = torch.tensor(loss.balance, dtype=torch.float64, device=self.args.device)
-        self._sums.add(task, balance, self.pipeline.stats)
-        self._judge_gradients(model)
-        return task + balance
+        task = torch.tensor(loss.lm / self.ranks.data, dtype=torch.float64, device=self.pipeline.device)
+        balance = torch.tensor(loss.balance, dtype=torch.float64, device=self.pipeline.device)
+        sums.add(task, balance, self.pipeline.stats)
 
-    def gradient_norm(self, parameters: list[nn.Parameter]) -> float:
-        return self.pipeline.norm(parameters)
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return torch.tensor(self.pipeline.clip(self.args.max_grad_norm))
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        return self._grad_norm
-
-    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Nothing: stages have different parameters, and the pipeline keeps what they share equal."""
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        norm = self.pipeline.norm(parameters)
+        return torch.tensor(norm, dtype=torch.float64, device=self.pipeline.device)
 
 
-class _Judged(nn.Module):
+class _Evaluated(nn.Module):
     """A pipeline as `evaluate` wants a model: logits on the last stage, None on others."""
 
     def __init__(self, pipeline: Pipeline) -> None:

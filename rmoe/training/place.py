@@ -1,4 +1,4 @@
-"""Where a run computes and how: threads, determinism, device, precision, ranks; the Trainer's arguments for it."""
+"""Where a run computes and how: threads, determinism, device, precision, ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from pathlib import Path
 
 import msgspec
 import torch
-from accelerate import PartialState
-from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
 
-from rmoe.compat import one_gpu
+from rmoe.compat import forget_accelerators
 from rmoe.errors import RequestError, one_line
 from rmoe.training.config import RunConfig
 
@@ -85,7 +89,7 @@ def place_of(config: RunConfig) -> Place:
         RequestError: no GPU, no bfloat16 there, a batch that cannot be shared out, or a tracker not installed.
     """
     training = config.training
-    trackers = get_available_reporting_integrations()
+    trackers = sorted(str(tracker) for tracker in get_available_trackers())
     for name in config.logging.report_to:
         if name not in trackers:
             raise RequestError(
@@ -100,6 +104,7 @@ def place_of(config: RunConfig) -> Place:
     bf16 = training.precision == "bf16" or (
         training.precision == "auto" and not cpu and torch.cuda.is_bf16_supported()
     )
+    forget_accelerators()
     state, parallel = PartialState(cpu=cpu), config.parallel
     parallel.require_processes(state.num_processes)
     ranks = Ranks(state.num_processes, state.process_index, parallel.same_data, parallel.pipeline > 1)
@@ -115,56 +120,25 @@ def place_of(config: RunConfig) -> Place:
     return Place(cpu, bf16, ranks)
 
 
-def training_arguments(config: RunConfig, out: Path, place: Place) -> TrainingArguments:
-    training = config.training
-    share = training.batch_size // place.ranks.data
-    staged = place.ranks.staged  # a pipeline cuts up its batch itself
-    micro = share if staged or training.micro_batch_size is None else training.micro_batch_size
-    schedule = {
-        "constant": ("constant_with_warmup", {}),
-        "cosine": ("cosine_with_min_lr", {"min_lr": training.min_learning_rate}),
-        "linear": ("polynomial", {"lr_end": training.min_learning_rate, "power": 1.0}),
-        "wsd": (
-            "warmup_stable_decay",
-            {
-                "num_decay_steps": training.decay_steps,
-                "decay_type": "linear",
-                "min_lr_ratio": training.min_learning_rate / training.learning_rate,
-            },
-        ),
-    }[training.schedule]
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        max_steps=training.max_steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=share // micro,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=schedule[0],
-        lr_scheduler_kwargs=schedule[1],
-        warmup_steps=training.warmup_steps,
-        optim="adamw_torch_fused",
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_epsilon=training.adam_epsilon,
-        max_grad_norm=training.max_grad_norm,
-        seed=training.seed,
-        use_cpu=place.cpu,
-        bf16=place.bf16,
-        torch_compile=training.compile,
-        logging_strategy="steps",
-        logging_steps=config.logging.every,
-        logging_nan_inf_filter=False,  # it would log NaN as 0 and go on
-        eval_strategy="steps",
-        eval_steps=config.evaluation_interval,
-        save_strategy="steps",
-        save_steps=config.checkpoint_interval,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=not place.cpu,
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        report_to=list(config.logging.report_to) or "none",
-        disable_tqdm=True,
+def accelerator_of(config: RunConfig, out: Path, place: Place, unused: bool) -> Accelerator:
+    """accelerate's view of this process: device, precision, DDP, compilation, trackers; nothing from its environment.
+
+    Args:
+        out: trackers that write files do so in `out/runs`.
+        unused: let DDP look for parameters without a gradient.
+    """
+    return Accelerator(
+        cpu=place.cpu,
+        mixed_precision="bf16" if place.bf16 else "no",
+        dynamo_backend="inductor" if config.training.compile else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop does it
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        log_with=list(config.logging.report_to) or None,
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "runs")),
     )
-    one_gpu(arguments)
-    return arguments
+
+
+def micro_batches(config: RunConfig, ranks: Ranks) -> int:
+    """Forward passes of a process in a step, where it has no stage of a pipeline."""
+    share = config.training.batch_size // ranks.data
+    return share // (config.training.micro_batch_size or share)

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from rmoe.training.hooks import Hook, Running
 
 FOLDER, TRACE, SUMMARY = "profile", "trace.json", "summary.md"
 STAGES = ("attention", "router", "dispatch", "experts", "head", "optimizer", "other")
@@ -51,7 +52,7 @@ class Spent:
     flops: float = 0.0
 
 
-class StepProfiler(TrainerCallback):
+class StepProfiler(Hook):
     """Records `STEPS` steps of a run on its first process.
 
     Args:
@@ -66,12 +67,12 @@ class StepProfiler(TrainerCallback):
         self.first, self.begun = 0, 0.0
         self.hooks: list[Any] = []
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        left = state.max_steps - state.global_step
-        self.first = state.global_step + min(WARMUP, max(0, left - STEPS))
+    def begin(self, loop: Running) -> None:
+        left = loop.plan.max_steps - loop.step
+        self.first = loop.step + min(WARMUP, max(0, left - STEPS))
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero and state.global_step == self.first:
+    def step_begin(self, loop: Running) -> None:
+        if loop.is_main and loop.step == self.first:
             self.hooks = list(mark_stages(self.model))
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -80,11 +81,10 @@ class StepProfiler(TrainerCallback):
             self.recorder.start()
             self.begun = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        last = min(self.first + STEPS, state.max_steps)
-        if self.recorder is None or (state.global_step < last and not control.should_training_stop):
+    def step_end(self, loop: Running) -> None:
+        if self.recorder is None or (loop.step < self.first + STEPS and not loop.ended):
             return
-        if args.device.type == "cuda":
+        if loop.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.begun
         self.recorder.stop()
@@ -92,10 +92,9 @@ class StepProfiler(TrainerCallback):
             hook.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.export_chrome_trace(str(self.folder / TRACE))
-        bf16 = bool(getattr(args, "bf16", False))
-        rate = matrix_rate(args.device, torch.bfloat16 if bf16 else torch.float32)
-        steps = state.global_step - self.first
-        text = summary(self.recorder.events(), steps, seconds, self.tokens, rate, args.device.type)
+        rate = matrix_rate(loop.device, torch.bfloat16 if loop.bf16 else torch.float32)
+        steps = loop.step - self.first
+        text = summary(self.recorder.events(), steps, seconds, self.tokens, rate, loop.device.type)
         (self.folder / SUMMARY).write_text(text, encoding="utf-8")
         self.recorder = None
 

@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from rmoe.training.hooks import Hook, Running
+from rmoe.training.metrics import Row
 from rmoe.training.result import Unit
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class ProgressReport(TrainerCallback):
+class ProgressReport(Hook):
     """Shows steps, loss in the corpus's unit, rate and time left.
 
     Args:
@@ -31,10 +32,10 @@ class ProgressReport(TrainerCallback):
         self.said = ""
         self.begun, self.first_step, self.last_line = 0.0, 0, 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        if not state.is_world_process_zero:
+    def begin(self, loop: Running) -> None:
+        if not loop.is_main:
             return
-        self.begun, self.first_step = time.monotonic(), state.global_step
+        self.begun, self.first_step = time.monotonic(), loop.step
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("step"),
@@ -45,50 +46,45 @@ class ProgressReport(TrainerCallback):
                 TextColumn("left"),
                 console=self.console,
             )
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, said="")
+            self.task = self.bar.add_task("", total=loop.plan.max_steps, completed=loop.step, said="")
             self.bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+    def step_end(self, loop: Running) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
+            self.bar.update(self.task, completed=loop.step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **_: Any
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
+    def log(self, loop: Running, row: Row) -> None:
+        if not loop.is_main or self.unit not in row:
             return
         unit = self.unit.replace("_", " ")
-        if f"eval_{self.unit}" in logs:
-            self._line(state, f"validation {logs[f'eval_{self.unit}']:.4f} {unit}")
-        elif self.unit in logs:
-            self.said = f"{logs[self.unit]:.4f} {unit}  {logs.get('tokens_per_s') or 0:,.0f} tokens/s"
-            if self.bar is not None:
-                self.bar.update(self.task, said=self.said)
-            elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-                self._line(state, f"{self.said}  {self._left(state)} left")
+        if row["kind"] == "eval":
+            self._line(loop, f"validation {row[self.unit]:.4f} {unit}")
+            return
+        self.said = f"{row[self.unit]:.4f} {unit}  {row.get('tokens_per_s') or 0:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.task, said=self.said)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self._line(loop, f"{self.said}  {self._left(loop)} left")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def end(self) -> None:
         """Give the terminal back; harmless twice."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
-    def _line(self, state: TrainerState, text: str) -> None:
+    def _line(self, loop: Running, text: str) -> None:
         self.last_line = time.monotonic()
-        line = f"step {state.global_step}/{state.max_steps}  {text}"
+        line = f"step {loop.step}/{loop.plan.max_steps}  {text}"
         if self.bar is not None:
             self.bar.console.print(line, highlight=False)
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def _left(self, state: TrainerState) -> str:
-        done = state.global_step - self.first_step
+    def _left(self, loop: Running) -> str:
+        done = loop.step - self.first_step
         if not done:
             return "?"
-        seconds = round((time.monotonic() - self.begun) / done * (state.max_steps - state.global_step))
+        seconds = round((time.monotonic() - self.begun) / done * (loop.plan.max_steps - loop.step))
         hours, rest = divmod(seconds, 3600)
         minutes, seconds = divmod(rest, 60)
         return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

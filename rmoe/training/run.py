@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from rmoe.compat import enable_checkpointing
@@ -34,19 +32,23 @@ from rmoe.training.config import RunConfig
 from rmoe.training.disk import require_space
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
+from rmoe.training.hooks import Hook, Trackers
 from rmoe.training.initial_scale import fixed_batch, start_at
+from rmoe.training.learner import Learner, ModelLearner
+from rmoe.training.loop import Loop, peak_mib
 from rmoe.training.metrics import MetricsLog, read_metrics
 from rmoe.training.parallel import distribute
-from rmoe.training.pipelined import PipelineTrainer, build_pipeline
-from rmoe.training.place import Place, place_of, say, torch_settings, training_arguments
+from rmoe.training.pipelined import PipelineLearner, build_pipeline
+from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
+from rmoe.training.plan import Plan
 from rmoe.training.profile import StepProfiler
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, layer_curves, publish_model
-from rmoe.training.result import Averaged, InitialLogits, RunResult, TextLosses
+from rmoe.training.result import Averaged, InitialLogits, RunResult, TextLosses, Unit
+from rmoe.training.resume import newest
 from rmoe.training.run_folder import RunRecord
 from rmoe.training.stopping import Stopped as Stopped
 from rmoe.training.stopping import raise_unless_finished, signals
-from rmoe.training.trainer import Identity, RMoETrainer, peak_mib
 
 MAY_DIFFER = frozenset(
     {
@@ -144,9 +146,9 @@ def train(
         if config.training.gradient_checkpointing:
             enable_checkpointing(model)
         if place.ranks.staged:
-            learner: RMoEForCausalLM | Pipeline = build_pipeline(model, config, place)
+            spread: RMoEForCausalLM | Pipeline = build_pipeline(model, config, place)
         else:
-            learner = distribute(model, config.parallel, place.ranks.world)
+            spread = distribute(model, config.parallel, place.ranks.world)
         _enter(stack, out, record, resume)
         if (out / run_folder.RESULT).exists():
             say(f"{out} is finished already: nothing to do")
@@ -155,7 +157,7 @@ def train(
             _begin_branch(branch, out, record)
             resume = True
         try:
-            return _run(config, out, corpus, learner, record, initial, place, resume, progress, profile)
+            return _run(config, out, corpus, spread, record, initial, place, resume, progress, profile)
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
@@ -244,7 +246,7 @@ def _run(
     config: RunConfig,
     out: Path,
     corpus: Corpus,
-    learner: RMoEForCausalLM | Pipeline,
+    model: RMoEForCausalLM | Pipeline,
     record: RunRecord,
     initial: InitialLogits | None,
     place: Place,
@@ -259,71 +261,51 @@ def _run(
     def in_unit(split: SplitName, loss: float) -> dict[str, float]:
         return {corpus.unit: corpus.in_unit(split, loss)}
 
-    def judge_on(split: SplitName, limit: int | None = None) -> Any:
-        return lambda judged: evaluate(
-            judged,
+    def evaluate_on(split: SplitName, limit: int | None = None) -> Any:
+        return lambda evaluated: evaluate(
+            evaluated,
             corpus.blocks(split),
             limit=limit,
             bf16=place.bf16,
             ranks=place.ranks,
         )
 
-    reports = [ProgressReport(corpus.unit)] if progress else []
-    callbacks: list[TrainerCallback] = list(reports)
-    if profile and isinstance(learner, RMoEForCausalLM):
-        tokens = config.training.batch_size * config.training.sequence_length // place.ranks.data
-        callbacks.append(StepProfiler(learner, out, tokens))
+    learner, accelerator = make_learner(model, config, out, place)
     steps = config.average_steps
-    average = WeightAverage(learner, steps) if steps and isinstance(learner, RMoEForCausalLM) else None
-    kind: Any = PipelineTrainer if isinstance(learner, Pipeline) else RMoETrainer
-    trainer: RMoETrainer = kind(
+    average = WeightAverage(learner.model, steps) if steps else None
+    loop = Loop(
         learner,
-        training_arguments(config, out, place),
-        train_dataset=corpus.train,
-        eval_dataset=corpus.valid,
+        config.training,
+        Plan.of(config),
+        accelerator,
+        dataset=corpus.train,
+        data_sha256=corpus.manifest.key,
         store=store,
         metrics=metrics,
-        identity=Identity(
-            config.training.seed,
-            corpus.manifest.key,
-            config.training.batch_size,
-            config.training.sequence_length,
-        ),
         in_unit=in_unit,
-        judge=judge_on("valid", config.logging.evaluate_blocks),
-        max_skipped_batches=config.training.max_skipped_batches,
-        ranks=place.ranks,
-        router_learning_rate=config.training.router_learning_rate,
+        evaluate=evaluate_on("valid", config.logging.evaluate_blocks),
         average=average,
-        branch_points=config.training.branch_points,
-        callbacks=callbacks,
+        hooks=_hooks(config, out, learner, accelerator, corpus.unit, progress, profile),
     )
-    checkpoint = find_checkpoint(trainer, metrics, out) if resume else None
-    try:
-        with signals(trainer):
-            # Dropout's stream; nothing else draws from it. Stages of a pipeline draw for different layers.
-            stage = place.ranks.rank % place.ranks.same if place.ranks.staged else 0
-            torch.manual_seed(config.training.seed + 1_000_003 * stage)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        for report in reports:
-            report.close()
-    raise_unless_finished(trainer, store)
+    checkpoint = find_checkpoint(loop, out) if resume else None
+    with signals(loop):
+        loop.run(checkpoint)
+    raise_unless_finished(loop, store)
 
-    valid = _final(trainer, config, judge_on("valid", config.logging.final_blocks))
-    test = judge_on("test", config.test_blocks)(trainer.judged) if config.logging.test else None
+    valid = _final(loop, config, evaluate_on("valid", config.logging.final_blocks))
+    test = evaluate_on("test", config.test_blocks)(learner.evaluated) if config.logging.test else None
     averaged = None
     if average is not None:
         with average.applied():
             averaged = (
-                judge_on("valid", config.logging.final_blocks)(trainer.judged),
-                judge_on("test", config.test_blocks)(trainer.judged) if config.logging.test else None,
+                evaluate_on("valid", config.logging.final_blocks)(learner.evaluated),
+                evaluate_on("test", config.test_blocks)(learner.evaluated) if config.logging.test else None,
             )
-    routing = None if place.ranks.staged else summarize_routing(trainer.model, corpus.valid, bf16=place.bf16)
-    model = trainer.storage.whole_model()
+    routing = None if place.ranks.staged else summarize_routing(learner.model, corpus.valid, bf16=place.bf16)
+    whole = learner.storage.whole_model()
     if place.ranks.rank == 0:
         if routing is None:  # no stage sees the whole routing
-            routing = summarize_routing(model, corpus.valid, bf16=place.bf16)
+            routing = summarize_routing(whole, corpus.valid, bf16=place.bf16)
         result = RunResult(
             router=config.router,
             router_spec=record.router_spec,
@@ -334,16 +316,16 @@ def _run(
             corpus=records.Corpus(
                 name=corpus.manifest.source.name, sha256=corpus.manifest.key, unit=corpus.unit
             ),
-            steps=trainer.state.global_step,
-            tokens=trainer.state.global_step * config.training.batch_size * config.training.sequence_length,
-            skipped_batches=trainer.skipped_batches,
+            steps=loop.step,
+            tokens=loop.step * config.training.batch_size * config.training.sequence_length,
+            skipped_batches=loop.skipped_batches,
             val=corpus.in_unit("valid", valid.loss),
             test=None if test is None else corpus.in_unit("test", test.loss),
             context=valid.context,
-            parameters=parameter_counts(model),
+            parameters=parameter_counts(whole),
             curves=curves(read_metrics(metrics.path), corpus.unit),
-            seconds_per_1k_steps=1000 * trainer.train_seconds / trainer.state.global_step,
-            peak_mib=peak_mib(trainer.args.device),
+            seconds_per_1k_steps=1000 * loop.train_seconds / loop.step,
+            peak_mib=peak_mib(loop.device),
             routing=routing,
             initial_logits=initial,
             layer_curves=layer_curves(read_metrics(metrics.path)),
@@ -359,39 +341,68 @@ def _run(
             folder=str(out),
             model=str(out / run_folder.MODEL),
         )
-        publish_model(out, model, corpus.tokenizer, training_card(result))
+        publish_model(out, whole, corpus.tokenizer, training_card(result))
         write_record(out / run_folder.RESULT, result)
         store.clear_staging()
-    trainer.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return read_result(out)
 
 
-def find_checkpoint(trainer: RMoETrainer, metrics: MetricsLog, out: Path) -> Path | None:
-    checkpoint = trainer.newest_checkpoint()
+def make_learner(
+    model: RMoEForCausalLM | Pipeline, config: RunConfig, out: Path, place: Place
+) -> tuple[Learner, Accelerator]:
+    """The model as the loop wants it, and accelerate's view of this process."""
+    accelerator = accelerator_of(config, out, place, unused=not config.training.gradient_checkpointing)
+    if isinstance(model, Pipeline):
+        return PipelineLearner(model, place.ranks), accelerator
+    return ModelLearner(model, accelerator, place.ranks, micro_batches(config, place.ranks)), accelerator
+
+
+def _hooks(
+    config: RunConfig,
+    out: Path,
+    learner: Learner,
+    accelerator: Accelerator,
+    unit: Unit,
+    progress: bool,
+    profile: bool,
+) -> list[Hook]:
+    hooks: list[Hook] = [Trackers(accelerator, run_folder.flat(config.to_dict()))]
+    if progress:
+        hooks.append(ProgressReport(unit))
+    if profile:
+        tokens = config.training.batch_size * config.training.sequence_length // learner.ranks.data
+        hooks.append(StepProfiler(learner.model, out, tokens))
+    return hooks
+
+
+def find_checkpoint(loop: Loop, out: Path) -> Path | None:
+    """The checkpoint to resume from, None for a start at step 0; metrics.jsonl is cut off there."""
+    checkpoint = newest(loop)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    if trainer.is_world_process_zero():
-        trainer.store.clear_staging()
-        metrics.truncate(step)
+    if loop.is_main:
+        loop.store.clear_staging()
+        loop.metrics.truncate(step)
     if checkpoint is None:
-        say(f"no valid checkpoint in {trainer.store.checkpoints}: starting at step 0")
+        say(f"no valid checkpoint in {loop.store.checkpoints}: starting at step 0")
     else:
-        say(f"resuming {out} at step {step} of {trainer.args.max_steps}")
+        say(f"resuming {out} at step {step} of {loop.plan.max_steps}")
     return checkpoint
 
 
 # --- after training ------------------------------------------------------------------------------
 
 
-def _final(trainer: RMoETrainer, config: RunConfig, judge: Any) -> Evaluation:
+def _final(loop: Loop, config: RunConfig, evaluated: Any) -> Evaluation:
     """The finished model on the validation split: not twice, if the last evaluation was just that."""
-    last = trainer.last_evaluation
+    last = loop.last_evaluation
     if (
         config.logging.evaluate_blocks == config.logging.final_blocks
         and last is not None
-        and last[0] == trainer.state.global_step
+        and last[0] == loop.step
     ):
         return last[1]
-    evaluation: Evaluation = judge(trainer.judged)
+    evaluation: Evaluation = evaluated(loop.learner.evaluated)
     return evaluation
 
 

@@ -5,8 +5,8 @@
     optimizer.safetensors   `<parameter>/<slot>`: exp_avg, exp_avg_sq, step
     rng.safetensors         torch's generators, one set per rank
     training_state.json     step, position in the data, schedule, identity of the run, sums not yet logged
-    trainer_state.json      what transformers.Trainer itself keeps
 
+Checkpoints of releases that trained with transformers.Trainer also have its trainer_state.json, which nobody reads.
 No pickle is written or read.
 """
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from rmoe.errors import RunError
 from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.loop import Loop
 from rmoe.training.place import say
-from rmoe.training.trainer import RMoETrainer
 
 
 class Stopped(Exception):
@@ -19,14 +19,14 @@ class Stopped(Exception):
 
 
 @contextmanager
-def signals(trainer: RMoETrainer) -> Iterator[None]:
+def signals(loop: Loop) -> Iterator[None]:
     """SIGTERM and SIGINT save and stop after the current step; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield
         return
 
     def handle(number: int, _frame: Any) -> None:
-        trainer.stop_requested = True
+        loop.stop_requested = True
         signal.signal(number, before[number])
         say(f"{signal.Signals(number).name}: saving and stopping after this step")
 
@@ -40,16 +40,16 @@ def signals(trainer: RMoETrainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def raise_unless_finished(trainer: RMoETrainer, store: CheckpointStore) -> None:
-    step = trainer.state.global_step
-    if trainer.diverged:
+def raise_unless_finished(loop: Loop, store: CheckpointStore) -> None:
+    step = loop.step
+    if loop.diverged:
         raise RunError(
-            f"the loss or its gradient was not finite in {trainer.skipped_batches} batches, the last at step {step}",
+            f"the loss or its gradient was not finite in {loop.skipped_batches} batches, the last at step {step}",
             store.saved(),
             "lower the learning rate in a new run; or --resume after this batch, with more "
             "--training.max-skipped-batches",
         )
-    if trainer.stopped and step < trainer.args.max_steps:
+    if loop.stopped and step < loop.plan.max_steps:
         raise Stopped(
-            f"stopped at step {step} of {trainer.args.max_steps}; saved: {store.saved()}; --resume goes on"
+            f"stopped at step {step} of {loop.plan.max_steps}; saved: {store.saved()}; --resume goes on"
         )

@@ -128,17 +128,17 @@ def test_a_family_with_a_balance_loss_is_not_packed(models: Path) -> None:
 
 
 def test_a_run_counts_real_tokens(models: Path, alpaca: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from rmoe.training.trainer import RMoETrainer
+    from rmoe.training.loop import Loop
 
     seen = []
-    end_step = RMoETrainer.end_step
+    end_step = Loop.end_step
 
-    def look(self: RMoETrainer, control: Any) -> None:
-        assert self._sums.stats is not None
-        seen.append(int(self._sums.stats.tokens))
-        end_step(self, control)
+    def look(self: Loop) -> None:
+        assert self.sums.stats is not None
+        seen.append(int(self.sums.stats.tokens))
+        end_step(self)
 
-    monkeypatch.setattr(RMoETrainer, "end_step", look)
+    monkeypatch.setattr(Loop, "end_step", look)
     options: dict[str, Any] = {"batch_size": 24, "epochs": 1.0, "device": "cpu", "threads": 1}
     config = FinetuneConfig(**options, sequence_length=512, packing=False)
     finetune(models / "rmoe", alpaca, tmp_path / "out", config, progress=False)

@@ -19,8 +19,8 @@ from rmoe.graft import undo_folder
 from rmoe.graft.base import Base
 from rmoe.graft.folder import is_graft_tensor
 from rmoe.model.weights import ADAPTER, open_weights, read_json, tensor_sha256
+from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
-from rmoe.training.trainer import RMoETrainer
 from tests.finetune.conftest import instructions, write_lines
 
 FAST: dict[str, Any] = {
@@ -178,15 +178,15 @@ def test_a_killed_run_goes_on_bit_for_bit(
     """With the experts it has trained: transformers' own resume drops them for OLMoE and other fused families."""
     whole = tune(models / name, alpaca, tmp_path / "whole", epochs=3.0)
     assert whole.steps > 4
-    end_step, seen = RMoETrainer.end_step, []
+    end_step, seen = Loop.end_step, []
 
-    def kill(self: RMoETrainer, control: Any) -> None:
+    def kill(self: Loop) -> None:
         seen.append(1)
         if len(seen) == 4:
             raise Killed
-        end_step(self, control)
+        end_step(self)
 
-    monkeypatch.setattr(RMoETrainer, "end_step", kill)
+    monkeypatch.setattr(Loop, "end_step", kill)
     with pytest.raises(Killed):
         tune(models / name, alpaca, tmp_path / "killed", epochs=3.0)
     monkeypatch.undo()

@@ -168,9 +168,7 @@ def manifest(chance: random.Random, inputs: Inputs, folder: Path) -> Case:
     """A checkpoint's manifest or one of its JSON files; the run is finished, so nothing trains."""
     run = _run(inputs, folder)
     checkpoint = chance.choice(sorted((run / "checkpoints").iterdir()))
-    break_file(
-        chance, checkpoint / chance.choice(["manifest.json", "training_state.json", "trainer_state.json"])
-    )
+    break_file(chance, checkpoint / chance.choice(["manifest.json", "training_state.json", "config.json"]))
     return Case("checkpoint", ["_checkpoints", str(run)])
 
 

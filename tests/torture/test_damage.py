@@ -73,7 +73,7 @@ def first(content: dict[str, torch.Tensor]) -> str:
 
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-FILES = (MODEL, OPTIMIZER, "rng.safetensors", "training_state.json", "trainer_state.json", "config.json")
+FILES = (MODEL, OPTIMIZER, "rng.safetensors", "training_state.json", "config.json")
 
 KINDS: dict[str, Damage] = {
     **{f"{file} removed": lambda f, file=file: (f / file).unlink() for file in (*FILES, sealing.MANIFEST)},

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ def write(folder: Path) -> None:
     (folder / "state.json").write_text("{}")
 
 
+def save(store: CheckpointStore, step: int, fill: Callable[[Path], None]) -> Path:
+    with store.staged(step) as folder:
+        fill(folder)
+    return store.checkpoints / f"checkpoint-{step}"
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path, RUN)
@@ -34,8 +41,8 @@ def names(store: CheckpointStore) -> list[str]:
 
 
 def test_saved_checkpoint_is_found_and_whole(store, capsys):
-    store.save(20, write)
-    path = store.save(100, write)
+    save(store, 20, write)
+    path = save(store, 100, write)
     assert store.newest_valid() == path == store.checkpoints / "checkpoint-100"  # by number, not by name
     verify(path, 100, RUN)
     assert capsys.readouterr().err == ""
@@ -45,18 +52,18 @@ def test_saved_checkpoint_is_found_and_whole(store, capsys):
 def test_rotation_keeps_the_newest(tmp_path):
     store = CheckpointStore(tmp_path, RUN, keep=3)
     for step in (1, 2, 9, 10, 11):
-        store.save(step, write)
+        save(store, step, write)
     assert [step for step, _ in store.found()] == [9, 10, 11]
     assert list(store.staging.iterdir()) == []
 
 
 def test_rotation_counts_only_valid_ones(store):
-    store.save(1, write)
-    store.save(2, write)
+    save(store, 1, write)
+    save(store, 2, write)
     (store.checkpoints / "checkpoint-2" / "state.json").write_text("{ }")
-    store.save(3, write)
+    save(store, 3, write)
     assert [step for step, _ in store.found()] == [1, 2, 3]  # 1 and 3 are the two valid ones
-    store.save(4, write)
+    save(store, 4, write)
     assert [step for step, _ in store.found()] == [3, 4]
 
 
@@ -148,8 +155,8 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_said_in_one_line_and_the_older_one_used(store, capsys, kind):
     damage, reason = DAMAGE[kind]
-    older = store.save(20, write)
-    damage(store.save(40, write))
+    older = save(store, 20, write)
+    damage(save(store, 40, write))
     assert store.newest_valid() == older
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -160,13 +167,13 @@ def test_damage_is_said_in_one_line_and_the_older_one_used(store, capsys, kind):
 
 def test_a_long_reason_is_not_wrapped(store, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
-    os.truncate(store.save(40, write) / "optimizer.safetensors", 3)
+    os.truncate(save(store, 40, write) / "optimizer.safetensors", 3)
     assert store.newest_valid() is None
     assert capsys.readouterr().err == "skipped checkpoint-40: size mismatch: optimizer.safetensors\n"
 
 
 def test_checkpoint_folders_swapped(store, capsys):
-    one, two = store.save(20, write), store.save(40, write)
+    one, two = save(store, 20, write), save(store, 40, write)
     one.rename(store.folder / "aside")
     two.rename(one)
     (store.folder / "aside").rename(two)
@@ -177,7 +184,7 @@ def test_checkpoint_folders_swapped(store, capsys):
 
 
 def test_what_is_no_checkpoint_is_not_looked_at(store, capsys):
-    path = store.save(40, write)
+    path = save(store, 40, write)
     (store.checkpoints / "notes.txt").write_text("x")
     (store.checkpoints / "checkpoint-final").mkdir()
     (store.checkpoints / "checkpoint-050").mkdir()
@@ -186,7 +193,7 @@ def test_what_is_no_checkpoint_is_not_looked_at(store, capsys):
 
 
 def test_what_only_has_a_checkpoints_name_is_skipped_and_gives_way(store, capsys):
-    path = store.save(40, write)
+    path = save(store, 40, write)
     (store.checkpoints / "checkpoint-60").symlink_to(path)
     (store.checkpoints / "checkpoint-80").symlink_to(store.folder / "nowhere")
     (store.checkpoints / "checkpoint-100").write_text("x")
@@ -196,12 +203,12 @@ def test_what_only_has_a_checkpoints_name_is_skipped_and_gives_way(store, capsys
     ]
     assert store.saved() == f"checkpoint-40 in {store.checkpoints}"
     for step in (60, 80, 100):
-        store.save(step, write)
+        save(store, step, write)
     assert store.newest_valid() == store.checkpoints / "checkpoint-100"
 
 
 def test_a_further_check_may_refuse(store, capsys):
-    older, newer = store.save(20, write), store.save(40, write)
+    older, newer = save(store, 20, write), save(store, 40, write)
 
     def check(folder: Path) -> None:
         if folder == newer:
@@ -212,8 +219,8 @@ def test_a_further_check_may_refuse(store, capsys):
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(store):
-    flip_bit(store.save(40, write) / "model.safetensors")
-    path = store.save(40, write)
+    flip_bit(save(store, 40, write) / "model.safetensors")
+    path = save(store, 40, write)
     verify(path, 40, RUN)
     assert names(store) == ["checkpoint-40"]
 
@@ -224,7 +231,7 @@ FULL_AT = ["write", *(f"sync {n}" for n in range(1, 6)), "manifest", "mkdir", "r
 
 @pytest.mark.parametrize("point", FULL_AT)
 def test_disk_full_leaves_the_last_checkpoint_whole(store, monkeypatch, point):
-    last = store.save(20, write)
+    last = save(store, 20, write)
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -252,13 +259,13 @@ def test_disk_full_leaves_the_last_checkpoint_whole(store, monkeypatch, point):
         else:
             patched.setattr(Path, point, fail)
         with pytest.raises(RunError) as caught:
-            store.save(40, content)
+            save(store, 40, content)
     assert "could not save checkpoint-40: [Errno 28] No space left on device" in str(caught.value)
     assert f"saved: checkpoint-20 in {store.checkpoints}" in str(caught.value)
     assert store.newest_valid() == last
     assert names(store) == ["checkpoint-20"]
 
-    path = store.save(40, write)  # once there is space, nothing is in the way
+    path = save(store, 40, write)  # once there is space, nothing is in the way
     assert store.newest_valid() == path
 
 
@@ -269,7 +276,7 @@ def test_a_kill_while_staging_leaves_nothing_behind(store):
     assert store.newest_valid() is None
     store.clear_staging()
     assert not store.staging.exists()
-    assert store.save(40, write) == store.newest_valid()
+    assert save(store, 40, write) == store.newest_valid()
 
 
 def test_seal_covers_every_file(tmp_path):
@@ -295,7 +302,7 @@ def test_a_checkpoint_is_published_only_after_its_bytes_are_on_disk(store, monke
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "rename", recorded_rename)
-    store.save(40, write)
+    save(store, 40, write)
     staged = "staging/checkpoint-40"
     assert happened == [
         ("sync", f"{staged}/model.safetensors"),
@@ -326,8 +333,8 @@ def test_the_same_files_give_the_same_manifest(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_damage(store, monkeypatch, capsys):
-    older = store.save(20, write)
-    bad = store.save(40, write) / "optimizer.safetensors"
+    older = save(store, 20, write)
+    bad = save(store, 40, write) / "optimizer.safetensors"
     plain = module.sha256
 
     def read(path: Path) -> str:
@@ -343,7 +350,7 @@ def test_a_file_that_cannot_be_read_is_damage(store, monkeypatch, capsys):
 def test_rotation_needs_no_staging_folder(tmp_path):
     store = CheckpointStore(tmp_path, RUN, keep=3)
     for step in (1, 2, 3):
-        store.save(step, write)
+        save(store, step, write)
     store.clear_staging()
     CheckpointStore(tmp_path, RUN, keep=2).rotate()
     assert [step for step, _ in store.found()] == [2, 3]
@@ -358,5 +365,5 @@ def test_hash_of_a_file_longer_than_a_chunk(tmp_path):
 def test_nothing_saved_yet_is_said(store):
     assert store.saved() == "no checkpoint yet"
     with pytest.raises(RunError, match="saved: no checkpoint yet"):
-        store.save(1, lambda folder: (_ for _ in ()).throw(OSError("no space")))
+        save(store, 1, lambda folder: (_ for _ in ()).throw(OSError("no space")))
     assert not list(store.staging.iterdir())

@@ -15,10 +15,11 @@ from rmoe import records
 from rmoe.errors import RequestError, RunError
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.learner import ModelLearner
+from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
 from rmoe.training.run import Stopped, read_result, train
 from rmoe.training.run_folder import locked, read_run
-from rmoe.training.trainer import RMoETrainer
 from tests.training import tiny
 
 
@@ -32,14 +33,14 @@ class Crash(Exception):
 
 def crash_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Make the run die inside the step after `step`, with its checkpoints so far on disk."""
-    begin = RMoETrainer.begin_step
+    begin = Loop.begin_step
 
-    def begin_step(self: RMoETrainer) -> None:
-        if self.state.global_step == step:
+    def begin_step(self: Loop) -> None:
+        if self.step == step:
             raise Crash
         begin(self)
 
-    monkeypatch.setattr(RMoETrainer, "begin_step", begin_step)
+    monkeypatch.setattr(Loop, "begin_step", begin_step)
 
 
 def interrupted(config, out: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -111,9 +112,9 @@ def test_metrics_rows(finished):
 
 def test_at_least_ten_checkpoints(text, tmp_path, monkeypatch):
     saved = []
-    save = CheckpointStore.save
+    staged = CheckpointStore.staged
     monkeypatch.setattr(
-        CheckpointStore, "save", lambda self, step, write: (saved.append(step), save(self, step, write))
+        CheckpointStore, "staged", lambda self, step: (saved.append(step), staged(self, step))[1]
     )
     config = tiny.config(text, max_steps=25)
     train(
@@ -225,13 +226,19 @@ def test_all_checkpoints_damaged_starts_at_0_and_says_so(text, finished, tmp_pat
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
     """Make the loss of some steps (counted from 1) NaN or infinite."""
-    compute = RMoETrainer.compute_loss
+    begin, compute = Loop.begin_step, ModelLearner.loss
+    now = [0]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = compute(self, model, inputs, return_outputs, num_items_in_batch)
-        return loss * value if self.state.global_step + 1 in steps else loss
+    def begin_step(self: Loop) -> None:
+        now[0] = self.step + 1
+        begin(self)
 
-    monkeypatch.setattr(RMoETrainer, "compute_loss", compute_loss)
+    def loss(self, batch, tokens, sums):
+        found = compute(self, batch, tokens, sums)
+        return found * value if now[0] in steps else found
+
+    monkeypatch.setattr(Loop, "begin_step", begin_step)
+    monkeypatch.setattr(ModelLearner, "loss", loss)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -315,14 +322,14 @@ def test_disk_full_at_the_final_model(text, finished, tmp_path, monkeypatch):
 
 def test_asked_to_stop_it_saves_and_goes_on_exactly(text, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    begin = RMoETrainer.begin_step
+    begin = Loop.begin_step
 
-    def begin_step(self: RMoETrainer) -> None:
+    def begin_step(self: Loop) -> None:
         begin(self)
-        self.stop_requested = self.state.global_step == 6
+        self.stop_requested = self.step == 6
 
     with monkeypatch.context() as patched:
-        patched.setattr(RMoETrainer, "begin_step", begin_step)
+        patched.setattr(Loop, "begin_step", begin_step)
         with pytest.raises(Stopped, match="stopped at step 7 of 20; saved: checkpoint-7"):
             train(tiny.config(text), out, progress=False)
     train(tiny.config(text), out, resume=True, progress=False)
@@ -462,16 +469,16 @@ def test_a_wsd_run_keeps_its_branch_points_and_its_average(decayed):
 def test_the_average_is_that_of_the_weights_it_names(text, tmp_path, monkeypatch):
     """Against a float64 mean of the weights after each step, taken by hand."""
     seen = []
-    end_step = RMoETrainer.end_step
+    end_step = Loop.end_step
 
-    def note(self, control):
-        end_step(self, control)
-        if self.state.global_step in (16, 18, 20):
+    def note(self):
+        end_step(self)
+        if self.step in (16, 18, 20):
             seen.append({n: t.clone().double() for n, t in contents.unique_tensors(self.model).items()})
-        if self.state.global_step == 20:
+        if self.step == 20:
             seen.append({n: t.double() for n, t in self.average._mean.items()})
 
-    monkeypatch.setattr(RMoETrainer, "end_step", note)
+    monkeypatch.setattr(Loop, "end_step", note)
     train(wsd(text), tmp_path / "run", progress=False)
     *weights, mean = seen
     for name, value in mean.items():
@@ -507,16 +514,16 @@ def test_a_checkpoint_without_its_average_is_not_used(text, tmp_path, monkeypatc
 
 def test_the_routers_have_their_own_rate(text, tmp_path, monkeypatch):
     groups = []
-    end_step = RMoETrainer.end_step
+    end_step = Loop.end_step
 
-    def note(self, control):
-        if self.state.global_step == 10:
+    def note(self):
+        if self.step == 10:
             names = contents.group_names(self.optimizer, self.model)
             rates = [group["lr"] for group in self.optimizer.param_groups]
             groups.extend(zip(rates, names, strict=True))
-        end_step(self, control)
+        end_step(self)
 
-    monkeypatch.setattr(RMoETrainer, "end_step", note)
+    monkeypatch.setattr(Loop, "end_step", note)
     train(wsd(text), tmp_path / "run", progress=False)
     rates = {name: rate for rate, names in groups for name in names}
     for name, rate in rates.items():

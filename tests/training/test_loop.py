@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from rmoe.data import prepare
@@ -14,9 +16,12 @@ from rmoe.routing.contract import RouterStats
 from rmoe.training.accounting import StepSums, Window
 from rmoe.training.build import build_model, model_config
 from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.learner import ModelLearner
+from rmoe.training.loop import Loop
 from rmoe.training.metrics import MetricsLog, read_metrics
-from rmoe.training.place import place_of, training_arguments
-from rmoe.training.trainer import Identity, RMoETrainer
+from rmoe.training.place import place_of
+from rmoe.training.plan import Plan
+from rmoe.training.run import make_learner
 from tests.training import tiny
 
 
@@ -33,19 +38,22 @@ class Same(Dataset):
         return self.block
 
 
-def trainer_of(config, out: Path, dataset: object = None) -> RMoETrainer:
+def loop_of(config, out: Path, dataset: object = None, model: object = None) -> Loop:
     corpus = prepare(config.data, config.training.sequence_length)
-    training = config.training
-    return RMoETrainer(
-        build_model(model_config(config, corpus.vocab_size), training.seed),
-        training_arguments(config, out, place_of(config)),
-        train_dataset=corpus.train if dataset is None else dataset,
-        eval_dataset=corpus.valid,
+    if model is None:
+        model = build_model(model_config(config, corpus.vocab_size), config.training.seed)
+    learner, accelerator = make_learner(model, config, out, place_of(config))
+    return Loop(
+        learner,
+        config.training,
+        replace(Plan.of(config), evaluate_every=None),
+        accelerator,
+        dataset=corpus.train if dataset is None else dataset,
+        data_sha256="",
         store=CheckpointStore(out, "test"),
         metrics=MetricsLog(out / "metrics.jsonl"),
-        identity=Identity(training.seed, "", training.batch_size, training.sequence_length),
         in_unit=lambda split, loss: {"nats": loss},
-        judge=None,
+        evaluate=lambda model: pytest.fail("no evaluation was asked for"),
     )
 
 
@@ -55,13 +63,11 @@ def quiet(config):
     return replace(config, model=model, logging=replace(config.logging, every=1, evaluate_every=1000))
 
 
-def run(config, out: Path, dataset: object = None) -> RMoETrainer:
+def run(config, out: Path, dataset: object = None) -> Loop:
     out.mkdir()
-    trainer = trainer_of(config, out, dataset)
-    trainer.judge = lambda model: pytest.fail("no evaluation was asked for")
-    trainer.args.eval_strategy = "no"
-    trainer.train()
-    return trainer
+    loop = loop_of(config, out, dataset)
+    loop.run()
+    return loop
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -72,7 +78,7 @@ def test_a_step_does_not_depend_on_accumulation(text, tmp_path, micro):
     whole = run(config, tmp_path / "whole", Same(block))
     cut = replace(config, training=replace(config.training, micro_batch_size=micro))
     parts = run(cut, tmp_path / "parts", Same(block))
-    assert parts.args.gradient_accumulation_steps == 4 // micro
+    assert parts.learner.forward_passes == 4 // micro
 
     a, b = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "whole", tmp_path / "parts"))
     for row, other in zip(a, b, strict=True):
@@ -90,15 +96,14 @@ def test_routers_move_once_per_step_by_the_sums_of_its_micro_batches(text, tmp_p
     )
     out = tmp_path / "run"
     out.mkdir()
-    trainer = trainer_of(config, out)
-    trainer.args.eval_strategy = "no"
+    loop = loop_of(config, out)
     calls: list[tuple[RouterStats, int, int]] = []
     noise: list[tuple[int, int]] = []
     monkeypatch.setattr(
-        trainer.model, "update_routers", lambda stats, step, total: calls.append((stats, step, total))
+        loop.model, "update_routers", lambda stats, step, total: calls.append((stats, step, total))
     )
-    monkeypatch.setattr(trainer.model, "set_routing_noise", lambda seed, step: noise.append((seed, step)))
-    trainer.train()
+    monkeypatch.setattr(loop.model, "set_routing_noise", lambda seed, step: noise.append((seed, step)))
+    loop.run()
     assert [(step, total) for _, step, total in calls] == [(1, 3), (2, 3), (3, 3)]
     for stats, _, _ in calls:
         assert int(stats.tokens) == 4 * 32
@@ -112,25 +117,24 @@ def test_batches_are_those_of_the_stateless_order(text, tmp_path, monkeypatch):
     config = quiet(tiny.config(text, max_steps=3, micro_batch_size=2))
     out = tmp_path / "run"
     out.mkdir()
-    trainer = trainer_of(config, out)
-    trainer.args.eval_strategy = "no"
+    loop = loop_of(config, out)
     seen: list[torch.Tensor] = []
-    compute = RMoETrainer.compute_loss
+    compute = ModelLearner.loss
 
-    def compute_loss(self, model, inputs, **kwargs):
-        seen.extend(inputs["input_ids"].cpu())
-        return compute(self, model, inputs, **kwargs)
+    def loss(self, batch, *others):
+        seen.extend(batch["input_ids"].cpu())
+        return compute(self, batch, *others)
 
-    monkeypatch.setattr(RMoETrainer, "compute_loss", compute_loss)
-    trainer.train()
-    blocks = trainer.train_dataset
+    monkeypatch.setattr(ModelLearner, "loss", loss)
+    loop.run()
+    blocks = loop.dataset
     assert len(seen) == 12
     for example, ids in enumerate(seen):
         assert torch.equal(ids, blocks[block_number(len(blocks), 0, example)]["input_ids"])
 
 
 def test_a_model_keeps_its_cache_setting(text, tmp_path):
-    assert trainer_of(tiny.config(text), tmp_path).model.config.use_cache is True
+    assert loop_of(tiny.config(text), tmp_path).model.config.use_cache is True
 
 
 def test_transformers_own_moe_trains_too(text, tmp_path):
@@ -139,7 +143,6 @@ def test_transformers_own_moe_trains_too(text, tmp_path):
 
     config = quiet(tiny.config(text, max_steps=2, micro_batch_size=2))
     tmp_path.joinpath("run").mkdir()
-    trainer = trainer_of(config, tmp_path / "run")
     torch.manual_seed(0)
     mixtral = MixtralForCausalLM(
         MixtralConfig(
@@ -147,20 +150,9 @@ def test_transformers_own_moe_trains_too(text, tmp_path):
             num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5,
         )
     )  # fmt: skip
-    other = RMoETrainer(
-        mixtral,
-        trainer.args,
-        train_dataset=trainer.train_dataset,
-        store=trainer.store,
-        metrics=trainer.metrics,
-        identity=trainer.identity,
-        in_unit=trainer.in_unit,
-        judge=None,
-        eval_dataset=trainer.eval_dataset,
-    )
-    other.args.eval_strategy = "no"
-    other.train()
-    first = read_metrics(trainer.metrics.path)[0]
+    other = loop_of(config, tmp_path / "run", model=mixtral)
+    other.run()
+    first = read_metrics(other.metrics.path)[0]
     assert first["balance_loss"] == pytest.approx(0.5 * 2.0, rel=0.1)  # transformers' loss counts k = 2 times
     assert first["lm_loss"] == pytest.approx(5.545, rel=0.02)  # ln 256
 
@@ -203,3 +195,98 @@ def test_window_survives_a_checkpoint():
         "dropped": 0.25,
     }
     assert Window().row()["loss"] is None
+
+
+def test_trackers_get_every_number(tmp_path):
+    from accelerate.tracking import GeneralTracker
+
+    from rmoe.training.hooks import Trackers
+
+    class Notes(GeneralTracker):
+        name, requires_logging_directory = "notes", False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list = []
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values) -> None:
+            self.seen.append(values)
+
+        def log(self, values, step=None, **_) -> None:
+            self.seen.append((step, values))
+
+        def finish(self) -> None:
+            self.seen.append("finished")
+
+    notes = Notes()
+    hook = Trackers(Accelerator(cpu=True, log_with=[notes]), {"training.seed": 3, "plugin": (), "a.b": None})
+    hook.begin(None)
+    hook.log(None, {"kind": "train", "step": 5, "loss": 2.5, "load_imbalance": [1.0, 1.5], "lr": None})
+    hook.log(None, {"kind": "eval", "step": 5, "split": "valid", "loss": 2.0})
+    hook.end()
+    assert notes.seen == [
+        {"training.seed": 3, "plugin": "()", "a.b": "None"},
+        (5, {"train/loss": 2.5, "train/load_imbalance/0": 1.0, "train/load_imbalance/1": 1.5}),
+        (5, {"eval/loss": 2.0}),
+        "finished",
+    ]
+
+
+def test_hooks_are_called_in_step_and_ended_after_an_error(text, tmp_path, monkeypatch):
+    from rmoe.training.hooks import Hook
+
+    class Notes(Hook):
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def begin(self, loop) -> None:
+            self.seen.append(f"begin {loop.step}")
+
+        def step_begin(self, loop) -> None:
+            self.seen.append(f"from {loop.step}")
+
+        def step_end(self, loop) -> None:
+            self.seen.append(f"to {loop.step}" + " ended" * loop.ended)
+
+        def log(self, loop, row) -> None:
+            self.seen.append(f"{row['kind']} {row['step']}")
+
+        def end(self) -> None:
+            self.seen.append("end")
+
+    def watched(out: Path, fail: bool) -> list[str]:
+        out.mkdir()
+        notes = Notes()
+        loop = loop_of(quiet(tiny.config(text, max_steps=2)), out)
+        loop.hooks = [notes]
+        if fail:
+            monkeypatch.setattr(loop, "take_step", lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loop.run()
+        else:
+            loop.run()
+        return notes.seen
+
+    steps = ["from 0", "to 1", "train 1", "from 1", "to 2 ended", "train 2"]
+    assert watched(tmp_path / "whole", fail=False) == ["begin 0", *steps, "end"]
+    assert watched(tmp_path / "failed", fail=True) == ["begin 0", "from 0", "end"]
+
+
+def test_nothing_of_trainer_is_imported():
+    """transformers' Trainer, its arguments, state, control and callbacks."""
+    import rmoe
+
+    for path in Path(rmoe.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            )
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            for name in (module, *names):
+                assert "Trainer" not in name, path
+                assert not name.startswith(("transformers.trainer", "transformers.training_args")), path
+                assert name != "TrainingArguments", path
