@@ -47,14 +47,14 @@ def require_branch(config: RunConfig, record: RunRecord, source: Path, may_diffe
     stored = read_run(source)
     longer = RunConfig.from_dict(stored.config)  # settings that came after it was trained have their defaults
     stored = msgspec.structs.replace(stored, config=longer.to_dict())
+    if longer.training.max_steps < config.training.max_steps:
+        allowed = f"at most {longer.training.max_steps}, the steps of the run in {source}"
+        raise RequestError("training.max_steps", config.training.max_steps, allowed)
     if config.average_steps and longer.average_steps and min(longer.average_steps) <= step:
         allowed = (
             f"0: the run in {source} has weights averaged by step {step} that this run would not average"
         )
         raise RequestError("training.average", config.training.average, allowed)
-    if longer.training.max_steps < config.training.max_steps:
-        allowed = f"at most {longer.training.max_steps}, the steps of the run in {source}"
-        raise RequestError("training.max_steps", config.training.max_steps, allowed)
     free = {name for name in flat(record.config) if name.startswith(("logging.", "checkpoints."))}
     parts = ("config", "model", "plugins", "data_sha256")
     was, now = (settings_of(each, parts) for each in (stored, record))

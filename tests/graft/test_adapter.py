@@ -150,7 +150,7 @@ def test_by_names_of_the_hub(
     assert_reloaded(moved, expected, TOKENS)
 
     (cache / "models--org--base").rename(cache / "gone")
-    with pytest.raises(RequestError, match="base is 'hf:org/base'; allowed: a repository"):
+    with pytest.raises(RequestError, match="base is 'org/base'; allowed: a model in the Hub cache"):
         rmoe.load("org/adapter")
 
 
