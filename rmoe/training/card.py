@@ -10,7 +10,6 @@ from rmoe.training.result import RunResult
 LOAD = """import rmoe
 from transformers import AutoTokenizer
 
-folder = "path/to/this/folder"
 model = rmoe.load(folder)  # or, after import rmoe: AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)"""
 

@@ -13,6 +13,7 @@ from experiments import study
 from experiments.study_rows import append_missing, coarser, read_study_rows, study_row, thinner
 from experiments.study_table import markdown
 from rmoe.compare.schema import append_row
+from rmoe.compare.sequential import nominal_levels
 from rmoe.routing.zoo import find
 from rmoe.training.build import load_plugins
 from rmoe.training.result import Averaged, InitialLogits, LayerCurve, TextLosses
@@ -78,7 +79,9 @@ def test_collecting_adds_what_is_new_and_the_table_says_it(tmp_path):
     assert len(found) == 6
     table = markdown(found, "smoe", 0.005)
     line = next(line for line in table.splitlines() if "`rmoe-p32`" in line)
-    interval = stats.ttest_1samp([-0.03, -0.02, -0.04], 0.0).confidence_interval(0.95)
+    interval = stats.ttest_1samp([-0.03, -0.02, -0.04], 0.0).confidence_interval(
+        1 - nominal_levels(0.05, (5, 8))[0]  # of the first look, which three pairs have not reached
+    )
     spread = np.std([3, 2, 4], ddof=1) / 100
     assert f"| -0.0300 | {interval.low:+.4f} to {interval.high:+.4f} | {spread:.4f} | 3 of 5 pairs |" in line
     assert "| 1.00 | 3 |" in line
