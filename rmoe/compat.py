@@ -64,6 +64,8 @@ ATTENTION_KEYWORDS = frozenset(
         "cu_seq_lens_k",
         "max_length_q",
         "max_length_k",
+        "max_seqlen_q",  # as continuous batching called them in 5.17
+        "max_seqlen_k",
         "seq_idx",
         "is_causal",
         "output_attentions",

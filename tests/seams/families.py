@@ -53,6 +53,15 @@ class OlmoeForSequenceClassification(GenericForSequenceClassification, OlmoePreT
 AutoModelForSequenceClassification.register(OlmoeConfig, OlmoeForSequenceClassification, exist_ok=True)
 
 
+def olmoe_classifier_known() -> bool:
+    """Whether that took effect: older releases of transformers register nothing for configurations of their own."""
+    try:
+        AutoModelForSequenceClassification.from_config(FAMILIES[CONTROL].config())
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Family:
     """One column of the table: makes a tiny model for each task, the same weights each time.

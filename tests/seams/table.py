@@ -1,7 +1,7 @@
 """docs/seams.md from the test results.
 
-`python -m tests.seams.table` runs every job, the slow ones too, and writes the page. `--results a.xml b.xml` takes
-results that `pytest tests/seams --junitxml` wrote before; a later file's cells replace an earlier one's. Jobs that need
+`python -m tests.seams.table` runs every job, the slow ones too, keeps the results in runs/seams.xml and writes the
+page. `--results a.xml b.xml` takes results that `pytest tests/seams --junitxml` wrote before; a later file's cells replace an earlier one's. Jobs that need
 a package which is not installed are taken from an earlier file, or marked as skipped.
 """
 
@@ -12,7 +12,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -23,6 +22,7 @@ from tests.seams.jobs import GROUPS, JOBS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "seams.md"
+RESULTS = ROOT / "runs" / "seams.xml"
 COMMON = Path(__file__).with_name("common.md")
 PASSES, SKIPPED, CONTROL_FAILS, FAILS = "passes", "skipped", "control fails", "fails"
 TITLES = {
@@ -99,7 +99,7 @@ def render(results: dict[tuple[str, str], str], versions: str) -> str:
             "",
             *reasons,
             "",
-            COMMON,
+            COMMON.read_text(encoding="utf-8"),
         ]
     )
 
@@ -138,13 +138,13 @@ def main() -> int:
     parser.add_argument("--results", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        files = arguments.results
-        if files is None:
-            files = [Path(folder) / "results.xml"]
-            command = [sys.executable, "-m", "pytest", "tests/seams/test_seams.py", "-m", "", "-n", "0"]
-            subprocess.run([*command, "--junitxml", str(files[0])], cwd=ROOT, check=False)
-        results = read_results(files)
+    files = arguments.results
+    if files is None:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        files = [RESULTS]
+        command = [sys.executable, "-m", "pytest", "tests/seams/test_seams.py", "-m", "", "-n", "0"]
+        subprocess.run([*command, "--junitxml", str(RESULTS)], cwd=ROOT, check=False)
+    results = read_results(files)
     cells = [(job, model) for job in JOBS for model in FAMILIES]
     if lacking := [cell for cell in cells if cell not in results]:
         print(f"error: no result for {len(lacking)} cells, among them {lacking[0]}", file=sys.stderr)
