@@ -35,6 +35,16 @@ def test_the_hub_reads_the_front_matter(tmp_path: Path) -> None:
     assert (result.dataset_split, result.metric_type, result.metric_value) == ("test", "bits_per_byte", 1.25)
 
 
+def test_only_a_dataset_of_the_hub_is_named_as_one(tmp_path: Path) -> None:
+    for data, named in (
+        ("hf:owner/name", ["owner/name"]),
+        ("text.txt", None),
+        ("the standard library", None),
+    ):
+        write_card(tmp_path, card(data=data))
+        assert HubCard.load(tmp_path / CARD).data.datasets == named
+
+
 def test_a_licence_is_passed_on_and_never_made_up(tmp_path: Path) -> None:
     assert stated_license(tmp_path) == "unknown"
     write_card(tmp_path, card())

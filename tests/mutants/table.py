@@ -65,6 +65,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/routing/mechanisms.py": _OPTIONS,
     "rmoe/routing/spec.py": _OPTIONS,
     "rmoe/model/": _WHOLE,
+    "rmoe/model/card.py": ("tests/model/test_card.py",),
     "rmoe/model/configuration_rmoe.py": ("tests/model/test_configuration.py", "tests/model/test_blocks.py"),
     "rmoe/model/experts.py": ("tests/model/test_experts.py", "tests/model/test_blocks.py"),
     "rmoe/model/head.py": ("tests/model/test_head.py", "tests/model/test_blocks.py"),
@@ -90,7 +91,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/analysis/gradients.py": (_EDGES, "tests/analysis/test_gradients.py"),
     "rmoe/analysis/mutual_information.py": (_EDGES, "tests/analysis/test_mutual_information.py"),
     "rmoe/analysis/reading.py": _ANALYSES[1:],
-    "rmoe/analysis/recorder.py": ("tests/analysis/test_recorder.py", *_ANALYSES),
+    "rmoe/analysis/recorder.py": (_EDGES, "tests/analysis/test_recorder.py", *_ANALYSES),
     "rmoe/analysis/token_text.py": _ANALYSES,
     "rmoe/compare/statistics.py": (
         "tests/compare/test_definitions.py",
