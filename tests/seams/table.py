@@ -1,8 +1,8 @@
 """docs/seams.md from the test results.
 
 `python -m tests.seams.table` runs every job, the slow ones too, keeps the results in runs/seams.xml and writes the
-page. `--results a.xml b.xml` takes results that `pytest tests/seams --junitxml` wrote before; a later file's cells replace an earlier one's. Jobs that need
-a package which is not installed are taken from an earlier file, or marked as skipped.
+page. `--results a.xml b.xml` takes results that `pytest tests/seams --junitxml` wrote before: a later file's cells
+replace an earlier one's, but a skipped cell replaces nothing.
 """
 
 from __future__ import annotations
