@@ -46,7 +46,8 @@ such as Trainer, PEFT and TRL, give to a model. Each column is a tiny model; tra
 - **skipped**: a package that the job needs was not installed.
 
 `python -m tests.seams.table` runs all jobs and writes this page. `make test` runs the quick jobs, `make test-all` the
-slow ones too (marked *slow*). A cell that is listed as failing and passes fails its test. {versions}
+slow ones too (marked *slow*). A cell that is listed as failing and passes fails its test.
+{versions}
 """
 
 
