@@ -226,7 +226,9 @@ class RMoEModel(RMoEPreTrainedModel):
             cache = DynamicCache(config=config)
         # Continuous batching packs requests into one row: its cache has no length, and its mask no padding.
         packed = cache is not None and not hasattr(cache, "get_seq_length")
-        if packed and CACHE != "cache":  # up to transformers 5.23 attention reads such a cache by its own keyword
+        if (
+            packed and CACHE != "cache"
+        ):  # up to transformers 5.23 attention reads such a cache by its own keyword
             kwargs["cache"], cache = cache, None
         seen = 0 if cache is None or packed else cache.get_seq_length()
         own_mask = attention_mask
