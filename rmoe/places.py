@@ -95,15 +95,6 @@ def hub_name(folder: Path) -> tuple[str, str] | None:
     return repository.removeprefix("models--").replace("--", "/"), folder.name
 
 
-def hub_folder(repository: str, field: str, revision: str | None = None) -> Path:
-    """The folder of a repository in the Hub cache, downloaded unless it is there.
-
-    Raises:
-        RequestError: the Hub has no such repository or revision, or cannot be reached.
-    """
-    return _downloaded(repository, field, revision)
-
-
 def _near(path: Path) -> str:
     """` (did you mean X?)`, where a sibling of the missing folder has nearly its name."""
     try:

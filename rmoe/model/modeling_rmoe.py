@@ -226,9 +226,8 @@ class RMoEModel(RMoEPreTrainedModel):
             cache = DynamicCache(config=config)
         # Continuous batching packs requests into one row: its cache has no length, and its mask no padding.
         packed = cache is not None and not hasattr(cache, "get_seq_length")
-        if (
-            packed and CACHE != "cache"
-        ):  # up to transformers 5.23 attention reads such a cache by its own keyword
+        if packed and CACHE != "cache":
+            # Up to transformers 5.23 attention reads such a cache by a keyword of its own.
             kwargs["cache"], cache = cache, None
         seen = 0 if cache is None or packed else cache.get_seq_length()
         own_mask = attention_mask
@@ -249,9 +248,8 @@ class RMoEModel(RMoEPreTrainedModel):
         state: State = ()
         routings: list[Routing] = []
         hidden_states, attentions = [hidden], []
-        for layer in islice(
-            self.layers, config.num_hidden_layers
-        ):  # assisted generation lowers it: early exit
+        # Assisted generation lowers the number of layers: early exit.
+        for layer in islice(self.layers, config.num_hidden_layers):
             hidden, state, routing, attention = layer(
                 hidden,
                 state,
