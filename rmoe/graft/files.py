@@ -11,6 +11,7 @@ from rmoe.errors import RequestError
 from rmoe.graft.auto import CODE
 from rmoe.model.card import is_own
 from rmoe.model.weights import CONFIG, INDEX, PICKLES
+from rmoe.records import durable_rename
 
 BASE_CONFIG = "base_config.json"  # the original's, as it was
 BASE_INDEX = "base_index.json"  # likewise, if it had shards
@@ -38,7 +39,7 @@ def publish(out: Path, write: Callable[[Path], None]) -> None:
         write(folder)
         if out.exists():
             out.rmdir()
-        folder.rename(out)
+        durable_rename(folder, out)
 
 
 def copy_others(
