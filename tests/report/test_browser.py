@@ -11,6 +11,7 @@ from rmoe.compare.schema import SUMMARY_VERSION, Summary
 from rmoe.records import read_record, write_record
 from rmoe.report.analysis_schema import read_analysis, write_analysis
 from rmoe.report.page import write_report
+from rmoe.report.table import columns
 from tests.report.browser import chromium, ready, requests_made
 from tests.report.sample import EXPERTS, HOSTILE, LAYERS, sample_analysis, sample_summary
 
@@ -81,14 +82,21 @@ def test_the_verdict_and_table_are_the_summarys(page, summary):
         "c.dataset.value ?? null))"
     )
     assert len(cells) == len(summary.routers) == 3
-    for shown, router in zip(cells, summary.routers, strict=True):
+    titles = [column.title for column in columns(summary)]
+    for row, router in zip(cells, summary.routers, strict=True):
+        shown = {
+            title: None if cell is None else float(cell)
+            for title, cell in zip(titles, row, strict=True)
+            if title not in ("router", "verdict")
+        }
         difference = router.difference
-        assert float(shown[2]) == router.val.mean
-        assert float(shown[3]) == router.test.mean
-        assert (None if shown[4] is None else float(shown[4])) == (difference.mean if difference else None)
-        assert float(shown[7]) == router.parameters.non_embedding
-        assert float(shown[8]) == router.timing.peak_mib
-        assert float(shown[9]) == router.timing.seconds_per_1k_steps
+        assert shown["validation"] == router.val.mean
+        assert shown["test"] == router.test.mean
+        assert shown[f"difference to {summary.baseline}"] == (difference.mean if difference else None)
+        assert shown["initial logit std"] == router.initial_logit_std
+        assert shown["parameters (router)"] == router.parameters.non_embedding
+        assert shown["peak memory"] == router.timing.peak_mib
+        assert shown["time"] == router.timing.seconds_per_1k_steps
 
 
 def test_comparison_charts_hold_the_summarys_numbers(page, summary):
