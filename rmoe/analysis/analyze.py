@@ -20,7 +20,7 @@ from rmoe.analysis.recorder import Recorder
 from rmoe.analysis.saturation import Saturation
 from rmoe.analysis.weights import mean_pairwise_cosine, norm_and_std, random_similarity
 from rmoe.errors import RequestError
-from rmoe.report import analysis_schema as schema
+from rmoe.results import analysis as schema
 
 _RANDOM_SEED = 0
 
