@@ -28,7 +28,8 @@ from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.report import table
 from rmoe.report.page import write_report
-from rmoe.results.comparison import Summary, read_rows
+from rmoe.results.comparison import Summary
+from rmoe.results.rows import finished, read_rows
 from rmoe.results.run import Corpus
 from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
@@ -98,10 +99,9 @@ def compare(
         saved = f"{runs}, and checkpoints of those under way, in {out}"
         raise RunError("interrupted", saved, "run the same command again") from None
     rows, problems = planned_rows(setting)
-    if not any(row.status == "finished" for row in rows):
-        raise RunError(
-            f"every run failed, {rows[0].key} with: {rows[0].error}", "no model", f"see {out / 'logs'}"
-        )
+    if not finished(rows):
+        error = rows[0].failure.error if rows[0].failure else None
+        raise RunError(f"every run failed, {rows[0].key} with: {error}", "no model", f"see {out / 'logs'}")
     summary = summarise(
         rows,
         preset=config.preset,

@@ -1,4 +1,4 @@
-"""What a finished run says: typed, versioned, `DIR/result.json`. Imports no torch."""
+"""`result.json`: what a finished run reports."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class RoutingSummary(Record, frozen=True, kw_only=True):
 
 
 class RunResult(Record, frozen=True, kw_only=True):
-    """A finished run.
+    """A finished run. The fields that rows of version 1 did not keep are None when read from one.
 
     Attributes:
         router, router_spec: the zoo row and its three stages spelled out.
@@ -143,18 +143,18 @@ class RunResult(Record, frozen=True, kw_only=True):
     corpus: Corpus
     steps: int
     tokens: int
-    skipped_batches: int
+    skipped_batches: int | None
     val: float | None
     test: float | None
-    context: str
+    context: str | None
     parameters: Parameters
     curves: dict[str, Curve] = msgspec.field(default_factory=dict)
-    seconds_per_1k_steps: float
-    peak_mib: float
+    seconds_per_1k_steps: float | None
+    peak_mib: float | None
     routing: RoutingSummary | None = None
     initial_logits: InitialLogits | None = None
     layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
     test_losses: TextLosses | None = None
     averaged: Averaged | None = None
-    folder: str
-    model: str
+    folder: str | None
+    model: str | None

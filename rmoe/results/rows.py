@@ -1,0 +1,196 @@
+"""`results.jsonl` of a comparison: one line per run.
+
+It is a log that is only ever appended to. A run is known by its key (router, seed, sweep point); when a later line
+has the same key (its test metric came later, or it was timed), the later line stands.
+
+Version 2 holds the run's whole `RunResult`. Version 1 copied some of its fields; its lines are read as version 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from rmoe.errors import RequestError
+from rmoe.records import NOT_JSON, Record, Versioned, append_lines
+from rmoe.results.run import (
+    Averaged,
+    Corpus,
+    Curve,
+    Hardware,
+    InitialLogits,
+    LayerCurve,
+    Parameters,
+    RoutingSummary,
+    RunResult,
+    TextLosses,
+    Versions,
+)
+
+ROWS_VERSION = 2
+
+SweepValue: TypeAlias = float | int | str | bool
+
+
+class Timing(Record, frozen=True, kw_only=True):
+    """Cost of training with nothing else running: medians over `rounds`, interleaved with other routers."""
+
+    seconds_per_1k_steps: float
+    peak_mib: float
+    steps: int
+    rounds: int
+
+
+class Failure(Record, frozen=True, kw_only=True):
+    """A run that ended without a result: `error`, and what it was started with."""
+
+    error: str | None
+    router_spec: dict[str, Any]
+    config: dict[str, Any]
+    versions: Versions
+    hardware: Hardware
+    corpus: Corpus
+
+
+class ResultRow(Record, frozen=True, kw_only=True):
+    """One line of `results.jsonl`: a trained model with its `result`, or a run with its `failure`.
+
+    `result.test` is None except at the sweep point chosen on validation.
+    """
+
+    schema_version: int = ROWS_VERSION
+    router: str
+    seed: int
+    sweep: dict[str, SweepValue]
+    result: RunResult | None = None
+    failure: Failure | None = None
+    timing: Timing | None = None
+
+    def __post_init__(self) -> None:
+        if (self.result is None) == (self.failure is None):
+            raise ValueError("a row has either a `result` or a `failure`")
+
+    @property
+    def run(self) -> RunResult | Failure:
+        """What both kinds of row know: configuration, versions, hardware, corpus."""
+        found = self.result or self.failure
+        assert found is not None
+        return found
+
+    @property
+    def key(self) -> str:
+        """The run's name, also its folder's: `rmoe-seed0` or `rmoe-seed0-learning_rate=0.001`."""
+        return run_key(self.router, self.seed, self.sweep)
+
+
+def run_key(router: str, seed: int, sweep: dict[str, SweepValue]) -> str:
+    """The name of a run.
+
+    >>> run_key("rmoe", 0, {"learning_rate": 0.001})
+    'rmoe-seed0-learning_rate=0.001'
+    """
+    return "-".join([router, f"seed{seed}", *(f"{name}={value}" for name, value in sorted(sweep.items()))])
+
+
+def finished(rows: Iterable[ResultRow]) -> dict[str, RunResult]:
+    """Key -> result, of the runs that finished."""
+    return {row.key: row.result for row in rows if row.result is not None}
+
+
+def append_row(path: Path, row: ResultRow) -> None:
+    """Append one row, by `append_lines`."""
+    append_lines(path, msgspec.json.encode(row) + b"\n")
+
+
+def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:
+    """Read `results.jsonl`.
+
+    Returns:
+        The rows, one per key (the last line of a key stands, in the order keys first appeared), and one line
+        for each problem that was passed over.
+
+    Raises:
+        RequestError: a version this code does not read, or two corpora in one file.
+    """
+    rows: dict[str, ResultRow] = {}
+    problems: list[str] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _read_row(line, f"{path.name} line {number}")
+        except NOT_JSON as error:
+            problems.append(f"{path.name} line {number} cannot be read and is left out: {error}")
+            continue
+        rows[row.key] = row
+    check_comparable(list(rows.values()), path.name)
+    return list(rows.values()), problems
+
+
+def check_comparable(rows: list[ResultRow], where: str) -> None:
+    """Refuse rows that were judged on different text, or in different units.
+
+    Raises:
+        RequestError: naming both corpora.
+    """
+    corpora = {(row.run.corpus.sha256, row.run.corpus.unit): row.run.corpus for row in rows}
+    if len(corpora) > 1:
+        names = " and ".join(sorted(f"{c.name} ({c.unit}, sha256 {c.sha256[:12]})" for c in corpora.values()))
+        raise RequestError(f"{where}: corpus", names, "one corpus in one comparison")
+
+
+class _Row1(Record, frozen=True, kw_only=True):
+    """A line of version 1."""
+
+    schema_version: int
+    router: str
+    router_spec: dict[str, Any]
+    seed: int
+    sweep: dict[str, SweepValue]
+    config: dict[str, Any]
+    versions: Versions
+    hardware: Hardware
+    corpus: Corpus
+    status: Literal["finished", "failed"]
+    error: str | None = None
+    steps: int = 0
+    tokens: int = 0
+    val: float | None = None
+    test: float | None = None
+    parameters: Parameters | None = None
+    curves: dict[str, Curve] = msgspec.field(default_factory=dict)
+    timing: Timing | None = None
+    routing: RoutingSummary | None = None
+    initial_logits: InitialLogits | None = None
+    layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
+    test_losses: TextLosses | None = None
+    averaged: Averaged | None = None
+
+
+NOT_IN_VERSION_1 = ("skipped_batches", "context", "seconds_per_1k_steps", "peak_mib", "folder", "model")
+
+
+def _read_row(line: bytes, where: str) -> ResultRow:
+    """Raises RequestError on a line of an unknown version, DecodeError on one that is no row."""
+    version = msgspec.json.decode(line, type=Versioned).schema_version
+    if version == ROWS_VERSION:
+        return msgspec.json.decode(line, type=ResultRow)
+    if version != 1:
+        raise RequestError(f"{where}: schema_version", version, f"1 to {ROWS_VERSION}")
+    old = msgspec.json.decode(line, type=_Row1)
+    known = msgspec.structs.asdict(old)
+    kind: type[RunResult] | type[Failure] = RunResult if old.status == "finished" else Failure
+    fields = {field.name for field in msgspec.structs.fields(kind)} - {"schema_version"}
+    run = dict.fromkeys(NOT_IN_VERSION_1) | known
+    made = msgspec.convert({name: run[name] for name in fields}, kind, from_attributes=True)
+    return ResultRow(
+        router=old.router,
+        seed=old.seed,
+        sweep=old.sweep,
+        result=made if isinstance(made, RunResult) else None,
+        failure=made if isinstance(made, Failure) else None,
+        timing=old.timing,
+    )
