@@ -1,4 +1,4 @@
-"""`compare`: trains what is missing of a grid, judges it, and writes table and report."""
+"""`compare`: trains what is missing of a grid, compares, and writes table and report."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def compare(
     gate: Path | None = None,
     options: Options | None = None,
 ) -> Summary:
-    """Train every router with every seed, go on with what is missing, and judge.
+    """Train every router with every seed, resume what is missing, and compare.
 
     Args:
         config: of every run, but for the router; its seed is the first of `seeds`.
         routers: names of the zoo or of plugins; `all` is the whole zoo.
         seeds: runs per router (and sweep point), paired: run s of every router has the same seed.
         out: a new folder, or that of the same comparison.
-        baseline: what the others are judged against; `smoe` where it is compared, else the first router.
+        baseline: what the others are compared with; `smoe` where it is compared, else the first router.
         sweep: `SETTING=VALUE,VALUE,...`; each router gets its own value, chosen on validation with equal budgets, and
             the test split is evaluated once, for what was chosen.
         match_params: give every router the baseline's number of parameters; see `rmoe.compare.match`.

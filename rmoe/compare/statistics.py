@@ -196,7 +196,7 @@ def compare_to_baseline(
     confidence: float = CONFIDENCE,
     looks: Looks | None = None,
 ) -> dict[str, Difference]:
-    """Judge every router against the baseline, over the seeds both finished.
+    """Compare every router with the baseline, over the seeds both finished.
 
     Args:
         routers: router -> seed -> figure, in the corpus's unit.
@@ -217,26 +217,26 @@ def compare_to_baseline(
         for name, by_seed in routers.items()
         if name != baseline and by_seed.keys() & against.keys()
     }
-    judged = [name for name, differences in paired.items() if len(differences) > 1]
-    values = {name: list(paired[name].values()) for name in judged}
-    tests = {name: _t_test(values[name], confidence, looks) for name in judged}
-    p_equal = {name: equivalence_p(values[name], margin) for name in judged}
-    p_used = {name: tests[name][1] for name in judged}
+    tested = [name for name, differences in paired.items() if len(differences) > 1]
+    values = {name: list(paired[name].values()) for name in tested}
+    tests = {name: _t_test(values[name], confidence, looks) for name in tested}
+    p_equal = {name: equivalence_p(values[name], margin) for name in tested}
+    p_used = {name: tests[name][1] for name in tested}
     p_equal_used = p_equal
     if looks is not None:
-        p_used = {name: sequential_p(_at_looks(values[name], looks, _p_differs), looks) for name in judged}
+        p_used = {name: sequential_p(_at_looks(values[name], looks, _p_differs), looks) for name in tested}
         p_equal_used = {
             # One-sided tests: a boundary of 5% on one side is that of 10% on both.
             name: sequential_p(
                 _at_looks(values[name], looks, lambda v: min(1.0, 2 * equivalence_p(v, margin))), looks
             )
             / 2
-            for name in judged
+            for name in tested
         }
-    p_holm = dict(zip(judged, holm([p_used[name] for name in judged]), strict=True))
-    p_equal_holm = dict(zip(judged, holm([p_equal_used[name] for name in judged]), strict=True))
+    p_holm = dict(zip(tested, holm([p_used[name] for name in tested]), strict=True))
+    p_equal_holm = dict(zip(tested, holm([p_equal_used[name] for name in tested]), strict=True))
 
-    def judge(name: str) -> Difference:
+    def decided(name: str) -> Difference:
         found = _difference(paired[name], unit, split)
         if name not in tests:
             return found
@@ -256,7 +256,7 @@ def compare_to_baseline(
             verdict=verdict_of(found.mean, p_holm[name], p_equal_holm[name], 1 - confidence),
         )
 
-    return {name: judge(name) for name in paired}
+    return {name: decided(name) for name in paired}
 
 
 def _p_differs(differences: Sequence[float]) -> float:
@@ -281,7 +281,7 @@ def _t_test(differences: Sequence[float], confidence: float, looks: Looks | None
 
 
 def _difference(by_seed: dict[int, float], unit: Unit, split: Split) -> Difference:
-    """The difference before it is judged."""
+    """The difference without its tests."""
     return Difference(
         split=split,
         unit=unit_of_differences(unit),

@@ -1,4 +1,4 @@
-"""From result rows to `summary.json`: choose sweep points, take spreads, judge differences, say the finding.
+"""From result rows to `summary.json`: choose sweep points, take spreads, test differences, state the finding.
 
 Imports no torch.
 """
@@ -37,7 +37,7 @@ SCALE_RATIO = 1.5  # arms whose logits start further apart than this are not com
 
 
 def sweep_points(rows: Sequence[ResultRow]) -> list[SweepPoint]:
-    """Mean validation figure of every sweep point, and which one each router is judged at.
+    """Mean validation figure of every sweep point, and which one each router is compared at.
 
     The point with the lowest mean is chosen among those that finished the most seeds: a learning rate that
     loses a run is not chosen for the runs it did not lose.
@@ -61,7 +61,7 @@ def sweep_points(rows: Sequence[ResultRow]) -> list[SweepPoint]:
 
 
 def chosen_sweep(points: Sequence[SweepPoint]) -> dict[str, dict[str, SweepValue]]:
-    """Router -> the sweep point it is judged at."""
+    """Router -> the sweep point it is compared at."""
     return {point.router: point.sweep for point in points if point.chosen}
 
 
@@ -92,11 +92,11 @@ def summarise(
     looks: Looks | None = None,
     branches: Sequence[ResultRow] = (),
 ) -> Summary:
-    """Judge a comparison.
+    """Summarise a comparison.
 
     Args:
         rows: one per run, of one corpus.
-        baseline: the router the others are judged against.
+        baseline: the router the others are compared with.
         descriptions: router -> what it is, in a phrase.
         notes: said beside the verdict: problems met, what to expect.
         margin: half-width of "equivalent", in bits.
@@ -322,7 +322,7 @@ def verdict_sentence(
 ) -> str:
     """The finding in one sentence, with its interval.
 
-    With several routers, the one that leads is named, and how many were judged which way.
+    With several routers, the one that leads is named, and how many have which verdict.
     """
     if not differences:
         return f"Nothing to compare: no router shares a finished seed with the baseline {baseline}."

@@ -131,7 +131,7 @@ def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:
 
 
 def check_comparable(rows: list[ResultRow], where: str) -> None:
-    """Refuse rows that were judged on different text, or in different units.
+    """Refuse rows that were evaluated on different text, or in different units.
 
     Raises:
         RequestError: naming both corpora.

@@ -15,7 +15,7 @@ Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
 
 
 class Corpus(Record, frozen=True, kw_only=True):
-    """The text a run was trained and judged on."""
+    """The text a run was trained and evaluated on."""
 
     name: str
     sha256: str  # of the encoded text, so a renamed file is the same corpus and an edited one is not
