@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from rmoe.errors import RequestError
-from rmoe.records import NOT_JSON, Record, Versioned, append_lines
+from rmoe.records import Record, append_lines, read_lines, version_of
 from rmoe.results.run import (
     Averaged,
     Corpus,
@@ -115,19 +115,9 @@ def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:
     Raises:
         RequestError: a version this code does not read, or two corpora in one file.
     """
-    rows: dict[str, ResultRow] = {}
-    problems: list[str] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _read_row(line, f"{path.name} line {number}")
-        except NOT_JSON as error:
-            problems.append(f"{path.name} line {number} cannot be read and is left out: {error}")
-            continue
-        rows[row.key] = row
-    check_comparable(list(rows.values()), path.name)
-    return list(rows.values()), problems
+    rows, problems = read_lines(path, _read_row)
+    check_comparable(rows, path.name)
+    return rows, problems
 
 
 def check_comparable(rows: list[ResultRow], where: str) -> None:
@@ -173,13 +163,10 @@ class _Row1(Record, frozen=True, kw_only=True):
 NOT_IN_VERSION_1 = ("skipped_batches", "context", "seconds_per_1k_steps", "peak_mib", "folder", "model")
 
 
-def _read_row(line: bytes, where: str) -> ResultRow:
+def _read_row(line: bytes, name: str) -> ResultRow:
     """Raises RequestError on a line of an unknown version, DecodeError on one that is no row."""
-    version = msgspec.json.decode(line, type=Versioned).schema_version
-    if version == ROWS_VERSION:
+    if version_of(line, name, 1, ROWS_VERSION) == ROWS_VERSION:
         return msgspec.json.decode(line, type=ResultRow)
-    if version != 1:
-        raise RequestError(f"{where}: schema_version", version, f"1 to {ROWS_VERSION}")
     old = msgspec.json.decode(line, type=_Row1)
     known = msgspec.structs.asdict(old)
     kind: type[RunResult] | type[Failure] = RunResult if old.status == "finished" else Failure
