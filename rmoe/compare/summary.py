@@ -17,6 +17,7 @@ from rmoe.compare.equal_time import equal_time, fit_law, in_unit
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.report.charts.chart import counted
+from rmoe.report.table import signed
 from rmoe.results.comparison import (
     SPLITS,
     UNITS,
@@ -301,15 +302,6 @@ def _minus(ours: Curve, theirs: Curve, unit: Unit) -> Curve:
     return Curve(
         unit=UNITS[unit_of_differences(unit)], step=[s for s, _ in points], value=[v for _, v in points]
     )
-
-
-def signed(value: float) -> str:
-    """A difference in bits, with its sign.
-
-    >>> signed(-0.01234)
-    '−0.0123'
-    """
-    return f"{value:+.4f}".replace("-", "−")
 
 
 def interval_phrase(interval: Interval) -> str:
