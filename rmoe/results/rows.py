@@ -17,16 +17,10 @@ import msgspec
 from rmoe.errors import RequestError
 from rmoe.records import Record, append_lines, read_lines, version_of
 from rmoe.results.run import (
-    Averaged,
     Corpus,
-    Curve,
     Hardware,
-    InitialLogits,
-    LayerCurve,
     Parameters,
-    RoutingSummary,
     RunResult,
-    TextLosses,
     Versions,
 )
 
@@ -132,35 +126,20 @@ def check_comparable(rows: list[ResultRow], where: str) -> None:
         raise RequestError(f"{where}: corpus", names, "one corpus in one comparison")
 
 
-class _Row1(Record, frozen=True, kw_only=True):
-    """A line of version 1."""
+class _Row1(RunResult, frozen=True, kw_only=True):
+    """A line of version 1: most of a result's fields, with what now stands beside the result."""
 
-    schema_version: int
-    router: str
-    router_spec: dict[str, Any]
-    seed: int
     sweep: dict[str, SweepValue]
-    config: dict[str, Any]
-    versions: Versions
-    hardware: Hardware
-    corpus: Corpus
     status: Literal["finished", "failed"]
-    error: str | None = None
-    steps: int = 0
-    tokens: int = 0
-    val: float | None = None
-    test: float | None = None
-    parameters: Parameters | None = None
-    curves: dict[str, Curve] = msgspec.field(default_factory=dict)
-    timing: Timing | None = None
-    routing: RoutingSummary | None = None
-    initial_logits: InitialLogits | None = None
-    layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
-    test_losses: TextLosses | None = None
-    averaged: Averaged | None = None
-
-
-NOT_IN_VERSION_1 = ("skipped_batches", "context", "seconds_per_1k_steps", "peak_mib", "folder", "model")
+    error: str | None
+    timing: Timing | None
+    parameters: Parameters | None  # type: ignore[assignment]  # of a failed run
+    skipped_batches: None = None
+    context: None = None
+    seconds_per_1k_steps: None = None
+    peak_mib: None = None
+    folder: None = None
+    model: None = None
 
 
 def _read_row(line: bytes, name: str) -> ResultRow:
@@ -168,16 +147,12 @@ def _read_row(line: bytes, name: str) -> ResultRow:
     if version_of(line, name, 1, ROWS_VERSION) == ROWS_VERSION:
         return msgspec.json.decode(line, type=ResultRow)
     old = msgspec.json.decode(line, type=_Row1)
-    known = msgspec.structs.asdict(old)
-    kind: type[RunResult] | type[Failure] = RunResult if old.status == "finished" else Failure
-    fields = {field.name for field in msgspec.structs.fields(kind)} - {"schema_version"}
-    run = dict.fromkeys(NOT_IN_VERSION_1) | known
-    made = msgspec.convert({name: run[name] for name in fields}, kind, from_attributes=True)
+    finished = old.status == "finished"
     return ResultRow(
         router=old.router,
         seed=old.seed,
         sweep=old.sweep,
-        result=made if isinstance(made, RunResult) else None,
-        failure=made if isinstance(made, Failure) else None,
+        result=msgspec.convert(old, RunResult, from_attributes=True) if finished else None,
+        failure=None if finished else msgspec.convert(old, Failure, from_attributes=True),
         timing=old.timing,
     )

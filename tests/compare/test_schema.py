@@ -12,7 +12,7 @@ import pytest
 
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError
-from rmoe.results.rows import NOT_IN_VERSION_1, append_row, read_rows
+from rmoe.results.rows import append_row, read_rows
 from tests.compare.rows import changed, row
 
 
@@ -67,6 +67,7 @@ def test_another_schema_version_is_refused(tmp_path, version):
         read_rows(path)
 
 
+NOT_IN_VERSION_1 = ("skipped_batches", "context", "seconds_per_1k_steps", "peak_mib", "folder", "model")
 OLD = Path(__file__).with_name("version-1.jsonl")
 """Three lines of a results.jsonl written by version 1: finished and timed, with averaged weights, and failed."""
 
@@ -106,7 +107,9 @@ def test_a_file_goes_on_in_the_new_version(tmp_path):
     assert [json.loads(line)["schema_version"] for line in path.read_bytes().splitlines()] == [1, 1, 1, 2]
 
 
-@pytest.mark.parametrize("change", [{"bpc": 1.0}, {"status": "gone"}, {"parameters": None}, {"val": "1.7"}])
+@pytest.mark.parametrize(
+    "change", [{"bpc": 1.0}, {"status": "gone"}, {"parameters": None}, {"val": "1.7"}, {"folder": "runs"}]
+)
 def test_a_line_of_version_1_that_is_no_row_is_passed_over(tmp_path, change):
     path = tmp_path / "results.jsonl"
     line = json.loads(OLD.read_bytes().splitlines()[0])
