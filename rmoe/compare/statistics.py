@@ -43,7 +43,7 @@ _RESAMPLES = 999
 
 
 def bits(value: float, unit: Unit) -> float:
-    """A figure on the scale differences are taken on.
+    """A value on the scale differences are taken on.
 
     >>> bits(1.25, "bits_per_byte"), bits(32.0, "perplexity")
     (1.25, 5.0)
@@ -261,7 +261,7 @@ def compare_to_baseline(
     """Compare every router with the baseline, over the seeds both finished.
 
     Args:
-        routers: router -> seed -> figure, in the corpus's unit.
+        routers: router -> seed -> value, in the corpus's unit.
         margin: half-width of "equivalent", in bits.
         looks: pairs at which the verdicts were or will be looked at, see `rmoe.compare.sequential`; None is one look,
             at all there are.

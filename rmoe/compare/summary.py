@@ -38,7 +38,7 @@ SCALE_RATIO = 1.5  # arms whose logits start further apart than this are not com
 
 
 def sweep_points(rows: Sequence[ResultRow]) -> list[SweepPoint]:
-    """Mean validation figure of every sweep point, and which one each router is compared at.
+    """Mean validation loss of every sweep point, and which one each router is compared at.
 
     The point with the lowest mean is chosen among those that finished the most seeds: a learning rate that
     loses a run is not chosen for the runs it did not lose.
@@ -197,8 +197,8 @@ def _law(
 
 
 def _rank(router: RouterSummary, split: Split) -> float:
-    figure = router.test if split == "test" else router.val
-    return figure.mean if figure else float("inf")
+    spread = router.test if split == "test" else router.val
+    return spread.mean if spread else float("inf")
 
 
 def _router(

@@ -25,7 +25,7 @@ def unit_of_differences(unit: Unit) -> BitsUnit:
 
 
 class Spread(Record, frozen=True, kw_only=True):
-    """A figure over seeds: `values[j]` belongs to `seeds[j]`; `sd` is the sample's (n - 1)."""
+    """A metric over seeds: `values[j]` belongs to `seeds[j]`; `sd` is the sample's (n - 1)."""
 
     seeds: list[int]
     values: list[float]
@@ -155,7 +155,7 @@ class RouterSummary(Record, frozen=True, kw_only=True):
 
 
 class SweepPoint(Record, frozen=True, kw_only=True):
-    """Mean validation figure of one sweep point of one router, over the seeds that finished it."""
+    """Mean validation loss of one sweep point of one router, over the seeds that finished it."""
 
     router: str
     sweep: dict[str, SweepValue]

@@ -50,7 +50,7 @@ class Parameters(Record, frozen=True, kw_only=True):
 
 
 class Curve(Record, frozen=True, kw_only=True):
-    """A figure over training: `value[j]` was measured after optimizer step `step[j]`."""
+    """A metric over training: `value[j]` was measured after optimizer step `step[j]`."""
 
     unit: str
     step: list[int]
@@ -58,7 +58,7 @@ class Curve(Record, frozen=True, kw_only=True):
 
 
 class LayerCurve(Record, frozen=True, kw_only=True):
-    """A figure of every layer over training: `value[j][l]` was measured after step `step[j]`."""
+    """A metric of every layer over training: `value[j][l]` was measured after step `step[j]`."""
 
     unit: str
     step: list[int]
@@ -82,7 +82,7 @@ class TextLosses(Record, frozen=True, kw_only=True):
 
 
 class Averaged(Record, frozen=True, kw_only=True):
-    """The figures of the weights averaged over the last of `steps`, beside those of the last weights alone."""
+    """The metrics of the weights averaged over `steps`, beside those of the last weights alone."""
 
     steps: list[int]
     val: float | None
@@ -116,10 +116,10 @@ class RunResult(Record, frozen=True, kw_only=True):
         seed: of the initial weights, the order of the data, dropout and routing noise.
         config: the resolved `RunConfig`.
         steps, tokens: optimizer steps done and training tokens seen.
-        skipped_batches: steps left out because a loss or gradient was not finite.
-        val, test: the finished model's figure over the whole split, in `corpus.unit`, lower is better; None
+        skipped_batches: steps skipped because a loss or gradient was not finite.
+        val, test: the finished model's loss on the whole split, in `corpus.unit`, lower is better; None
             where it was not asked for or the corpus has no such split.
-        context: tokens of context the figures were measured with, in words.
+        context: tokens of context they were measured with, in words.
         parameters: counts.
         curves: by the name of a metrics field: `train`, `val`, `lm_loss`, `balance_loss`, ...
         seconds_per_1k_steps: wall clock of the training steps alone, without evaluation and saving. Other
