@@ -18,7 +18,7 @@ import tyro
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError
 from rmoe.places import PREFIX, expand
-from rmoe.routing.spec import require
+from rmoe.validation import require
 
 if TYPE_CHECKING:
     from rmoe.training.run_folder import RunRecord
