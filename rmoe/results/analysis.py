@@ -5,6 +5,9 @@ the report shows a chart only when its data exist. `L` layers with a router, `E`
 token. Layers are numbered from 0, by position among the layers that have a router. Definitions stand in each
 field's comment; the tables and figures named are those of arXiv:2408.06793.
 
+In the file, nested lists of `PACKED_FROM` entries or more are packed (`rmoe.results.packed`), without loss:
+`read_analysis` gives the numbers that were measured. Version 1 had no packed lists; it is read too.
+
 Imports no torch.
 """
 
@@ -15,9 +18,13 @@ from typing import TypeAlias
 
 import msgspec
 
-from rmoe.records import Record, read_record, write_record
+from rmoe.errors import RequestError
+from rmoe.records import NOT_JSON, Record, atomic_write, version_of
+from rmoe.results.packed import pack, unpack
 
-ANALYSIS_VERSION = 1
+ANALYSIS_VERSION = 2
+PACKED_FROM = 4096
+"""Entries; shorter lists stay as they are, to be read by anybody."""
 
 Matrix: TypeAlias = list[list[float]]
 
@@ -199,13 +206,23 @@ class Analysis(Record, frozen=True, kw_only=True):
 
 def write_analysis(path: Path, analysis: Analysis) -> None:
     """Write `analysis.json`, whole or not at all."""
-    write_record(path, analysis)
+    tree = pack(msgspec.to_builtins(analysis), PACKED_FROM)
+    with atomic_write(path) as staged:
+        staged.write_bytes(msgspec.json.format(msgspec.json.encode(tree), indent=1) + b"\n")
 
 
 def read_analysis(path: Path) -> Analysis:
-    """Read `analysis.json`.
+    """Read `analysis.json`, of this version or the one before.
 
     Raises:
         RequestError: it is absent, of another version, or not such a file.
     """
-    return read_record(path, Analysis, ANALYSIS_VERSION)
+    try:
+        data = path.read_bytes()
+        version_of(data, str(path), 1, ANALYSIS_VERSION)
+        found = unpack(msgspec.json.decode(data))
+        return msgspec.convert(found | {"schema_version": ANALYSIS_VERSION}, Analysis)
+    except RequestError:
+        raise
+    except (OSError, ValueError, *NOT_JSON) as error:
+        raise RequestError(str(path), str(error), f"a {path.name} written by rmoe") from error
