@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from rmoe.results.analysis import Analysis
+import numpy as np
+
+from rmoe.results.analysis import Analysis, ModelAnalysis, TopToken
 
 
 def explorer_data(analysis: Analysis) -> dict[str, Any] | None:
@@ -27,12 +30,19 @@ def explorer_data(analysis: Analysis) -> dict[str, Any] | None:
                 "layers": model.layers,
                 "chosen": [token.experts for token in model.tokens or []],
                 "weights": [token.weights for token in model.tokens or []],
-                "top": [
-                    [[[top.text, top.count, top.share] for top in expert] for expert in layer]
-                    for layer in model.top_tokens or []
-                ],
+                "top": {
+                    "text": _of_top(model, lambda top: top.text),
+                    "count": _of_top(model, lambda top: top.count),
+                    # Shown to three digits; single precision halves what the page has to hold.
+                    "share": _of_top(model, lambda top: float(np.float32(top.share))),
+                },
             }
             for model in having
             if [token.text for token in model.tokens or []] == texts
         ],
     }
+
+
+def _of_top(model: ModelAnalysis, get: Callable[[TopToken], Any]) -> list[list[list[Any]]]:
+    """Something of each token that an expert takes most, [L][E][...]."""
+    return [[[get(top) for top in expert] for expert in layer] for layer in model.top_tokens or []]

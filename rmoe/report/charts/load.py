@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmoe.report.charts.chart import Chart, Style, axis, layer_axis
+from rmoe.report.charts.chart import Chart, Cube, Style, axis, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, measure_chart, token_count
 from rmoe.results.analysis import ModelAnalysis
 
@@ -29,7 +29,7 @@ def frequency(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[
         return []
     experts = max(len(row) for _, values, _ in having for row in values)
     layers = max(len(values) for _, values, _ in having)
-    data, layout, height = heat_maps(
+    panels = heat_maps(
         [(name, [[100 * v for v in row] for row in values]) for name, values, _ in having],
         columns=2,
         across=axis("expert", tickmode="linear", tick0=0, dtick=max(1, experts // 8)),
@@ -46,19 +46,12 @@ def frequency(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[
             f"Even use of {experts} experts would be {100 / experts:.2f}% each.",
             unit="% of assignments",
             sample=token_count([n for _, _, n in having]),
-            data=data,
-            layout=layout,
-            rows=[
-                ["model", "layer", "expert", "share"],
-                *[
-                    [name, layer, expert, share]
-                    for name, values, _ in having
-                    for layer, row in enumerate(values)
-                    for expert, share in enumerate(row)
-                ],
-            ],
-            height=height,
+            data=panels.data,
+            layout=panels.layout,
+            rows=Cube(["model", "layer", "expert", "share"], {name: values for name, values, _ in having}),
+            height=panels.height,
             wide=True,
+            narrow=panels.narrow,
         )
     ]
 
