@@ -81,7 +81,7 @@ def render(summary: Summary | None, analysis: Analysis | None, plotly: str | Non
         "columns": table.columns(summary) if summary else [],
         "table": table.rows(summary) if summary else [],
         "overview": overview(analysis),
-        "choosers": any(chart.choice for chart in charts),
+        "choosers": any(chart.choice and len(chart.choice.options) > 1 for chart in charts),
         "explorer_name": EXPLORER if explorer else None,
         "about": _about(summary, analysis),
     }
@@ -106,16 +106,21 @@ def laid_out(
         section: [c for c in charts if c.section == section] for section in (c.section for c in charts)
     }
     verdict = sections.pop(VERDICT, [])
-    drawn = {chart.id: chart.for_page() for chart in charts}
+    drawn = {chart.id: _packed(chart.for_page(), ("data", "table", "choice")) for chart in charts}
     return template(name).render(
         **parts,
         verdict_charts=_in_lines(verdict),
         sections=[(section, _in_lines(found)) for section, found in sections.items()],
-        data=json_for_script(pack({"charts": drawn, **(data or {})}, PACKED_FROM)),
+        data=json_for_script({"charts": drawn, **_packed(data or {}, ("explorer",))}),
         plotly_file=PLOTLY,
         # Markup is for our own and our dependencies' files, never for input.
         plotly_source=Markup(plotly) if plotly else None,  # nosec B704
     )
+
+
+def _packed(parts: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The parts that the page's script unpacks when it needs them, packed; the others as they are."""
+    return {name: pack(part, PACKED_FROM) if name in names else part for name, part in parts.items()}
 
 
 def template(name: str) -> jinja2.Template:

@@ -196,10 +196,10 @@ def test_gradient_split_is_over_training(page, analysis):
 
 def test_every_chart_has_definition_unit_sample_and_csv(page):
     figures = page.execute_script(
-        "return [...document.querySelectorAll('figure')].map(f => [f.querySelector('figcaption "
+        "return Promise.all([...document.querySelectorAll('figure')].map(async f => [f.querySelector('figcaption "
         "p').textContent,"
-        " f.querySelector('.meta').textContent, csv(f.querySelector('[data-csv]').dataset.csv),"
-        " f.querySelector('.main-svg') !== null])"
+        " f.querySelector('.meta').textContent, await csv(f.querySelector('[data-csv]').dataset.csv),"
+        " f.querySelector('.main-svg') !== null]))"
     )
     assert len(figures) >= 20
     for definition, meta, text, has_drawing in figures:

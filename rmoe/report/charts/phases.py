@@ -60,7 +60,7 @@ def gradient_split(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> 
                 "xaxis": axis("optimizer step")
                 if over_steps
                 else layer_axis(max(len(split.language_model[0]) for _, split in having)),
-                "yaxis": axis("gradient norm", type="log", exponentformat="power"),
+                "yaxis": axis("gradient norm", type="log", dtick="D2", exponentformat="power"),
             },
             rows=rows,
             height=440,
