@@ -164,7 +164,6 @@ OF_TUPLES = {"_replace", "_asdict", "_fields", "_exit"}
 """Public, whatever their names look like: of named tuples, and `os._exit`."""
 
 STILL_PRIVATE = {
-    "graft/discover.py": {"_modules"},
     "serving/server.py": {"_GenerationCancelled", "_StreamError", "_tokenizer"},
 }
 """What has not moved to `rmoe/compat.py` yet; it can only shrink."""

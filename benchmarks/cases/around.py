@@ -17,8 +17,8 @@ from benchmarks import peers
 from benchmarks.cases.registry import Contestants, Setting, case
 from benchmarks.measure import ROOT, Contestant
 from rmoe.analysis.measures import RoutingMeasures, Sizes
-from rmoe.analysis.recorder import Recorder
 from rmoe.data.blocks import BlockDataset, BlockSampler
+from rmoe.moe.recorder import Recorder
 
 
 @case("analysis", "tests/analysis")

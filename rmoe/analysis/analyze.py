@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmoe.analysis.families import expert_vectors, scorer_matrix
-from rmoe.analysis.gradients import router_gradients
+from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.measures import RoutingMeasures, Sizes
-from rmoe.analysis.record import RoutingBatch
-from rmoe.analysis.recorder import Recorder
 from rmoe.analysis.saturation import Saturation
 from rmoe.analysis.weights import mean_pairwise_cosine, norm_and_std, random_similarity
 from rmoe.errors import RequestError
+from rmoe.moe import expert_vectors, scorer_matrix
+from rmoe.moe.record import RoutingBatch
+from rmoe.moe.recorder import Recorder
 from rmoe.report import analysis_schema as schema
 
 _RANDOM_SEED = 0
@@ -110,6 +110,7 @@ class _Pass:
     def __init__(self, subject: Subject, token_counts: np.ndarray, options: AnalysisOptions) -> None:
         self.subject, self.token_counts, self.options = subject, token_counts, options
         self.recorder = Recorder(subject.model)
+        self.shared = find_shared(subject.model, self.recorder.layers)
         self.measures: RoutingMeasures | None = None
         embedding = subject.model.get_input_embeddings()  # type: ignore[operator]
         if len(token_counts) > len(embedding.weight):
@@ -158,7 +159,7 @@ class _Pass:
         )
 
     def _router_weights(self) -> schema.RouterWeights | None:
-        matrices = [scorer_matrix(layer, self.recorder.shared) for layer in self.recorder.layers]
+        matrices = [scorer_matrix(layer, self.shared) for layer in self.recorder.layers]
         measured = [norm_and_std(matrix) for matrix in matrices if matrix is not None]
         if len(measured) < len(matrices):
             return None  # a router without a matrix: a hash
@@ -172,7 +173,7 @@ class _Pass:
             torch.from_numpy(blocks[start : start + size].astype(np.int64)).to(self.device)
             for start in range(0, count - size + 1, size)
         ]
-        gradients = router_gradients(self.subject.model, self.recorder.layers, self.recorder.shared, sample)
+        gradients = router_gradients(self.subject.model, self.recorder.layers, self.shared, sample)
         if gradients is None:
             return None
         return schema.GradientSplit(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rmoe.analysis.histogram import add_counts
-from rmoe.analysis.record import RoutingBatch
+from rmoe.moe.record import RoutingBatch
 
 
 class Coactivation:

@@ -13,8 +13,8 @@ import torch
 import rmoe
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.reading import Part, Reading, read_text
-from rmoe.analysis.recorder import find_moe_layers
 from rmoe.errors import RequestError
+from rmoe.moe import require_layers
 from rmoe.places import display_name, model_place
 from rmoe.report.analysis_schema import Analysis, ModelAnalysis
 
@@ -54,7 +54,7 @@ def analyze_folders(
                 f"a language model, not {type(model).__name__} (or --gradient-tokens 0: they need its loss)"
             )
             raise RequestError("MODEL", path, allowed)
-    layers = [find_moe_layers(model) for model in loaded]  # before anything slow
+    layers = [require_layers(model) for model in loaded]  # before anything slow
     vocabulary = [model.get_input_embeddings().weight.shape[0] for model in loaded]
     length = _sequence_length(sequence_length, loaded)
     readings = [
