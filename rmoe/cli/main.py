@@ -28,6 +28,7 @@ VERBS = {
     "compare": "train several routers on the same data and compare them with statistics",
     "analyze": "measure the routing of a model, ours or any Hugging Face MoE",
     "graft": "put a recurrent router onto a pretrained MoE without changing its function",
+    "families": "which MoE model types can be read and grafted, each one tried",
     "finetune": "instruction tuning or classification, with the router frozen or not",
     "eval": "bits per byte, perplexity, benchmark tasks",
     "generate": "continue a text",

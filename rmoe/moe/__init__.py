@@ -1,5 +1,6 @@
 """Any Mixture-of-Experts model as stacks of routed layers: found, read, recorded."""
 
+from rmoe.moe.check import ReadingCheck, SilencedExpert, check_reading
 from rmoe.moe.layers import RoutedLayer, require_layers, routed_layers, routed_stacks
 from rmoe.moe.matrices import expert_matrices, expert_vectors, scorer_matrix
 from rmoe.moe.reading import Reader
@@ -8,10 +9,13 @@ from rmoe.moe.recorder import Recorder, listen
 
 __all__ = [
     "Reader",
+    "ReadingCheck",
     "Recorder",
     "RoutedLayer",
     "RoutingBatch",
     "RoutingRecord",
+    "SilencedExpert",
+    "check_reading",
     "expert_matrices",
     "expert_vectors",
     "listen",

@@ -18,7 +18,7 @@ from rmoe.moe.reading import Reader, reader_of
 
 GATE_NAMES = ("gate", "router", "wg")
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "total_experts")
-_TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+_TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def _rmoe_layers(model: RMoEPreTrainedModel) -> list[RoutedLayer]:
 def _experts_of(experts: nn.Module) -> int | None:
     """E by the experts themselves: how many submodules, or the first dimension of their stacked matrices."""
     if isinstance(experts, nn.ModuleList | nn.ModuleDict):
-        return len(experts)
+        return sum(any(True for _ in child.parameters()) for child in experts.children())
     stacked = [p.shape[0] for p in experts.parameters(recurse=False) if p.dim() == 3]
     return max(stacked, default=None)
 

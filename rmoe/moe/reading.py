@@ -36,12 +36,14 @@ class Reader(ABC):
         name: of the layer.
         num_experts, top_k: E, k.
         scoring: what the layer chooses by, a key of `SCORES`; None until its first tokens were read.
+        scaled_by: `[E]`, a parameter of the router that weights are multiplied by after the choice (Gemma 4).
     """
 
     name: str
     num_experts: int
     top_k: int
     scoring: str | None = None
+    scaled_by: nn.Parameter | None = None
 
     at: ClassVar[str]
     """Where the choice is read: "experts", at their inputs, or "router", in its result."""
@@ -73,6 +75,8 @@ class ExpertsReader(Reader):
     """Of experts that are told their choice: whole numbers and the weights that belong to them."""
 
     at = "experts"
+    scales: tuple[nn.Parameter, ...] = ()
+    """What `scaled_by` may be: the router's own vectors of one number per expert."""
 
     def read(self, gate_output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> RoutingRecord:
         experts, weights = self.choice(args, kwargs)
@@ -81,6 +85,7 @@ class ExpertsReader(Reader):
         if logits.shape[-1] == self.num_experts + 1:
             # The last class stands for "no expert" (ZAYA1), handed on as expert 0 with weight exactly 0.
             experts = experts.masked_fill((weights == 0) & (experts == 0), self.num_experts)
+        weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         wide = logits.float()
         if self.scoring is None:
             self.scoring = self._find_scoring(wide, experts, weights)
@@ -130,19 +135,22 @@ class ExpertsReader(Reader):
             RequestError: none of `SCORES`.
         """
         logits, experts, weights = logits[:EXAMINED], experts[:EXAMINED], weights[:EXAMINED]
-        used = experts < logits.shape[-1]
-        chosen = experts.clamp(max=logits.shape[-1] - 1)
-        errors = {
-            name: disproportion(weights, function(logits).gather(-1, chosen), used & (weights != 0))
-            for name, function in SCORES.items()
-        }
+        used = (experts < self.num_experts) & (weights != 0)
+        chosen = experts.clamp(max=self.num_experts - 1)
+        errors: dict[tuple[str, int], float] = {}
+        for at, scale in enumerate((None, *self.scales)):
+            bare = weights if scale is None else weights / scale.detach().float()[chosen]
+            for name, function in SCORES.items():
+                errors[name, at] = disproportion(bare, function(logits).gather(-1, chosen), used)
         best = min(errors, key=errors.__getitem__)
         if errors[best] <= TOLERANCE:
-            return best
+            self.scaled_by = (None, *self.scales)[best[1]]
+            return best[0]
         if _is_sparse_mixer(logits, chosen, weights):
             return "sparsemixer"
         allowed = f"a router whose weights follow from its scores by one of {', '.join(SCORES)}"
-        raise RequestError("MODEL", self.name, f"{allowed}; the nearest is off by {errors[best]:.2g}")
+        ran = f"{experts.unique().numel()} of {self.num_experts} experts in {experts.shape[-1]} slots a token"
+        raise RequestError("MODEL", self.name, f"{allowed}; the nearest is off by {errors[best]:.2g}, with {ran}")
 
 
 class DenseReader(Reader):
@@ -182,8 +190,11 @@ def reader_of(name: str, gate: nn.Module, experts: nn.Module, num_experts: int, 
     if isinstance(gate, BaseRouter):
         return RoutingReader(name, num_experts, top_k, "own")
     named = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
-    kind = DenseReader if len(named) == 1 else ExpertsReader
-    return kind(name, num_experts, top_k)
+    if len(named) == 1:
+        return DenseReader(name, num_experts, top_k)
+    reader = ExpertsReader(name, num_experts, top_k)
+    reader.scales = tuple(p for p in gate.parameters(recurse=False) if tuple(p.shape) == (num_experts,))
+    return reader
 
 
 def _is_sparse_mixer(logits: Tensor, experts: Tensor, weights: Tensor) -> bool:
