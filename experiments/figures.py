@@ -20,7 +20,7 @@ from rmoe.compare.judge import measure
 from rmoe.data import DataConfig, prepare
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import finetune
-from rmoe.report.analysis_schema import ModelAnalysis, PairMeasure
+from rmoe.results.analysis import ModelAnalysis, PairMeasure
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import evaluate

@@ -21,8 +21,8 @@ import msgspec
 from experiments.figures import Figures, Finished, figures_of
 from rmoe.compare import statistics
 from rmoe.compare.compare import Options, compare
-from rmoe.compare.schema import Interval, read_rows, run_key
 from rmoe.errors import RequestError, RunError
+from rmoe.results.comparison import Interval, read_rows, run_key
 from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig

@@ -28,8 +28,8 @@ from experiments.study_rows import StudyRow, append_missing, one_code, read_stud
 from experiments.study_table import markdown
 from rmoe.compare.compare import Options, compare
 from rmoe.compare.plan import RESULTS
-from rmoe.compare.schema import ResultRow, read_rows
 from rmoe.errors import RequestError, RunError
+from rmoe.results.comparison import ResultRow, read_rows
 from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig

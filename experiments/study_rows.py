@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from rmoe.compare.schema import ResultRow
 from rmoe.compare.statistics import STRETCHES
 from rmoe.errors import RequestError
 from rmoe.records import Record, atomic_write
-from rmoe.training.result import (
+from rmoe.results.comparison import ResultRow
+from rmoe.results.run import (
     Averaged,
     Corpus,
     Curve,
@@ -28,7 +28,7 @@ CURVE_POINTS = 10
 
 
 class StudyRow(Record, frozen=True, kw_only=True):
-    """One line of `results/study.jsonl`; the fields are those of `rmoe.compare.schema.ResultRow`."""
+    """One line of `results/study.jsonl`; the fields are those of `rmoe.results.comparison.ResultRow`."""
 
     grid: str
     router: str

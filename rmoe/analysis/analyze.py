@@ -20,7 +20,7 @@ from rmoe.errors import RequestError
 from rmoe.moe import expert_vectors, scorer_matrix
 from rmoe.moe.record import RoutingBatch
 from rmoe.moe.recorder import Recorder
-from rmoe.report import analysis_schema as schema
+from rmoe.results import analysis as schema
 
 _RANDOM_SEED = 0
 

@@ -21,7 +21,6 @@ from rmoe.compare.phases import (
 )
 from rmoe.compare.plan import Plan
 from rmoe.compare.pool import Pool
-from rmoe.compare.schema import Summary, read_rows
 from rmoe.compare.sharing import share
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError, RunError
@@ -29,9 +28,10 @@ from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.report import table
 from rmoe.report.page import write_report
+from rmoe.results.comparison import Summary, read_rows
+from rmoe.results.run import Corpus
 from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
-from rmoe.training.result import Corpus
 
 
 def compare(

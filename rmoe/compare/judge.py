@@ -12,7 +12,7 @@ from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.snapshot import over_training
 from rmoe.analysis.token_text import TokenText
 from rmoe.data import prepare
-from rmoe.report.analysis_schema import ModelAnalysis, OverTraining
+from rmoe.results.analysis import ModelAnalysis, OverTraining
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import evaluate

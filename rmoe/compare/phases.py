@@ -14,16 +14,16 @@ from rmoe.compare.jobs import Answer, Judge, Measure, Train
 from rmoe.compare.plan import Plan, Run
 from rmoe.compare.pool import Pool
 from rmoe.compare.progress import Progress
-from rmoe.compare.schema import ResultRow, append_row, read_rows
 from rmoe.compare.sharing import Sharing
 from rmoe.compare.statistics import MARGIN_BITS
 from rmoe.compare.summary import chosen_sweep, summarise, sweep_points
 from rmoe.compare.timing import time_alone
 from rmoe.errors import RunError
-from rmoe.report.analysis_schema import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
 from rmoe.report.charts.chart import counted
+from rmoe.results.analysis import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
+from rmoe.results.comparison import ResultRow, append_row, read_rows
+from rmoe.results.run import Corpus, Hardware, RunResult, Versions
 from rmoe.routing.zoo import ZOO
-from rmoe.training.result import Corpus, Hardware, RunResult, Versions
 
 ANALYSED_AT_MOST = 8  # models in one report: the baseline and those with the lowest loss
 

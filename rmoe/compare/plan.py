@@ -19,10 +19,10 @@ from typing import Any
 
 import msgspec
 
-from rmoe.compare.schema import SweepValue, run_key
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.records import Record, read_record, write_record
+from rmoe.results.comparison import SweepValue, run_key
 from rmoe.routing.zoo import find
 from rmoe.training.config import RunConfig
 from rmoe.training.run_folder import flat, require_equal

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 from scipy import stats
 
-from rmoe.compare.schema import (
+from rmoe.compare.sequential import Looks, nominal_levels, sequential_p
+from rmoe.results.comparison import (
     Bootstrap,
     Difference,
     Equivalence,
@@ -26,12 +27,10 @@ from rmoe.compare.schema import (
     Power,
     Split,
     Spread,
-    TextLosses,
-    Unit,
     Verdict,
     unit_of_differences,
 )
-from rmoe.compare.sequential import Looks, nominal_levels, sequential_p
+from rmoe.results.run import TextLosses, Unit
 
 CONFIDENCE = 0.95
 MARGIN_BITS = 0.01  # a smaller difference counts as none

@@ -14,14 +14,15 @@ import numpy as np
 
 from rmoe.compare import statistics
 from rmoe.compare.equal_time import equal_time, fit_law, in_unit
-from rmoe.compare.schema import (
+from rmoe.compare.sequential import Looks
+from rmoe.errors import RequestError
+from rmoe.report.charts.chart import counted
+from rmoe.results.comparison import (
     SPLITS,
     UNITS,
     Band,
-    Curve,
     Difference,
     Interval,
-    LayerCurve,
     LossLaw,
     ResultRow,
     RouterSummary,
@@ -29,13 +30,10 @@ from rmoe.compare.schema import (
     Summary,
     SweepPoint,
     SweepValue,
-    Unit,
     check_comparable,
     unit_of_differences,
 )
-from rmoe.compare.sequential import Looks
-from rmoe.errors import RequestError
-from rmoe.report.charts.chart import counted
+from rmoe.results.run import Curve, LayerCurve, Unit
 
 SCALE_RATIO = 1.5  # arms whose logits start further apart than this are not compared at one scale
 

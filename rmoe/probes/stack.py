@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from rmoe.errors import one_line
-from rmoe.probes.results import Knobs
 from rmoe.probes.world import CONTENT, HIDDEN
+from rmoe.results.probes import Knobs
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import (
     RouterContext,

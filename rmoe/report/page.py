@@ -17,14 +17,14 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from rmoe.compare.schema import UNITS, Summary
 from rmoe.records import atomic_write
 from rmoe.report import table
-from rmoe.report.analysis_schema import Analysis
 from rmoe.report.charts.chart import Chart, counted, styles
 from rmoe.report.charts.comparison import comparison_charts
 from rmoe.report.charts.routing import routing_charts
 from rmoe.report.explorer import explorer_data
+from rmoe.results.analysis import Analysis
+from rmoe.results.comparison import UNITS, Summary
 
 PLOTLY = "plotly.min.js"
 EXPLORER = "Token explorer"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rmoe.compare.schema import UNITS, Difference, RouterSummary, Spread, Summary, unit_of_differences
 from rmoe.errors import one_line
 from rmoe.report.charts.chart import counted
+from rmoe.results.comparison import UNITS, Difference, RouterSummary, Spread, Summary, unit_of_differences
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import dataclasses
 from torch import nn
 
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters, initialize
+from rmoe.results.run import Parameters
 from rmoe.routing.plugins import load_plugins, with_options
 from rmoe.routing.spec import RouterSpec
 from rmoe.routing.zoo import resolve
 from rmoe.training.config import RunConfig
-from rmoe.training.result import Parameters
 
 __all__ = [
     "build_model",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rmoe.model.card import Metric, ModelCard
+from rmoe.results.run import RunResult
 from rmoe.routing.describe import equation, stages
 from rmoe.routing.spec import RouterSpec
-from rmoe.training.result import RunResult
 
 LOAD = """import rmoe
 from transformers import AutoTokenizer

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rmoe import __version__
-from rmoe.training.result import Hardware, Versions
+from rmoe.results.run import Hardware, Versions
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 

@@ -14,8 +14,8 @@ from rmoe.analysis.histogram import StreamingHistogram
 from rmoe.analysis.snapshot import RoutingSnapshot
 from rmoe.data.blocks import IGNORED, BlockDataset
 from rmoe.model.head import count_next_tokens, next_token_loss
+from rmoe.results.run import Histogram, RoutingSummary
 from rmoe.training.place import Ranks
-from rmoe.training.result import Histogram, RoutingSummary
 
 TOKENS_PER_BATCH = 8192
 """Tokens of one evaluation forward pass: bounds the memory of the logits."""

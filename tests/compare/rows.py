@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from rmoe.compare.schema import (
-    Corpus,
-    Curve,
-    Hardware,
-    Parameters,
-    ResultRow,
-    SweepValue,
-    Timing,
-    Unit,
-    Versions,
-)
+from rmoe.results.comparison import ResultRow, SweepValue, Timing
+from rmoe.results.run import Corpus, Curve, Hardware, Parameters, Unit, Versions
 
 
 def row(

@@ -15,9 +15,9 @@ import pytest
 
 from rmoe.compare import plan as plans
 from rmoe.compare.compare import Options, compare
-from rmoe.compare.schema import append_row, read_rows
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError, RunError
+from rmoe.results.comparison import append_row, read_rows
 from rmoe.training.config import LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 
 MODEL = ModelConfig(

@@ -11,11 +11,11 @@ from rmoe.compare import plan as plans
 from rmoe.compare.equal_time import at_baseline_seconds, equal_time, fit_law, speedup, with_branch_points
 from rmoe.compare.gate import gated, read_other
 from rmoe.compare.plan import ComparisonRecord, Plan
-from rmoe.compare.schema import Timing
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError
 from rmoe.records import write_record
 from rmoe.report.table import columns, markdown, rows
+from rmoe.results.comparison import Timing
 from rmoe.training.config import ModelConfig, RunConfig, TrainingConfig
 from tests.compare.rows import row
 

@@ -8,8 +8,8 @@ import sys
 import msgspec
 import pytest
 
-from rmoe.compare.schema import append_row, read_rows
 from rmoe.errors import RequestError
+from rmoe.results.comparison import append_row, read_rows
 from tests.compare.rows import row
 
 
@@ -75,7 +75,7 @@ def test_an_unknown_field_is_said(tmp_path):
 
 def test_schemas_statistics_and_report_import_no_torch():
     code = (
-        "import sys, rmoe.compare.schema, rmoe.compare.statistics, rmoe.compare.summary, rmoe.report.page;"
+        "import sys, rmoe.results.comparison, rmoe.compare.statistics, rmoe.compare.summary, rmoe.report.page;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

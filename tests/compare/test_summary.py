@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rmoe.compare.schema import Curve, Timing
 from rmoe.compare.summary import band, chosen_sweep, summarise, sweep_points
 from rmoe.errors import RequestError
+from rmoe.results.comparison import Timing
+from rmoe.results.run import Curve
 from tests.compare.rows import row
 
 
@@ -115,7 +116,7 @@ def test_timing_is_blank_unless_a_run_was_timed_alone():
 def started(scale: float, router: str, seed: int = 0):
     import msgspec
 
-    from rmoe.compare.schema import InitialLogits, LayerCurve
+    from rmoe.results.run import InitialLogits, LayerCurve
 
     return msgspec.structs.replace(
         row(router, seed, 1.7, test=1.7),

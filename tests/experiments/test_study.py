@@ -12,11 +12,11 @@ from scipy import stats
 from experiments import study
 from experiments.study_rows import append_missing, coarser, read_study_rows, study_row, thinner
 from experiments.study_table import markdown
-from rmoe.compare.schema import append_row
 from rmoe.compare.sequential import nominal_levels
+from rmoe.results.comparison import append_row
+from rmoe.results.run import Averaged, InitialLogits, LayerCurve, TextLosses
 from rmoe.routing.zoo import find
 from rmoe.training.build import load_plugins
-from rmoe.training.result import Averaged, InitialLogits, LayerCurve, TextLosses
 from tests.compare.rows import row
 
 

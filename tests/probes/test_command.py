@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from rmoe.cli.main import main
+from rmoe.compare.probes import summarise
 from rmoe.errors import RequestError, RunError
 from rmoe.probes import Knobs, read_rows, run
-from rmoe.report.probes.summary import MEAN, read_summary, summarise
+from rmoe.results.probes import MEAN, read_summary
 from rmoe.routing.zoo import ZOO
 
 TINY = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import rmoe.probes
 
-MAY = ("rmoe.probes", "rmoe.routing", "rmoe.errors", "rmoe.records")
+MAY = ("rmoe.probes", "rmoe.routing", "rmoe.errors", "rmoe.records", "rmoe.results")
 
 
 def test_probes_import_routing_alone() -> None:

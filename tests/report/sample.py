@@ -7,9 +7,10 @@ import math
 import msgspec
 import numpy as np
 
-from rmoe.compare.schema import Curve, ResultRow, Summary, Timing
 from rmoe.compare.summary import summarise
-from rmoe.report import analysis_schema as schema
+from rmoe.results import analysis as schema
+from rmoe.results.comparison import ResultRow, Summary, Timing
+from rmoe.results.run import Curve
 from tests.compare.rows import row
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rmoe.compare.schema import SPLITS, UNITS, Band, Difference, Summary
 from rmoe.report.charts.chart import SHOWN_AT_FIRST, Chart, Style, axis, counted, label
+from rmoe.results.comparison import SPLITS, UNITS, Band, Difference, Summary
 
 # curve -> (section, title, definition). A curve that is not named here is drawn under its own name.
 CURVES = {

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rmoe.report.analysis_schema import LayerHistogram, ModelAnalysis
 from rmoe.report.charts.chart import Chart, Style, axis, panel_title, panels
 from rmoe.report.charts.shared import line, measure_chart, token_count
+from rmoe.results.analysis import LayerHistogram, ModelAnalysis
 
 SECTION = "The gate"
 

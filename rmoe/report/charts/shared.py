@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rmoe.report.analysis_schema import LayerMeasure, ModelAnalysis
 from rmoe.report.charts.chart import (
     SEQUENTIAL,
     SHOWN_AT_FIRST,
@@ -18,6 +17,7 @@ from rmoe.report.charts.chart import (
     panel_title,
     panels,
 )
+from rmoe.results.analysis import LayerMeasure, ModelAnalysis
 
 
 def token_count(counts: Sequence[int]) -> str:

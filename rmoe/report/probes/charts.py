@@ -17,7 +17,7 @@ from rmoe.report.charts.chart import (
     styles,
 )
 from rmoe.report.charts.shared import line
-from rmoe.report.probes.summary import Card, Detail, Summary
+from rmoe.results.probes import Card, Detail, Summary
 
 DRAWN = 12  # routers in a figure; the table has all
 COLUMNS = 4

@@ -11,7 +11,7 @@ from rmoe.report.charts.chart import counted
 from rmoe.report.page import PLOTLY, json_for_script, laid_out, template, written
 from rmoe.report.probes import table
 from rmoe.report.probes.charts import probe_charts
-from rmoe.report.probes.summary import MEAN, Card, Score, Summary
+from rmoe.results.probes import MEAN, Card, Score, Summary
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rmoe.errors import one_line
-from rmoe.report.probes.summary import MEAN, Card, Score, Summary
+from rmoe.results.probes import MEAN, Card, Score, Summary
 
 HELP = "Regret: 0 is optimal, 1 knows nothing."
 

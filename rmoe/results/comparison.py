@@ -2,8 +2,6 @@
 
 `results.jsonl` is a log that is only ever appended to. A run is known by its key (router, seed, sweep point);
 when a later line has the same key (its test figure came later, or it was timed), the later line stands.
-
-Imports no torch, so reports can be made where no model can be run.
 """
 
 from __future__ import annotations
@@ -15,12 +13,11 @@ import msgspec
 
 from rmoe.errors import RequestError
 from rmoe.records import Record, Versioned, append_lines
-from rmoe.training.result import (  # noqa: F401  a row is read with what it is made of
+from rmoe.results.run import (
     Averaged,
     Corpus,
     Curve,
     Hardware,
-    Histogram,
     InitialLogits,
     LayerCurve,
     Parameters,

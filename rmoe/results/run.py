@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from rmoe.data.config import Unit
 from rmoe.records import Record
 
 RESULT_VERSION = 1
+
+Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
+"""What a corpus is measured in."""
 
 
 class Corpus(Record, frozen=True, kw_only=True):
