@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,16 @@ import torch
 
 import rmoe
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
-from rmoe.analysis.reading import Part, Reading, read_text
+from rmoe.analysis.reading import Part, Reading, choose_tokenizer, read_text
+from rmoe.analysis.token_text import TokenText
+from rmoe.analysis.tracing import analyze_trace, layers_of, record_trace, require_fit
+from rmoe.data.encode import ByteEncoder, load_encoder
 from rmoe.errors import RequestError
 from rmoe.moe import require_layers
-from rmoe.places import display_name, model_place
-from rmoe.results.analysis import Analysis, ModelAnalysis
+from rmoe.places import display_name, expand, model_place
+from rmoe.results.analysis import Analysis, ModelAnalysis, Text
+from rmoe.results.engine_traces import Given, read_any_trace
+from rmoe.results.trace import Trace
 
 SEQUENCE_LENGTH = 512
 
@@ -79,6 +86,75 @@ def analyze_folders(
     else:
         analyses = _one_by_one(subjects, readings, options)
     return Analysis(text=readings[0].text, models=analyses, notes=notes)
+
+
+def analyze_trace_file(path: str, model: str | None, given: Given) -> Analysis:
+    """Analyse a trace of this package or of another program.
+
+    Args:
+        path: see `rmoe.results.engine_traces.read_any_trace`.
+        model: whose routing it is: its layers, k and vocabulary must fit, and its tokenizer shows the tokens.
+        given: what the trace does not say itself.
+
+    Raises:
+        RequestError: an unknown format, or a trace that does not fit.
+    """
+    place = None if model is None else Path(model_path(str(model_place(model))))
+    given = given if place is None else _of_model(given, place)
+    found, notes = read_any_trace(expand(path, "--trace"), given)
+    name = Path(path).name
+    token_text: Callable[[int], str] = "#{}".format
+    if place is not None:
+        config = require_fit(found, place)
+        name = display_name(place)
+        tokenizer, note = choose_tokenizer(str(place), config.get_text_config().vocab_size)
+        notes += [note] if note else []
+        token_text = TokenText((ByteEncoder() if tokenizer == "bytes" else load_encoder(tokenizer)).tokenizer)
+    elif isinstance(found, Trace):
+        name = found.meta.model or name
+        if found.tokens is not None:
+            notes.append("tokens are shown by their ids: name the MODEL beside --trace to see their text")
+    analysis, more = analyze_trace(found, name, token_text)
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]:
+        digest.update(file.read_bytes())
+    text = Text(name=Path(path).name, sha256=digest.hexdigest(), tokens=analysis.frequency_n)
+    return Analysis(text=text, models=[analysis], notes=notes + more)
+
+
+def _of_model(given: Given, place: Path) -> Given:
+    """E and k by the model, where the user gave neither; both must be the same in all its layers."""
+    layers = layers_of(place)
+    experts, slots = {layer.num_experts for layer in layers}, {layer.top_k for layer in layers}
+    return replace(
+        given,
+        num_experts=given.num_experts or (max(experts) if len(experts) == 1 else None),
+        experts_per_token=given.experts_per_token or (max(slots) if len(slots) == 1 else None),
+        model=display_name(place),
+    )
+
+
+def trace_folder(
+    model: str,
+    data: str | None,
+    part: Part | None,
+    tokens: int,
+    sequence_length: int | None,
+    batch_size: int,
+    device: str | None,
+) -> Trace:
+    """Record the routing of one model on a text. Arguments as of `analyze_folders`.
+
+    Raises:
+        RequestError: whatever is wrong with the model or the text.
+    """
+    path = model_path(str(model_place(model)))
+    loaded = rmoe.load(path, device=_device(device))
+    require_layers(loaded)
+    vocabulary = loaded.get_input_embeddings().weight.shape[0]
+    length = _sequence_length(sequence_length, [loaded])
+    reading = read_text(path, vocabulary, data, part, tokens, length)
+    return record_trace(loaded, reading.blocks, _names([path])[0], batch_size)
 
 
 def _one_by_one(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rmoe.analysis.histogram import add_counts
-from rmoe.moe.record import RoutingBatch
 
 CAPACITY_FACTORS = (1.0, 1.25, 1.5, 2.0)
 WINDOW_TOKENS = 4096
@@ -67,17 +67,17 @@ class Load:
         self._offset = torch.arange(num_layers)[:, None, None] * (num_experts + 1)
         self.n = 0
 
-    def update(self, batch: RoutingBatch) -> None:
-        """Add the next tokens."""
+    def update(self, experts: Tensor) -> None:
+        """Add the next tokens, [L, T, K] int64, E in an empty slot."""
         start = 0
-        while start < batch.num_tokens:
-            taken = min(batch.num_tokens - start, self.window_tokens - self._window_seen)
-            add_counts(self._window, batch.experts[:, start : start + taken] + self._offset)
+        while start < experts.shape[1]:
+            taken = min(experts.shape[1] - start, self.window_tokens - self._window_seen)
+            add_counts(self._window, experts[:, start : start + taken] + self._offset)
             start += taken
             self._window_seen += taken
             if self._window_seen == self.window_tokens:
                 self._close_window()
-        self.n += batch.num_tokens
+        self.n += experts.shape[1]
 
     def _close_window(self) -> None:
         load = self._window[:, :-1]

@@ -1,4 +1,8 @@
-"""Every streaming measure at once: fed with recorded batches, giving the fields of a `ModelAnalysis`."""
+"""Every streaming measure at once: fed with recorded batches, giving the fields of a `ModelAnalysis`.
+
+`ChoiceMeasures` are those that need only which experts were chosen, as a trace has it; `RoutingMeasures` adds those of
+the scores.
+"""
 
 from __future__ import annotations
 
@@ -35,60 +39,56 @@ class Sizes:
     num_classes: int
 
 
-class RoutingMeasures:
-    """Measures the routing of one model on one text, batch by batch, in memory that the text does not change.
+class ChoiceMeasures:
+    """Measures who is chosen, batch by batch, in memory that the text does not change.
 
     Args:
-        sizes: of the model.
-        token_counts: [V] int64, how often each id occurs in the text; their sum is the number of tokens that
-            `update` will see, which evenly spaced sampling has to know beforehand.
-        explored_tokens: keep the routing of the first so many tokens for the token explorer.
+        sizes: of the model; classes are not used.
+        total: number of tokens that `update` will see.
+        token_counts: [V] int64, how often each id occurs in the text; None where the ids are not known.
+        ranked: the first of a token's experts is known; without it no paths and no mutual information.
     """
 
-    def __init__(self, sizes: Sizes, token_counts: np.ndarray, explored_tokens: int = 0) -> None:
+    def __init__(
+        self, sizes: Sizes, total: int, token_counts: np.ndarray | None, ranked: bool = True
+    ) -> None:
         layers, experts = sizes.num_layers, sizes.num_experts
-        total = int(token_counts.sum())
-        ids = tracked_tokens(token_counts, layers, experts)
         self.sizes = sizes
-        self.digitised = DigitisedMutualInformation(layers, total)
-        self.chosen = ChosenMutualInformation(layers, experts + 1)
-        self.confidence = GateConfidence(layers, sizes.num_classes)
         self.load = Load(layers, experts, sizes.experts_per_token, total)
         self.coactivation = Coactivation(layers, experts)
-        self.paths = FrequentPaths(layers, experts + 1)
-        self.affinity = TokenAffinity(layers, experts, len(token_counts), ids)
-        self.explorer = Explorer(explored_tokens)
+        self.chosen = ChosenMutualInformation(layers, experts + 1) if ranked else None
+        self.paths = FrequentPaths(layers, experts + 1) if ranked else None
+        self.affinity = None
+        if token_counts is not None:
+            ids = tracked_tokens(token_counts, layers, experts)
+            self.affinity = TokenAffinity(layers, experts, len(token_counts), ids)
 
-    def update(self, batch: RoutingBatch, token_ids: Tensor) -> None:
-        """Add the next tokens: their routing, and their ids [T] int64."""
-        first = batch.first_choice()
-        self.digitised.update(batch.probs)
-        self.chosen.update(first)
-        self.confidence.update(batch)
-        self.load.update(batch)
-        self.coactivation.update(batch)
-        self.paths.update(first)
-        self.affinity.update(batch, token_ids)
-        self.explorer.update(batch, token_ids)
-
-    def fields(self, token_text: Callable[[int], str]) -> dict[str, Any]:
-        """The measured fields of a `ModelAnalysis`.
+    def update(self, experts: Tensor, first: Tensor | None, token_ids: Tensor | None) -> None:
+        """Add the next tokens.
 
         Args:
-            token_text: how a token id is shown.
+            experts: [L, T, K] int64, E in an empty slot.
+            first: [L, T] int64, the first choice; needed if `ranked`.
+            token_ids: [T] int64; needed with `token_counts`.
         """
-        return {
-            "mi_digitised": schema.PairMeasure(
-                values=self.digitised.result().tolist(),
-                chance=self.digitised.chance().tolist(),
-                n=self.digitised.n,
-            ),
-            "mi_chosen": schema.PairMeasure(values=self.chosen.result().tolist(), n=self.chosen.n),
-            **self._confidence_fields(),
-            **self._load_fields(),
-            "coactivation": self._coactivation(),
-            "paths": self._paths(),
-            "top_tokens": [
+        self.load.update(experts)
+        self.coactivation.update(experts)
+        if self.chosen is not None and self.paths is not None:
+            assert first is not None
+            self.chosen.update(first)
+            self.paths.update(first)
+        if self.affinity is not None:
+            assert token_ids is not None
+            self.affinity.update(experts, token_ids)
+
+    def fields(self, token_text: Callable[[int], str]) -> dict[str, Any]:
+        """The measured fields of a `ModelAnalysis`."""
+        fields = {**self._load_fields(), "coactivation": self._coactivation()}
+        if self.chosen is not None and self.paths is not None:
+            fields["mi_chosen"] = schema.PairMeasure(values=self.chosen.result().tolist(), n=self.chosen.n)
+            fields["paths"] = self._paths(self.paths)
+        if self.affinity is not None:
+            fields["top_tokens"] = [
                 [
                     [
                         schema.TopToken(text=token_text(i), count=count, share=share)
@@ -97,26 +97,8 @@ class RoutingMeasures:
                     for expert in layer
                 ]
                 for layer in self.affinity.top(TOP_TOKENS)
-            ],
-            "tokens": self.explorer.tokens(token_text, self.sizes.num_experts),
-        }
-
-    def _confidence_fields(self) -> dict[str, Any]:
-        confidence = self.confidence
-        n = confidence.entropy.n
-        means = (confidence.entropy_sum / n).tolist()
-        inner, inner_overall = confidence.log_inner.medians()
-        outer, outer_overall = confidence.outer.medians()
-        return {
-            "entropy": schema.LayerHistogram(
-                edges=confidence.entropy.edges.tolist(), counts=confidence.entropy.counts.tolist(), n=n
-            ),
-            "entropy_mean": schema.LayerMeasure(values=means, overall=sum(means) / len(means), n=n),
-            "inner_balance": schema.LayerMeasure(
-                values=np.exp(inner).tolist(), overall=float(np.exp(inner_overall)), n=n
-            ),
-            "outer_balance": schema.LayerMeasure(values=outer.tolist(), overall=outer_overall, n=n),
-        }
+            ]
+        return fields
 
     def _load_fields(self) -> dict[str, Any]:
         counts = self.load.total_counts()
@@ -145,10 +127,71 @@ class RoutingMeasures:
             n=self.coactivation.n,
         )
 
-    def _paths(self) -> schema.Paths:
-        n = self.paths.n
-        top = [schema.ExpertPath(experts=path, share=count / n) for path, count in self.paths.top(TOP_PATHS)]
-        return schema.Paths(top=top, distinct=self.paths.distinct, n=n)
+    @staticmethod
+    def _paths(paths: FrequentPaths) -> schema.Paths:
+        n = paths.n
+        top = [schema.ExpertPath(experts=path, share=count / n) for path, count in paths.top(TOP_PATHS)]
+        return schema.Paths(top=top, distinct=paths.distinct, n=n)
+
+
+class RoutingMeasures:
+    """Measures the routing of one model on one text, batch by batch, in memory that the text does not change.
+
+    Args:
+        sizes: of the model.
+        token_counts: [V] int64, how often each id occurs in the text; their sum is the number of tokens that
+            `update` will see, which evenly spaced sampling has to know beforehand.
+        explored_tokens: keep the routing of the first so many tokens for the token explorer.
+    """
+
+    def __init__(self, sizes: Sizes, token_counts: np.ndarray, explored_tokens: int = 0) -> None:
+        total = int(token_counts.sum())
+        self.sizes = sizes
+        self.choices = ChoiceMeasures(sizes, total, token_counts)
+        self.digitised = DigitisedMutualInformation(sizes.num_layers, total)
+        self.confidence = GateConfidence(sizes.num_layers, sizes.num_classes)
+        self.explorer = Explorer(explored_tokens)
+
+    def update(self, batch: RoutingBatch, token_ids: Tensor) -> None:
+        """Add the next tokens: their routing, and their ids [T] int64."""
+        self.choices.update(batch.experts, batch.first_choice(), token_ids)
+        self.digitised.update(batch.probs)
+        self.confidence.update(batch)
+        self.explorer.update(batch, token_ids)
+
+    def fields(self, token_text: Callable[[int], str]) -> dict[str, Any]:
+        """The measured fields of a `ModelAnalysis`.
+
+        Args:
+            token_text: how a token id is shown.
+        """
+        return {
+            "mi_digitised": schema.PairMeasure(
+                values=self.digitised.result().tolist(),
+                chance=self.digitised.chance().tolist(),
+                n=self.digitised.n,
+            ),
+            **self._confidence_fields(),
+            **self.choices.fields(token_text),
+            "tokens": self.explorer.tokens(token_text, self.sizes.num_experts),
+        }
+
+    def _confidence_fields(self) -> dict[str, Any]:
+        confidence = self.confidence
+        n = confidence.entropy.n
+        means = (confidence.entropy_sum / n).tolist()
+        inner, inner_overall = confidence.log_inner.medians()
+        outer, outer_overall = confidence.outer.medians()
+        return {
+            "entropy": schema.LayerHistogram(
+                edges=confidence.entropy.edges.tolist(), counts=confidence.entropy.counts.tolist(), n=n
+            ),
+            "entropy_mean": schema.LayerMeasure(values=means, overall=sum(means) / len(means), n=n),
+            "inner_balance": schema.LayerMeasure(
+                values=np.exp(inner).tolist(), overall=float(np.exp(inner_overall)), n=n
+            ),
+            "outer_balance": schema.LayerMeasure(values=outer.tolist(), overall=outer_overall, n=n),
+        }
 
 
 class Explorer:

@@ -8,13 +8,16 @@ from typing import Annotated, Literal
 import tyro
 
 from rmoe.cli.models import Plugins, set_up
-from rmoe.errors import one_line
+from rmoe.errors import RequestError, one_line
 
 
 def run(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None,
     *,
     out: Path,
+    trace: str | None = None,
+    experts: int | None = None,
+    experts_per_token: int | None = None,
     data: str | None = None,
     compare_with: str | None = None,
     tokens: int = 131_072,
@@ -30,8 +33,11 @@ def run(
     """Measure the routing of a model, ours or any Hugging Face MoE.
 
     Args:
-        model: a model folder, a run folder, or hf:NAME of the Hugging Face Hub.
+        model: a model folder, a run folder, or hf:NAME of the Hugging Face Hub. Beside --trace: whose it is.
         out: where analysis.json and report/index.html are written.
+        trace: measure recorded routing instead: of `rmoe trace`, vLLM, SGLang, Megatron-LM or llama.cpp.
+        experts: E, for a trace that does not say it.
+        experts_per_token: k, for a trace that does not say it.
         data: a text, as for training; default the test split of the Python standard library's source.
         compare_with: a second model, shown beside the first; with equal tokenizer, layers and experts also how
             much of each token's routing the two share.
@@ -46,16 +52,28 @@ def run(
         plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     from rmoe.analysis.analyze import AnalysisOptions
-    from rmoe.analysis.command import analyze_folders
+    from rmoe.analysis.command import analyze_folders, analyze_trace_file
     from rmoe.places import require_writable
     from rmoe.report.page import write_report
     from rmoe.results.analysis import write_analysis
+    from rmoe.results.engine_traces import Given
 
     require_writable(out)
     set_up(plugin)
-    options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
-    models = [model] if compare_with is None else [model, compare_with]
-    analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)
+    if trace is not None:
+        for option, value in (("--data", data), ("--compare-with", compare_with)):
+            if value is not None:
+                raise RequestError(option, value, "nothing beside --trace: the trace has its own text")
+        analysis = analyze_trace_file(trace, model, Given(experts, experts_per_token))
+    else:
+        for option, number in (("--experts", experts), ("--experts-per-token", experts_per_token)):
+            if number is not None:
+                raise RequestError(option, number, "nothing without --trace: the model says it")
+        if model is None:
+            raise RequestError("MODEL", None, "a model folder, or --trace FILE")
+        options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
+        models = [model] if compare_with is None else [model, compare_with]
+        analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)
     for note in analysis.notes:
         print(one_line(note))
     out.mkdir(parents=True, exist_ok=True)
