@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.measures import RoutingMeasures, Sizes
 from rmoe.analysis.saturation import Saturation
-from rmoe.analysis.weights import mean_pairwise_cosine, norm_and_std, random_similarity
+from rmoe.analysis.streaming.run import StreamedRouting
+from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
 from rmoe.errors import RequestError
-from rmoe.moe import expert_vectors, scorer_matrix
 from rmoe.moe.record import RoutingBatch
 from rmoe.moe.recorder import Recorder
 from rmoe.results import analysis as schema
@@ -33,11 +33,14 @@ class Subject:
         name: unique in the file: a router's, or a folder's.
         model: an RMoE model or a transformers MoE, on its device.
         step: optimizer steps it was trained for; shown where two checkpoints are compared.
+        streamed: its routing on the text, where the model is larger than memory; `model` then has no weights, and
+            gradients are not measured.
     """
 
     name: str
     model: nn.Module
     step: int = 0
+    streamed: StreamedRouting | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def analyze_models(
     with _evaluating([subject.model for subject in subjects]):
         for start in range(0, len(blocks), options.batch_size):
             input_ids = torch.from_numpy(blocks[start : start + options.batch_size].astype(np.int64))
-            batches = [one.update(input_ids) for one in passes]
+            batches = [one.update(start // options.batch_size, input_ids) for one in passes]
             if saturation is not None:
                 saturation.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
         analyses = [one.result(blocks, token_text) for one in passes]
@@ -109,7 +112,8 @@ class _Pass:
 
     def __init__(self, subject: Subject, token_counts: np.ndarray, options: AnalysisOptions) -> None:
         self.subject, self.token_counts, self.options = subject, token_counts, options
-        self.recorder = Recorder(subject.model)
+        self.streamed = subject.streamed
+        self.recorder = Recorder(subject.model) if self.streamed is None else self.streamed.recorder
         self.shared = find_shared(subject.model, self.recorder.layers)
         self.measures: RoutingMeasures | None = None
         embedding = subject.model.get_input_embeddings()  # type: ignore[operator]
@@ -118,9 +122,12 @@ class _Pass:
             raise RequestError("tokenizer", f"one that gives id {len(token_counts) - 1}", allowed)
         self.device = embedding.weight.device
 
-    def update(self, input_ids: Tensor) -> RoutingBatch:
-        """Run the model on [B, S] ids and measure its routing."""
-        batch = self.recorder.batch(input_ids.to(self.device))
+    def update(self, chunk: int, input_ids: Tensor) -> RoutingBatch:
+        """Run the model on [B, S] ids, or take what was streamed, and measure its routing."""
+        if self.streamed is None:
+            batch = self.recorder.batch(input_ids.to(self.device))
+        else:
+            batch = self.streamed.batch(chunk)
         if self.measures is None:  # how many classes a router has shows in what it returns
             layers, _, classes = batch.probs.shape
             sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes)
@@ -131,7 +138,7 @@ class _Pass:
     def result(self, blocks: np.ndarray, token_text: Callable[[int], str]) -> schema.ModelAnalysis:
         """Everything measured, and what the weights and gradients say besides."""
         assert self.measures is not None
-        sizes = self.measures.sizes
+        sizes, weights = self.measures.sizes, self._weights()
         return schema.ModelAnalysis(
             name=self.subject.name,
             summary=_summary(self.subject.model, sizes),
@@ -139,33 +146,36 @@ class _Pass:
             experts=sizes.num_experts,
             experts_per_token=sizes.experts_per_token,
             layer_names=[layer.name for layer in self.recorder.layers],
-            similarity=self._similarity(),
-            router_weights=self._router_weights(),
+            similarity=self._similarity(weights),
+            router_weights=self._router_weights(weights),
             gradient_split=self._gradient_split(blocks),
             **self.measures.fields(token_text),
         )
 
-    def _similarity(self) -> schema.Similarity | None:
-        vectors = [expert_vectors(layer) for layer in self.recorder.layers]
-        if any(v is None for v in vectors):
-            return None
-        found = [v for v in vectors if v is not None]
-        width = self.subject.model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
-        reference = random_similarity(
-            self.recorder.num_experts, [width] * (found[0].shape[1] // width), _RANDOM_SEED
-        )
-        return schema.Similarity(
-            values=[mean_pairwise_cosine(v) for v in found], random_init=[reference] * len(found)
-        )
+    def _weights(self) -> list[LayerWeights]:
+        layers = self.recorder.layers
+        if self.streamed is not None:
+            return [self.streamed.weights[layer.name] for layer in layers]
+        return [layer_weights(layer, self.shared) for layer in layers]
 
-    def _router_weights(self) -> schema.RouterWeights | None:
-        matrices = [scorer_matrix(layer, self.shared) for layer in self.recorder.layers]
-        measured = [norm_and_std(matrix) for matrix in matrices if matrix is not None]
-        if len(measured) < len(matrices):
+    def _similarity(self, weights: Sequence[LayerWeights]) -> schema.Similarity | None:
+        values = [one.similarity for one in weights if one.similarity is not None]
+        if len(values) < len(weights):
+            return None
+        width = self.subject.model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+        widths = [width] * (weights[0].vector_width // width)
+        reference = random_similarity(self.recorder.num_experts, widths, _RANDOM_SEED)
+        return schema.Similarity(values=values, random_init=[reference] * len(values))
+
+    def _router_weights(self, weights: Sequence[LayerWeights]) -> schema.RouterWeights | None:
+        measured = [one.router for one in weights if one.router is not None]
+        if len(measured) < len(weights):
             return None  # a router without a matrix: a hash
         return schema.RouterWeights(norm=[norm for norm, _ in measured], std=[std for _, std in measured])
 
     def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
+        if self.streamed is not None:
+            return None  # gradients need all layers at once
         count = min(len(blocks), -(-self.options.gradient_tokens // blocks.shape[1]))
         # Batches of one size, so that each weighs the same in the mean.
         size = min(self.options.batch_size, max(count, 1))

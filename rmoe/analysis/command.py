@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,9 @@ import torch
 import rmoe
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.reading import Part, Reading, choose_tokenizer, read_text
+from rmoe.analysis.streaming.memory import checkpoint_bytes, free_memory
+from rmoe.analysis.streaming.run import Hidden, Progress, StreamedRouting, stream_routing
+from rmoe.analysis.streaming.weights import StreamedModel
 from rmoe.analysis.token_text import TokenText
 from rmoe.analysis.tracing import analyze_trace, layers_of, record_trace, require_fit
 from rmoe.data.encode import ByteEncoder, load_encoder
@@ -28,6 +31,34 @@ from rmoe.results.trace import Trace
 SEQUENCE_LENGTH = 512
 
 
+@dataclass(frozen=True)
+class Streaming:
+    """How a model that is larger than memory is read.
+
+    Attributes:
+        folder: for hidden states and routing, removed at the end.
+        asked: stream whatever the size; else only a checkpoint larger than the free memory.
+        hidden: see `stream_routing`.
+        report: called after each layer.
+    """
+
+    folder: Path
+    asked: bool = False
+    hidden: Hidden = "auto"
+    report: Callable[[Progress], object] = lambda progress: None
+
+    def applies(self, path: Path, device: torch.device) -> bool:
+        """Whether this model is to be streamed."""
+        return self.asked or checkpoint_bytes(path) > free_memory(device)
+
+    def run(
+        self, path: Path, model: StreamedModel, blocks: np.ndarray, batch_size: int, number: int
+    ) -> StreamedRouting:
+        """Stream the model with this place in the command."""
+        folder = self.folder / str(number)
+        return stream_routing(path, blocks, batch_size, folder, model.device, self.hidden, self.report, model)
+
+
 def analyze_folders(
     models: Sequence[str],
     data: str | None,
@@ -36,6 +67,7 @@ def analyze_folders(
     sequence_length: int | None,
     device: str | None,
     options: AnalysisOptions,
+    streaming: Streaming | None = None,
 ) -> Analysis:
     """Analyse one model, or two side by side.
 
@@ -48,13 +80,22 @@ def analyze_folders(
         sequence_length: S; None is `SEQUENCE_LENGTH`, or the models' longest if that is less.
         device: as torch names it; None is a GPU if there is one.
         options: sizes of the samples.
+        streaming: where layer by layer keeps its files, and whether it is asked for; without it a model larger than
+            memory is loaded nevertheless.
 
     Raises:
         RequestError: whatever is wrong with the models, the text or the options.
     """
     paths = [model_path(str(model_place(model))) for model in models]
     target = _device(device)
-    loaded = [rmoe.load(path, device=target) for path in paths]
+    in_parts = [streaming is not None and streaming.applies(Path(path), target) for path in paths]
+    streamed = [
+        StreamedModel(Path(p), target) if part else None for p, part in zip(paths, in_parts, strict=True)
+    ]
+    loaded = [
+        rmoe.load(path, device=target) if part is None else part.model
+        for path, part in zip(paths, streamed, strict=True)
+    ]
     for path, model in zip(paths, loaded, strict=True):
         if options.gradient_tokens and not model.can_generate():
             allowed = (
@@ -68,11 +109,20 @@ def analyze_folders(
         read_text(path, size, data, part, tokens, length)
         for path, size in zip(paths, vocabulary, strict=True)
     ]
-    subjects = [
-        Subject(name, model, trained_steps(Path(path)))
-        for name, model, path in zip(_names(paths), loaded, paths, strict=True)
-    ]
     notes = [reading.note for reading in readings if reading.note]
+    routings: list[StreamedRouting | None] = []
+    for i, (path, part, reading) in enumerate(zip(paths, streamed, readings, strict=True)):
+        if part is None or streaming is None:
+            routings.append(None)
+            continue
+        routings.append(streaming.run(Path(path), part, reading.blocks, options.batch_size, i))
+        notes.append(
+            f"{_names(paths)[i]} was read layer by layer: no gradient split, which needs all layers at once"
+        )
+    subjects = [
+        Subject(name, model, trained_steps(Path(path)), routing)
+        for name, model, path, routing in zip(_names(paths), loaded, paths, routings, strict=True)
+    ]
     together = len(readings) > 1 and np.array_equal(readings[0].blocks, readings[1].blocks)
     shapes = [(len(found), found[0].num_experts) for found in layers]
     stability = together and shapes[0] == shapes[1]
@@ -85,6 +135,9 @@ def analyze_folders(
         )
     else:
         analyses = _one_by_one(subjects, readings, options)
+    for routing in routings:
+        if routing is not None:
+            routing.close()
     return Analysis(text=readings[0].text, models=analyses, notes=notes)
 
 

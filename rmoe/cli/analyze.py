@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +29,8 @@ def run(
     gradient_tokens: int = 4096,
     explored_tokens: int = 256,
     device: str | None = None,
+    stream: bool = False,
+    hidden_states: Literal["auto", "memory", "disk"] = "auto",
     single_file: bool = False,
     plugin: Plugins = (),
 ) -> None:
@@ -48,11 +52,15 @@ def run(
         gradient_tokens: tokens for the router's gradient split; 0 leaves it out.
         explored_tokens: tokens kept for the token explorer.
         device: as torch names it; default a GPU if there is one.
+        stream: read the model layer by layer, with one layer in memory; done unasked for a checkpoint larger than the
+            free memory. A run that was killed is resumed by the same command.
+        hidden_states: where they are between two layers of a streamed model; default the disk if they take more than
+            a quarter of the free memory.
         single_file: put the plotting library inside the page, so that it can be sent alone.
         plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     from rmoe.analysis.analyze import AnalysisOptions
-    from rmoe.analysis.command import analyze_folders, analyze_trace_file
+    from rmoe.analysis.command import Streaming, analyze_folders, analyze_trace_file
     from rmoe.places import require_writable
     from rmoe.report.page import write_report
     from rmoe.results.analysis import write_analysis
@@ -72,11 +80,16 @@ def run(
         if model is None:
             raise RequestError("MODEL", None, "a model folder, or --trace FILE")
         options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
+        streaming = Streaming(
+            out / "stream", stream, hidden_states, lambda progress: print(one_line(str(progress)), file=sys.stderr)
+        )
         models = [model] if compare_with is None else [model, compare_with]
-        analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)
+        analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options, streaming)
     for note in analysis.notes:
         print(one_line(note))
     out.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        (out / "stream").rmdir()
     write_analysis(out / "analysis.json", analysis)
     page = write_report(out / "report", None, analysis, single_file)
     print(
