@@ -8,11 +8,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GptOssForCausalLM
 
 from tests.graft.tiny_families import tiny_model
 
 BLOCK = 16
-_FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic", "fmt": "e4m3"}
+_FP8 = {
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+}
 _NOT_CONVERTED = ["model.layers.*.self_attn", "model.embed_tokens", "lm_head", "*.router"]
 
 
@@ -39,12 +45,19 @@ def fp8_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def mxfp4_checkpoint(folder: Path) -> Path:
     """GPT-OSS with experts as random blocks of 32 four-bit numbers and a power of two for each."""
-    found = _saved(folder, "gpt_oss")
+    config = tiny_model("gpt_oss").config
+    config.intermediate_size = 64  # a block is 32 numbers of one row
+    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    found = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     for name in [name for name in found if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, inner, outer = found.pop(name).shape
-        blocks = torch.randint(0, 256, (experts, outer, inner // 32, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(119, 124, (experts, outer, inner // 32), generator=generator, dtype=torch.uint8)
+        blocks = torch.randint(
+            0, 256, (experts, outer, inner // 32, 16), generator=generator, dtype=torch.uint8
+        )
+        scales = torch.randint(
+            119, 124, (experts, outer, inner // 32), generator=generator, dtype=torch.uint8
+        )
         found |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
     return _write(folder, found, {"quant_method": "mxfp4", "modules_to_not_convert": _NOT_CONVERTED})
 

@@ -23,6 +23,7 @@ from rmoe.errors import RequestError
 from rmoe.graft import graft
 from rmoe.results.analysis import ModelAnalysis, read_analysis
 from rmoe.routing.contract import Routing
+from tests.analysis.quantised import fp8_checkpoint, mxfp4_checkpoint
 from tests.analysis.tiny_rmoe import tiny_rmoe
 from tests.graft.tiny_families import tiny_model
 
@@ -81,6 +82,16 @@ def test_the_same_record_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: 
         assert all(p.is_meta for p in routing.model.model.layers.parameters())
         routing.close()
         assert not (tmp_path / hidden).exists()
+
+
+@pytest.mark.parametrize("format", ["fp8-deepseek_v3", "fp8-qwen3_moe", "mxfp4-gpt_oss"])
+def test_quantised_checkpoints_are_dequantised_layer_by_layer(format: str, tmp_path: Path) -> None:
+    kind, _, family = format.partition("-")
+    folder = fp8_checkpoint(tmp_path / "m", family) if kind == "fp8" else mxfp4_checkpoint(tmp_path / "m")
+    expected = plain(folder)
+    routing = stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU)
+    assert streamed(routing) == expected
+    assert all(p.is_meta for p in routing.model.model.layers.parameters())
 
 
 class Killed(Exception):
@@ -224,9 +235,9 @@ def _outside(folder: Path) -> str:
 
 def _other_method(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "nonesuch"}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    return "nonesuch"
+    return "quantization_config.quant_method is 'gptq'; allowed: none, or fp8 or mxfp4"
 
 
 @pytest.mark.parametrize("damage", [_missing, _cut, _outside, _other_method])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from pathlib import Path
 
@@ -19,6 +20,24 @@ def free_memory(device: torch.device) -> int:
         if soft != resource.RLIM_INFINITY:
             limits.append(max(soft - (used if kind == resource.RLIMIT_DATA else _own("VmSize")), 0))
     return min(limits)
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE = 1 << 20
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc return freed memory to the system; elsewhere nothing happens.
+
+    Its heap keeps what was freed for later, and raises by itself the size from which an allocation is one that can be
+    returned: after the first layer an expert's matrix no longer is, and every layer leaves more behind.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def checkpoint_bytes(path: Path) -> int:

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rmoe
+from rmoe.analysis.streaming.memory import give_back_freed_memory
 from rmoe.compat import LaterWeights, weights_later
 from rmoe.errors import RequestError
-from rmoe.model.weights import ADAPTER, open_weights
+from rmoe.model.weights import ADAPTER, CONFIG, open_weights
 from rmoe.moe import RoutedLayer, routed_layers
+
+QUANTISERS = ("fp8", "mxfp4")
+"""Block-scaled FP8 (DeepSeek-V3) and MXFP4 (GPT-OSS): transformers' own quantisers give bfloat16 where no kernel is."""
 
 
 class StreamedModel:
@@ -45,6 +49,10 @@ class StreamedModel:
                 "a model whose weights are all in its folder, not an adapter (rmoe graft --full writes one)"
             )
             raise RequestError("--stream", str(path), allowed)
+        method = _quantised_by(path)
+        if method not in (None, *QUANTISERS):
+            allowed = f"none, or {' or '.join(QUANTISERS)}: of other methods no layer has been read alone and compared"
+            raise RequestError("quantization_config.quant_method", method, allowed)
         with weights_later() as later:
             model = rmoe.load(path)
         self.model: PreTrainedModel = model
@@ -65,6 +73,7 @@ class StreamedModel:
             owners |= dict.fromkeys(_names(head, self._head), "head")
         for key, target in later.target.items():
             self._keys[owners.get(target, "rest")].append(key)
+        give_back_freed_memory()
         self._folder = path
         self._offsets: dict[str, tuple[str, int, int]] = {}
         self._empty: dict[str, dict[str, Tensor]] = {}
@@ -132,6 +141,7 @@ class StreamedModel:
             owner_name, _, own = name.rpartition(".")
             owner = module.get_submodule(owner_name)
             (owner._parameters if own in owner._parameters else owner._buffers)[own] = empty  # type: ignore[assignment]
+        give_back_freed_memory()
 
     def layers_of(self, unit: str) -> list[RoutedLayer]:
         """The routed layers of a loaded unit; found anew, since a layer's reader keeps parameters that it looks at."""
@@ -171,6 +181,15 @@ class StreamedModel:
     def bytes_of(self, part: str) -> int:
         """Bytes of the checkpoint that belong to a unit, the embedding, the head or the rest."""
         return sum(_size(self._later.tensors[key]) for key in self._keys[part])
+
+
+def _quantised_by(path: Path) -> str | None:
+    """The method that a folder's configuration names."""
+    try:
+        section = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("quantization_config")
+        return None if section is None else str(section["quant_method"])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return None  # `rmoe.load` says what is wrong
 
 
 def _units(model: nn.Module) -> dict[str, nn.Module]:
