@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rmoe
-from rmoe.analysis.streaming.memory import give_back_freed_memory
+from rmoe.analysis.streaming.memory import bound_kernel_cache, give_back_freed_memory
 from rmoe.compat import LaterWeights, weights_later
 from rmoe.errors import RequestError
 from rmoe.model.weights import ADAPTER, CONFIG, open_weights
@@ -73,6 +73,7 @@ class StreamedModel:
             owners |= dict.fromkeys(_names(head, self._head), "head")
         for key, target in later.target.items():
             self._keys[owners.get(target, "rest")].append(key)
+        bound_kernel_cache()
         give_back_freed_memory()
         self._folder = path
         self._offsets: dict[str, tuple[str, int, int]] = {}
