@@ -68,6 +68,7 @@ def analyze_folders(
     device: str | None,
     options: AnalysisOptions,
     streaming: Streaming | None = None,
+    dtype: str = "auto",
 ) -> Analysis:
     """Analyse one model, or two side by side.
 
@@ -82,6 +83,8 @@ def analyze_folders(
         options: sizes of the samples.
         streaming: where layer by layer keeps its files, and whether it is asked for; without it a model larger than
             memory is loaded nevertheless.
+        dtype: that the last model is loaded in; "auto" is that of its files. Two of one model, the second in another
+            dtype, show how often its choice flips.
 
     Raises:
         RequestError: whatever is wrong with the models, the text or the options.
@@ -93,11 +96,13 @@ def analyze_folders(
         StreamedModel(Path(p), target) if part else None for p, part in zip(paths, in_parts, strict=True)
     ]
     loaded = [
-        rmoe.load(path, device=target) if part is None else part.model
-        for path, part in zip(paths, streamed, strict=True)
+        rmoe.load(path, device=target, dtype=dtype if i == len(paths) - 1 else "auto")
+        if part is None
+        else part.model
+        for i, (path, part) in enumerate(zip(paths, streamed, strict=True))
     ]
     for path, model in zip(paths, loaded, strict=True):
-        if options.gradient_tokens and not model.can_generate():
+        if options.gradient_tokens and "gradients" in options.measures and not model.can_generate():
             allowed = (
                 f"a language model, not {type(model).__name__} (or --gradient-tokens 0: they need its loss)"
             )
@@ -116,9 +121,9 @@ def analyze_folders(
             routings.append(None)
             continue
         routings.append(streaming.run(Path(path), part, reading.blocks, options.batch_size, i))
-        notes.append(
-            f"{_names(paths)[i]} was read layer by layer: no gradient split, which needs all layers at once"
-        )
+        needs = [n for n in ("gradients", "predictability", "saliency") if n in options.measures]
+        skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
+        notes.append(f"{_names(paths)[i]} was read layer by layer{skipped}")
     subjects = [
         Subject(name, model, trained_steps(Path(path)), routing)
         for name, model, path, routing in zip(_names(paths), loaded, paths, routings, strict=True)
@@ -217,7 +222,7 @@ def _one_by_one(
     analyses = []
     for index, (subject, reading) in enumerate(zip(subjects, readings, strict=True)):
         explored = options.explored_tokens if index == 0 else 0
-        own = AnalysisOptions(options.batch_size, options.gradient_tokens, explored)
+        own = replace(options, explored_tokens=explored)
         analyses += analyze_models([subject], reading.blocks, reading.token_text, own)
     return analyses
 

@@ -25,6 +25,32 @@ def load_imbalance(counts: np.ndarray) -> np.ndarray:
     return frequency(counts).max(axis=-1) * counts.shape[-1]
 
 
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+
+
+def relative_load_quantiles(counts: np.ndarray) -> np.ndarray:
+    """`QUANTILES` of load over mean load, [L, E] -> [L, 5]; between two experts interpolated, as `numpy.quantile`."""
+    relative = frequency(counts) * counts.shape[-1]
+    return np.quantile(relative, QUANTILES, axis=-1).T
+
+
+def max_violation(counts: np.ndarray) -> np.ndarray:
+    """MaxVio = (largest load - mean load) / mean load, [L, E] -> [L] (arXiv:2408.15664): 0 is perfect balance."""
+    return load_imbalance(counts) - 1
+
+
+def hottest_steps(num_experts: int) -> list[int]:
+    """1, 2, 4 and so on up to E, E itself last."""
+    steps = [2**i for i in range(num_experts.bit_length()) if 2**i < num_experts]
+    return [*steps, num_experts]
+
+
+def coverage(counts: np.ndarray, hottest: Sequence[int]) -> np.ndarray:
+    """Share of assignments that the m most chosen experts of each layer take, [L, E] -> [L, M]."""
+    shares = np.sort(frequency(counts), axis=-1)[:, ::-1].cumsum(axis=-1)
+    return shares[:, np.asarray(hottest) - 1]
+
+
 def capacity(capacity_factor: float, num_tokens: int, experts_per_token: int, num_experts: int) -> int:
     """`ceil(factor * T * k / E)`: what one expert accepts among T tokens; the rule of the gates here."""
     return math.ceil(num_tokens * (capacity_factor * experts_per_token / num_experts))

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from rmoe.analysis.load import frequency, load_imbalance
-from rmoe.analysis.measures import ChoiceMeasures, Sizes
+from rmoe.analysis.measures import ChoiceMeasures, Sizes, load_fields
 from rmoe.errors import RequestError
 from rmoe.model.loading import empty_model
 from rmoe.moe import Recorder, RoutedLayer, RoutingRecord, require_layers
@@ -130,7 +129,6 @@ def _of_counts(found: ExpertCounts, name: str) -> schema.ModelAnalysis:
     if (tokens != tokens.astype(int)).any() or len(set(tokens.tolist())) > 1:
         allowed = f"assignments that are {slots} per token, equally many in every layer"
         raise RequestError("--trace", f"{found.counts.sum(axis=-1).tolist()} assignments per layer", allowed)
-    imbalance = load_imbalance(found.counts)
     n = int(tokens[0])
     return schema.ModelAnalysis(
         name=name,
@@ -139,9 +137,7 @@ def _of_counts(found: ExpertCounts, name: str) -> schema.ModelAnalysis:
         experts=experts,
         experts_per_token=slots,
         layer_names=found.layer_names,
-        frequency=frequency(found.counts).tolist(),
-        frequency_n=n,
-        load_imbalance=schema.LayerMeasure(values=imbalance.tolist(), overall=float(imbalance.mean()), n=n),
+        **load_fields(found.counts, n),
     )
 
 

@@ -12,6 +12,8 @@ import tyro
 from rmoe.cli.models import Plugins, set_up
 from rmoe.errors import RequestError, one_line
 
+_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def run(
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None,
@@ -29,6 +31,8 @@ def run(
     gradient_tokens: int = 4096,
     explored_tokens: int = 256,
     device: str | None = None,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    measures: str | None = None,
     stream: bool = False,
     hidden_states: Literal["auto", "memory", "disk"] = "auto",
     single_file: bool = False,
@@ -52,6 +56,10 @@ def run(
         gradient_tokens: tokens for the router's gradient split; 0 leaves it out.
         explored_tokens: tokens kept for the token explorer.
         device: as torch names it; default a GPU if there is one.
+        dtype: that the model is loaded in, with --compare-with the second model; default that of its files.
+            `--compare-with MODEL --dtype bf16` shows how often the choice flips.
+        measures: what is measured, separated by commas: load, coactivation, paths, mutual-information, confidence,
+            tokens, contexts, weights, gradients, predictability, saliency; default all but the last two.
         stream: read the model layer by layer, with one layer in memory; done unasked for a checkpoint larger than the
             free memory. A run that was killed is resumed by the same command.
         hidden_states: where they are between two layers of a streamed model; default the disk if they take more than
@@ -61,6 +69,7 @@ def run(
     """
     from rmoe.analysis.analyze import AnalysisOptions
     from rmoe.analysis.command import Streaming, analyze_folders, analyze_trace_file
+    from rmoe.analysis.measures import DEFAULT_MEASURES
     from rmoe.places import require_writable
     from rmoe.report.page import write_report
     from rmoe.results.analysis import write_analysis
@@ -79,12 +88,18 @@ def run(
                 raise RequestError(option, number, "nothing without --trace: the model says it")
         if model is None:
             raise RequestError("MODEL", None, "a model folder, or --trace FILE")
-        options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
+        chosen = DEFAULT_MEASURES if measures is None else tuple(filter(None, measures.split(",")))
+        options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, chosen)
         streaming = Streaming(
-            out / "stream", stream, hidden_states, lambda progress: print(one_line(str(progress)), file=sys.stderr)
+            out / "stream",
+            stream,
+            hidden_states,
+            lambda progress: print(one_line(str(progress)), file=sys.stderr),
         )
         models = [model] if compare_with is None else [model, compare_with]
-        analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options, streaming)
+        analysis = analyze_folders(
+            models, data, split, tokens, sequence_length, device, options, streaming, _DTYPES[dtype]
+        )
     for note in analysis.notes:
         print(one_line(note))
     out.mkdir(parents=True, exist_ok=True)
