@@ -116,11 +116,11 @@ def analyze_folders(
     ]
     notes = [reading.note for reading in readings if reading.note]
     routings: list[StreamedRouting | None] = []
-    for i, (path, part, reading) in enumerate(zip(paths, streamed, readings, strict=True)):
-        if part is None or streaming is None:
+    for i, (path, layered, reading) in enumerate(zip(paths, streamed, readings, strict=True)):
+        if layered is None or streaming is None:
             routings.append(None)
             continue
-        routings.append(streaming.run(Path(path), part, reading.blocks, options.batch_size, i))
+        routings.append(streaming.run(Path(path), layered, reading.blocks, options.batch_size, i))
         needs = [n for n in ("gradients", "predictability", "saliency") if n in options.measures]
         skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
         notes.append(f"{_names(paths)[i]} was read layer by layer{skipped}")

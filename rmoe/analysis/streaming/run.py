@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,15 +161,15 @@ class _Run:
     ) -> None:
         self.model, self.store, self.state, self.on_disk, self.report = model, store, state, on_disk, report
         self.device = model.device
-        self.walkers = [
-            Walker(
-                lambda chunk=chunk: recorder.run(torch.from_numpy(chunk.astype(np.int64)).to(self.device)),
-                [lambda stage=stage, i=i: self._passed(stage, i) for stage in range(state.stage)],
-            )
-            for i, chunk in enumerate(chunks)
-        ]
+        self.walkers = [self._walker(recorder, i, chunk) for i, chunk in enumerate(chunks)]
         self._undo = model.when_called(at_unit, at_head)
         self._spilled: list[dict[int, Tensor]] = []
+
+    def _walker(self, recorder: Recorder, number: int, chunk: np.ndarray) -> Walker:
+        def forward() -> None:
+            recorder.run(torch.from_numpy(chunk.astype(np.int64)).to(self.device))
+
+        return Walker(forward, [partial(self._passed, stage, number) for stage in range(self.state.stage)])
 
     def close(self) -> None:
         """End threads, and let the layers run again."""
