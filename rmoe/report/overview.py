@@ -48,6 +48,8 @@ STATISTICS: list[tuple[Column, Callable[[ModelAnalysis], Values]]] = [
     (Column("inner balance", "top 1 / top 2"), lambda m: m.inner_balance and m.inner_balance.values),
     (Column("outer balance", "probability"), lambda m: m.outer_balance and m.outer_balance.values),
     (Column("load imbalance", "largest / mean"), lambda m: m.load_imbalance and m.load_imbalance.values),
+    (Column("load, 5%", "of the mean"), lambda m: m.load and [row[1] for row in m.load.quantiles]),
+    (Column("load, 95%", "of the mean"), lambda m: m.load and [row[3] for row in m.load.quantiles]),
     (Column("unused experts"), lambda m: m.frequency and [row.count(0.0) for row in m.frequency]),
     (Column("drop ratio", f"at capacity {CAPACITY}"), lambda m: m.drop_ratio and _drop_ratio(m.drop_ratio)),
     (Column("expert similarity", "cosine"), lambda m: m.similarity and m.similarity.values),
@@ -56,6 +58,7 @@ STATISTICS: list[tuple[Column, Callable[[ModelAnalysis], Values]]] = [
         Column("gradient", "language model"),
         lambda m: m.gradient_split and m.gradient_split.language_model[-1],
     ),
+    (Column("flips", "share of tokens"), lambda m: m.flips and m.flips.values),
     (Column("stability", "choices kept"), lambda m: m.saturation and m.saturation.values[-1]),
 ]
 
@@ -72,10 +75,7 @@ def overview(analysis: Analysis | None) -> Overview:
         Row(
             layer,
             model.name,
-            [
-                _cell(values[index], layer, *span)
-                for (_, values), span in zip(kept, spans, strict=True)
-            ],
+            [_cell(values[index], layer, *span) for (_, values), span in zip(kept, spans, strict=True)],
         )
         for layer in range(max(model.layers for model in models))
         for index, model in enumerate(models)

@@ -61,6 +61,52 @@ class LayerMeasure(Record, frozen=True, kw_only=True):
     n: int
 
 
+class LoadSummary(Record, frozen=True, kw_only=True):
+    """How loads spread over a layer's experts, as multiples of the mean load, from `n` tokens."""
+
+    quantiles: Matrix  # [L][5]: smallest, 5th percentile, median, 95th percentile, largest
+    dead: list[int]  # [L] experts that no token chose
+    max_violation: list[float]  # [L] MaxVio: (largest load - mean load) / mean load
+    n: int
+
+
+class Coverage(Record, frozen=True, kw_only=True):
+    """Share of a layer's assignments that its m most chosen experts take, from `n` tokens."""
+
+    hottest: list[int]  # [M] m
+    values: Matrix  # [L][M]
+    n: int
+
+
+class Contexts(Record, frozen=True, kw_only=True):
+    """Where in the text each expert has its largest weights. A context is the text around a position."""
+
+    vocabulary: list[str]  # text of each different token
+    text: list[int]  # [n] the whole text as indices into `vocabulary`
+    positions: list[list[list[int]]]  # [L][E][C] largest weight first, -1 beyond an expert's last
+    weights: list[Matrix]  # [L][E][C]
+
+
+class Flips(Record, frozen=True, kw_only=True):
+    """How often two models, or one in two precisions, choose different experts for the same tokens."""
+
+    other: str  # the second model's name
+    values: list[float]  # [L] share of tokens whose set of experts differs
+    any_layer: float  # share of tokens with a difference in at least one layer
+    n: int
+
+
+class Predictability(Record, frozen=True, kw_only=True):
+    """Recall of layer l + 1's choice from what layer l's router reads: mean over tokens of |predicted & chosen| / k."""
+
+    own_router: list[float | None]  # [L - 1] layer l + 1's scorer matrix on the input of layer l's router
+    at_its_own_input: list[
+        float | None
+    ]  # [L - 1] the same matrix on its own input: what it can reach at most
+    chance: list[float]  # [L - 1] k / E
+    n: int
+
+
 class DropRatio(Record, frozen=True, kw_only=True):
     """Share of assignments beyond `capacity = capacity_factor * T * k / E` per expert (Table 11)."""
 
@@ -183,6 +229,13 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     frequency: Matrix | None = None  # [L][E] share of assignments (Fig. 12)
     frequency_n: int = 0  # tokens behind `frequency`
     load_imbalance: LayerMeasure | None = None  # largest share over mean share: E * max_n f_n
+    load: LoadSummary | None = None
+    coverage: Coverage | None = None
+    contexts: Contexts | None = None
+    flips: Flips | None = None
+    predictability: Predictability | None = None
+    # [L][E] REAP's mean of weight times norm of output; None without tokens
+    saliency: list[list[float | None]] | None = None
     drop_ratio: DropRatio | None = None
     similarity: Similarity | None = None
     router_weights: RouterWeights | None = None

@@ -74,6 +74,7 @@ def sample_model(name: str, seed: int, sharp: float) -> schema.ModelAnalysis:
     load = rng.dirichlet(np.full(EXPERTS, 20 / sharp), LAYERS)
     tokens = [*TEXT, HOSTILE, "\\xff", "é"]
     return schema.ModelAnalysis(
+        **insights(np.random.default_rng(seed), LAYERS, EXPERTS, [HOSTILE, " ", "\n", "def", "é"], n),
         name=name,
         summary="an invented model",
         layers=LAYERS,
@@ -150,7 +151,9 @@ def sample_model(name: str, seed: int, sharp: float) -> schema.ModelAnalysis:
     )
 
 
-def large_model(layers: int = 48, experts: int = 128, chosen: int = 8, n: int = 30_000) -> schema.ModelAnalysis:
+def large_model(
+    layers: int = 48, experts: int = 128, chosen: int = 8, n: int = 30_000
+) -> schema.ModelAnalysis:
     """A model of Qwen3-30B-A3B's shape with a random router: nothing is sparse, as hard to pack as it gets."""
     rng = np.random.default_rng(7)
     edges = np.linspace(0, math.log(experts), 101)
@@ -168,6 +171,7 @@ def large_model(layers: int = 48, experts: int = 128, chosen: int = 8, n: int = 
     totals = rng.integers(1500, 2300, (layers, experts))
     top = rng.permuted(np.tile(np.arange(256), (layers, experts, 1)), axis=-1)[..., :12]
     return schema.ModelAnalysis(
+        **insights(rng, layers, experts, vocabulary, n),
         name="large",
         summary="an invented large model",
         layers=layers,
@@ -187,11 +191,15 @@ def large_model(layers: int = 48, experts: int = 128, chosen: int = 8, n: int = 
         load_imbalance=_measure(load.max(1) * experts, n),
         drop_ratio=schema.DropRatio(
             capacity_factor=[1.0, 1.25, 1.5, 2.0],
-            values=(0.1 / np.array([[1.0], [1.25], [1.5], [2.0]]) ** 3 * rng.uniform(0.5, 1.5, layers)).tolist(),
+            values=(
+                0.1 / np.array([[1.0], [1.25], [1.5], [2.0]]) ** 3 * rng.uniform(0.5, 1.5, layers)
+            ).tolist(),
             overall=[0.1 / f**3 for f in (1.0, 1.25, 1.5, 2.0)],
             window_tokens=4096,
         ),
-        similarity=schema.Similarity(values=rng.uniform(0.1, 0.2, layers).tolist(), random_init=[0.02] * layers),
+        similarity=schema.Similarity(
+            values=rng.uniform(0.1, 0.2, layers).tolist(), random_init=[0.02] * layers
+        ),
         router_weights=schema.RouterWeights(
             norm=rng.uniform(1, 2, layers).tolist(), std=rng.uniform(0.02, 0.05, layers).tolist()
         ),
@@ -226,6 +234,41 @@ def large_model(layers: int = 48, experts: int = 128, chosen: int = 8, n: int = 
             for layer in range(layers)
         ],
     )
+
+
+def insights(rng: np.random.Generator, layers: int, experts: int, words: list[str], n: int) -> dict:
+    """Measures of load, prediction and place, of one model."""
+    load = np.sort(rng.dirichlet(np.full(experts, 5.0), layers))[:, ::-1] * experts
+    hottest = [m for m in (1, 2, 4, 8, 16, 32, 64, 128) if m <= experts]
+    positions = rng.integers(0, n, (layers, experts, 8))
+    positions[0, 0] = -1
+    return {
+        "load": schema.LoadSummary(
+            quantiles=np.quantile(load, [0, 0.05, 0.5, 0.95, 1], axis=1).T.tolist(),
+            dead=[0] * layers,
+            max_violation=(load.max(1) - 1).tolist(),
+            n=n,
+        ),
+        "coverage": schema.Coverage(
+            hottest=hottest, values=[[float(row[:m].sum() / experts) for m in hottest] for row in load], n=n
+        ),
+        "contexts": schema.Contexts(
+            vocabulary=words,
+            text=rng.integers(0, len(words), n).tolist(),
+            positions=positions.tolist(),
+            weights=(-np.sort(-rng.uniform(0.1, 1, positions.shape))).astype(np.float32).tolist(),
+        ),
+        "flips": schema.Flips(
+            other="in bf16", values=rng.uniform(0, 0.05, layers).tolist(), any_layer=0.3, n=n
+        ),
+        "predictability": schema.Predictability(
+            own_router=rng.uniform(0.3, 0.8, layers - 1).tolist(),
+            at_its_own_input=[None, *[1.0] * (layers - 2)],
+            chance=[8 / experts] * (layers - 1),
+            n=n,
+        ),
+        "saliency": [[None, *rng.uniform(0, 2, experts - 1).tolist()] for _ in range(layers)],
+    }
 
 
 def _measure(values, n: int) -> schema.LayerMeasure:

@@ -18,8 +18,9 @@ COLLISIONS = """
 const found = [];
 for (const plot of document.querySelectorAll('.plot')) {
   const edge = plot.getBoundingClientRect();
-  const texts = [...plot.querySelectorAll('.annotation-text, .xtitle, .ytitle, .legendtext, .cbtitle text, .xtick text, .ytick text')]
-    .map((node) => [node.textContent, node.getBoundingClientRect()]).filter(([, box]) => box.width * box.height > 0);
+  const kinds = '.annotation-text, .xtitle, .ytitle, .legendtext, .cbtitle text, .xtick text, .ytick text';
+  const texts = [...plot.querySelectorAll(kinds)].map((node) => [node.textContent, node.getBoundingClientRect()])
+    .filter(([, box]) => box.width * box.height > 0);
   texts.forEach(([text, a], i) => {
     if (a.left < edge.left - 1 || a.right > edge.right + 1 || a.top < edge.top - 1 || a.bottom > edge.bottom + 1)
       found.push(`${plot.id}: ${text} is cut`);
@@ -83,7 +84,9 @@ def test_no_text_overlaps_or_is_cut(tmp_path, report, width):
 
 
 def test_a_resized_page_is_as_if_opened_so(page):
-    sizes = "return [...document.querySelectorAll('.plot .plot rect, .plot .bglayer, .plot .main-svg')].map(n => "
+    sizes = (
+        "return [...document.querySelectorAll('.plot .plot rect, .plot .bglayer, .plot .main-svg')].map(n => "
+    )
     sizes += "[n.getBoundingClientRect().width, n.getBoundingClientRect().height].map(Math.round))"
     resize(page, WIDE)
     ready(page)
@@ -165,6 +168,16 @@ def test_the_explorer_reaches_every_expert(page):
     )
     top = model.top_tokens[layer][expert]
     assert [row[:3] for row in rows] == [[t.text, str(t.count), f"{100 * t.share:.1f}%"] for t in top]
+    shown = page.execute_script(
+        "return [...document.querySelectorAll('.contexts li')].map(l => [l.querySelector('.weight').textContent,"
+        " l.querySelector('.context').textContent, l.querySelector('mark').textContent])"
+    )
+    found = model.contexts
+    words = [found.vocabulary[i] for i in found.text]
+    assert shown == [
+        [f"{weight:.3f}", "".join(words[max(0, place - 12) : place + 13]), words[place]]
+        for place, weight in zip(found.positions[layer][expert], found.weights[layer][expert], strict=True)
+    ]
     # An expert that nothing chose is found by where it stands.
     free = next(e for e in range(128) if e not in model.tokens[9].experts[5])
     page.execute_script(

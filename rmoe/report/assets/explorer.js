@@ -3,6 +3,7 @@
 function explorer(data, host) {
   if (!data || !host) return;
   const PAIRS = 8; // lines from a layer to the next
+  const AROUND = 12; // tokens shown before and after one of an expert's contexts
   const NAMED = 64; // experts of a token that its line of text names
   let patterns = 0;
   const SVG = "http://www.w3.org/2000/svg";
@@ -179,7 +180,7 @@ function explorer(data, host) {
       tokens.forEach((node, i) => node.classList.toggle("hit", model().chosen[i][layer].includes(expert)));
       const hits = model().chosen.filter((rows) => rows[layer].includes(expert)).length;
       const top = model().top, rows = (top.text[layer]?.[expert] || []).map((text, i) =>
-        [text, top.count[layer][expert][i], top.share[layer][expert][i]]);
+        [text, top.count[layer][expert][i], top.count[layer][expert][i] / top.total[layer][expert]]);
       const table = make("table");
       table.append(make("caption", {}, `${model().name}, layer ${layer}, expert ${expert}: chosen for ${hits} of ${tokens.length} tokens here (marked above). ` +
         (rows.length ? "Over the whole text it takes most:" : "")));
@@ -200,6 +201,25 @@ function explorer(data, host) {
       }
       table.append(body);
       detail.replaceChildren(table);
+      const list = contexts(layer, expert);
+      if (list) detail.append(list);
+    };
+    // Where in the whole text the expert has its largest weights, the token marked.
+    const contexts = (layer, expert) => {
+      const found = model().contexts;
+      const positions = (found?.positions[layer]?.[expert] || []).filter((position) => position >= 0);
+      if (!positions.length) return null;
+      const list = make("ol", { class: "contexts" });
+      const part = (from, to) => found.text.slice(Math.max(0, from), to).map((id) => visible(found.vocabulary[id])).join("");
+      positions.forEach((position, i) => {
+        const item = make("li"), text = make("span", { class: "context" });
+        text.append(part(position - AROUND, position), make("mark", {}, part(position, position + 1)), part(position + 1, position + AROUND + 1));
+        item.append(make("span", { class: "weight" }, found.weights[layer][expert][i].toFixed(3)), text);
+        list.append(item);
+      });
+      const box = make("div");
+      box.append(make("p", { class: "said" }, "Where its weight is largest:"), list);
+      return box;
     };
     self.clear = () => {
       self.picked = null;

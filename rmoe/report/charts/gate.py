@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from rmoe.report.charts.chart import Chart, Choice, Panels, Style, axis, layer_axis
@@ -114,7 +115,9 @@ def _entropy_of_one(
         sample=sample,
         data=[
             {
-                **line(name, _middles(h.edges), of_layer[start] if start < len(of_layer) else [], looks[name], i),
+                **line(
+                    name, _middles(h.edges), of_layer[start] if start < len(of_layer) else [], looks[name], i
+                ),
                 "mode": "lines",
             }
             for i, ((name, h), of_layer) in enumerate(zip(having, curves, strict=True))
@@ -138,7 +141,7 @@ def _entropy_rows(having: Having) -> list[list[Any]]:
 
 
 def _middles(edges: Sequence[float]) -> list[float]:
-    return [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a + b) / 2 for a, b in pairwise(edges)]
 
 
 def _span(histograms: Sequence[LayerHistogram], rest: float = 0.001) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rmoe.report.charts.chart import Chart, Choice, Cube, Style, axis, layer_axis
-from rmoe.report.charts.shared import heat_maps, line, token_count
+from rmoe.report.charts.shared import heat_maps, layer_lines, line, token_count
 from rmoe.results.analysis import Matrix, ModelAnalysis, PairMeasure
 
 SECTION = "Across layers"
@@ -44,7 +44,9 @@ def mutual_information(models: Sequence[ModelAnalysis], looks: dict[str, Style])
         top = max(len(values) for _, values in shown)
         panels = heat_maps(
             shown,
-            columns=min(len(having), 3) if len(having) > 1 else len(shown),  # by chance stands below, or beside
+            columns=min(len(having), 3)
+            if len(having) > 1
+            else len(shown),  # by chance stands below, or beside
             across=layer_axis(top, constrain="domain"),
             down=layer_axis(top, autorange="reversed"),
             colour={"cmin": min(0.0, *off), "cmax": max(off), "colorbar": {"title": {"text": "nats"}}},
@@ -179,3 +181,62 @@ def _in_lines(path: Sequence[int], at_most: int = 16) -> str:
     """A path for a label, broken where it is long."""
     parts = [path[i : i + at_most] for i in range(0, len(path), at_most)]
     return "<br>→".join("→".join(map(str, part)) for part in parts)
+
+
+def predictability(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """What one layer's input says of the next layer's choice."""
+    having = [(m.name, m.predictability) for m in models if m.predictability]
+    if not having:
+        return []
+    lines = {
+        "own_router": ("", "solid"),
+        "at_its_own_input": (", at its own input", "dash"),
+        "chance": (", by chance", "dot"),
+    }
+    data, rows = [], []
+    for index, (name, p) in enumerate(having):
+        for field, (said, dash) in lines.items():
+            values = getattr(p, field)
+            look = Style(looks[name].colour, dash)
+            data.append(line(f"{name}{said}", range(1, len(values) + 1), values, look, index))
+        known = zip(p.own_router, p.at_its_own_input, p.chance, strict=True)
+        rows += [[name, layer, *row] for layer, row in enumerate(known, start=1)]
+    return [
+        Chart(
+            id="predictability",
+            section=SECTION,
+            title="How much of a layer's choice is known one layer earlier",
+            definition="Recall of the chosen experts, when the layer's own router matrix reads the input of the router "
+            "below: mean over tokens of |predicted and chosen| / k. At its own input: what the matrix alone can reach.",
+            unit="share of chosen experts",
+            sample=token_count([p.n for _, p in having]),
+            data=data,
+            layout={
+                "xaxis": layer_axis(max(len(p.chance) for _, p in having)),
+                "yaxis": axis("recall", range=[0, 1.03]),
+                "hovermode": "x unified",
+            },
+            rows=[["model", "layer", "from the layer below", "at its own input", "by chance"], *rows],
+            height=420,
+            wide=True,
+        )
+    ]
+
+
+def flips(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    having = [(m.name, m.flips) for m in models if m.flips]
+    if not having:
+        return []
+    anywhere = "; ".join(f"{name} and {f.other} {f.any_layer:.2%}" for name, f in having)
+    return [
+        layer_lines(
+            "flips",
+            SECTION,
+            "Flips: tokens routed otherwise by a second model",
+            "Share of tokens whose set of chosen experts differs between the two models, or the two precisions. In at "
+            f"least one layer: {anywhere}.",
+            "share of tokens",
+            token_count([f.n for _, f in having]),
+            [(f"{name} and {f.other}", f.values, looks[name], {}) for name, f in having],
+        )
+    ]

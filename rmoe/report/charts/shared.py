@@ -18,7 +18,6 @@ from rmoe.report.charts.chart import (
 )
 from rmoe.results.analysis import LayerMeasure, ModelAnalysis
 
-
 GAPS_UP_TO = 40  # cells in a line, over all maps in it
 
 

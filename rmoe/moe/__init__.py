@@ -1,0 +1,26 @@
+"""Any Mixture-of-Experts model as stacks of routed layers: found, read, recorded."""
+
+from rmoe.moe.check import ReadingCheck, SilencedExpert, check_reading
+from rmoe.moe.layers import RoutedLayer, require_layers, routed_layers, routed_stacks
+from rmoe.moe.matrices import expert_matrices, expert_vectors, scorer_matrix
+from rmoe.moe.reading import Reader
+from rmoe.moe.record import RoutingBatch, RoutingRecord
+from rmoe.moe.recorder import Recorder, listen
+
+__all__ = [
+    "Reader",
+    "ReadingCheck",
+    "Recorder",
+    "RoutedLayer",
+    "RoutingBatch",
+    "RoutingRecord",
+    "SilencedExpert",
+    "check_reading",
+    "expert_matrices",
+    "expert_vectors",
+    "listen",
+    "require_layers",
+    "routed_layers",
+    "routed_stacks",
+    "scorer_matrix",
+]
