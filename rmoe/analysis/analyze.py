@@ -18,8 +18,8 @@ from rmoe.analysis.saturation import Saturation
 from rmoe.analysis.weights import mean_pairwise_cosine, norm_and_std, random_similarity
 from rmoe.errors import RequestError
 from rmoe.moe import expert_vectors, scorer_matrix
-from rmoe.moe.record import RoutingBatch
 from rmoe.moe.recorder import Recorder
+from rmoe.moe.records import RoutingBatch
 from rmoe.report import analysis_schema as schema
 
 _RANDOM_SEED = 0

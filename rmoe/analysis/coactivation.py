@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rmoe.analysis.histogram import add_counts
-from rmoe.moe.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 
 
 class Coactivation:

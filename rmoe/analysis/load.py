@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rmoe.analysis.histogram import add_counts
-from rmoe.moe.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 
 CAPACITY_FACTORS = (1.0, 1.25, 1.5, 2.0)
 WINDOW_TOKENS = 4096

@@ -16,7 +16,7 @@ from rmoe.analysis.load import Load, frequency, load_imbalance
 from rmoe.analysis.mutual_information import ChosenMutualInformation, DigitisedMutualInformation
 from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.token_affinity import TokenAffinity, tracked_tokens
-from rmoe.moe.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 from rmoe.report import analysis_schema as schema
 
 TOP_PATHS = 20

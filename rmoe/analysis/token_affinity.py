@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rmoe.analysis.histogram import add_counts
-from rmoe.moe.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 
 MAX_TABLE = 1 << 25  # counters: 256 MiB
 

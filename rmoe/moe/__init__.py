@@ -4,8 +4,10 @@ from rmoe.moe.check import ReadingCheck, SilencedExpert, check_reading
 from rmoe.moe.layers import RoutedLayer, require_layers, routed_layers, routed_stacks
 from rmoe.moe.matrices import expert_matrices, expert_vectors, scorer_matrix
 from rmoe.moe.reading import Reader
-from rmoe.moe.record import RoutingBatch, RoutingRecord
 from rmoe.moe.recorder import Recorder, listen
+from rmoe.moe.records import RoutingBatch, RoutingRecord
+from rmoe.moe.replaying import record, replay
+from rmoe.moe.trace import Trace, TracedSequence
 
 __all__ = [
     "Reader",
@@ -15,10 +17,14 @@ __all__ = [
     "RoutingBatch",
     "RoutingRecord",
     "SilencedExpert",
+    "Trace",
+    "TracedSequence",
     "check_reading",
     "expert_matrices",
     "expert_vectors",
     "listen",
+    "record",
+    "replay",
     "require_layers",
     "routed_layers",
     "routed_stacks",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.moe.layers import RoutedLayer
-from rmoe.moe.record import RoutingRecord
 from rmoe.moe.recorder import Recorder, listen
+from rmoe.moe.records import RoutingRecord
 
 EXPERTS_PER_LAYER = 3
 """The busiest, one of middling load, and the idlest: the last is where tokens would change that should not."""
@@ -71,7 +71,9 @@ class ReadingCheck:
         """The verdict in a sentence."""
         layers = len({one.layer for one in self.experts})
         wrong = [one for one in self.experts if not one.passed]
-        what = f"{len(self.experts)} experts of {layers} layers, silenced one at a time on {self.tokens} tokens"
+        what = (
+            f"{len(self.experts)} experts of {layers} layers, silenced one at a time on {self.tokens} tokens"
+        )
         if wrong:
             first = wrong[0]
             found = f"expert {first.expert} of {first.layer}: {first.extra} other tokens changed, and {first.missed} "
@@ -115,7 +117,9 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
 
         for layer in recorder.layers:
 
-            def after(block: nn.Module, args: Any, kwargs: Any, output: Any, layer: RoutedLayer = layer) -> None:
+            def after(
+                block: nn.Module, args: Any, kwargs: Any, output: Any, layer: RoutedLayer = layer
+            ) -> None:
                 look(layer, block, args, kwargs)
 
             block = model.get_submodule(layer.name)

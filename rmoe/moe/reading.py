@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.errors import RequestError
-from rmoe.moe.record import RoutingRecord
+from rmoe.moe.records import RoutingRecord
 from rmoe.moe.scores import SCORES, TOLERANCE, disproportion
 from rmoe.routing.contract import Routing
 from rmoe.routing.router import BaseRouter
@@ -150,7 +150,9 @@ class ExpertsReader(Reader):
             return "sparsemixer"
         allowed = f"a router whose weights follow from its scores by one of {', '.join(SCORES)}"
         ran = f"{experts.unique().numel()} of {self.num_experts} experts in {experts.shape[-1]} slots a token"
-        raise RequestError("MODEL", self.name, f"{allowed}; the nearest is off by {errors[best]:.2g}, with {ran}")
+        raise RequestError(
+            "MODEL", self.name, f"{allowed}; the nearest is off by {errors[best]:.2g}, with {ran}"
+        )
 
 
 class DenseReader(Reader):
@@ -159,14 +161,14 @@ class DenseReader(Reader):
     at = "router"
 
     def read(self, gate_output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> RoutingRecord:
-        scores, logits = self._scores_and_logits(gate_output)
-        experts = logits.topk(self.top_k, dim=-1).indices
+        scores, logits = self.scores_and_logits(gate_output)
+        experts = logits.masked_fill(scores == 0, -torch.inf).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, experts).detach().float()
         self.scoring = "sigmoid"
         wide = logits.detach().float()
         return record_of(logits.detach(), SCORES[self.scoring](wide), experts, weights, self.num_experts)
 
-    def _scores_and_logits(self, gate_output: Any) -> tuple[Tensor, Tensor]:
+    def scores_and_logits(self, gate_output: Any) -> tuple[Tensor, Tensor]:
         """Scores have k entries a token that are not zero, where logits have E."""
         dense = [v for v in gate_output if isinstance(v, Tensor) and v.shape[-1] == self.num_experts]
         sparse = [value for value in dense if bool(((value != 0).sum(-1) <= self.top_k).all())]

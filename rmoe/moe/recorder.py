@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rmoe.errors import RequestError
 from rmoe.moe.layers import RoutedLayer, require_layers
-from rmoe.moe.record import RoutingBatch, RoutingRecord
+from rmoe.moe.records import RoutingBatch, RoutingRecord
 
 
 @dataclass

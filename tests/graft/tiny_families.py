@@ -134,6 +134,7 @@ _TINY: dict[str, Any] = {
     "loop_layer_index_start": 1,
     "loop_layer_index_end": 3,
     "loop_num_passes": 2,
+    "n_layers_per_attn_res_block": 1,
     "sliding_window": 8,
     "d_model": 32,
     "n_heads": 4,
@@ -201,7 +202,9 @@ def _is_moe(config_class: type[PreTrainedConfig]) -> bool:
 def _parts(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
     """The configurations nested in one, but those of any type (`AutoConfig`)."""
     found = config_class.sub_configs.items()
-    return {name: part for name, part in found if isinstance(part, type) and issubclass(part, PreTrainedConfig)}
+    return {
+        name: part for name, part in found if isinstance(part, type) and issubclass(part, PreTrainedConfig)
+    }
 
 
 def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -285,7 +288,9 @@ def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-        with torch.no_grad():  # some families leave gates, or everything, at zero: all tokens take the same experts
+        with (
+            torch.no_grad()
+        ):  # some families leave gates, or everything, at zero: all tokens take the same experts
             for parameter in model.parameters():
                 if parameter.is_floating_point() and not parameter.any():
                     parameter.normal_(0.0, 0.02)
@@ -305,7 +310,9 @@ def try_family(model_type: str) -> FamilyResult:
             warnings.simplefilter("ignore")
             try:
                 models = [tiny_model(model_type, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-            except Exception as error:  # a family may fail in any way of its own; the list goes on and says how
+            except (
+                Exception
+            ) as error:  # a family may fail in any way of its own; the list goes on and says how
                 why = f"needs {error.allowed}" if isinstance(error, RequestError) else str(error)
                 return FamilyResult(model_type, False, False, one_line(why)[:200])
             read, grafted = (
