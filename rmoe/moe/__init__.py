@@ -1,5 +1,6 @@
-"""Any Mixture-of-Experts model as stacks of routed layers: found, read, recorded."""
+"""Any Mixture-of-Experts model as stacks of routed layers: found, read, checked, recorded, replayed."""
 
+from rmoe.moe.callback import RoutingCallback
 from rmoe.moe.check import ReadingCheck, SilencedExpert, check_reading
 from rmoe.moe.layers import RoutedLayer, require_layers, routed_layers, routed_stacks
 from rmoe.moe.matrices import expert_matrices, expert_vectors, scorer_matrix
@@ -15,6 +16,7 @@ __all__ = [
     "Recorder",
     "RoutedLayer",
     "RoutingBatch",
+    "RoutingCallback",
     "RoutingRecord",
     "SilencedExpert",
     "Trace",

@@ -25,18 +25,18 @@ class Forcing(TorchFunctionMode):
     Top-k over groups of experts, before that over experts, takes the groups of the given ones first.
 
     Args:
-        ids: [T, k] int64, the choice. Negative where there is none: the router's own best that are left. `num_experts` in
-            an empty slot, likewise, unless the router has a class for it.
+        ids: [T, k] int64, the choice. Negative where there is none: there the router's own best of the rest. So too for
+            `num_experts`, an empty slot, unless the router has a class for it.
         num_experts: E.
 
     Attributes:
-        chosen: how often a choice was made here.
+        active: whether choices are still to be made; off once the experts are called.
     """
 
     def __init__(self, ids: Tensor, num_experts: int) -> None:
         super().__init__()
         self.ids, self.num_experts = ids, num_experts
-        self.chosen = 0
+        self.active = True
         self._slot = 0
 
     def __torch_function__(
@@ -47,9 +47,9 @@ class Forcing(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in TOPK:
+        if self.active and func in TOPK:
             return self._topk(func, args, kwargs)
-        if func in BEST or func in ARGMAX:
+        if self.active and func in (*BEST, *ARGMAX):
             return self._best(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -57,28 +57,22 @@ class Forcing(TorchFunctionMode):
         scores = args[0]
         k = args[1] if len(args) > 1 else kwargs["k"]
         live = func(*args, **kwargs)
-        if scores.dim() != 2 or len(scores) != len(self.ids):
-            return live
         if self._is_classes(scores) and k == self.ids.shape[1]:
-            self.chosen += 1
-            return self._result(live, scores, self.fill(scores, self.ids))
-        if scores.shape[1] < self.num_experts and self.num_experts % scores.shape[1] == 0:
-            return self._result(live, scores, self._groups(scores, int(k)))
-        return live
+            index = self.fill(scores.reshape(len(self.ids), -1), self.ids).view(*scores.shape[:-1], k)
+        elif self._is_groups(scores):
+            index = self._groups(scores, k)
+        else:
+            return live
+        return type(live)((scores.gather(-1, index), index))
 
     def _best(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One slot at a time, by `max` or `argmax` (SparseMixer, Switch)."""
+        """One slot at a time, by `max` or `argmax` (SparseMixer)."""
         live = func(*args, **kwargs)
         scores, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim")
-        if (
-            not isinstance(dim, int)
-            or not self._is_classes(scores)
-            or scores.numel() // scores.shape[-1] != len(self.ids)
-        ):
+        if not isinstance(dim, int) or not self._is_classes(scores):
             return live
         slot = min(self._slot, self.ids.shape[1] - 1)
         self._slot += 1
-        self.chosen = 1
         flat = scores.reshape(len(self.ids), -1)
         index = self.fill(flat, self.ids[:, slot : slot + 1]).view(*scores.shape[:-1], 1)
         keep = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
@@ -88,7 +82,17 @@ class Forcing(TorchFunctionMode):
         return type(live)((values, index) if keep else (values.squeeze(-1), index.squeeze(-1)))
 
     def _is_classes(self, scores: Tensor) -> bool:
-        return scores.dim() > 1 and scores.shape[-1] in (self.num_experts, self.num_experts + 1)
+        """Whether these are the T tokens' scores for all classes."""
+        classes = scores.shape[-1] if scores.dim() > 1 else 0
+        return (
+            classes in (self.num_experts, self.num_experts + 1) and scores.numel() == len(self.ids) * classes
+        )
+
+    def _is_groups(self, scores: Tensor) -> bool:
+        """Whether these are the T tokens' scores for groups of experts."""
+        if scores.dim() != 2 or len(scores) != len(self.ids):
+            return False
+        return scores.shape[1] < self.num_experts and self.num_experts % scores.shape[1] == 0
 
     def fill(self, scores: Tensor, ids: Tensor) -> Tensor:
         """The given choice, and the best of the others in slots without one."""
@@ -101,9 +105,6 @@ class Forcing(TorchFunctionMode):
     def _groups(self, scores: Tensor, k: int) -> Tensor:
         size = self.num_experts // scores.shape[1]
         given = (self.ids >= 0) & (self.ids < self.num_experts)
-        group = (self.ids.clamp(0, self.num_experts - 1) // size).to(scores.device)
+        group = self.ids.clamp(0, self.num_experts - 1) // size
         wanted = torch.zeros_like(scores, dtype=torch.int64).scatter_add(1, group, given.long()) > 0
         return scores.detach().masked_fill(wanted, torch.inf).topk(k, -1).indices
-
-    def _result(self, live: Any, scores: Tensor, index: Tensor) -> Any:
-        return type(live)((scores.gather(1, index), index))

@@ -87,9 +87,8 @@ class ExpertsReader(Reader):
             experts = experts.masked_fill((weights == 0) & (experts == 0), self.num_experts)
         weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         wide = logits.float()
-        if self.scoring is None:
-            self.scoring = self._find_scoring(wide, experts, weights)
-        return record_of(logits, self._scores(self.scoring, wide), experts, weights, self.num_experts)
+        scoring = self.scoring or self._find_scoring(wide, experts, weights)
+        return record_of(logits, self._scores(scoring, wide), experts, weights, self.num_experts)
 
     def choice(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The experts `[T, K]` and their weights `[T, K]` among what the experts are called with."""
@@ -144,10 +143,14 @@ class ExpertsReader(Reader):
                 errors[name, at] = disproportion(bare, function(logits).gather(-1, chosen), used)
         best = min(errors, key=errors.__getitem__)
         if errors[best] <= TOLERANCE:
-            self.scaled_by = (None, *self.scales)[best[1]]
+            if (
+                sum(error <= TOLERANCE for error in errors.values()) == 1
+            ):  # else these tokens cannot tell: look again
+                self.scoring, self.scaled_by = best[0], (None, *self.scales)[best[1]]
             return best[0]
         if _is_sparse_mixer(logits, chosen, weights):
-            return "sparsemixer"
+            self.scoring = "sparsemixer"
+            return self.scoring
         allowed = f"a router whose weights follow from its scores by one of {', '.join(SCORES)}"
         ran = f"{experts.unique().numel()} of {self.num_experts} experts in {experts.shape[-1]} slots a token"
         raise RequestError(

@@ -51,7 +51,7 @@ class Pass:
 
 
 @contextmanager
-def _passes(
+def passes(
     model: nn.Module, begin: Callable[[Tokens], Pass], end: Callable[[Pass], None]
 ) -> Iterator[Callable[[], Pass | None]]:
     """Within, each forward pass of the model is one `Pass`; yields what gives the one in progress, None outside any."""
@@ -127,7 +127,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
             sequence.extend(done.tokens.ids[rows], ids[rows])
 
     with ExitStack() as stack:
-        current = stack.enter_context(_passes(model, Pass, end))
+        current = stack.enter_context(passes(model, Pass, end))
 
         def receive(layer: RoutedLayer, found: RoutingRecord) -> None:
             now = current()
@@ -170,7 +170,7 @@ def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
     _require_fit(layers, trace)
     follower = _Follower(trace)
     with ExitStack() as stack:
-        current = stack.enter_context(_passes(model, follower.begin, lambda done: None))
+        current = stack.enter_context(passes(model, follower.begin, lambda done: None))
         where = _Where(current)
         elements = {
             (layer.stack, layer.index): model.get_submodule(f"{layer.stack}.{layer.index}")
@@ -180,6 +180,11 @@ def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
         for key, element in elements.items():
             hook = partial(where.enter, key)
             stack.callback(element.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for (
+                part
+            ) in element.children():  # from transformers 5.24 on checkpoints lie within an element's call
+                hook = partial(where.enter_part, key)
+                stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for layer in layers:
             columns = [i for i, name in enumerate(trace.layers) if name.split(" (pass ")[0] == layer.name]
             stack.enter_context(_forced(model, layer, columns, where))
@@ -195,9 +200,8 @@ def _require_fit(layers: list[RoutedLayer], trace: Trace) -> None:
     for name, *sizes in zip(names, trace.num_experts, trace.top_k, strict=True):
         own = [by_name[name].num_experts, by_name[name].top_k]
         if sizes != own:
-            raise RequestError(
-                "trace", f"{sizes[0]} experts, top-{sizes[1]}", f"{own[0]} experts, top-{own[1]} in {name}"
-            )
+            found, allowed = (f"{experts} experts, top-{k}" for experts, k in (sizes, own))
+            raise RequestError("trace", found, f"{allowed} in {name}")
 
 
 class _Follower:
@@ -247,42 +251,52 @@ def _agree(traced: Tensor, given: Tensor) -> bool:
 
 
 class _Where:
-    """Which pass a layer is running for, and for which time in it: also when a backward pass runs it again."""
+    """Which pass a layer is running for, and for which time in it: also when a backward pass runs it again.
+
+    A checkpoint saves a layer's input and gives it again to what the layer calls first: the memory it lies in tells
+    the passes apart, since inputs that are still to be run again are alive.
+    """
 
     def __init__(self, current: Callable[[], Pass | None]) -> None:
         self.current = current
         self._inputs: dict[tuple[Any, int, tuple[int, ...]], tuple[Pass, int]] = {}
         self._of: dict[Any, tuple[Pass, int]] = {}
+        self._again: dict[Any, tuple[nn.Module, tuple[Pass, int]]] = {}
 
     def enter(self, key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """An element of the stack is called. Its input is what checkpointing saves and gives again."""
-        hidden = _first_tensor((args, tuple(kwargs.values())))
-        at = (key, hidden.data_ptr(), tuple(hidden.shape))
+        """An element of the stack is called."""
         now = self.current()
-        if now is not None:
-            self._of[key] = self._inputs[at] = (now, now.times[key])
-            now.times[key] += 1
-        elif at in self._inputs:
-            self._of[key] = self._inputs[at]
-        else:
-            raise _lost(f"{key[0]}.{key[1]}")
+        hidden = _first_tensor((args, tuple(kwargs.values())))
+        if now is None or hidden is None:
+            return self.enter_part(key, module, args, kwargs)
+        self._of[key] = self._inputs[key, hidden.data_ptr(), tuple(hidden.shape)] = (now, now.times[key])
+        now.times[key] += 1
+
+    def enter_part(self, key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A part of an element is called: outside a pass, perhaps on the element's saved input."""
+        if self.current() is not None or (hidden := _first_tensor((args, tuple(kwargs.values())))) is None:
+            return
+        found = self._inputs.get((key, hidden.data_ptr(), tuple(hidden.shape)))
+        if found is not None and (key not in self._again or self._again[key][0] is module):
+            self._again[key] = (module, found)
 
     def of(self, layer: RoutedLayer) -> tuple[Pass, int]:
         """The pass and time that a layer runs for."""
-        found = self._of.get((layer.stack, layer.index))
-        if found is None:
-            raise _lost(layer.name)
-        return found
+        key = (layer.stack, layer.index)
+        if self.current() is not None and key in self._of:
+            return self._of[key]
+        if key not in self._again:
+            what = f"{layer.name} runs outside a forward pass of the model, on an input that it had in none"
+            raise RunError(what, "nothing", "call the model that is replayed; do not offload activations")
+        return self._again.pop(key)[1]
 
 
-def _lost(name: str) -> RunError:
-    what = (
-        f"{name} runs outside a forward pass of the model that is replayed, on an input that none of them had"
-    )
-    return RunError(what, "nothing", "call the model itself, and use no offloading of activations")
+def _device(*given: Any) -> torch.device | None:
+    hidden = _first_tensor(tuple(tuple(one.values()) if isinstance(one, dict) else one for one in given))
+    return None if hidden is None else hidden.device
 
 
-def _first_tensor(value: Any) -> Tensor:
+def _first_tensor(value: Any) -> Tensor | None:
     stack = [value]
     while stack:
         one = stack.pop(0)
@@ -290,32 +304,32 @@ def _first_tensor(value: Any) -> Tensor:
             return one
         if isinstance(one, tuple | list):
             stack[:0] = one
-    raise RunError(
-        "a layer was called without a tensor", "nothing", "replay a model whose layers take hidden states"
-    )
+    return None
 
 
 @contextmanager
 def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Where) -> Iterator[None]:
     """Within, the router of one layer chooses what is replayed, and it is checked that the experts are given that."""
     own = isinstance(layer.reader, RoutingReader)
-    inside = layer.gate if own else model.get_submodule(layer.name)
+    # Where the block is the element that is checkpointed, its call lies outside the checkpoint.
+    in_gate = own or layer.name == f"{layer.stack}.{layer.index}"
+    inside = layer.gate if in_gate else model.get_submodule(layer.name)
     forward = inside.forward
     expected: list[Tensor] = []
+    forcing: list[Forcing] = []
 
     def forced(*args: Any, **kwargs: Any) -> Any:
         now, time = where.of(layer)
         assert now.ids is not None
-        if layer.reader.scoring == "sparsemixer" and inside.training:
-            raise RequestError("model", "in training", f"evaluation mode: {layer.name} samples its choice")
-        ids = now.ids[:, columns[time], : layer.top_k].to(
-            _first_tensor((args, tuple(kwargs.values()))).device
-        )
+        ids = now.ids[:, columns[time], : layer.top_k].to(_device(args, kwargs))
         expected[:] = [ids]
-        with Forcing(ids, layer.num_experts):
+        with Forcing(ids, layer.num_experts) as one:
+            forcing[:] = [one]
             return forward(*args, **kwargs)
 
     def verify_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for one in forcing:
+            one.active = False
         if expected and isinstance(layer.reader, ExpertsReader):
             _require_taken(layer, expected.pop(), layer.reader.choice(args, kwargs)[0])
 
@@ -330,7 +344,7 @@ def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Wh
 
     inside.forward = forced
     handles = (
-        layer.experts.register_forward_pre_hook(verify_experts, with_kwargs=True),
+        layer.experts.register_forward_pre_hook(verify_experts, prepend=True, with_kwargs=True),
         layer.gate.register_forward_hook(verify_gate),
     )
     try:

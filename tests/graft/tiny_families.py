@@ -17,6 +17,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,9 @@ def try_family(model_type: str) -> FamilyResult:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                models = [tiny_model(model_type, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+                models = [tiny_model(model_type)]
+                with suppress(NotTried):  # some keep weights in float32 whatever the rest is
+                    models.append(tiny_model(model_type, dtype=torch.bfloat16))
             except (
                 Exception
             ) as error:  # a family may fail in any way of its own; the list goes on and says how

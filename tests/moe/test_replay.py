@@ -1,4 +1,4 @@
-"""A replayed pass takes the recorded experts, with weights and gradients of the live scores, and nothing else changes."""
+"""A replayed pass takes the recorded experts, with weights and gradients of the live scores; all else stays."""
 
 from __future__ import annotations
 
@@ -62,8 +62,19 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def chosen(model: nn.Module, **given: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    with listen(routed_layers(model), lambda layer, one: found.append(one.experts)), torch.no_grad():
+    layers = routed_layers(model)
+    if layers[0].reader.at == "router":
+        with listen(layers, lambda layer, one: found.append(one.experts)), torch.no_grad():
+            output_of(model, **given)
+        return found
+    handles = [
+        layer.experts.register_forward_pre_hook(lambda module, args: found.append(args[1]))
+        for layer in layers
+    ]
+    with torch.no_grad():
         output_of(model, **given)
+    for handle in handles:
+        handle.remove()
     return found
 
 
@@ -95,7 +106,8 @@ def test_replay_is_the_recorded_pass_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*FAMILIES, "rmoe", "graft"])
 def test_other_weights_take_the_replayed_choice(name: str) -> None:
-    model = made(name, torch.bfloat16)
+    exact = "inkling2_loop_text"  # some of its weights stay in float32
+    model = made(name, torch.float32 if name == exact else torch.bfloat16)
     with record(model) as trace, torch.no_grad():
         output_of(model)
     shift_gates(model)
@@ -105,6 +117,10 @@ def test_other_weights_take_the_replayed_choice(name: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(live, forced, strict=True))
     for index, experts in enumerate(forced):
         want = trace.ids[:, index, : experts.shape[1]].long()
+        if name == "zaya":
+            want = (
+                want % routed_layers(model)[index].num_experts
+            )  # it hands a skip on as expert 0 of weight 0
         assert torch.equal(experts.sort(-1).values, want.sort(-1).values)
     assert all(torch.equal(a, b) for a, b in zip(chosen(model), live, strict=True))
 
@@ -119,7 +135,12 @@ def test_weights_follow_from_the_live_scores_with_their_gradient() -> None:
     block = model.get_submodule(layer.name)
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    block.register_forward_hook(lambda m, args, out: (inputs.append(args[0]), outputs.append(out)) and None)
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        inputs.append(args[0])
+        outputs.append(output)
+
+    block.register_forward_hook(keep)
     with replay(model, trace):
         output_of(model)
     outputs[0].square().sum().backward()
@@ -244,7 +265,7 @@ def test_what_does_not_fit_is_refused() -> None:
     sampled = made("phimoe")
     with record(sampled) as trace, torch.no_grad():
         output_of(sampled)
-    with replay(sampled.train(), trace), pytest.raises(RequestError, match="evaluation mode"):
+    with replay(sampled.train(), trace), pytest.raises(RunError, match="did not take the choice"):
         output_of(sampled)
 
 
