@@ -27,9 +27,20 @@ def log_probs(model: OlmoeForCausalLM, tokens: Tensor) -> Tensor:
 def main() -> tuple[float, float]:
     """The largest gap between generated and trained probabilities, routed live and replayed."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 8}
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 8,
+        "initializer_range": 0.2,
+    }
     config = OlmoeConfig(
-        **sizes, num_attention_heads=4, num_experts=32, num_experts_per_tok=4, eos_token_id=None
+        **sizes,
+        initializer_range=0.2,
+        num_attention_heads=4,
+        num_experts=32,
+        num_experts_per_tok=4,
+        eos_token_id=None,
     )
     actor = OlmoeForCausalLM(config).eval()
     learner = OlmoeForCausalLM(config).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
@@ -17,12 +17,14 @@ from rmoe.analysis.measures import RoutingMeasures, Sizes
 from rmoe.analysis.saturation import Saturation
 from rmoe.analysis.weights import mean_pairwise_cosine, norm_and_std, random_similarity
 from rmoe.errors import RequestError
-from rmoe.moe import expert_vectors, scorer_matrix
+from rmoe.moe import check_reading, expert_vectors, scorer_matrix
 from rmoe.moe.recorder import Recorder
 from rmoe.moe.records import RoutingBatch
 from rmoe.report import analysis_schema as schema
 
 _RANDOM_SEED = 0
+
+CHECKED_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class AnalysisOptions:
         batch_size: blocks per forward pass. No figure depends on it, beyond rounding.
         gradient_tokens: about so many tokens, in whole blocks, for the gradient split; 0 leaves it out.
         explored_tokens: so many tokens are kept for the token explorer.
+        check: silence some experts first, and refuse a model that is read wrongly (`rmoe.moe.check_reading`).
     """
 
     batch_size: int = 8
     gradient_tokens: int = 4096
     explored_tokens: int = 256
+    check: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("gradient_tokens", 0), ("explored_tokens", 0)):
@@ -90,6 +94,9 @@ def analyze_models(
     passes = [_Pass(subject, token_counts, options) for subject in subjects]
     saturation = _saturation(passes) if stability else None
     with _evaluating([subject.model for subject in subjects]):
+        if options.check:
+            for one in passes:
+                one.require_read(blocks)
         for start in range(0, len(blocks), options.batch_size):
             input_ids = torch.from_numpy(blocks[start : start + options.batch_size].astype(np.int64))
             batches = [one.update(input_ids) for one in passes]
@@ -110,6 +117,7 @@ class _Pass:
     def __init__(self, subject: Subject, token_counts: np.ndarray, options: AnalysisOptions) -> None:
         self.subject, self.token_counts, self.options = subject, token_counts, options
         self.recorder = Recorder(subject.model)
+        self.check: schema.ReadingCheck | None = None
         self.shared = find_shared(subject.model, self.recorder.layers)
         self.measures: RoutingMeasures | None = None
         embedding = subject.model.get_input_embeddings()  # type: ignore[operator]
@@ -118,12 +126,31 @@ class _Pass:
             raise RequestError("tokenizer", f"one that gives id {len(token_counts) - 1}", allowed)
         self.device = embedding.weight.device
 
+    def require_read(self, blocks: np.ndarray) -> None:
+        """Check that the model is read correctly, on the start of the text.
+
+        Raises:
+            RequestError: silencing an expert changed other tokens than those said to use it.
+        """
+        ids = torch.from_numpy(blocks[:1, :CHECKED_TOKENS].astype(np.int64)).to(self.device)
+        found = check_reading(self.subject.model, ids)
+        self.check = schema.ReadingCheck(
+            passed=found.passed,
+            summary=found.summary(),
+            tokens=found.tokens,
+            experts=[schema.ExpertCheck(**asdict(one)) for one in found.experts],
+        )
+        if not found.passed:
+            allowed = f"a model whose routing can be read, or --no-check; the check {found.summary()}"
+            raise RequestError("MODEL", self.subject.name, allowed)
+
     def update(self, input_ids: Tensor) -> RoutingBatch:
         """Run the model on [B, S] ids and measure its routing."""
         batch = self.recorder.batch(input_ids.to(self.device))
         if self.measures is None:  # how many classes a router has shows in what it returns
             layers, _, classes = batch.probs.shape
-            sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes)
+            by_layer = batch.layer_experts, batch.layer_top_k
+            sizes = Sizes(layers, batch.num_experts, batch.experts.shape[2], classes, *by_layer)
             self.measures = RoutingMeasures(sizes, self.token_counts, self.options.explored_tokens)
         self.measures.update(batch, input_ids.reshape(-1))
         return batch
@@ -138,7 +165,8 @@ class _Pass:
             layers=sizes.num_layers,
             experts=sizes.num_experts,
             experts_per_token=sizes.experts_per_token,
-            layer_names=[layer.name for layer in self.recorder.layers],
+            layer_names=self.recorder.names,
+            check=self.check,
             similarity=self._similarity(),
             router_weights=self._router_weights(),
             gradient_split=self._gradient_split(blocks),
@@ -146,7 +174,7 @@ class _Pass:
         )
 
     def _similarity(self) -> schema.Similarity | None:
-        vectors = [expert_vectors(layer) for layer in self.recorder.layers]
+        vectors = [expert_vectors(layer) for layer in self.recorder.called]
         if any(v is None for v in vectors):
             return None
         found = [v for v in vectors if v is not None]
@@ -159,13 +187,20 @@ class _Pass:
         )
 
     def _router_weights(self) -> schema.RouterWeights | None:
-        matrices = [scorer_matrix(layer, self.shared) for layer in self.recorder.layers]
+        matrices = [scorer_matrix(layer, self.shared) for layer in self.recorder.called]
         measured = [norm_and_std(matrix) for matrix in matrices if matrix is not None]
         if len(measured) < len(matrices):
             return None  # a router without a matrix: a hash
         return schema.RouterWeights(norm=[norm for norm, _ in measured], std=[std for _, std in measured])
 
     def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
+        if (
+            len(self.recorder.called) > len(self.recorder.layers)
+            or self.subject.model.config.is_encoder_decoder
+        ):  # type: ignore[union-attr]
+            return (
+                None  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
+            )
         count = min(len(blocks), -(-self.options.gradient_tokens // blocks.shape[1]))
         # Batches of one size, so that each weighs the same in the mean.
         size = min(self.options.batch_size, max(count, 1))

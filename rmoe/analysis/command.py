@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def _one_by_one(
     analyses = []
     for index, (subject, reading) in enumerate(zip(subjects, readings, strict=True)):
         explored = options.explored_tokens if index == 0 else 0
-        own = AnalysisOptions(options.batch_size, options.gradient_tokens, explored)
+        own = replace(options, explored_tokens=explored)
         analyses += analyze_models([subject], reading.blocks, reading.token_text, own)
     return analyses
 

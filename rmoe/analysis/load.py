@@ -20,9 +20,14 @@ def frequency(counts: np.ndarray) -> np.ndarray:
     return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
 
 
-def load_imbalance(counts: np.ndarray) -> np.ndarray:
-    """Largest load over mean load, [..., E] -> [...]: 1 is perfect balance, E one expert doing all the work."""
-    return frequency(counts).max(axis=-1) * counts.shape[-1]
+def load_imbalance(counts: np.ndarray, layer_experts: Sequence[int] = ()) -> np.ndarray:
+    """Largest load over mean load, [..., L, E] -> [..., L]: 1 is perfect balance, E one expert doing all the work.
+
+    Args:
+        counts: assignments per expert.
+        layer_experts: E of each layer, where some have fewer than the last dimension.
+    """
+    return frequency(counts).max(axis=-1) * (np.asarray(layer_experts) if layer_experts else counts.shape[-1])
 
 
 def capacity(capacity_factor: float, num_tokens: int, experts_per_token: int, num_experts: int) -> int:
@@ -43,6 +48,7 @@ class Load:
         total_tokens: tokens that `update` will see in all.
         capacity_factors: C factors.
         window_tokens: T.
+        layers: E and k of each layer, where they differ.
     """
 
     def __init__(
@@ -53,12 +59,18 @@ class Load:
         total_tokens: int,
         capacity_factors: Sequence[float] = CAPACITY_FACTORS,
         window_tokens: int = WINDOW_TOKENS,
+        layers: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ) -> None:
         self.window_tokens = min(window_tokens, total_tokens)
         self.capacity_factors = list(capacity_factors)
+        own_experts = layers[0] or (num_experts,) * num_layers
+        own_top_k = layers[1] or (experts_per_token,) * num_layers
         self._capacity = torch.tensor(
-            [capacity(f, self.window_tokens, experts_per_token, num_experts) for f in capacity_factors]
-        )
+            [
+                [capacity(f, self.window_tokens, k, e) for e, k in zip(own_experts, own_top_k, strict=True)]
+                for f in capacity_factors
+            ]
+        )  # [F, L]
         self.counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         self._window = torch.zeros(num_layers, num_experts + 1, dtype=torch.int64)  # last column: no expert
         self._window_seen = 0
@@ -81,7 +93,7 @@ class Load:
 
     def _close_window(self) -> None:
         load = self._window[:, :-1]
-        self._dropped += (load - self._capacity[:, None, None]).clamp(min=0).sum(-1)
+        self._dropped += (load - self._capacity[..., None]).clamp(min=0).sum(-1)
         self._offered += load.sum(-1)
         self.counts += load
         self._window.zero_()

@@ -27,12 +27,14 @@ MAX_COACTIVATION = 1 << 22
 
 @dataclass(frozen=True)
 class Sizes:
-    """L layers, E experts, k per token, C classes (E, or E + 1 with a skip class)."""
+    """L layers, E experts, k per token, C classes (E, or E + 1 with a skip class); E and k by layer."""
 
     num_layers: int
     num_experts: int
     experts_per_token: int
     num_classes: int
+    layer_experts: tuple[int, ...] = ()
+    layer_top_k: tuple[int, ...] = ()
 
 
 class RoutingMeasures:
@@ -53,7 +55,9 @@ class RoutingMeasures:
         self.digitised = DigitisedMutualInformation(layers, total)
         self.chosen = ChosenMutualInformation(layers, experts + 1)
         self.confidence = GateConfidence(layers, sizes.num_classes)
-        self.load = Load(layers, experts, sizes.experts_per_token, total)
+        self.load = Load(
+            layers, experts, sizes.experts_per_token, total, layers=(sizes.layer_experts, sizes.layer_top_k)
+        )
         self.coactivation = Coactivation(layers, experts)
         self.paths = FrequentPaths(layers, experts + 1)
         self.affinity = TokenAffinity(layers, experts, len(token_counts), ids)
@@ -121,7 +125,7 @@ class RoutingMeasures:
     def _load_fields(self) -> dict[str, Any]:
         counts = self.load.total_counts()
         drops, drops_overall = self.load.drop_ratio()
-        imbalance = load_imbalance(counts)
+        imbalance = load_imbalance(counts, self.sizes.layer_experts)
         return {
             "frequency": frequency(counts).tolist(),
             "frequency_n": self.load.n,

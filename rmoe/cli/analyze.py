@@ -24,6 +24,7 @@ def run(
     gradient_tokens: int = 4096,
     explored_tokens: int = 256,
     device: str | None = None,
+    check: bool = True,
     single_file: bool = False,
     plugin: Plugins = (),
 ) -> None:
@@ -42,6 +43,8 @@ def run(
         gradient_tokens: tokens for the router's gradient split; 0 leaves it out.
         explored_tokens: tokens kept for the token explorer.
         device: as torch names it; default a GPU if there is one.
+        check: first silence a few experts of each layer, one at a time, on 128 tokens, and see that exactly the tokens
+            said to use them change; a model that is read wrongly is refused.
         single_file: put the plotting library inside the page, so that it can be sent alone.
         plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
@@ -53,9 +56,12 @@ def run(
 
     require_writable(out)
     set_up(plugin)
-    options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
+    options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, check)
     models = [model] if compare_with is None else [model, compare_with]
     analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)
+    for model_analysis in analysis.models:
+        if model_analysis.check is not None:
+            print(one_line(f"{model_analysis.name}: reading {model_analysis.check.summary}"))
     for note in analysis.notes:
         print(one_line(note))
     out.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ from rmoe.moe.records import RoutingRecord
 EXPERTS_PER_LAYER = 3
 """The busiest, one of middling load, and the idlest: the last is where tokens would change that should not."""
 
-MISSED = 0.05
-"""Share of an expert's tokens that may stay as they are: in bfloat16 a small part of a sum is rounded away."""
+MISSED, MISSED_16_BIT = 0.05, 0.25
+"""Share of an expert's tokens that may stay as they are: a small part of a sum is rounded away, mostly in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class SilencedExpert:
         layer: name of the layer. expert: its number.
         said: tokens said to use it. missed: of those, how many did not change. extra: tokens that changed, but
             should not.
+        allowed: share of `said` that may be missed.
         change: mean over the tokens that use it of `|y - y'| / |y|`, `y` the block's output; 0 without any.
     """
 
@@ -42,10 +43,11 @@ class SilencedExpert:
     missed: int
     extra: int
     change: float
+    allowed: float
 
     @property
     def passed(self) -> bool:
-        return self.extra == 0 and self.missed <= MISSED * self.said
+        return self.extra == 0 and self.missed <= self.allowed * self.said
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class ReadingCheck:
         if not self.experts:
             return "not checked: the experts' weights cannot be set to zero"
         rest = f"; {len(self.unchecked)} layers not checked: quantised" if self.unchecked else ""
-        return f"passed: {what}, changed exactly the tokens said to use them{rest}"
+        missed = sum(one.missed for one in self.experts)
+        but = f", but for {missed} assignments whose part was rounded away" if missed else ""
+        return f"passed: {what}, changed exactly the tokens said to use them{but}{rest}"
 
 
 @torch.no_grad()
@@ -146,6 +150,7 @@ def _silence_some(
             missed=int((difference[uses] == 0).sum()),
             extra=int((difference > noise)[~uses].sum()),
             change=float(sizes.mean()) if len(sizes) else 0.0,
+            allowed=MISSED_16_BIT if whole.element_size() < 4 else MISSED,
         )
 
 

@@ -136,7 +136,7 @@ _TINY: dict[str, Any] = {
     "loop_layer_index_end": 3,
     "loop_num_passes": 2,
     "n_layers_per_attn_res_block": 1,
-    "sliding_window": 8,
+    "sliding_window": 64,
     "d_model": 32,
     "n_heads": 4,
     "n_layers": 4,
@@ -293,7 +293,7 @@ def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
             torch.no_grad()
         ):  # some families leave gates, or everything, at zero: all tokens take the same experts
             for parameter in model.parameters():
-                if parameter.is_floating_point() and not parameter.any():
+                if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
                     parameter.normal_(0.0, 0.02)
             for layer in routed_layers(model):
                 for tensor in layer.gate.state_dict(keep_vars=True).values():

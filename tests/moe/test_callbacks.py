@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM, Trainer, TrainingArguments
+from transformers import OlmoeConfig, OlmoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import rmoe
 from rmoe.errors import RequestError
@@ -47,6 +47,7 @@ def test_routing_is_logged_with_the_step(name: str, checkpointing: bool, tmp_pat
     model.register_forward_pre_hook(
         lambda module, args, given: seen.append(given["input_ids"]), with_kwargs=True
     )
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
     job.add_callback(RoutingCallback(job, per_layer=True))
     job.train()
     (logged,) = [row for row in job.state.log_history if "routing/entropy" in row]
@@ -66,18 +67,22 @@ def test_routing_is_logged_with_the_step(name: str, checkpointing: bool, tmp_pat
     assert logged["routing/entropy"] == pytest.approx(float(entropy.mean()), rel=1e-4)
     first = Recorder(model).layers[0].name
     assert logged[f"routing/{first}/entropy"] == pytest.approx(float(entropy[0]), rel=1e-4)
-    assert not any(module._forward_pre_hooks for module in model.modules() if module is not model)
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
 
 
 def test_routing_reaches_the_trackers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """Trackers are callbacks that are called before a user's."""
+    seen: list[dict[str, float]] = []
 
-    job = trainer(tiny_model("mixtral"), tmp_path, report_to=["tensorboard"], logging_steps=1, max_steps=1)
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    job = trainer(tiny_model("mixtral"), tmp_path, logging_steps=1, max_steps=2)
+    job.add_callback(Tracker())
     job.add_callback(RoutingCallback(job))
     job.train()
-    (events,) = tmp_path.rglob("events.*")
-    found = EventAccumulator(str(events)).Reload().Tags()["scalars"]
-    assert any("routing/max_violation" in name for name in found)
+    assert [("routing/max_violation" in logs, "loss" in logs) for logs in seen[:4]].count((True, False)) == 2
 
 
 def test_a_dense_model_has_no_routing(tmp_path: Path) -> None:
@@ -93,12 +98,11 @@ def test_a_dense_model_has_no_routing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_biases_move_as_the_counts_of_the_step_say(accumulation: int, tmp_path: Path) -> None:
     spec = resolve("deepseek-v3")
-    model = tiny_rmoe(spec)
+    model = tiny_rmoe("deepseek-v3")
     stats: list[Any] = []
     model.model.register_forward_hook(lambda module, args, output: stats.append(output.router_stats))
     callbacks = trainer(model, tmp_path, gradient_accumulation_steps=accumulation)
     callbacks.add_callback(rmoe.RouterUpdates())
-    before = [router.state_dict() for router in model.routers]
     want = [torch.zeros(model.config.num_experts) for _ in model.routers]
     callbacks.train()
     rate = spec.balance.bias_update_rate
@@ -108,11 +112,10 @@ def test_biases_move_as_the_counts_of_the_step_say(accumulation: int, tmp_path: 
         for layer in range(len(want)):
             load = counts[layer]
             want[layer] += rate * torch.sign(load.sum() - len(load) * load).float()
-    assert before
+    assert torch.stack(want).any()
     for router, bias in zip(model.routers, want, strict=True):
         (found,) = [b for name, b in router.named_buffers() if name.endswith("bias")]
         torch.testing.assert_close(found, bias)
-        assert found.any()
 
 
 def test_router_updates_need_an_rmoe_model(tmp_path: Path) -> None:
