@@ -27,13 +27,7 @@ def log_probs(model: OlmoeForCausalLM, tokens: Tensor) -> Tensor:
 def main() -> tuple[float, float]:
     """The largest gap between generated and trained probabilities, routed live and replayed."""
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 32,
-        "num_hidden_layers": 8,
-        "initializer_range": 0.2,
-    }
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 8}
     config = OlmoeConfig(
         **sizes,
         initializer_range=0.2,
