@@ -195,6 +195,18 @@ class _Pass:
 
     def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
         if len(self.recorder.called) > len(self.recorder.layers) or self.recorder.two_sided:
+            return (
+                None  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
+            )
+        count = min(len(blocks), -(-self.options.gradient_tokens // blocks.shape[1]))
+        # Batches of one size, so that each weighs the same in the mean.
+        size = min(self.options.batch_size, max(count, 1))
+        sample = [
+            torch.from_numpy(blocks[start : start + size].astype(np.int64)).to(self.device)
+            for start in range(0, count - size + 1, size)
+        ]
+        gradients = router_gradients(self.subject.model, self.recorder.layers, self.shared, sample)
+        if gradients is None:
             return None
         return schema.GradientSplit(
             step=[self.subject.step],

@@ -59,11 +59,11 @@ def run(
     options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, check)
     models = [model] if compare_with is None else [model, compare_with]
     analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)
+    for note in analysis.notes:
+        print(one_line(note))
     for model_analysis in analysis.models:
         if model_analysis.check is not None:
             print(one_line(f"{model_analysis.name}: reading {model_analysis.check.summary}"))
-    for note in analysis.notes:
-        print(one_line(note))
     out.mkdir(parents=True, exist_ok=True)
     write_analysis(out / "analysis.json", analysis)
     page = write_report(out / "report", None, analysis, single_file)

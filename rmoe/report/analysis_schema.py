@@ -154,7 +154,6 @@ class ExpertCheck(Record, frozen=True, kw_only=True):
     said: int  # tokens said to use it
     missed: int  # of those, how many did not change
     extra: int  # tokens that changed, but should not
-    allowed: float  # share of `said` that may be missed: rounded away
     change: float  # mean over its tokens of |y - y'| / |y| of the block's output (largest entries)
 
 
