@@ -7,10 +7,10 @@ import time
 
 import torch
 
-from rmoe.probes.results import Knobs
 from rmoe.probes.stack import Ensemble, fitted
 from rmoe.probes.train import train
 from rmoe.probes.world import World
+from rmoe.results.probes import Knobs
 from rmoe.routing import find
 
 SEEDS = 8

@@ -17,9 +17,9 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from rmoe.compare.schema import Interval
 from rmoe.compare.statistics import holm, t_interval
-from rmoe.probes.results import Knobs, ProbeRow, knobs_with, read_rows
+from rmoe.results.comparison import Interval
+from rmoe.results.probes import Knobs, ProbeRow, knobs_with, read_rows
 
 HERE = Path(__file__).parent
 SEEDS = 8  # fewer decide nothing

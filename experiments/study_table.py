@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.study_rows import StudyRow
-from rmoe.compare.schema import Difference
 from rmoe.compare.statistics import compare_to_baseline, seeds_needed, text_interval
+from rmoe.results.comparison import Difference
 
 Arms = dict[tuple[str, str], dict[int, StudyRow]]
 

@@ -20,7 +20,7 @@ from rmoe.errors import RequestError
 from rmoe.moe import check_reading, expert_vectors, scorer_matrix
 from rmoe.moe.recorder import Recorder
 from rmoe.moe.records import RoutingBatch
-from rmoe.report import analysis_schema as schema
+from rmoe.results import analysis as schema
 
 _RANDOM_SEED = 0
 
@@ -149,8 +149,8 @@ class _Pass:
         batch = self.recorder.batch(input_ids.to(self.device))
         if self.measures is None:  # how many classes a router has shows in what it returns
             layers, _, classes = batch.probs.shape
-            by_layer = batch.layer_experts, batch.layer_top_k
-            sizes = Sizes(layers, batch.num_experts, batch.experts.shape[2], classes, *by_layer)
+            by_layer = batch.layer_experts, tuple(layer.top_k for layer in self.recorder.called)
+            sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes, *by_layer)
             self.measures = RoutingMeasures(sizes, self.token_counts, self.options.explored_tokens)
         self.measures.update(batch, input_ids.reshape(-1))
         return batch

@@ -17,7 +17,7 @@ from rmoe.analysis.reading import Part, Reading, read_text
 from rmoe.errors import RequestError
 from rmoe.moe import require_layers
 from rmoe.places import display_name, model_place
-from rmoe.report.analysis_schema import Analysis, ModelAnalysis
+from rmoe.results.analysis import Analysis, ModelAnalysis
 
 SEQUENCE_LENGTH = 512
 

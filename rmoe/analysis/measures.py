@@ -17,7 +17,7 @@ from rmoe.analysis.mutual_information import ChosenMutualInformation, DigitisedM
 from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.token_affinity import TokenAffinity, tracked_tokens
 from rmoe.moe.records import RoutingBatch
-from rmoe.report import analysis_schema as schema
+from rmoe.results import analysis as schema
 
 TOP_PATHS = 20
 TOP_TOKENS = 12

@@ -12,7 +12,7 @@ import numpy as np
 from rmoe.analysis.token_text import TokenText
 from rmoe.data import DataConfig, prepare
 from rmoe.errors import RequestError
-from rmoe.report.analysis_schema import Text
+from rmoe.results.analysis import Text
 
 Part = Literal["whole", "train", "valid", "test"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from rmoe.analysis.confidence import GateConfidence
 from rmoe.analysis.load import frequency, load_imbalance
 from rmoe.moe.records import RoutingBatch, RoutingRecord
-from rmoe.report.analysis_schema import OverTraining
+from rmoe.results.analysis import OverTraining
 from rmoe.routing.contract import Routing, count_assignments
 
 # name -> (unit, definition)

@@ -51,8 +51,8 @@ def run(
     from rmoe.analysis.analyze import AnalysisOptions
     from rmoe.analysis.command import analyze_folders
     from rmoe.places import require_writable
-    from rmoe.report.analysis_schema import write_analysis
     from rmoe.report.page import write_report
+    from rmoe.results.analysis import write_analysis
 
     require_writable(out)
     set_up(plugin)

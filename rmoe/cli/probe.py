@@ -12,7 +12,7 @@ import tyro
 from rmoe.errors import RequestError
 
 if TYPE_CHECKING:
-    from rmoe.probes.results import Knobs
+    from rmoe.results.probes import Knobs
 
 
 def run(
@@ -50,15 +50,16 @@ def run(
         jobs: processes at once; the default fills the cores. Results do not depend on it.
         single_file: put the plotting library into the report's page, so that it can be sent alone.
     """
+    from rmoe.compare.probes import summarise
     from rmoe.compare.sharing import cores
+    from rmoe.plugins import load_plugins
     from rmoe.probes import runner
-    from rmoe.probes.results import knobs_with
     from rmoe.probes.stack import fitted
     from rmoe.records import write_record
-    from rmoe.report.probes import summary as summaries
     from rmoe.report.probes import table
     from rmoe.report.probes.page import write_page
-    from rmoe.routing.plugins import load_plugins, with_options
+    from rmoe.results.probes import knobs_with
+    from rmoe.routing.spec import with_options
     from rmoe.routing.zoo import find, select
 
     if seeds < 1:
@@ -85,7 +86,7 @@ def run(
         jobs=jobs or cores(),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    found = summaries.summarise(rows, baseline, margin, swept)
+    found = summarise(rows, baseline, margin, swept)
     print(table.terminal(found))
     if out is not None:
         write_record(out / "summary.json", found)
@@ -107,7 +108,7 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 def _swept(base: Knobs, asked: tuple[str, ...]) -> tuple[list[Knobs], str | None]:
     """The settings of a sweep, and the knob that is swept; the base alone without one."""
-    from rmoe.probes.results import knobs_with
+    from rmoe.results.probes import knobs_with
 
     if not asked:
         return [base], None

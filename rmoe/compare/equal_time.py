@@ -19,10 +19,10 @@ from dataclasses import replace
 import msgspec
 from scipy import optimize
 
-from rmoe.compare.schema import Difference, EqualTime, Interval, LossLaw, Split
 from rmoe.compare.sequential import Looks
 from rmoe.compare.statistics import CONFIDENCE, compare_to_baseline, t_interval
 from rmoe.errors import RequestError
+from rmoe.results.comparison import Difference, EqualTime, Interval, LossLaw, Split
 from rmoe.training.config import RunConfig
 
 SMALLEST, LARGEST = 1e-3, 20.0  # exponents that are looked for

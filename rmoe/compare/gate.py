@@ -12,9 +12,9 @@ import msgspec
 
 from rmoe.compare import plan as plans
 from rmoe.compare.plan import ComparisonRecord, Plan
-from rmoe.compare.schema import SUMMARY_VERSION, Difference, RouterSummary, Summary
 from rmoe.errors import RequestError
 from rmoe.records import read_record
+from rmoe.results.comparison import SUMMARY_VERSION, Difference, RouterSummary, Summary
 
 BETTER = ("better", "better by less than the margin")
 

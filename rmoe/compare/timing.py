@@ -18,8 +18,8 @@ import msgspec
 
 from rmoe.compare.jobs import Measured, Time
 from rmoe.compare.pool import Worker
-from rmoe.compare.schema import Timing
 from rmoe.errors import RunError
+from rmoe.results.rows import Timing
 from rmoe.training.config import RunConfig
 
 WARM_UP_STEPS = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from rmoe.errors import RequestError
 from rmoe.places import expand
@@ -13,9 +13,6 @@ from rmoe.places import expand
 SplitRule = Literal["auto", "enwik8", "wikitext-103", "whole"]
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
-
-Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
-"""What a corpus is measured in."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmoe.data.config import SplitName
-from rmoe.data.manifest import Manifest, Unit
+from rmoe.data.manifest import Manifest
 from rmoe.errors import RequestError
+from rmoe.results.run import Unit
 
 if TYPE_CHECKING:
     from rmoe.data.blocks import BlockDataset

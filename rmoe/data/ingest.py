@@ -20,12 +20,13 @@ from rmoe.data.config import SPLITS, DataConfig, SplitName
 from rmoe.data.corpus import Corpus
 from rmoe.data.encode import Choice, Encoder, decoded, folder_sha256, words
 from rmoe.data.hub import PREFIX, open_dataset
-from rmoe.data.manifest import MANIFEST_VERSION, Manifest, Source, SplitEntry, TokenizerEntry, Unit
+from rmoe.data.manifest import MANIFEST_VERSION, Manifest, Source, SplitEntry, TokenizerEntry
 from rmoe.data.published import enwik8_text, wikitext103_texts
 from rmoe.data.split import RULES, Range, cut, pieces
 from rmoe.data.text import SplitTexts, Text, open_text, standard_library
 from rmoe.errors import RequestError, RunError
 from rmoe.records import write_record
+from rmoe.results.run import Unit
 
 
 def prepare(config: DataConfig, sequence_length: int) -> Corpus:

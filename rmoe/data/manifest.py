@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from rmoe.data.config import SplitName, Unit
+from rmoe.data.config import SplitName
 from rmoe.errors import RequestError
 from rmoe.records import Record
+from rmoe.results.run import Unit
 
 MANIFEST_VERSION = 1
 

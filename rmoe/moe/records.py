@@ -52,7 +52,7 @@ class RoutingBatch(NamedTuple):
         experts: [L, T, K] int64, E without an expert.
         weights: [L, T, K] float32.
         num_experts: E, the largest of all layers.
-        layer_experts, layer_top_k: E and k of each layer; empty where all have the same.
+        layer_experts: E of each layer; empty where all have the same.
     """
 
     probs: Tensor
@@ -60,7 +60,6 @@ class RoutingBatch(NamedTuple):
     weights: Tensor
     num_experts: int
     layer_experts: tuple[int, ...] = ()
-    layer_top_k: tuple[int, ...] = ()
 
     @classmethod
     def stack(cls, records: Sequence[RoutingRecord]) -> RoutingBatch:
@@ -78,7 +77,6 @@ class RoutingBatch(NamedTuple):
             torch.stack([_more_slots(record.weights.detach().float(), slots, 0) for record in records]).cpu(),
             most,
             tuple(record.num_experts for record in records),
-            tuple(record.experts.shape[1] for record in records),
         )
 
     @property

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from rmoe.probes.results import Knobs, ProbeRow, knobs_with, read_rows
+from rmoe.results.probes import Knobs, ProbeRow, knobs_with, read_rows
 
 _TORCH = {"PROBES": "suite", "Probe": "suite", "World": "world", "run": "runner"}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmoe.errors import RequestError
 from rmoe.probes.chain import Chain
-from rmoe.probes.results import Knobs
+from rmoe.results.probes import Knobs
 
 PROBES: dict[str, type[Probe]] = {}
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rmoe.probes.results import Knobs, Reference
 from rmoe.probes.stack import Ensemble
 from rmoe.probes.world import World, batches
+from rmoe.results.probes import Knobs, Reference
 from rmoe.routing.initial import keyed_generator
 
 POINTS = 20  # of the learning curve, denser at its start

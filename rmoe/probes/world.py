@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rmoe.probes.oracle import BestExperts
-from rmoe.probes.results import Knobs, Reference
 from rmoe.probes.suite import PROBES
+from rmoe.results.probes import Knobs, Reference
 from rmoe.routing.initial import keyed_generator
 
 CUE, CONTENT = 16, 16

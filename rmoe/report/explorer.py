@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmoe.report.analysis_schema import Analysis
+from rmoe.results.analysis import Analysis
 
 
 def explorer_data(analysis: Analysis) -> dict[str, Any] | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rmoe.model.card import Metric, ModelCard
+from rmoe.results.run import RunResult
 from rmoe.routing.describe import equation, stages
 from rmoe.routing.spec import RouterSpec
-from rmoe.training.result import RunResult
 
 LOAD = """import rmoe
 from transformers import AutoTokenizer
@@ -32,7 +32,7 @@ def training_card(result: RunResult) -> ModelCard:
             for split, value in found
             if value is not None
         ),
-        context=result.context,
+        context=result.context or "",
         load=LOAD,
         tables={
             "Router": {"name": result.router, **stages(spec), "equation": f"`{equation(spec)}`"},

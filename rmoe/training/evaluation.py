@@ -14,8 +14,8 @@ from rmoe.analysis.histogram import StreamingHistogram
 from rmoe.analysis.snapshot import RoutingSnapshot
 from rmoe.data.blocks import IGNORED, BlockDataset
 from rmoe.model.head import count_next_tokens, next_token_loss
+from rmoe.results.run import Histogram, RoutingSummary
 from rmoe.training.place import Ranks
-from rmoe.training.result import Histogram, RoutingSummary
 
 TOKENS_PER_BATCH = 8192
 """Tokens of one evaluation forward pass: bounds the memory of the logits."""
@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def context_of(blocks: BlockDataset, limit: int | None = None) -> str:
-    """What a target is predicted from, and how much of the split is judged, in words."""
+    """What a target is predicted from, and how much of the split is evaluated, in words."""
     length, overlap = blocks.sequence_length, blocks.sequence_length - blocks.stride
     part = "" if limit is None or limit >= len(blocks) else f"; the first {limit} of {len(blocks)} blocks"
     return f"{overlap} to {length - 1} tokens before it, in blocks of {length} that share {overlap}{part}"

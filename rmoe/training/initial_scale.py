@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rmoe.data.blocks import BlockDataset
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
+from rmoe.results.run import InitialLogits
 from rmoe.routing.contract import logit_variance
-from rmoe.training.result import InitialLogits
 
 FIELD = "training.initial_logit_std"
 MOST_TOKENS = 4096

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rmoe.results.run import Unit
 from rmoe.training.hooks import Hook, Running
 from rmoe.training.metrics import Row
-from rmoe.training.result import Unit
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from rmoe.errors import RunError
 from rmoe.model.card import ModelCard, write_card
 from rmoe.records import durable_rename
+from rmoe.results.run import Curve, LayerCurve, Unit
 from rmoe.training import run_folder
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.metrics import Row
-from rmoe.training.result import Curve, LayerCurve, Unit
 
 
 def publish_model(

@@ -21,7 +21,8 @@ from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.parallel import Pipeline
 from rmoe.places import require_writable
 from rmoe.records import read_record, write_record
-from rmoe.training import result as records
+from rmoe.results import run as records
+from rmoe.results.run import Averaged, InitialLogits, RunResult, TextLosses, Unit
 from rmoe.training import run_folder
 from rmoe.training.average import WeightAverage
 from rmoe.training.branch import begin_branch, require_branch
@@ -44,7 +45,6 @@ from rmoe.training.plan import Plan
 from rmoe.training.profile import StepProfiler
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, layer_curves, publish_model
-from rmoe.training.result import Averaged, InitialLogits, RunResult, TextLosses, Unit
 from rmoe.training.resume import newest
 from rmoe.training.run_folder import RunRecord
 from rmoe.training.stopping import Stopped as Stopped

@@ -26,7 +26,7 @@ import msgspec
 from rmoe.errors import RequestError
 from rmoe.places import expand
 from rmoe.records import Record, read_record, write_record
-from rmoe.training.result import Hardware, Versions
+from rmoe.results.run import Hardware, Versions
 
 CONFIG_VERSION = 1
 CONFIG, LOCK, METRICS, MODEL, RESULT = "config.json", "run.lock", "metrics.jsonl", "model", "result.json"

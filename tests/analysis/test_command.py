@@ -14,7 +14,7 @@ from rmoe.analysis.token_text import TokenText
 from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer, word_tokenizer
 from rmoe.errors import RequestError
-from rmoe.report.analysis_schema import read_analysis
+from rmoe.results.analysis import read_analysis
 from tests.analysis.tiny_families import COMMON, TINY
 from tests.analysis.tiny_rmoe import EXPERTS, LAYERS, tiny_rmoe
 

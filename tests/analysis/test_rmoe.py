@@ -11,7 +11,7 @@ from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.snapshot import MEASURES, RoutingSnapshot, over_training
 from rmoe.errors import RequestError
 from rmoe.moe.recorder import Recorder
-from rmoe.report.analysis_schema import ModelAnalysis
+from rmoe.results.analysis import ModelAnalysis
 from rmoe.routing.contract import gate_entropy
 from tests.analysis.tiny_families import TINY
 from tests.analysis.tiny_rmoe import EXPERTS, LAYERS, TOP_K, tiny_rmoe

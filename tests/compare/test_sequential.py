@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rmoe.compare.schema import Split, Unit
 from rmoe.compare.sequential import nominal_levels, sequential_p, spent
 from rmoe.compare.statistics import compare_to_baseline
+from rmoe.results.comparison import Split
+from rmoe.results.run import Unit
 
 UNIT: Unit = "bits_per_byte"
 SPLIT: Split = "test"

@@ -132,7 +132,7 @@ def test_identical_runs_are_equivalent_not_a_division_by_zero():
 
 def test_the_interval_over_text_is_a_t_interval_over_stretches():
     from rmoe.compare.statistics import text_interval
-    from rmoe.training.result import TextLosses
+    from rmoe.results.run import TextLosses
 
     rng = np.random.default_rng(0)
     theirs = rng.normal(180, 20, 500)

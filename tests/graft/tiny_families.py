@@ -42,7 +42,7 @@ from rmoe.graft.base import GRAFT_MODEL_TYPE
 from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.moe import check_reading, routed_layers
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 
 # The families the graft is promised for; the others are tried too.
 PROMISED = (
@@ -356,7 +356,7 @@ def _limit(model: PreTrainedModel) -> str:
 
 def _differs(model: PreTrainedModel) -> str:
     """What a graft changed that it should not have, or left undone; empty if nothing."""
-    grafted = graft(copy.deepcopy(model), GraftSpec(recurrence=Recurrence(width=8)))
+    grafted = graft(copy.deepcopy(model), GraftSpec(recurrence=Recurrence.Config(width=8)))
     with torch.no_grad():
         before = model(**tiny_inputs(model))[0]
     after = grafted(**tiny_inputs(model))[0]

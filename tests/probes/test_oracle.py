@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rmoe.probes.oracle import BestExperts
-from rmoe.probes.results import Knobs
 from rmoe.probes.suite import PROBES
 from rmoe.probes.world import CONTENT, World
+from rmoe.results.probes import Knobs
 from tests.probes.worlds import paths, posteriors
 
 EIGHT = ["lookup", "carry", "integrate", "overwrite", "compose", "zipf", "late", "decoy"]

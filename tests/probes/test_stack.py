@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmoe.probes.results import Knobs
 from rmoe.probes.stack import CONTENT, HIDDEN, Ensemble, RouterStack, fitted
 from rmoe.probes.train import recurrent_share, train
 from rmoe.probes.world import World
+from rmoe.results.probes import Knobs
 from rmoe.routing import ZOO, RouterContext, balance_loss, find
 from rmoe.routing.initial import fill, keyed_generator
 

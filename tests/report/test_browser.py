@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from rmoe.compare.schema import SUMMARY_VERSION, Summary
 from rmoe.records import read_record, write_record
-from rmoe.report.analysis_schema import read_analysis, write_analysis
 from rmoe.report.page import write_report
 from rmoe.report.table import columns
+from rmoe.results.analysis import read_analysis, write_analysis
+from rmoe.results.comparison import SUMMARY_VERSION, Summary
 from tests.report.browser import chromium, ready, requests_made
 from tests.report.sample import EXPERTS, HOSTILE, LAYERS, sample_analysis, sample_summary
 

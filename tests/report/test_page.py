@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 import pytest
 
 from rmoe.report import table
-from rmoe.report.analysis_schema import Analysis, ModelAnalysis, read_analysis, write_analysis
 from rmoe.report.page import all_charts, json_for_script, render, write_report
+from rmoe.results.analysis import Analysis, ModelAnalysis, read_analysis, write_analysis
 from tests.report.sample import HOSTILE, sample_analysis, sample_summary
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from experiments import cards as card_maker
 from rmoe.cli.main import main
+from rmoe.compare.probes import summarise
 from rmoe.errors import RequestError
-from rmoe.probes.results import Knobs, ProbeRow, Reference
 from rmoe.records import write_record
 from rmoe.report.probes import cards as packaged_cards
 from rmoe.report.probes import table
 from rmoe.report.probes.charts import DRAWN
 from rmoe.report.probes.page import render, write_page
-from rmoe.report.probes.summary import MEAN, Summary, read_summary, summarise
+from rmoe.results.probes import MEAN, Knobs, ProbeRow, Reference, Summary, read_summary
 from tests.report.browser import chromium, ready, requests_made
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -126,13 +127,13 @@ def test_cards_need_every_run_and_two_seeds() -> None:
     found = [
         invented(n, p, s, 0.2, True, knobs=Knobs()) for n in "ab" for p in ("lookup", "carry") for s in (0, 1)
     ]
-    assert {row.router for row in packaged_cards.complete(found[:-1])} == {"a"}
-    made = packaged_cards.cards_of(summarise(found))
+    assert {row.router for row in card_maker.complete(found[:-1])} == {"a"}
+    made = card_maker.cards_of(summarise(found))
     assert made.routers["a"].regret[MEAN].mean == 0.2
     assert "rank 1 of 2" in (packaged_cards.text(made, "a") or "")
     assert packaged_cards.text(made, "c") is None
     with pytest.raises(RequestError, match="2 or more seeds"):
-        packaged_cards.cards_of(summarise([found[0], found[2]]))
+        card_maker.cards_of(summarise([found[0], found[2]]))
 
 
 def test_the_docs_table_is_the_packaged_one() -> None:
@@ -140,12 +141,12 @@ def test_the_docs_table_is_the_packaged_one() -> None:
     if carried is None:
         pytest.skip("this package carries no probe results")
     text = DOCS.read_text(encoding="utf-8")
-    assert packaged_cards.with_table(text, packaged_cards.markdown(carried)) == text
+    assert card_maker.with_table(text, packaged_cards.markdown(carried)) == text
 
 
 def test_zoo_prints_a_card(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [invented("rmoe", p, s, 0.2, True, knobs=Knobs()) for p in ("lookup", "carry") for s in (0, 1)]
-    monkeypatch.setattr(packaged_cards, "packaged", lambda: packaged_cards.cards_of(summarise(found)))
+    monkeypatch.setattr(packaged_cards, "packaged", lambda: card_maker.cards_of(summarise(found)))
     assert main(["zoo", "rmoe"]) == 0
     assert "0.200" in capsys.readouterr().out
     monkeypatch.setattr(packaged_cards, "packaged", lambda: None)

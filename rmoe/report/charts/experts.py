@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmoe.report.analysis_schema import ModelAnalysis
 from rmoe.report.charts.chart import Chart, Style
 from rmoe.report.charts.shared import layer_lines
+from rmoe.results.analysis import ModelAnalysis
 
 SECTION = "Experts"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmoe.report.analysis_schema import Matrix, ModelAnalysis, PairMeasure
 from rmoe.report.charts.chart import Chart, Style, axis, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, token_count
+from rmoe.results.analysis import Matrix, ModelAnalysis, PairMeasure
 
 SECTION = "Across layers"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rmoe.report.analysis_schema import Matrix, ModelAnalysis
 from rmoe.report.charts.chart import Chart, Style, axis, counted, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, token_count
+from rmoe.results.analysis import Matrix, ModelAnalysis
 
 SECTION = "Gradients and phases"
 

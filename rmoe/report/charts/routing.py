@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rmoe.report.analysis_schema import Analysis
 from rmoe.report.charts import experts, gate, layers, load, phases
 from rmoe.report.charts.chart import Chart, Style
+from rmoe.results.analysis import Analysis
 
 # Each gives [] without its data.
 MAKERS = (

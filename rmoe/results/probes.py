@@ -1,6 +1,6 @@
-"""What probes write: `results.jsonl`, one line per (router, probe, seed, knobs), typed and versioned. Imports no torch.
+"""What probes write: `results.jsonl`, one line per (router, probe, seed, knobs), and `summary.json`.
 
-The file is a log that is only ever appended to; when two lines have one key, the later one stands.
+`results.jsonl` is a log that is only ever appended to; when two lines have one key, the later one stands.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import msgspec
 from msgspec import Meta
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, Versioned, append_lines
+from rmoe.records import Record, append_lines, read_lines, read_record, version_of
+from rmoe.results.comparison import Interval, Verdict
 
 RESULTS_VERSION = 1
+SUMMARY_VERSION = 1
+MEAN = "mean"  # over all probes of a summary, seed by seed
 MOST_CHOICES = 2000  # ways to choose k of E experts that the oracle goes through for every token
 
 
@@ -158,20 +161,95 @@ def read_rows(path: Path) -> tuple[list[ProbeRow], list[str]]:
     Raises:
         RequestError: a version this code does not read.
     """
-    rows: dict[tuple, ProbeRow] = {}
-    problems: list[str] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            version = msgspec.json.decode(line, type=Versioned).schema_version
-            if version != RESULTS_VERSION:
-                raise RequestError(
-                    f"{path.name} line {number}: schema_version", version, str(RESULTS_VERSION)
-                )
-            row = msgspec.json.decode(line, type=ProbeRow)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            problems.append(f"{path.name} line {number} cannot be read and is skipped: {error}")
-            continue
-        rows[row.key] = row
-    return list(rows.values()), problems
+
+    def read(line: bytes, name: str) -> ProbeRow:
+        version_of(line, name, RESULTS_VERSION, RESULTS_VERSION)
+        return msgspec.json.decode(line, type=ProbeRow)
+
+    return read_lines(path, read)
+
+
+class Against(Record, frozen=True, kw_only=True):
+    """Regret minus the baseline's, paired by seed. `p` values are corrected over the probe's routers (Holm)."""
+
+    mean: float
+    interval: Interval
+    p: float
+    p_holm: float
+    p_equivalent: float
+    verdict: Verdict
+
+
+class Score(Record, frozen=True, kw_only=True):
+    """One router's regret on one probe: `regrets[j]` belongs to `seeds[j]`. With one seed no interval, no verdict."""
+
+    seeds: list[int]
+    regrets: list[float]
+    mean: float
+    interval: Interval | None = None
+    against: Against | None = None
+
+
+class Detail(Record, frozen=True, kw_only=True):
+    """Means over seeds; steps are medians, None if half the seeds never came there.
+
+    Attributes:
+        by_layer: by the name of the rows' list.
+        curve_regret: at `curve_step`.
+    """
+
+    by_layer: dict[str, list[float]]
+    curve_step: list[int]
+    curve_regret: list[float]
+    steps_to_half: float | None
+    steps_to_tenth: float | None
+    recurrent_share: float | None
+
+
+class Card(Record, frozen=True, kw_only=True):
+    """One router. `scores` and `details` are by probe; `scores` also has the mean over probes."""
+
+    router: str
+    parameters: int
+    seconds: float  # per (probe, seed), mean
+    note: str
+    scores: dict[str, Score]
+    details: dict[str, Detail]
+
+
+class Point(Record, frozen=True, kw_only=True):
+    """Mean regret of a router on a probe at one value of a swept knob."""
+
+    router: str
+    probe: str
+    value: float
+    regret: float
+
+
+class Summary(Record, frozen=True, kw_only=True):
+    """`summary.json`. `knobs` and cards are of the first setting; `points` are of all, where a knob was swept.
+
+    Attributes:
+        references: by probe, mean over seeds.
+    """
+
+    schema_version: int = SUMMARY_VERSION
+    baseline: str
+    margin: float
+    knobs: Knobs
+    probes: list[str]
+    references: dict[str, Reference]
+    cards: list[Card]
+    swept: str | None
+    points: list[Point]
+    code: str
+    torch: str
+
+
+def read_summary(path: Path) -> Summary:
+    """Read `summary.json`.
+
+    Raises:
+        RequestError: absent, of another version, or not a summary.
+    """
+    return read_record(path, Summary, SUMMARY_VERSION)

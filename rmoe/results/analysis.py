@@ -1,4 +1,4 @@
-"""`analysis.json`: what `rmoe.analysis` measured, and the only place the report takes routing figures from.
+"""`analysis.json`: what `rmoe.analysis` measured, and the only place the report takes routing metrics from.
 
 Written by `rmoe analyze` (one model) and `rmoe compare` (one model per router). Every measure is optional:
 the report shows a chart only when its data exist. `L` layers with a router, `E` experts, `k` chosen per
@@ -47,7 +47,7 @@ class LayerHistogram(Record, frozen=True, kw_only=True):
 
 
 class LayerMeasure(Record, frozen=True, kw_only=True):
-    """One figure per layer, and over all layers together, from `n` tokens."""
+    """One value per layer, and over all layers together, from `n` tokens."""
 
     values: list[float]  # [L]
     overall: float

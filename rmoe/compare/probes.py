@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from rmoe.compare.schema import Interval, Verdict
-from rmoe.compare.statistics import CONFIDENCE, equivalence_p, holm, t_interval, verdict_of
+from rmoe.compare.statistics import decide, paired, t_interval
 from rmoe.errors import RequestError
-from rmoe.probes.results import Knobs, ProbeRow, Reference
-from rmoe.records import Record, read_record
+from rmoe.results.probes import MEAN, Against, Card, Detail, Point, ProbeRow, Reference, Score, Summary
 
-SUMMARY_VERSION = 1
-MEAN = "mean"  # over all probes of a summary, seed by seed
 BY_LAYER = (
     "loss",
     "regret_by_layer",
@@ -26,89 +21,6 @@ BY_LAYER = (
     "load",
     "decodability",
 )
-
-
-class Against(Record, frozen=True, kw_only=True):
-    """Regret minus the baseline's, paired by seed. `p` values are corrected over the probe's routers (Holm)."""
-
-    mean: float
-    interval: Interval
-    p: float
-    p_holm: float
-    p_equivalent: float
-    verdict: Verdict
-
-
-class Score(Record, frozen=True, kw_only=True):
-    """One router's regret on one probe: `regrets[j]` belongs to `seeds[j]`. With one seed no interval, no verdict."""
-
-    seeds: list[int]
-    regrets: list[float]
-    mean: float
-    interval: Interval | None = None
-    against: Against | None = None
-
-
-class Detail(Record, frozen=True, kw_only=True):
-    """Means over seeds. `by_layer` has the names of `BY_LAYER`; steps are medians, None if half the seeds never came
-    there; the curve is regret at `curve_step`.
-    """
-
-    by_layer: dict[str, list[float]]
-    curve_step: list[int]
-    curve_regret: list[float]
-    steps_to_half: float | None
-    steps_to_tenth: float | None
-    recurrent_share: float | None
-
-
-class Card(Record, frozen=True, kw_only=True):
-    """One router. `scores` and `details` are by probe; `scores` also has the mean over probes."""
-
-    router: str
-    parameters: int
-    seconds: float  # per (probe, seed), mean
-    note: str
-    scores: dict[str, Score]
-    details: dict[str, Detail]
-
-
-class Point(Record, frozen=True, kw_only=True):
-    """Mean regret of a router on a probe at one value of a swept knob."""
-
-    router: str
-    probe: str
-    value: float
-    regret: float
-
-
-class Summary(Record, frozen=True, kw_only=True):
-    """`summary.json`. `knobs` and cards are of the first setting; `points` are of all, where a knob was swept.
-
-    Attributes:
-        references: by probe, mean over seeds.
-    """
-
-    schema_version: int = SUMMARY_VERSION
-    baseline: str
-    margin: float
-    knobs: Knobs
-    probes: list[str]
-    references: dict[str, Reference]
-    cards: list[Card]
-    swept: str | None
-    points: list[Point]
-    code: str
-    torch: str
-
-
-def read_summary(path: Path) -> Summary:
-    """Read `summary.json`.
-
-    Raises:
-        RequestError: absent, of another version, or not a summary.
-    """
-    return read_record(path, Summary, SUMMARY_VERSION)
 
 
 def summarise(
@@ -166,37 +78,25 @@ def _mean_over_probes(by_probe: Sequence[dict[int, float]]) -> dict[int, float]:
 
 def _scores(by_router: dict[str, dict[int, float]], baseline: str, margin: float) -> dict[str, Score]:
     """Every router's score on one probe, and its paired difference to the baseline."""
-    against = by_router[baseline]
-    paired = {
-        name: [found[seed] - against[seed] for seed in sorted(found.keys() & against.keys())]
-        for name, found in by_router.items()
-        if name != baseline
-    }
-    tested = {name: t_interval(values) for name, values in paired.items() if len(values) > 1}
-    equal = {name: equivalence_p(paired[name], margin) for name in tested}
-    p_holm = dict(zip(tested, holm([p for _, p in tested.values()]), strict=True))
-    equal_holm = dict(zip(tested, holm(list(equal.values())), strict=True))
-
-    def difference(name: str) -> Against | None:
-        if name not in tested:
-            return None
-        mean = float(np.mean(paired[name]))
-        return Against(
-            mean=mean,
-            interval=tested[name][0],
-            p=tested[name][1],
-            p_holm=p_holm[name],
-            p_equivalent=equal_holm[name],
-            verdict=verdict_of(mean, p_holm[name], equal_holm[name], 1 - CONFIDENCE),
+    differences = paired(by_router, baseline)
+    against = {
+        name: Against(
+            mean=float(np.mean(list(differences[name].values()))),
+            interval=test.interval,
+            p=test.p_differs,
+            p_holm=test.p_holm,
+            p_equivalent=test.p_equal_holm,
+            verdict=test.verdict,
         )
-
+        for name, test in decide(differences, margin).items()
+    }
     return {
         name: Score(
             seeds=sorted(found),
             regrets=[found[seed] for seed in sorted(found)],
             mean=float(np.mean(list(found.values()))),
             interval=t_interval(list(found.values()))[0] if len(found) > 1 else None,
-            against=difference(name),
+            against=against.get(name),
         )
         for name, found in by_router.items()
     }

@@ -1,0 +1,1 @@
+"""Every file format that users read, as typed records. Imports no torch."""
