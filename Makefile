@@ -137,10 +137,13 @@ latest lowest:
 	$(MAKE) VENV=.venv-$@ check
 
 # On the lowest Python, whose releases all three have; a local version (torch's +cpu) is this machine's, not everyone's.
+# torch stays at the release named here, the newest with a wheel for a CPU alone on the machines this project is tested on.
+TORCH := 2.13.0
 constraints:
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
-	.venv-constraints/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e ".[dev,data,serve,finetune,eval,track,docs]"
+	.venv-constraints/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) torch==$(TORCH) \
+		-e ".[dev,data,serve,finetune,eval,track,docs]"
 	{ echo "# The exact versions that make demo and make test install. Made by make constraints."; \
 		.venv-constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 	rm -rf .venv-constraints

@@ -14,8 +14,8 @@ from transformers import StaticCache
 
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.routing.contract import RouterContext
+from rmoe.routing.options import Geometry
 from rmoe.routing.router import build_router, build_shared
-from rmoe.routing.spec import Geometry
 from rmoe.routing.zoo import resolve
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ import rmoe
 from rmoe.graft import GraftSpec, graft, graft_folder
 from rmoe.graft.folder import is_graft_tensor
 from rmoe.model.weights import open_weights, sample_digest
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 
 BATCH, LENGTH, ROUNDS, WIDTH = 2, 512, 11, 128
 
@@ -63,7 +63,7 @@ def main() -> None:
     files = on_disk(plain)
     # The same weights in the same memory: where a copy comes to lie can cost more than a graft.
     same = {id(parameter): parameter for parameter in plain.parameters()}
-    grafted = graft(copy.deepcopy(plain, same), GraftSpec(recurrence=Recurrence(width=WIDTH)))
+    grafted = graft(copy.deepcopy(plain, same), GraftSpec(recurrence=Recurrence.Config(width=WIDTH)))
     models = {"plain": plain, "grafted": grafted}
     tokens = BATCH * LENGTH
     seconds: dict[str, list[float]] = {f"{m} {p}": [] for m in models for p in ("forward", "training")}
@@ -122,7 +122,7 @@ def on_disk(plain: PreTrainedModel) -> dict[str, float]:
         base, adapter = Path(place, "base"), Path(place, "adapter")
         plain.save_pretrained(base)
         started = time.perf_counter()
-        graft_folder(base, adapter, GraftSpec(recurrence=Recurrence(width=WIDTH)))
+        graft_folder(base, adapter, GraftSpec(recurrence=Recurrence.Config(width=WIDTH)))
         written = time.perf_counter()
         sample_digest(open_weights(base))
         checked = time.perf_counter()

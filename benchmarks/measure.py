@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.contestant import Contestant, Work
 from rmoe.errors import RunError
 from rmoe.training.profile import matrix_rate
 
@@ -26,33 +26,6 @@ LEAST_SECONDS = 0.02
 
 BUSY = 0.1
 """Cores that others may keep busy in a round that counts as undisturbed."""
-
-
-class Work(NamedTuple):
-    """What one phase cannot do without: FLOPs of matrix products, and bytes to and from memory."""
-
-    flops: float = 0.0
-    nbytes: float = 0.0
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """Something to be measured.
-
-    Attributes:
-        build: makes it; what it gives is called again and again.
-        phases: the least work of one call, phase by phase; empty where nothing is to be said.
-        tokens: that one call deals with.
-        memory: what peak memory is. `tensors`: bytes in torch tensors at their peak, from nothing, by torch's own
-            accounting (a CPU allocator keeps pages that nobody uses, and libraries take hundreds of MB, so
-            resident memory says little about a model); `resident`: growth of the process, for what is no tensor;
-            `child`: a call gives the resident memory, in MiB, of the command that it runs.
-    """
-
-    build: Callable[[], Callable[[], object]]
-    phases: tuple[Work, ...] = ()
-    tokens: int | None = None
-    memory: Literal["tensors", "resident", "child"] = "tensors"
 
 
 class Timing(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from rmoe.routing.cost import router_cost
-from rmoe.routing.spec import Geometry
+from rmoe.routing.options import Geometry
 from rmoe.routing.zoo import resolve
 
 FLOAT = 4

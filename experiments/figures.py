@@ -16,7 +16,7 @@ import numpy as np
 import rmoe
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.token_text import TokenText
-from rmoe.compare.judge import measure
+from rmoe.compare.evaluate import measure_routing
 from rmoe.data import DataConfig, prepare
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import finetune
@@ -70,7 +70,7 @@ def loss(run: Finished) -> Figures:
 
 def routing(run: Finished) -> Figures:
     """The finished model's routing of validation text, means over layers (pairs of layers: off the diagonal)."""
-    found = measure(run.config, run.folder, run.config.router, ROUTING_TOKENS)
+    found = measure_routing(run.config, run.folder, run.config.router, ROUTING_TOKENS)
     kept = run.folder / "figures" / "analysis.json"
     kept.write_bytes(msgspec.json.encode(found))
     return _routing(found)

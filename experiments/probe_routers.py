@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from rmoe.routing.mechanisms import MLP
+from rmoe.routing.scorer import MLP
 from rmoe.routing.zoo import ZooRow, register, resolve, vary
 
 # At the probes' sizes (d = 32, E = 8, L = 6, p = 32) rmoe's routers have 14,016 parameters; a width of 57 gives 14,022.
 register(
     "smoe-mlp-matched",
     ZooRow(
-        vary(resolve("smoe"), scorer=MLP(width=57)),
+        vary(resolve("smoe"), scorer=MLP.Config(width=57)),
         "control",
         "MLP router with RMoE's parameters at probe size",
     ),

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rmoe.routing.mechanisms import Recurrence
-from rmoe.routing.spec import TemperatureSpec
+from rmoe.routing.recurrence import Recurrence
+from rmoe.routing.temperature import Temperature
 from rmoe.routing.zoo import ZOO, ZooRow, find, register, vary
 
 WIDTHS = (32, 128)  # of the CPU size, of the GPU size
@@ -21,7 +21,7 @@ ENTROPY_OF_RMOE = {32: 2.694}
 
 for _width in WIDTHS:
     for _name, _row in list(ZOO.items()):
-        if isinstance(_row.spec.recurrence, Recurrence) and "-p" not in _name:
+        if isinstance(_row.spec.recurrence, Recurrence.Config) and "-p" not in _name:
             _spec = vary(_row.spec, recurrence={"width": _width})
             register(
                 f"{_name}-p{_width}", replace(_row, spec=_spec, summary=f"{_row.summary}; here p = {_width}")
@@ -49,7 +49,7 @@ for _width, _entropy in ENTROPY_OF_RMOE.items():
     register(
         f"smoe-entropy-p{_width}",
         ZooRow(
-            vary(find("smoe").spec, temperature=TemperatureSpec(target_entropy=_entropy)),
+            vary(find("smoe").spec, temperature=Temperature.Config(target_entropy=_entropy)),
             "control",
             f"temperature steered to the gate entropy of RMoE with p = {_width}, {_entropy:g} nats",
         ),
@@ -59,7 +59,7 @@ for _held in (0.5, 2.0):
     register(
         f"smoe-t{_held:g}",
         ZooRow(
-            vary(find("smoe").spec, temperature=TemperatureSpec(start=_held)),
+            vary(find("smoe").spec, temperature=Temperature.Config(start=_held)),
             "control",
             f"gate temperature held at {_held:g}",
         ),

@@ -22,7 +22,8 @@ from experiments.figures import Figures, Finished, figures_of
 from rmoe.compare import statistics
 from rmoe.compare.compare import Options, compare
 from rmoe.errors import RequestError, RunError
-from rmoe.results.comparison import Interval, read_rows, run_key
+from rmoe.results.comparison import Interval
+from rmoe.results.rows import finished, read_rows, run_key
 from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
@@ -152,8 +153,7 @@ def train(grid: Grid, place: Workplace) -> dict[str, dict[int, Path]]:
     }
     results = folder / "results.jsonl"
     rows = read_rows(results)[0] if results.exists() else []
-    finished = {row.key for row in rows if row.status == "finished"}
-    if not finished >= {path.name for by_seed in runs.values() for path in by_seed.values()}:
+    if not finished(rows).keys() >= {path.name for by_seed in runs.values() for path in by_seed.values()}:
         options = Options(jobs=place.jobs, timing_rounds=0, analysis_tokens=0)
         compare(config, grid.routers, grid.seeds, folder, options=options)
     return runs

@@ -29,7 +29,7 @@ from experiments.study_table import markdown
 from rmoe.compare.compare import Options, compare
 from rmoe.compare.plan import RESULTS
 from rmoe.errors import RequestError, RunError
-from rmoe.results.comparison import ResultRow, read_rows
+from rmoe.results.rows import ResultRow, read_rows
 from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
@@ -113,7 +113,7 @@ def run(study: Study, data_dir: Path, out: Path, jobs: int, most: int | None) ->
     for grid, seeds in steps(study):
         folder = out / grid.folder
         wanted = {f"{router}-seed{seed}" for router in grid.routers for seed in range(seeds)}
-        if wanted <= {row.key for row in rows_of(folder) if row.status == "finished"}:
+        if wanted <= {row.key for row in rows_of(folder) if row.result}:
             continue
         if most is not None and done >= most:
             return
@@ -146,7 +146,7 @@ def rows_of(folder: Path) -> list[ResultRow]:
 def finished(study: Study, out: Path) -> list[StudyRow]:
     """Every finished run of the study's grids, in the order of the plan."""
     folders = dict.fromkeys(grid.folder for stage in study.stage for grid in stage.grid)
-    rows = [(folder, row) for folder in folders for row in rows_of(out / folder) if row.status == "finished"]
+    rows = [(folder, row) for folder in folders for row in rows_of(out / folder) if row.result]
     return [study_row(folder, row, read_domains(out / folder / "runs" / row.key)) for folder, row in rows]
 
 

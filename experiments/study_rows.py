@@ -11,7 +11,7 @@ import msgspec
 from rmoe.compare.statistics import STRETCHES
 from rmoe.errors import RequestError
 from rmoe.records import Record, atomic_write
-from rmoe.results.comparison import ResultRow
+from rmoe.results.rows import ResultRow
 from rmoe.results.run import (
     Averaged,
     Corpus,
@@ -28,7 +28,7 @@ CURVE_POINTS = 10
 
 
 class StudyRow(Record, frozen=True, kw_only=True):
-    """One line of `results/study.jsonl`; the fields are those of `rmoe.results.comparison.ResultRow`."""
+    """One line of `results/study.jsonl`; the fields are those of `rmoe.results.run.RunResult`."""
 
     grid: str
     router: str
@@ -71,32 +71,32 @@ def study_row(grid: str, row: ResultRow, domains: dict[str, float] | None = None
     Raises:
         RequestError: it is no run of this study: it has no averaged weights or no losses by stretch of text.
     """
-    if row.averaged is None or row.test_losses is None or row.val is None or row.test is None:
+    run = row.result
+    if run is None or run.averaged is None or run.test_losses is None or run.val is None or run.test is None:
         raise RequestError("results", f"{row.key} in {grid}", "runs of this study: others measured less")
-    assert row.parameters is not None
-    assert row.averaged.test_losses is not None
-    routing = row.routing
-    averaged = msgspec.structs.replace(row.averaged, test_losses=coarser(row.averaged.test_losses))
+    assert run.averaged.test_losses is not None
+    routing = run.routing
+    averaged = msgspec.structs.replace(run.averaged, test_losses=coarser(run.averaged.test_losses))
     return StudyRow(
         grid=grid,
-        router=row.router,
-        seed=row.seed,
-        config=row.config,
-        versions=row.versions,
-        hardware=row.hardware,
-        corpus=row.corpus,
-        steps=row.steps,
-        tokens=row.tokens,
-        val=row.val,
-        test=row.test,
-        parameters=row.parameters,
-        validation=row.curves["val"],
-        initial_logits=row.initial_logits,
-        layer_curves={name: thinner(curve) for name, curve in row.layer_curves.items()},
+        router=run.router,
+        seed=run.seed,
+        config=run.config,
+        versions=run.versions,
+        hardware=run.hardware,
+        corpus=run.corpus,
+        steps=run.steps,
+        tokens=run.tokens,
+        val=run.val,
+        test=run.test,
+        parameters=run.parameters,
+        validation=run.curves["val"],
+        initial_logits=run.initial_logits,
+        layer_curves={name: thinner(curve) for name, curve in run.layer_curves.items()},
         entropy_nats=_short(routing.entropy_nats) if routing else None,
         inner_balance=_short(routing.inner_balance) if routing else None,
         outer_balance=_short(routing.outer_balance) if routing else None,
-        test_losses=coarser(row.test_losses),
+        test_losses=coarser(run.test_losses),
         averaged=averaged,
         domains=domains or {},
     )

@@ -58,6 +58,7 @@ __all__ = [
     "plain_forward",
     "prune_expert_plan",
     "storage_key",
+    "stream_error",
     "weights_later",
 ]
 
@@ -287,3 +288,10 @@ def weights_later() -> Iterator[LaterWeights]:
 
 def _opened(filename: Any, framework: str, device: Any = "cpu", backend: str | None = None) -> Any:
     return safe_open(filename, framework=framework, device="cpu", backend="pread")
+
+
+def stream_error(message: str) -> object:
+    """What ends a stream of transformers' server with an error; 5.17 to 5.24. Needs the extra `serve`."""
+    from transformers.cli.serving.utils import _StreamError
+
+    return _StreamError(message)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -82,6 +82,52 @@ def append_lines(path: Path, lines: bytes) -> None:
         os.fsync(file.fileno())
 
 
+class Keyed(Protocol):
+    @property
+    def key(self) -> Hashable: ...
+
+
+K = TypeVar("K", bound=Keyed)
+
+
+def read_lines(path: Path, read: Callable[[bytes, str], K]) -> tuple[list[K], list[str]]:
+    """Read a log of one record per line, of which the last line of each key stands.
+
+    Args:
+        read: a line and what to call it (`results.jsonl line 3`) to its record; may raise `NOT_JSON`.
+
+    Returns:
+        The records, in the order their keys first appeared, and one line for each line that cannot be read.
+    """
+    found: dict[Hashable, K] = {}
+    problems = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        name = f"{path.name} line {number}"
+        try:
+            record = read(line, name)
+        except NOT_JSON as error:
+            problems.append(f"{name} cannot be read and is skipped: {error}")
+            continue
+        found[record.key] = record
+    return list(found.values()), problems
+
+
+def version_of(line: bytes, name: str, lowest: int, newest: int) -> int:
+    """The schema version that a line states.
+
+    Raises:
+        RequestError: this code does not read it; the line names those it reads.
+        DecodeError: it states none.
+    """
+    found = msgspec.json.decode(line, type=Versioned).schema_version
+    if not lowest <= found <= newest:
+        allowed = str(newest) if lowest == newest else f"{lowest} to {newest}"
+        raise RequestError(f"{name}: schema_version", found, allowed)
+    return found
+
+
 def write_record(path: Path, record: Record) -> None:
     """Write a record as indented JSON, by `atomic_write`."""
     with atomic_write(path) as staged:
@@ -96,9 +142,7 @@ def read_record(path: Path, kind: type[R], version: int) -> R:
     """
     try:
         data = path.read_bytes()
-        found = msgspec.json.decode(data, type=Versioned).schema_version
-        if found != version:
-            raise RequestError(f"{path}: schema_version", found, str(version))
+        version_of(data, str(path), version, version)
         return msgspec.json.decode(data, type=kind)
     except (OSError, *NOT_JSON) as error:
         raise RequestError(str(path), str(error), f"a {path.name} written by rmoe") from error

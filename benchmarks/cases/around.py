@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 
 from benchmarks import peers
 from benchmarks.cases.registry import Contestants, Setting, case
-from benchmarks.measure import ROOT, Contestant
+from benchmarks.contestant import Contestant
 from rmoe.analysis.measures import RoutingMeasures, Sizes
 from rmoe.data.blocks import BlockDataset, BlockSampler
 from rmoe.moe.recorder import Recorder
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @case("analysis", "tests/analysis")

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks import peers
 from benchmarks.cases.registry import Contestants, Setting, case
 from benchmarks.cases.router import hidden_states
-from benchmarks.measure import Contestant, Work
+from benchmarks.contestant import Contestant, Work
 from benchmarks.sizes import FLOAT, Size
 
 PATHS: dict[str, str] = {

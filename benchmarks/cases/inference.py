@@ -12,7 +12,7 @@ from transformers import StaticCache
 from benchmarks import peers
 from benchmarks.cases.registry import COMPILED, Contestants, Setting, case
 from benchmarks.cases.step import MODELS
-from benchmarks.measure import Contestant, Work
+from benchmarks.contestant import Contestant, Work
 from benchmarks.sizes import FLOAT, Size
 
 PROMPT, POSITIONS = 64, 256

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from benchmarks.measure import Contestant
+from benchmarks.contestant import Contestant
 from benchmarks.sizes import ON_CPU, ON_GPU, Size
 
 COMPILED = ", compiled"

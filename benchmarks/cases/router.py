@@ -11,11 +11,11 @@ from transformers import ZayaConfig
 from transformers.models.zaya.modeling_zaya import ZayaRouter
 
 from benchmarks.cases.registry import COMPILED, Contestants, Setting, case
-from benchmarks.measure import Contestant, Work
+from benchmarks.contestant import Contestant, Work
 from benchmarks.sizes import FLOAT
 from rmoe.routing.contract import RouterContext, State
+from rmoe.routing.options import Geometry
 from rmoe.routing.router import build_router, build_shared
-from rmoe.routing.spec import Geometry
 from rmoe.routing.zoo import resolve
 
 ZAYA = "ZAYA1 (transformers, k = 1)"

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import peers
 from benchmarks.cases.registry import COMPILED, Contestants, Setting, case
-from benchmarks.measure import Contestant, Work
+from benchmarks.contestant import Contestant, Work
 from benchmarks.sizes import FLOAT, Size
 
 MODELS: dict[str, Callable[[Size], Any]] = {

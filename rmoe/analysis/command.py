@@ -122,6 +122,7 @@ def analyze_folders(
             continue
         routings.append(streaming.run(Path(path), layered, reading.blocks, options.batch_size, i))
         needs = [n for n in ("gradients", "predictability", "saliency") if n in options.measures]
+        needs += ["the check of the reading"] if options.check else []
         skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
         notes.append(f"{_names(paths)[i]} was read layer by layer{skipped}")
     subjects = [

@@ -67,7 +67,7 @@ def _same_bin_masks(bins: np.ndarray) -> list[np.ndarray]:
     for start in range(0, num_classes, 64):
         mask = np.zeros(bins.shape, dtype)
         for bit, other in enumerate(range(start, min(start + 64, num_classes))):
-            mask |= (bins == bins[:, other : other + 1]).astype(dtype) << dtype(bit)
+            mask = mask | ((bins == bins[:, other : other + 1]).astype(dtype) << dtype(bit))
         words.append(mask)
     return words
 

@@ -31,7 +31,7 @@ def run(
     single_file: bool = False,
     config: Annotated[RunConfig, tyro.conf.arg(name="")],
 ) -> None:
-    """Train several routers with paired seeds and judge them; goes on with what is missing.
+    """Train several routers with paired seeds and compare them; resumes what is missing.
 
     Writes results.jsonl, summary.json, summary.md, analysis.json and report/index.html into --out.
 
@@ -39,7 +39,7 @@ def run(
         routers: names from `rmoe zoo`, separated by commas, or `all`.
         out: a new folder, or that of the same comparison: what is missing of it is trained.
         seeds: runs per router. One seed gives no verdict.
-        baseline: the router the others are judged against; `smoe` where it is compared, else the first.
+        baseline: the router the others are compared with; `smoe` where it is compared, else the first.
         sweep: SETTING=VALUE,VALUE,...: each router gets its own value, chosen on validation with equal budgets; the
             test split is then evaluated once. May be given several times.
         match_params: give every router the baseline's number of parameters, by the width of its experts.

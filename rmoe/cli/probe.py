@@ -52,13 +52,14 @@ def run(
     """
     from rmoe.compare.probes import summarise
     from rmoe.compare.sharing import cores
+    from rmoe.plugins import load_plugins
     from rmoe.probes import runner
     from rmoe.probes.stack import fitted
     from rmoe.records import write_record
     from rmoe.report.probes import table
     from rmoe.report.probes.page import write_page
     from rmoe.results.probes import knobs_with
-    from rmoe.routing.plugins import load_plugins, with_options
+    from rmoe.routing.spec import with_options
     from rmoe.routing.zoo import find, select
 
     if seeds < 1:

@@ -1,16 +1,22 @@
-"""`rmoe zoo`: every named router. Imports torch only to measure costs for `--markdown`."""
+"""`rmoe zoo`: every named router, from the table that the package carries: no torch, and an answer at once.
+
+`python -m rmoe.cli.zoo` makes the table anew, and docs/zoo.md from it; a test compares both with the code.
+"""
 
 from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from rmoe.errors import RequestError
-from rmoe.routing import describe
-from rmoe.routing.zoo import ZOO, ZooRow, find
+from rmoe.records import atomic_write
+
+TABLE = Path(__file__).parents[1] / "routing" / "zoo.json"
+PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 
 
 def run(name: tyro.conf.Positional[str] = "", *, json: bool = False, markdown: bool = False) -> None:
@@ -18,39 +24,58 @@ def run(name: tyro.conf.Positional[str] = "", *, json: bool = False, markdown: b
 
     Args:
         name: of one router: prints its card, with what the probes measured of it.
-        json: print one JSON object, name -> summary, source, stages, what it carries and needs, and its spec.
+        json: print one JSON object, name -> summary, source, stages, what it carries and needs, its cost at the paper's
+            medium size, and its spec.
         markdown: print the table of docs/zoo.md, with parameters, FLOPs and the initial scale of the logits at the
             paper's medium size.
     """
     if json and markdown:
         raise RequestError("--json", True, "without --markdown")
+    if name and (json or markdown):
+        raise RequestError("--json" if json else "--markdown", True, "without a router's name")
+    table = jsonlib.loads(TABLE.read_text(encoding="utf-8"))
     if name:
-        if json or markdown:
-            raise RequestError("--json" if json else "--markdown", True, "without a router's name")
-        print(_card(name))
+        print(_card(name, table))
     elif json:
-        print(jsonlib.dumps({name: _described(row) for name, row in ZOO.items()}, indent=2))
+        print(jsonlib.dumps(table["routers"], indent=2))
     elif markdown:
-        print(_markdown())
+        print(_markdown(table))
     else:
-        width = max(map(len, ZOO))
-        for name, row in ZOO.items():
-            carried = describe.carries(row.spec)
-            carry = "" if carried == "-" else f"; carries {carried}"
-            print(f"{name:<{width}}  {row.summary} [{row.source}]\n{'':<{width}}  {_stages(row)}{carry}")
+        width = max(map(len, table["routers"]))
+        for name, row in table["routers"].items():
+            carry = "" if row["carries"] == "-" else f"; carries {row['carries']}"
+            print(
+                f"{name:<{width}}  {row['summary']} [{row['source']}]\n{'':<{width}}  {_stages(row)}{carry}"
+            )
 
 
-def _card(name: str) -> str:
+def measured() -> dict[str, Any]:
+    """The table as the code has it: every row described, built and measured at the paper's medium size."""
+    from rmoe.model.logit_scale import initial_logit_std
+    from rmoe.routing import describe
+    from rmoe.routing.cost import MEDIUM, router_cost
+    from rmoe.routing.zoo import ZOO
+
+    rows = {}
+    for name, row in ZOO.items():
+        geometry = replace(MEDIUM, top_k=row.top_k or MEDIUM.top_k)
+        cost, scale = router_cost(row.spec, geometry), initial_logit_std(row.spec, geometry)
+        rows[name] = describe.row(row) | {
+            "parameters": cost.parameters,
+            "flops_per_token": cost.flops_per_token,
+            "initial_logit_std": None if scale is None else float(f"{scale:.2g}"),
+        }
+    sizes = ("num_layers", "hidden_size", "num_experts", "top_k", "vocab_size")
+    return {"sizes": {name: getattr(MEDIUM, name) for name in sizes}, "routers": rows}
+
+
+def _card(name: str, table: dict[str, Any]) -> str:
     """What a router is and, where the package carries its probe results, what it can do."""
-    row = find(name)
-    facts = {
-        "": f"{row.summary} [{row.source}]",
-        "stages": _stages(row),
-        "equation": describe.equation(row.spec),
-        "balance": describe.balance(row.spec),
-        "carries": describe.carries(row.spec),
-        "needs": describe.needs(row),
-    }
+    if name not in table["routers"]:
+        raise RequestError("router", name, f"one of {', '.join(table['routers'])}")
+    row = table["routers"][name]
+    facts = {"": f"{row['summary']} [{row['source']}]", "stages": _stages(row)}
+    facts |= {label: row[label] for label in ("equation", "balance", "carries", "needs")}
     lines = [
         name,
         *(f"  {label:<9} {value}".rstrip() if label else f"  {value}" for label, value in facts.items()),
@@ -63,57 +88,49 @@ def _card(name: str) -> str:
     return "\n".join([*lines, "", measured or f"no probe results: rmoe probe --routers {name} makes them"])
 
 
-def _stages(row: ZooRow) -> str:
-    return " > ".join(describe.stages(row.spec).values())
+def _stages(row: dict[str, Any]) -> str:
+    return " > ".join(row["stages"].values())
 
 
-def _described(row: ZooRow) -> dict[str, Any]:
-    return {
-        "summary": row.summary,
-        "source": row.source,
-        "stages": describe.stages(row.spec),
-        "equation": describe.equation(row.spec),
-        "balance": describe.balance(row.spec),
-        "carries": describe.carries(row.spec),
-        "needs": describe.needs(row),
-        "spec": row.spec.to_dict(),
-    }
-
-
-def _markdown() -> str:
-    from rmoe.model.logit_scale import initial_logit_std
-    from rmoe.routing.cost import MEDIUM, router_cost
-
+def _markdown(table: dict[str, Any]) -> str:
+    sizes = table["sizes"]
     lines = [
         "# The zoo",
         "",
-        "Made by `rmoe zoo --markdown`; a test compares this file with the code. Parameters and FLOPs are those of all",
-        f"routers of the medium model ({MEDIUM.num_layers} layers, d = {MEDIUM.hidden_size}, {MEDIUM.num_experts} "
-        f"experts, top-{MEDIUM.top_k} or the row's own k, vocabulary {MEDIUM.vocab_size}), frozen parameters",
-        "included; FLOPs are two per multiply-add of a forward pass, counted on real calls. The initial logit std",
-        "is that of the raw logits over experts before training, on inputs of unit scale: rows that differ in it are",
-        "compared fairly only with `rmoe compare --match-logits`.",
+        "Made by `python -m rmoe.cli.zoo`; a test compares this file with the code. Parameters and FLOPs are those of",
+        f"all routers of the medium model ({sizes['num_layers']} layers, d = {sizes['hidden_size']}, "
+        f"{sizes['num_experts']} experts, top-{sizes['top_k']} or the row's own k, vocabulary {sizes['vocab_size']}),",
+        "frozen parameters included; FLOPs are two per multiply-add of a forward pass, counted on real calls. The",
+        "initial logit std is that of the raw logits over experts before training, on inputs of unit scale: rows that",
+        "differ in it are compared fairly only with `rmoe compare --match-logits`.",
         "How to add a row: [add-a-router.md](add-a-router.md).",
         "",
         "| name | what sets it apart | stages | equation | balance | source "
         "| parameters | FLOPs / token | initial logit std | carries | needs |",
         "|---|---|---|---|---|---|---:|---:|---:|---|---|",
     ]
-    for name, row in ZOO.items():
-        geometry = replace(MEDIUM, top_k=row.top_k or MEDIUM.top_k)
-        cost, scale = router_cost(row.spec, geometry), initial_logit_std(row.spec, geometry)
+    for name, row in table["routers"].items():
+        scale = row["initial_logit_std"]
         cells = [
             f"`{name}`",
-            row.summary,
+            row["summary"],
             _stages(row),
-            f"`{describe.equation(row.spec)}`",
-            describe.balance(row.spec),
-            row.source,
-            f"{cost.parameters:,}",
-            f"{cost.flops_per_token:,}",
+            f"`{row['equation']}`",
+            row["balance"],
+            row["source"],
+            f"{row['parameters']:,}",
+            f"{row['flops_per_token']:,}",
             "-" if scale is None else f"{scale:.2g}",
-            describe.carries(row.spec),
-            describe.needs(row),
+            row["carries"],
+            row["needs"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _table = measured()
+    with atomic_write(TABLE) as _staged:
+        _staged.write_text(jsonlib.dumps(_table, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(PAGE) as _staged:
+        _staged.write_text(_markdown(_table) + "\n", encoding="utf-8")

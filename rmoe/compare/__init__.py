@@ -1,1 +1,1 @@
-"""A grid of (router, seed) runs, its typed results, and the statistics that judge them."""
+"""A grid of (router, seed) runs, and the statistics over its results."""

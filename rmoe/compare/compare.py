@@ -1,4 +1,4 @@
-"""`compare`: trains what is missing of a grid, judges it, and writes table and report."""
+"""`compare`: trains what is missing of a grid, compares, and writes table and report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.report import table
 from rmoe.report.page import write_report
-from rmoe.results.comparison import Summary, read_rows
+from rmoe.results.comparison import Summary
+from rmoe.results.rows import finished, read_rows
 from rmoe.results.run import Corpus
 from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
@@ -49,14 +50,14 @@ def compare(
     gate: Path | None = None,
     options: Options | None = None,
 ) -> Summary:
-    """Train every router with every seed, go on with what is missing, and judge.
+    """Train every router with every seed, resume what is missing, and compare.
 
     Args:
         config: of every run, but for the router; its seed is the first of `seeds`.
         routers: names of the zoo or of plugins; `all` is the whole zoo.
         seeds: runs per router (and sweep point), paired: run s of every router has the same seed.
         out: a new folder, or that of the same comparison.
-        baseline: what the others are judged against; `smoe` where it is compared, else the first router.
+        baseline: what the others are compared with; `smoe` where it is compared, else the first router.
         sweep: `SETTING=VALUE,VALUE,...`; each router gets its own value, chosen on validation with equal budgets, and
             the test split is evaluated once, for what was chosen.
         match_params: give every router the baseline's number of parameters; see `rmoe.compare.match`.
@@ -98,10 +99,9 @@ def compare(
         saved = f"{runs}, and checkpoints of those under way, in {out}"
         raise RunError("interrupted", saved, "run the same command again") from None
     rows, problems = planned_rows(setting)
-    if not any(row.status == "finished" for row in rows):
-        raise RunError(
-            f"every run failed, {rows[0].key} with: {rows[0].error}", "no model", f"see {out / 'logs'}"
-        )
+    if not finished(rows):
+        error = rows[0].failure.error if rows[0].failure else None
+        raise RunError(f"every run failed, {rows[0].key} with: {error}", "no model", f"see {out / 'logs'}")
     summary = summarise(
         rows,
         preset=config.preset,

@@ -21,7 +21,7 @@ from rmoe.compare.timing import time_alone
 from rmoe.errors import RunError
 from rmoe.report.charts.chart import counted
 from rmoe.results.analysis import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
-from rmoe.results.comparison import ResultRow, append_row, read_rows
+from rmoe.results.rows import Failure, ResultRow, append_row, finished, read_rows
 from rmoe.results.run import Corpus, Hardware, RunResult, Versions
 from rmoe.routing.zoo import ZOO
 
@@ -97,7 +97,7 @@ def train_until_decided(setting: Setting, pool: Pool) -> Setting:
 def _decided(setting: Setting, pairs: int) -> dict[str, int]:
     """Routers whose verdict stands after so many pairs."""
     rows = planned_rows(setting)[0]
-    if not any(row.status == "finished" for row in rows):
+    if not finished(rows):
         return {}
     plan = setting.plan
     summary = summarise(rows, "", plan.baseline, margin=setting.options.margin, looks=plan.looks)
@@ -120,8 +120,8 @@ def planned_rows(setting: Setting) -> tuple[list[ResultRow], list[str]]:
 
 def _train_missing(setting: Setting, pool: Pool) -> None:
     """Train every run that has no finished row, several at once."""
-    known = setting.rows()
-    missing = [r for r in setting.plan.runs() if r.key not in known or known[r.key].status != "finished"]
+    known = finished(setting.rows().values())
+    missing = [run for run in setting.plan.runs() if run.key not in known]
     if not missing:
         return
 
@@ -148,12 +148,12 @@ def _train_missing(setting: Setting, pool: Pool) -> None:
 def train_branches(setting: Setting, pool: Pool) -> None:
     """Train the baseline's shorter runs that are missing, each from its longer run's checkpoint."""
     path = setting.out / plans.BRANCHES
-    known = {row.key for row in read_rows(path)[0] if row.status == "finished"} if path.exists() else set()
-    rows = setting.rows()
+    known = finished(read_rows(path)[0]) if path.exists() else {}
+    whole = finished(setting.rows().values())
     missing = [
         (branch, run)
         for branch, run in setting.plan.branches()
-        if branch.key not in known and run.key in rows and rows[run.key].status == "finished"
+        if branch.key not in known and run.key in whole
     ]
     if not missing:
         return
@@ -185,55 +185,30 @@ def train_branches(setting: Setting, pool: Pool) -> None:
 
 def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
     """The line of results.jsonl that an answer makes."""
-    if answer.error is not None:
-        return ResultRow(
-            router=run.router,
+    result = failure = None
+    if answer.error is None:
+        result = msgspec.convert(answer.value, RunResult)
+    else:
+        failure = Failure(
+            error=answer.error,
             router_spec=ZOO[run.router].spec.to_dict(),
-            seed=run.seed,
-            sweep=run.sweep,
             config=run.config.to_dict(),
             versions=setting.versions,
             hardware=setting.hardware,
             corpus=setting.corpus,
-            status="failed",
-            error=answer.error,
         )
-    result = msgspec.convert(answer.value, RunResult)
-    return ResultRow(
-        router=run.router,
-        router_spec=result.router_spec,
-        seed=run.seed,
-        sweep=run.sweep,
-        config=result.config,
-        versions=result.versions,
-        hardware=result.hardware,
-        corpus=result.corpus,
-        status="finished",
-        steps=result.steps,
-        tokens=result.tokens,
-        val=result.val,
-        test=result.test,
-        parameters=result.parameters,
-        curves=result.curves,
-        routing=result.routing,
-        initial_logits=result.initial_logits,
-        layer_curves=result.layer_curves,
-        test_losses=result.test_losses,
-        averaged=result.averaged,
-    )
+    return ResultRow(router=run.router, seed=run.seed, sweep=run.sweep, result=result, failure=failure)
 
 
 def judge_chosen(setting: Setting, pool: Pool) -> None:
     """With a sweep: the test split, once, for the point each router does best at on validation."""
     rows = setting.rows()
+    results = finished(rows.values())
     chosen = chosen_sweep(sweep_points(list(rows.values())))
     runs = [
         run
         for run in setting.plan.runs()
-        if run.sweep == chosen.get(run.router)
-        and (row := rows.get(run.key)) is not None
-        and row.status == "finished"
-        and row.test is None
+        if run.sweep == chosen.get(run.router) and run.key in results and results[run.key].test is None
     ]
     if not runs:
         return
@@ -245,7 +220,8 @@ def judge_chosen(setting: Setting, pool: Pool) -> None:
                 "every run",
                 "run the same command again",
             )
-        append_row(setting.results, msgspec.structs.replace(rows[run.key], test=answer.value))
+        result = msgspec.structs.replace(results[run.key], test=answer.value)
+        append_row(setting.results, msgspec.structs.replace(rows[run.key], result=result))
 
     pool.map(runs, lambda run: Judge(config=run.config.to_dict(), folder=str(setting.folder(run))), note)
 
@@ -254,10 +230,9 @@ def _first_runs(setting: Setting) -> dict[str, Run]:
     """Router -> its first finished run at its chosen sweep point."""
     rows = setting.rows()
     chosen = chosen_sweep(sweep_points(list(rows.values())))
-    found: dict[str, Run] = {}
+    results, found = finished(rows.values()), dict[str, Run]()
     for run in setting.plan.runs():
-        finished = run.key in rows and rows[run.key].status == "finished"
-        if finished and run.sweep == chosen.get(run.router):
+        if run.key in results and run.sweep == chosen.get(run.router):
             found.setdefault(run.router, run)
     return found
 
@@ -283,8 +258,8 @@ def analyse(setting: Setting, pool: Pool) -> Analysis | None:
     if not setting.options.analysis_tokens:
         return None
     path = setting.out / plans.ANALYSIS
-    rows, runs = setting.rows(), _first_runs(setting)
-    ranked = sorted(runs, key=lambda name: (name != setting.plan.baseline, rows[runs[name].key].val))
+    results, runs = finished(setting.rows().values()), _first_runs(setting)
+    ranked = sorted(runs, key=lambda name: (name != setting.plan.baseline, results[runs[name].key].val))
     wanted = ranked[:ANALYSED_AT_MOST]
     if path.exists() and [m.name for m in read_analysis(path).models] == wanted:
         return read_analysis(path)

@@ -22,7 +22,7 @@ import msgspec
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.records import Record, read_record, write_record
-from rmoe.results.comparison import SweepValue, run_key
+from rmoe.results.rows import SweepValue, run_key
 from rmoe.routing.zoo import find
 from rmoe.training.config import RunConfig
 from rmoe.training.run_folder import flat, require_equal
@@ -58,7 +58,7 @@ class Plan:
         config: of every run, but for router, seed and what is swept.
         routers: names; the first is the baseline where `baseline` says nothing else.
         seeds: how many, from the configuration's own on.
-        baseline: the router the others are judged against.
+        baseline: the router the others are compared with.
         sweep: setting -> values; every router is trained at every combination.
         changes: router -> settings it alone has: expert widths that match parameters, or its only `k`.
         optional: routers nobody named, which `all` stood for: left out where they cannot work.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rmoe.compare.statistics import CONFIDENCE, equivalence_p, holm, t_interval, verdict_of
+from rmoe.compare.statistics import decide, paired, t_interval
 from rmoe.errors import RequestError
 from rmoe.results.probes import MEAN, Against, Card, Detail, Point, ProbeRow, Reference, Score, Summary
 
@@ -78,37 +78,25 @@ def _mean_over_probes(by_probe: Sequence[dict[int, float]]) -> dict[int, float]:
 
 def _scores(by_router: dict[str, dict[int, float]], baseline: str, margin: float) -> dict[str, Score]:
     """Every router's score on one probe, and its paired difference to the baseline."""
-    against = by_router[baseline]
-    paired = {
-        name: [found[seed] - against[seed] for seed in sorted(found.keys() & against.keys())]
-        for name, found in by_router.items()
-        if name != baseline
-    }
-    tested = {name: t_interval(values) for name, values in paired.items() if len(values) > 1}
-    equal = {name: equivalence_p(paired[name], margin) for name in tested}
-    p_holm = dict(zip(tested, holm([p for _, p in tested.values()]), strict=True))
-    equal_holm = dict(zip(tested, holm(list(equal.values())), strict=True))
-
-    def difference(name: str) -> Against | None:
-        if name not in tested:
-            return None
-        mean = float(np.mean(paired[name]))
-        return Against(
-            mean=mean,
-            interval=tested[name][0],
-            p=tested[name][1],
-            p_holm=p_holm[name],
-            p_equivalent=equal_holm[name],
-            verdict=verdict_of(mean, p_holm[name], equal_holm[name], 1 - CONFIDENCE),
+    differences = paired(by_router, baseline)
+    against = {
+        name: Against(
+            mean=float(np.mean(list(differences[name].values()))),
+            interval=test.interval,
+            p=test.p_differs,
+            p_holm=test.p_holm,
+            p_equivalent=test.p_equal_holm,
+            verdict=test.verdict,
         )
-
+        for name, test in decide(differences, margin).items()
+    }
     return {
         name: Score(
             seeds=sorted(found),
             regrets=[found[seed] for seed in sorted(found)],
             mean=float(np.mean(list(found.values()))),
             interval=t_interval(list(found.values()))[0] if len(found) > 1 else None,
-            against=difference(name),
+            against=against.get(name),
         )
         for name, found in by_router.items()
     }

@@ -11,8 +11,9 @@ the bootstrap appears only from ten seeds, beside the t interval, with its own s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -42,7 +43,7 @@ _RESAMPLES = 999
 
 
 def bits(value: float, unit: Unit) -> float:
-    """A figure on the scale differences are taken on.
+    """A value on the scale differences are taken on.
 
     >>> bits(1.25, "bits_per_byte"), bits(32.0, "perplexity")
     (1.25, 5.0)
@@ -187,6 +188,67 @@ def bootstrap_coverage(n: int, confidence: float, simulations: int = 400) -> flo
     return float(np.mean((interval.low <= 0) & (interval.high >= 0)))
 
 
+class Decision(NamedTuple):
+    """Paired differences to the baseline, tested; `_holm`: corrected over all routers.
+
+    `p_differs` and `p_equal` are of one look, `p_all_looks` of all so far (without looks `p_differs`).
+    """
+
+    interval: Interval
+    p_differs: float
+    p_all_looks: float
+    p_holm: float
+    p_equal: float
+    p_equal_holm: float
+    verdict: Verdict
+
+
+def paired(routers: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, dict[int, float]]:
+    """Router -> seed -> value minus the baseline's, over the seeds both have; routers that share none are skipped."""
+    against = routers.get(baseline, {})
+    return {
+        name: {seed: by_seed[seed] - against[seed] for seed in sorted(by_seed.keys() & against.keys())}
+        for name, by_seed in routers.items()
+        if name != baseline and by_seed.keys() & against.keys()
+    }
+
+
+def decide(
+    differences: Mapping[str, Mapping[int, float]],
+    margin: float,
+    confidence: float = CONFIDENCE,
+    looks: Looks | None = None,
+) -> dict[str, Decision]:
+    """Test every router's differences, of which there are two or more; the others are skipped."""
+    values = {name: list(by_seed.values()) for name, by_seed in differences.items() if len(by_seed) > 1}
+    tests = {name: _t_test(found, confidence, looks) for name, found in values.items()}
+    p_equal = {name: equivalence_p(found, margin) for name, found in values.items()}
+    p_differs, p_same = {name: p for name, (_, p) in tests.items()}, p_equal
+    if looks is not None:
+        p_differs = {n: sequential_p(_at_looks(v, looks, _p_differs), looks) for n, v in values.items()}
+        p_same = {
+            # One-sided tests: a boundary of 5% on one side is that of 10% on both.
+            name: sequential_p(
+                _at_looks(found, looks, lambda v: min(1.0, 2 * equivalence_p(v, margin))), looks
+            )
+            / 2
+            for name, found in values.items()
+        }
+    p_holm = dict(zip(values, holm(list(p_differs.values())), strict=True))
+    p_equal_holm = dict(zip(values, holm(list(p_same.values())), strict=True))
+    return {
+        name: Decision(
+            *tests[name],
+            p_differs[name],
+            p_holm[name],
+            p_equal[name],
+            p_equal_holm[name],
+            verdict_of(float(np.mean(found)), p_holm[name], p_equal_holm[name], 1 - confidence),
+        )
+        for name, found in values.items()
+    }
+
+
 def compare_to_baseline(
     routers: dict[str, dict[int, float]],
     baseline: str,
@@ -196,10 +258,10 @@ def compare_to_baseline(
     confidence: float = CONFIDENCE,
     looks: Looks | None = None,
 ) -> dict[str, Difference]:
-    """Judge every router against the baseline, over the seeds both finished.
+    """Compare every router with the baseline, over the seeds both finished.
 
     Args:
-        routers: router -> seed -> figure, in the corpus's unit.
+        routers: router -> seed -> value, in the corpus's unit.
         margin: half-width of "equivalent", in bits.
         looks: pairs at which the verdicts were or will be looked at, see `rmoe.compare.sequential`; None is one look,
             at all there are.
@@ -208,55 +270,42 @@ def compare_to_baseline(
         router -> difference, without the baseline and without routers that share no seed with it. The p
         values are corrected over all routers returned (Holm); intervals are not.
     """
-    against = routers.get(baseline, {})
-    paired = {
-        name: {
-            seed: bits(by_seed[seed], unit) - bits(against[seed], unit)
-            for seed in sorted(by_seed.keys() & against.keys())
-        }
+    in_bits = {
+        name: {seed: bits(value, unit) for seed, value in by_seed.items()}
         for name, by_seed in routers.items()
-        if name != baseline and by_seed.keys() & against.keys()
     }
-    judged = [name for name, differences in paired.items() if len(differences) > 1]
-    values = {name: list(paired[name].values()) for name in judged}
-    tests = {name: _t_test(values[name], confidence, looks) for name in judged}
-    p_equal = {name: equivalence_p(values[name], margin) for name in judged}
-    p_used = {name: tests[name][1] for name in judged}
-    p_equal_used = p_equal
-    if looks is not None:
-        p_used = {name: sequential_p(_at_looks(values[name], looks, _p_differs), looks) for name in judged}
-        p_equal_used = {
-            # One-sided tests: a boundary of 5% on one side is that of 10% on both.
-            name: sequential_p(
-                _at_looks(values[name], looks, lambda v: min(1.0, 2 * equivalence_p(v, margin))), looks
-            )
-            / 2
-            for name in judged
-        }
-    p_holm = dict(zip(judged, holm([p_used[name] for name in judged]), strict=True))
-    p_equal_holm = dict(zip(judged, holm([p_equal_used[name] for name in judged]), strict=True))
+    differences = paired(in_bits, baseline)
+    tests = decide(differences, margin, confidence, looks)
 
-    def judge(name: str) -> Difference:
-        found = _difference(paired[name], unit, split)
+    def difference(name: str) -> Difference:
+        by_seed = differences[name]
+        values = list(by_seed.values())
+        found = Difference(
+            split=split,
+            unit=unit_of_differences(unit),
+            seeds=list(by_seed),
+            values=values,
+            mean=float(np.mean(values)),
+            verdict="one seed: no verdict",
+        )
         if name not in tests:
             return found
-        sd = float(np.std(found.values, ddof=1))
-        interval, p = tests[name]
-        boot = len(found.values) >= BOOTSTRAP_FROM and sd > 0
+        test, sd = tests[name], float(np.std(values, ddof=1))
+        boot = len(values) >= BOOTSTRAP_FROM and sd > 0
         return msgspec.structs.replace(
             found,
             sd=sd,
-            interval=interval,
-            bootstrap=bootstrap_interval(found.values, confidence) if boot else None,
-            p=p,
-            p_holm=p_holm[name],
-            p_sequential=None if looks is None else p_used[name],
-            equivalence=Equivalence(margin=margin, p=p_equal[name], p_holm=p_equal_holm[name]),
+            interval=test.interval,
+            bootstrap=bootstrap_interval(values, confidence) if boot else None,
+            p=test.p_differs,
+            p_holm=test.p_holm,
+            p_sequential=None if looks is None else test.p_all_looks,
+            equivalence=Equivalence(margin=margin, p=test.p_equal, p_holm=test.p_equal_holm),
             power=Power(difference=REFERENCE_BITS, power=POWER, seeds=seeds_needed(sd)),
-            verdict=verdict_of(found.mean, p_holm[name], p_equal_holm[name], 1 - confidence),
+            verdict=test.verdict,
         )
 
-    return {name: judge(name) for name in paired}
+    return {name: difference(name) for name in differences}
 
 
 def _p_differs(differences: Sequence[float]) -> float:
@@ -278,18 +327,6 @@ def _t_test(differences: Sequence[float], confidence: float, looks: Looks | None
         look = next((i for i, pairs in enumerate(looks) if pairs >= len(differences)), len(looks) - 1)
         confidence = 1 - nominal_levels(round(1 - confidence, 12), looks)[look]
     return t_interval(differences, confidence)
-
-
-def _difference(by_seed: dict[int, float], unit: Unit, split: Split) -> Difference:
-    """The difference before it is judged."""
-    return Difference(
-        split=split,
-        unit=unit_of_differences(unit),
-        seeds=list(by_seed),
-        values=list(by_seed.values()),
-        mean=float(np.mean(list(by_seed.values()))),
-        verdict="one seed: no verdict",
-    )
 
 
 def verdict_of(mean: float, p_differs: float, p_equal: float, level: float) -> Verdict:

@@ -1,4 +1,4 @@
-"""From result rows to `summary.json`: choose sweep points, take spreads, judge differences, say the finding.
+"""From result rows to `summary.json`: choose sweep points, take spreads, test differences, state the finding.
 
 Imports no torch.
 """
@@ -17,6 +17,7 @@ from rmoe.compare.equal_time import equal_time, fit_law, in_unit
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.report.charts.chart import counted
+from rmoe.report.table import signed
 from rmoe.results.comparison import (
     SPLITS,
     UNITS,
@@ -24,46 +25,44 @@ from rmoe.results.comparison import (
     Difference,
     Interval,
     LossLaw,
-    ResultRow,
     RouterSummary,
     Split,
     Summary,
     SweepPoint,
-    SweepValue,
-    check_comparable,
     unit_of_differences,
 )
-from rmoe.results.run import Curve, LayerCurve, Unit
+from rmoe.results.rows import ResultRow, SweepValue, check_comparable
+from rmoe.results.run import Curve, LayerCurve, RunResult, Unit
 
 SCALE_RATIO = 1.5  # arms whose logits start further apart than this are not compared at one scale
 
 
 def sweep_points(rows: Sequence[ResultRow]) -> list[SweepPoint]:
-    """Mean validation figure of every sweep point, and which one each router is judged at.
+    """Mean validation loss of every sweep point, and which one each router is compared at.
 
     The point with the lowest mean is chosen among those that finished the most seeds: a learning rate that
     loses a run is not chosen for the runs it did not lose.
     """
-    grouped: dict[str, dict[str, list[ResultRow]]] = defaultdict(lambda: defaultdict(list))
+    grouped: dict[str, dict[str, list[tuple[dict[str, SweepValue], float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for row in rows:
-        if row.status == "finished" and row.val is not None:
-            grouped[row.router][repr(sorted(row.sweep.items()))].append(row)
+        if row.result is not None and row.result.val is not None:
+            grouped[row.router][repr(sorted(row.sweep.items()))].append((row.sweep, row.result.val))
     found = []
     for router, points in grouped.items():
-        means = {name: float(np.mean([row.val for row in group])) for name, group in points.items()}
+        means = {name: float(np.mean([val for _, val in group])) for name, group in points.items()}
         most = max(len(group) for group in points.values())
         best = min((name for name, group in points.items() if len(group) == most), key=means.__getitem__)
         found += [
-            SweepPoint(
-                router=router, sweep=group[0].sweep, n=len(group), val=means[name], chosen=name == best
-            )
+            SweepPoint(router=router, sweep=group[0][0], n=len(group), val=means[name], chosen=name == best)
             for name, group in points.items()
         ]
     return found
 
 
 def chosen_sweep(points: Sequence[SweepPoint]) -> dict[str, dict[str, SweepValue]]:
-    """Router -> the sweep point it is judged at."""
+    """Router -> the sweep point it is compared at."""
     return {point.router: point.sweep for point in points if point.chosen}
 
 
@@ -94,11 +93,11 @@ def summarise(
     looks: Looks | None = None,
     branches: Sequence[ResultRow] = (),
 ) -> Summary:
-    """Judge a comparison.
+    """Summarise a comparison.
 
     Args:
         rows: one per run, of one corpus.
-        baseline: the router the others are judged against.
+        baseline: the router the others are compared with.
         descriptions: router -> what it is, in a phrase.
         notes: said beside the verdict: problems met, what to expect.
         margin: half-width of "equivalent", in bits.
@@ -115,34 +114,31 @@ def summarise(
         raise RequestError("results", f"{len(rows)} runs, none finished", "at least one finished run")
     if baseline not in {row.router for row in rows}:
         raise RequestError("--baseline", baseline, ", ".join(sorted(chosen)))
-    judged = [row for row in rows if row.status == "finished" and row.sweep == chosen.get(row.router)]
-    split: Split = "test" if all(row.test is not None for row in judged) else "val"
-    figures: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in judged:
-        figure = row.test if split == "test" else row.val
-        assert figure is not None
-        figures[row.router][row.seed] = figure
-    unit = rows[0].corpus.unit
-    differences = statistics.compare_to_baseline(figures, baseline, unit, split, margin, confidence, looks)
+    runs = [row.result for row in rows if row.result is not None and row.sweep == chosen.get(row.router)]
+    split: Split = "test" if all(run.test is not None for run in runs) else "val"
+    values = _values(runs, split)
+    unit = rows[0].run.corpus.unit
+    differences = statistics.compare_to_baseline(values, baseline, unit, split, margin, confidence, looks)
+    between_averages = statistics.compare_to_baseline(
+        _values(runs, split, averaged=True), baseline, unit, split, margin, confidence, looks
+    )
     routers = [
         _router(
             name,
-            [row for row in judged if row.router == name],
-            failed=sum(row.status == "failed" and row.router == name for row in rows),
-            against={row.seed: row for row in judged if row.router == baseline != name},
+            [row for row in rows if row.router == name],
+            chosen.get(name),
+            against={run.seed: run for run in runs if run.router == baseline != name},
             difference=differences.get(name),
+            averaged=between_averages.get(name),
             description=(descriptions or {}).get(name, ""),
         )
         for name in dict.fromkeys(row.router for row in rows)
     ]
-    between_averages = statistics.compare_to_baseline(
-        _averaged(judged, split), baseline, unit, split, margin, confidence, looks
-    )
-    routers = [msgspec.structs.replace(r, averaged=between_averages.get(r.router)) for r in routers]
-    law, said = _law(branches, judged, baseline, split)
+    shorter = [row.result for row in branches if row.result is not None]
+    law, said = _law(shorter, runs, baseline, split)
     if law is not None:
         in_bits = {
-            r: {s: statistics.bits(v, unit) for s, v in by_seed.items()} for r, by_seed in figures.items()
+            r: {s: statistics.bits(v, unit) for s, v in by_seed.items()} for r, by_seed in values.items()
         }
         seconds = {r.router: r.timing.seconds_per_1k_steps for r in routers if r.timing is not None}
         if baseline not in seconds:
@@ -157,7 +153,7 @@ def summarise(
     return Summary(
         preset=preset,
         baseline=baseline,
-        corpus=rows[0].corpus,
+        corpus=rows[0].run.corpus,
         confidence=confidence,
         verdict=verdict_sentence(differences, baseline, margin, confidence),
         notes=[
@@ -170,22 +166,22 @@ def summarise(
         routers=sorted(routers, key=lambda r: _rank(r, split)),
         sweep_points=points if any(point.sweep for point in points) else [],
         law=law,
-        hardware=rows[0].hardware,
-        versions=rows[0].versions,
+        hardware=rows[0].run.hardware,
+        versions=rows[0].run.versions,
     )
 
 
 def _law(
-    branches: Sequence[ResultRow], judged: Sequence[ResultRow], baseline: str, split: Split
+    shorter: Sequence[RunResult], runs: Sequence[RunResult], baseline: str, split: Split
 ) -> tuple[LossLaw | None, list[str]]:
     """The law of the baseline's loss, over the seeds that have every length, and why there is none."""
     by_seed: dict[int, dict[int, float]] = defaultdict(dict)
-    for row in (*branches, *judged):
-        figure = row.test if split == "test" else row.val
-        if row.router == baseline and row.status == "finished" and figure is not None:
-            by_seed[row.seed][row.steps] = statistics.bits(figure, row.corpus.unit)
+    for run in (*shorter, *runs):
+        value: float | None = getattr(run, split)
+        if run.router == baseline and value is not None:
+            by_seed[run.seed][run.steps] = statistics.bits(value, run.corpus.unit)
     whole = [lengths for lengths in by_seed.values() if len(lengths) == 3]
-    if not branches or not whole:
+    if not shorter or not whole:
         return None, []
     steps = sorted(whole[0])
     losses = [float(np.mean([lengths[n] for lengths in whole])) for n in steps]
@@ -201,82 +197,83 @@ def _law(
 
 
 def _rank(router: RouterSummary, split: Split) -> float:
-    figure = router.test if split == "test" else router.val
-    return figure.mean if figure else float("inf")
+    spread = router.test if split == "test" else router.val
+    return spread.mean if spread else float("inf")
 
 
 def _router(
     name: str,
-    judged: Sequence[ResultRow],
-    failed: int,
-    against: Mapping[int, ResultRow],
+    rows: Sequence[ResultRow],
+    sweep: dict[str, SweepValue] | None,
+    against: Mapping[int, RunResult],
     difference: Difference | None,
+    averaged: Difference | None,
     description: str,
 ) -> RouterSummary:
-    """One row of the table, from a router's finished runs at its chosen sweep point."""
-    mine = sorted(judged, key=lambda row: row.seed)
+    """One row of the table, from a router's rows and its chosen sweep point (None: no run has a value)."""
+    rows = sorted(rows, key=lambda row: row.seed)
+    mine = [row.result for row in rows if row.result is not None and row.sweep == sweep]
     if difference is not None and difference.split == "test":
         over_text = _text_interval(mine, against)
         difference = msgspec.structs.replace(difference, text_interval=over_text)
-    shared = set.intersection(*(set(row.curves) for row in mine)) if mine else set()
-    curves = {name: band([row.curves[name] for row in mine]) for name in sorted(shared)}
+    shared = set.intersection(*(set(run.curves) for run in mine)) if mine else set()
+    curves = {name: band([run.curves[name] for run in mine]) for name in sorted(shared)}
     return RouterSummary(
         router=name,
         summary=description,
-        sweep=mine[0].sweep if mine else {},
+        sweep=sweep or {},
         finished=len(mine),
-        failed=failed,
-        val=statistics.spread({row.seed: row.val for row in mine if row.val is not None}),
-        test=statistics.spread({row.seed: row.test for row in mine if row.test is not None}),
+        failed=sum(row.failure is not None for row in rows),
+        val=statistics.spread({run.seed: run.val for run in mine if run.val is not None}),
+        test=statistics.spread({run.seed: run.test for run in mine if run.test is not None}),
         difference=difference,
         parameters=mine[0].parameters if mine else None,
-        timing=next((row.timing for row in mine if row.timing), None),
+        timing=next((row.timing for row in rows if row.timing and row.sweep == sweep), None),
         curves={name: joined for name, joined in curves.items() if joined},
         val_difference=_val_difference(mine, against),
         initial_logit_std=_initial_logit_std(mine),
         layer_curves=_layer_curves(mine),
+        averaged=averaged,
     )
 
 
-def _text_interval(mine: Sequence[ResultRow], against: Mapping[int, ResultRow]) -> Interval | None:
+def _text_interval(mine: Sequence[RunResult], against: Mapping[int, RunResult]) -> Interval | None:
     """Of the difference in bits per byte; perplexities per word have no losses per token."""
-    pairs = [(row.test_losses, against[row.seed].test_losses) for row in mine if row.seed in against]
+    pairs = [(run.test_losses, against[run.seed].test_losses) for run in mine if run.seed in against]
     known = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
-    if len(known) < len(pairs) or any(row.corpus.unit != "bits_per_byte" for row in mine):
+    if len(known) < len(pairs) or any(run.corpus.unit != "bits_per_byte" for run in mine):
         return None
     interval = statistics.text_interval([ours for ours, _ in known], [theirs for _, theirs in known])
     if interval is None:
         return None
-    row = mine[0]
-    assert row.test is not None and row.test_losses is not None  # noqa: PT018 - both or neither
-    # From bits per token to bits per byte: one constant of the text, whatever the row.
-    per_byte = row.test / (sum(row.test_losses.nats) / row.test_losses.targets / math.log(2))
+    run = mine[0]
+    assert run.test is not None and run.test_losses is not None  # noqa: PT018 - both or neither
+    # From bits per token to bits per byte: one constant of the text, whatever the run.
+    per_byte = run.test / (sum(run.test_losses.nats) / run.test_losses.targets / math.log(2))
     return Interval(low=interval.low * per_byte, high=interval.high * per_byte)
 
 
-def _averaged(judged: Sequence[ResultRow], split: Split) -> dict[str, dict[int, float]]:
-    """Router -> seed -> figure of the averaged weights."""
-    figures: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in judged:
-        if row.averaged is None:
-            continue
-        figure = row.averaged.test if split == "test" else row.averaged.val
-        if figure is not None:
-            figures[row.router][row.seed] = figure
-    return figures
+def _values(runs: Sequence[RunResult], split: Split, averaged: bool = False) -> dict[str, dict[int, float]]:
+    """Router -> seed -> value; with `averaged` that of the averaged weights, where there are any."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        value = getattr(run.averaged if averaged else run, split, None)
+        if value is not None:
+            found[run.router][run.seed] = value
+    return found
 
 
-def _initial_logit_std(rows: Sequence[ResultRow]) -> float | None:
+def _initial_logit_std(runs: Sequence[RunResult]) -> float | None:
     """Mean over layers and seeds; None where it was not measured or there is no scorer."""
-    starts = [np.mean(row.initial_logits.start) for row in rows if row.initial_logits is not None]
+    starts = [np.mean(run.initial_logits.start) for run in runs if run.initial_logits is not None]
     return float(np.mean(starts)) if starts else None
 
 
-def _layer_curves(rows: Sequence[ResultRow]) -> dict[str, LayerCurve]:
+def _layer_curves(runs: Sequence[RunResult]) -> dict[str, LayerCurve]:
     """Means over seeds, at the steps that all of them logged."""
     found = {}
-    for name in sorted(set.intersection(*(set(row.layer_curves) for row in rows)) if rows else ()):
-        curves = [row.layer_curves[name] for row in rows]
+    for name in sorted(set.intersection(*(set(run.layer_curves) for run in runs)) if runs else ()):
+        curves = [run.layer_curves[name] for run in runs]
         by_step = [dict(zip(curve.step, curve.value, strict=True)) for curve in curves]
         shared = sorted(set.intersection(*(set(one) for one in by_step)))
         if shared:
@@ -285,12 +282,12 @@ def _layer_curves(rows: Sequence[ResultRow]) -> dict[str, LayerCurve]:
     return found
 
 
-def _val_difference(mine: Sequence[ResultRow], against: Mapping[int, ResultRow]) -> Band | None:
+def _val_difference(mine: Sequence[RunResult], against: Mapping[int, RunResult]) -> Band | None:
     """The validation curve minus the baseline's, seed by seed, in bits."""
     pairs = [
-        (row.curves["val"], against[row.seed].curves["val"], row.corpus.unit)
-        for row in mine
-        if row.seed in against and "val" in row.curves and "val" in against[row.seed].curves
+        (run.curves["val"], against[run.seed].curves["val"], run.corpus.unit)
+        for run in mine
+        if run.seed in against and "val" in run.curves and "val" in against[run.seed].curves
     ]
     return band([_minus(ours, theirs, unit) for ours, theirs, unit in pairs]) if pairs else None
 
@@ -307,15 +304,6 @@ def _minus(ours: Curve, theirs: Curve, unit: Unit) -> Curve:
     )
 
 
-def signed(value: float) -> str:
-    """A difference in bits, with its sign.
-
-    >>> signed(-0.01234)
-    '−0.0123'
-    """
-    return f"{value:+.4f}".replace("-", "−")
-
-
 def interval_phrase(interval: Interval) -> str:
     """An interval in words."""
     return f"{signed(interval.low)} to {signed(interval.high)}"
@@ -326,7 +314,7 @@ def verdict_sentence(
 ) -> str:
     """The finding in one sentence, with its interval.
 
-    With several routers, the one that leads is named, and how many were judged which way.
+    With several routers, the one that leads is named, and how many have which verdict.
     """
     if not differences:
         return f"Nothing to compare: no router shares a finished seed with the baseline {baseline}."
@@ -395,10 +383,10 @@ def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], con
             f"Verdicts use p values corrected over all routers (Holm); intervals are {confidence:.0%} each, "
             "not corrected."
         )
-    codes = dict.fromkeys(row.versions.code for row in rows if row.status == "finished")
+    codes = dict.fromkeys(row.result.versions.code for row in rows if row.result)
     if len(codes) > 1:
         notes.append(f"The runs were made by {len(codes)} versions of the code: {', '.join(codes)}.")
     for row in rows:
-        if row.status == "failed":
-            notes.append(f"{row.key} failed and is left out: {row.error}")
+        if row.failure:
+            notes.append(f"{row.key} failed and is left out: {row.failure.error}")
     return notes

@@ -19,7 +19,7 @@ import msgspec
 from rmoe.compare.jobs import Measured, Time
 from rmoe.compare.pool import Worker
 from rmoe.errors import RunError
-from rmoe.results.comparison import Timing
+from rmoe.results.rows import Timing
 from rmoe.training.config import RunConfig
 
 WARM_UP_STEPS = 3

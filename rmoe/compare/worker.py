@@ -79,17 +79,17 @@ def _carry_out(job: Job) -> Any:
             longer = None if branch_of is None else Path(branch_of)
             return train(config, Path(folder), resume=resume, progress=False, branch_of=longer)
         case Judge(folder=folder):
-            from rmoe.compare.judge import figure_on_test
+            from rmoe.compare.evaluate import evaluate_test
 
-            return figure_on_test(config, Path(folder))
+            return evaluate_test(config, Path(folder))
         case Time(steps=steps):
             from rmoe.compare.timing import time_steps
 
             return time_steps(config, steps)
         case Measure(folder=folder, name=name, tokens=tokens):
-            from rmoe.compare.judge import measure
+            from rmoe.compare.evaluate import measure_routing
 
-            return measure(config, Path(folder), name, tokens)
+            return measure_routing(config, Path(folder), name, tokens)
 
 
 if __name__ == "__main__":

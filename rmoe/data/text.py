@@ -115,7 +115,7 @@ def folder_text(
         root: the folder.
         field: for files of rows.
         suffixes: of the files taken, each also as `.gz`.
-        keep: judges the name of each file and folder below.
+        keep: decides by the name of each file and folder below.
 
     Raises:
         RequestError: there is no such file, or a link leads nowhere.

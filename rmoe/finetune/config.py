@@ -17,7 +17,7 @@ class FinetuneConfig:
 
     Attributes:
         task: `instruction` learns the answers of Alpaca-format lines, `classification` the labels of texts.
-        valid: a file of the same form, judged while training and at the end.
+        valid: a file of the same form, evaluated while training and at the end.
         freeze: what of the routers stays as it is; `router` is each layer's own part, the cell is shared.
         train: everything, or the router alone: `router` is a graft's projectors, cell and `B` (of an RMoE
             model all of its router), `router+gate` the family's gates too.

@@ -226,8 +226,8 @@ def _instruction_job(source: Path, data: Path, config: FinetuneConfig, tokenizer
         return packed, len(examples), len(made) - len(examples)
 
     dataset, used, left_out = sequences(items)
-    judged = sequences(valid)[0] if valid else None
-    evaluate = None if judged is None else partial(_answer_loss, sequences=judged)
+    held_out = sequences(valid)[0] if valid else None
+    evaluate = None if held_out is None else partial(_answer_loss, sequences=held_out)
     return Job(
         model=model,
         dataset=dataset,
@@ -264,7 +264,7 @@ def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokeni
     model = load_classifier(source, labels, pad, config.seed)
     require_rows(model, tokenizer, source, pad)
     dataset = LabelledTexts(items, labels, tokenizer, config.sequence_length, pad)
-    judged = LabelledTexts(valid, labels, tokenizer, config.sequence_length, pad) if valid else None
+    held_out = LabelledTexts(valid, labels, tokenizer, config.sequence_length, pad) if valid else None
     return Job(
         model=model,
         dataset=dataset,
@@ -272,7 +272,7 @@ def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokeni
         examples=len(items),
         left_out=0,
         evaluate=None,
-        score=lambda model: {} if judged is None else scores(predict(model, judged), judged.labels),
+        score=lambda model: {} if held_out is None else scores(predict(model, held_out), held_out.labels),
     )
 
 

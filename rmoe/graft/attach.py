@@ -23,8 +23,8 @@ from rmoe.graft.modules import (
 from rmoe.graft.spec import GraftSpec
 from rmoe.model.initialize import keyed_generator
 from rmoe.routing.initial import Initialized
+from rmoe.routing.options import Geometry
 from rmoe.routing.recurrence import SharedRecurrence
-from rmoe.routing.spec import Geometry
 
 CELL = "router_cell"
 OFFSET = "router_offset"

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from rmoe.graft.spec import GraftSpec
 from rmoe.routing.contract import State
 from rmoe.routing.initial import Initialized, Initializer, constant, linear_fp32, normal
+from rmoe.routing.options import Geometry
 from rmoe.routing.recurrence import Recurrence
 from rmoe.routing.router import without_autocast
-from rmoe.routing.spec import Geometry
 
 
 class RouterStream(NamedTuple):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmoe.errors import RequestError
-from rmoe.routing.mechanisms import Recurrence
-from rmoe.routing.spec import RecurrenceSpec, RouterSpec
+from rmoe.routing.recurrence import BaseRecurrence, Recurrence
+from rmoe.routing.spec import RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +24,13 @@ class GraftSpec:
         RequestError: the recurrence has no state of its own to add, or a field has the wrong type.
     """
 
-    recurrence: Recurrence = dataclasses.field(default_factory=Recurrence)
+    recurrence: Recurrence.Config = dataclasses.field(default_factory=Recurrence.Config)
     pure: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         recurrence = self.recurrence
-        if not (isinstance(recurrence, Recurrence) and _can_graft(recurrence)):
+        if not (isinstance(recurrence, Recurrence.Config) and _can_graft(recurrence)):
             raise RequestError(
                 "--router", recurrence.kind, "a router with a recurrence; `rmoe zoo` lists them"
             )
@@ -58,7 +58,7 @@ class GraftSpec:
         from rmoe.routing.zoo import resolve
 
         recurrence = (resolve(router) if isinstance(router, str) else router).recurrence
-        if not (isinstance(recurrence, Recurrence) and _can_graft(recurrence)):
+        if not (isinstance(recurrence, Recurrence.Config) and _can_graft(recurrence)):
             raise RequestError(
                 "--router", router if isinstance(router, str) else recurrence.kind, _graftable()
             )
@@ -74,13 +74,13 @@ class GraftSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> GraftSpec:
         """Read `to_dict`'s form; keys of the folder's own (`base_*`) are not the spec's and are passed over."""
-        recurrence = RecurrenceSpec.from_dict(data["recurrence"])
+        recurrence = BaseRecurrence.Config.from_dict(data["recurrence"])
         return cls(recurrence=recurrence, pure=data["pure"], seed=data["seed"])  # type: ignore[arg-type]
 
 
-def _can_graft(recurrence: RecurrenceSpec) -> bool:
+def _can_graft(recurrence: BaseRecurrence.Config) -> bool:
     """Whether a row has a state `h` of its own, to be added to what the gate reads."""
-    return isinstance(recurrence, Recurrence) and not recurrence.concat_hidden
+    return isinstance(recurrence, Recurrence.Config) and not recurrence.concat_hidden
 
 
 def _graftable() -> str:

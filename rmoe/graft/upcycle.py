@@ -111,7 +111,7 @@ def _config(dense: PreTrainedModel, router: str | RouterSpec, num_experts: int, 
         moe_intermediate_size=old.intermediate_size,
         num_experts=num_experts,
         num_experts_per_tok=top_k,
-        router=router if isinstance(router, str) else router.to_dict(),
+        router=router,
         norm_topk_prob=True,
     )
 

@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 
 from rmoe.compat import CACHE_NAMES
 from rmoe.errors import RequestError
-from rmoe.routing.spec import Geometry, RouterSpec
+from rmoe.routing.options import Geometry
+from rmoe.routing.spec import RouterSpec, vary
 from rmoe.routing.zoo import resolve
 
 
@@ -57,7 +58,7 @@ class RMoEConfig(PreTrainedConfig):
         norm_type: "rmsnorm" or "layernorm".
         hidden_dropout: on the embedding and on what attention and MLP add to the stream.
         attention_dropout: on attention weights.
-        router: name of a zoo row, or a `RouterSpec` as a dict; stored as the dict.
+        router: a `RouterSpec`, the name of a zoo row, or a spec as a dict; stored as the dict.
         norm_topk_prob: whether the k weights are divided by their sum. None lets the router decide; a value is
             written into the router's gate, where that gate has the option, so the two cannot disagree.
         router_aux_loss_coef: weight of those balance losses that name none (the load-balance loss).
@@ -122,7 +123,7 @@ class RMoEConfig(PreTrainedConfig):
     num_experts: int = 8
     num_experts_per_tok: int = 2
     num_shared_experts: int = 0
-    router: str | dict | None = "rmoe"
+    router: str | dict | RouterSpec | None = "rmoe"
     norm_topk_prob: bool | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.01
@@ -170,15 +171,12 @@ class RMoEConfig(PreTrainedConfig):
                 raise RequestError(name, getattr(self, name), "0 to below 1")
 
     def _resolve_router(self) -> None:
-        spec = resolve(self.router) if isinstance(self.router, str) else RouterSpec.from_dict(self.router)
-        router = spec.to_dict()
-        gate = router["gate"]
-        if self.norm_topk_prob is not None and gate is not None and "renormalize" in gate:
-            gate["renormalize"] = self.norm_topk_prob
-            spec = RouterSpec.from_dict(router)
-        if gate is not None:
-            self.norm_topk_prob = gate.get("renormalize", self.norm_topk_prob)
-        self.router = router
+        spec = resolve(self.router)
+        if self.norm_topk_prob is not None and hasattr(spec.gate, "renormalize"):
+            spec = vary(spec, gate={"renormalize": self.norm_topk_prob})
+        self.router = router = spec.to_dict()
+        if router["gate"] is not None:
+            self.norm_topk_prob = router["gate"].get("renormalize", self.norm_topk_prob)
         spec.check_geometry(self.router_geometry(0))
 
     def without_absent(self, plan: dict[str, str]) -> dict[str, str]:
@@ -188,8 +186,8 @@ class RMoEConfig(PreTrainedConfig):
 
     @property
     def router_spec(self) -> RouterSpec:
-        """The router as a spec."""
-        return RouterSpec.from_dict(self.router)
+        """The router as a spec; the same one as long as `router` is the same."""
+        return resolve(self.router)
 
     @property
     def num_moe_layers(self) -> int:

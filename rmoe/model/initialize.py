@@ -9,7 +9,7 @@ from torch import nn
 
 from rmoe.compat import is_loaded
 from rmoe.routing.initial import fill, initializers_of, keyed_generator, own_tensors
-from rmoe.routing.training_state import TrainingState
+from rmoe.routing.step_state import StepState
 
 __all__ = [
     "count_parameters",
@@ -41,7 +41,7 @@ def initialize_missing(module: nn.Module, std: float) -> None:
     for name, tensor in own_tensors(module, rules):
         if not is_loaded(tensor):
             rules[name](tensor, None)
-    if isinstance(module, TrainingState):
+    if isinstance(module, StepState):
         module.restart(is_loaded)
 
 

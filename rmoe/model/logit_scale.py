@@ -10,8 +10,9 @@ from torch import nn
 
 from rmoe.model.initialize import initialize, keyed_generator
 from rmoe.routing.contract import RouterContext, State, logit_variance
+from rmoe.routing.options import Geometry
 from rmoe.routing.router import Router, build_router, build_shared
-from rmoe.routing.spec import Geometry, RouterSpec
+from rmoe.routing.spec import RouterSpec
 
 TOKENS = 512
 

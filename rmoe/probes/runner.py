@@ -15,6 +15,7 @@ import torch
 
 import rmoe
 from rmoe.errors import RequestError, RunError
+from rmoe.plugins import load_plugins
 from rmoe.probes.measure import measures
 from rmoe.probes.stack import Ensemble, RouterStack, fitted
 from rmoe.probes.suite import named_probes
@@ -22,7 +23,6 @@ from rmoe.probes.train import Curve, regret, regret_by_layer, train
 from rmoe.probes.world import World, world
 from rmoe.records import Record
 from rmoe.results.probes import Knobs, ProbeRow, append_rows, checked, read_rows
-from rmoe.routing.plugins import load_plugins
 from rmoe.routing.spec import RouterSpec
 from rmoe.routing.zoo import ZooRow, find, select
 

@@ -29,12 +29,12 @@ from rmoe.routing.contract import (
     logit_variance,
 )
 from rmoe.routing.initial import fill, keyed_generator
-from rmoe.routing.mechanisms import Recurrence
 from rmoe.routing.noise import CounterNoise
+from rmoe.routing.options import Geometry
+from rmoe.routing.recurrence import Recurrence
 from rmoe.routing.router import build_router, build_shared
-from rmoe.routing.spec import Geometry, RouterSpec
-from rmoe.routing.training_state import TrainingState
-from rmoe.routing.zoo import vary
+from rmoe.routing.spec import RouterSpec, vary
+from rmoe.routing.step_state import StepState
 
 EXPERTS_RATE = 4.0  # the experts' learning rate over the routers': they have to differ before any choice pays
 ZOO_WIDTH = 128  # the zoo's p, which the knob `width` stands for
@@ -66,7 +66,7 @@ class Routed(NamedTuple):
 
 def fitted(spec: RouterSpec, width: int) -> RouterSpec:
     """The spec with its state width on the probes' scale: the zoo's 128 becomes `width`, the rest in proportion."""
-    if not isinstance(spec.recurrence, Recurrence):
+    if not isinstance(spec.recurrence, Recurrence.Config):
         return spec
     return vary(spec, recurrence={"width": max(1, spec.recurrence.width * width // ZOO_WIDTH)})
 
@@ -89,8 +89,8 @@ class RouterStack(nn.Module):
         )
         self.num_experts = knobs.experts
         self.moves = any(
-            isinstance(m, TrainingState)
-            and type(m).update is not TrainingState.update
+            isinstance(m, StepState)
+            and type(m).update is not StepState.update
             and any(True for _ in m.buffers(recurse=False))
             for m in self.modules()
         )

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
@@ -70,22 +71,42 @@ def render(summary: Summary | None, analysis: Analysis | None, plotly: str | Non
     """
     charts = all_charts(summary, analysis)
     explorer = explorer_data(analysis) if analysis else None
-    sections = [name for name in dict.fromkeys(chart.section for chart in charts) if name != VERDICT]
-    data = {
-        "charts": {chart.id: {"data": chart.data, "layout": chart.layout} for chart in charts},
-        "explorer": explorer,
+    parts = {
+        "title": _title(summary, analysis),
+        "facts": _facts(summary, analysis),
+        "summary": summary,
+        "columns": table.columns(summary) if summary else [],
+        "table": table.rows(summary) if summary else [],
+        "explorer_name": EXPLORER if explorer else None,
+        "about": _about(summary, analysis),
     }
-    return template("page.html").render(
-        title=_title(summary, analysis),
-        facts=_facts(summary, analysis),
-        summary=summary,
-        columns=table.columns(summary) if summary else [],
-        table=table.rows(summary) if summary else [],
-        verdict_charts=laid_out([chart for chart in charts if chart.section == VERDICT]),
-        sections=[(name, laid_out([c for c in charts if c.section == name])) for name in sections],
-        explorer_name=EXPLORER if explorer else None,
-        about=_about(summary, analysis),
-        data=json_for_script(data),
+    return laid_out("page.html", charts, parts, plotly, {"explorer": explorer})
+
+
+def laid_out(
+    name: str,
+    charts: Sequence[Chart],
+    parts: dict[str, Any],
+    plotly: str | None,
+    data: dict[str, Any] | None = None,
+) -> str:
+    """A page's HTML: its charts by section, and what else its template shows.
+
+    Args:
+        name: of the template.
+        plotly: see `render`.
+        data: for the page's scripts, beside the charts.
+    """
+    sections = {
+        section: [c for c in charts if c.section == section] for section in (c.section for c in charts)
+    }
+    verdict = sections.pop(VERDICT, [])
+    drawn = {chart.id: {"data": chart.data, "layout": chart.layout} for chart in charts}
+    return template(name).render(
+        **parts,
+        verdict_charts=_in_lines(verdict),
+        sections=[(section, _in_lines(found)) for section, found in sections.items()],
+        data=json_for_script({"charts": drawn, **(data or {})}),
         plotly_file=PLOTLY,
         # Markup is for our own and our dependencies' files, never for input.
         plotly_source=Markup(plotly) if plotly else None,  # nosec B704
@@ -121,7 +142,7 @@ def all_charts(summary: Summary | None, analysis: Analysis | None) -> list[Chart
     return charts + (routing_charts(analysis, looks) if analysis else [])
 
 
-def laid_out(charts: Sequence[Chart]) -> list[tuple[Chart, bool]]:
+def _in_lines(charts: Sequence[Chart]) -> list[tuple[Chart, bool]]:
     """Each chart and whether it spans the page: wide ones, and a narrow one that would stand alone in its line."""
     placed: list[tuple[Chart, bool]] = []
     in_line = 0  # narrow charts since the last full line
@@ -163,7 +184,14 @@ def _facts(summary: Summary | None, analysis: Analysis | None) -> Facts:
             ("seeds", str(max(router.finished for router in summary.routers))),
             ("unit", f"{UNITS[summary.corpus.unit]}, lower is better"),
         ]
-    return [("text", analysis.text.name), ("tokens", f"{analysis.text.tokens:,}")] if analysis else []
+    if not analysis:
+        return []
+    facts = [("text", analysis.text.name), ("tokens", f"{analysis.text.tokens:,}")]
+    many = len(analysis.models) > 1
+    for model in analysis.models:
+        name = f"check of {model.name}" if many else "check"
+        facts.append((name, model.check.summary if model.check else "not made"))
+    return facts
 
 
 def _about(summary: Summary | None, analysis: Analysis | None) -> Facts:

@@ -99,8 +99,13 @@ def _spread(spread: Spread | None) -> Cell:
     return Cell(f"{spread.mean:.4f}{sd}", spread.mean)
 
 
-def signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def signed(value: float, digits: int = 4) -> str:
+    """A difference, with its sign.
+
+    >>> signed(-0.01234)
+    '−0.0123'
+    """
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _difference(difference: Difference | None) -> Cell:
@@ -174,23 +179,23 @@ def markdown(summary: Summary) -> str:
     """`summary.md`: the verdict, the table and what to keep in mind, for a pull request."""
     heads = columns(summary)
     lines = [
-        f"**{_plain(summary.verdict)}**",
+        f"**{plain(summary.verdict)}**",
         "",
-        "| " + " | ".join(_plain(f"{c.title} ({c.unit})" if c.unit else c.title) for c in heads) + " |",
+        "| " + " | ".join(plain(f"{c.title} ({c.unit})" if c.unit else c.title) for c in heads) + " |",
         "|" + "|".join("---:" if c.numeric else "---" for c in heads) + "|",
-        *("| " + " | ".join(_plain(cell.text) for cell in row) + " |" for row in rows(summary)),
+        *("| " + " | ".join(plain(cell.text) for cell in row) + " |" for row in rows(summary)),
         "",
-        f"Preset `{_plain(summary.preset)}`; text {_plain(summary.corpus.name)} "
+        f"Preset `{plain(summary.preset)}`; text {plain(summary.corpus.name)} "
         f"(sha256 `{summary.corpus.sha256[:12]}`); {summary.hardware.accelerator or summary.hardware.cpu}, "
         f"{counted([summary.hardware.threads], 'thread')} a run; "
         f"rmoe {summary.versions.code}. Mean ± standard deviation over seeds; lower is better. "
         "A dash: not measured.",
     ]
-    lines += ["", *(f"- {_plain(note)}" for note in summary.notes)] if summary.notes else []
+    lines += ["", *(f"- {plain(note)}" for note in summary.notes)] if summary.notes else []
     return "\n".join(lines) + "\n"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that stays one Markdown cell."""
     return one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 

@@ -1,4 +1,4 @@
-"""`analysis.json`: what `rmoe.analysis` measured, and the only place the report takes routing figures from.
+"""`analysis.json`: what `rmoe.analysis` measured, and the only place the report takes routing metrics from.
 
 Written by `rmoe analyze` (one model) and `rmoe compare` (one model per router). Every measure is optional:
 the report shows a chart only when its data exist. `L` layers with a router, `E` experts, `k` chosen per
@@ -51,7 +51,7 @@ class LayerHistogram(Record, frozen=True, kw_only=True):
 
 
 class LayerMeasure(Record, frozen=True, kw_only=True):
-    """One figure per layer, and over all layers together, from `n` tokens."""
+    """One value per layer, and over all layers together, from `n` tokens."""
 
     values: list[float]  # [L]
     overall: float
@@ -204,6 +204,26 @@ class TopToken(Record, frozen=True, kw_only=True):
     share: float
 
 
+class ExpertCheck(Record, frozen=True, kw_only=True):
+    """One expert was silenced: what changed."""
+
+    layer: str
+    expert: int
+    said: int  # tokens said to use it
+    missed: int  # of those, how many did not change
+    extra: int  # tokens that changed, but should not
+    change: float  # mean over its tokens of |y - y'| / |y| of the block's output (largest entries)
+
+
+class ReadingCheck(Record, frozen=True, kw_only=True):
+    """Whether the routing was read correctly: experts silenced one at a time on a short text."""
+
+    passed: bool
+    summary: str  # the verdict in a sentence
+    tokens: int
+    experts: list[ExpertCheck]
+
+
 class OverTraining(Record, frozen=True, kw_only=True):
     """A per-layer measure recorded on a schedule while training."""
 
@@ -223,6 +243,7 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     experts: int
     experts_per_token: int
     layer_names: list[str]  # [L], as in the model
+    check: ReadingCheck | None = None  # None: not asked for
     mi_digitised: PairMeasure | None = (
         None  # the paper's: 100 equal bins on [0, 1], per token, averaged (Fig. 3)
     )

@@ -1,33 +1,15 @@
-"""What a comparison writes: `results.jsonl` (one line per run) and `summary.json`, typed and versioned.
-
-`results.jsonl` is a log that is only ever appended to. A run is known by its key (router, seed, sweep point);
-when a later line has the same key (its test figure came later, or it was timed), the later line stands.
-"""
+"""`summary.json` of a comparison: everything the table and the report's first part show."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
-from rmoe.errors import RequestError
-from rmoe.records import Record, Versioned, append_lines
-from rmoe.results.run import (
-    Averaged,
-    Corpus,
-    Curve,
-    Hardware,
-    InitialLogits,
-    LayerCurve,
-    Parameters,
-    RoutingSummary,
-    TextLosses,
-    Unit,
-    Versions,
-)
+from rmoe.records import Record
+from rmoe.results.rows import SweepValue, Timing
+from rmoe.results.run import Corpus, Hardware, LayerCurve, Parameters, Unit, Versions
 
-RESULTS_VERSION = 1
 SUMMARY_VERSION = 1
 
 Split: TypeAlias = Literal["val", "test"]
@@ -42,62 +24,8 @@ def unit_of_differences(unit: Unit) -> BitsUnit:
     return "bits_per_byte" if unit == "bits_per_byte" else "bits_per_token"
 
 
-SweepValue: TypeAlias = float | int | str | bool
-
-
-class Timing(Record, frozen=True, kw_only=True):
-    """Cost of training with nothing else running: medians over `rounds`, interleaved with other routers."""
-
-    seconds_per_1k_steps: float
-    peak_mib: float
-    steps: int
-    rounds: int
-
-
-class ResultRow(Record, frozen=True, kw_only=True):
-    """One line of `results.jsonl`: one trained model, or one that failed."""
-
-    schema_version: int = RESULTS_VERSION
-    router: str
-    router_spec: dict[str, Any]
-    seed: int
-    sweep: dict[str, SweepValue]
-    config: dict[str, Any]
-    versions: Versions
-    hardware: Hardware
-    corpus: Corpus
-    status: Literal["finished", "failed"]
-    error: str | None = None
-    steps: int = 0
-    tokens: int = 0
-    val: float | None = None  # in the corpus's unit, lower is better
-    test: float | None = None  # only for the sweep point chosen on validation
-    parameters: Parameters | None = None
-    curves: dict[str, Curve] = msgspec.field(default_factory=dict)
-    timing: Timing | None = None
-    routing: RoutingSummary | None = None
-    initial_logits: InitialLogits | None = None
-    layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
-    test_losses: TextLosses | None = None
-    averaged: Averaged | None = None
-
-    @property
-    def key(self) -> str:
-        """The run's name, also its folder's: `rmoe-seed0` or `rmoe-seed0-learning_rate=0.001`."""
-        return run_key(self.router, self.seed, self.sweep)
-
-
-def run_key(router: str, seed: int, sweep: dict[str, SweepValue]) -> str:
-    """The name of a run.
-
-    >>> run_key("rmoe", 0, {"learning_rate": 0.001})
-    'rmoe-seed0-learning_rate=0.001'
-    """
-    return "-".join([router, f"seed{seed}", *(f"{name}={value}" for name, value in sorted(sweep.items()))])
-
-
 class Spread(Record, frozen=True, kw_only=True):
-    """A figure over seeds: `values[j]` belongs to `seeds[j]`; `sd` is the sample's (n - 1)."""
+    """A metric over seeds: `values[j]` belongs to `seeds[j]`; `sd` is the sample's (n - 1)."""
 
     seeds: list[int]
     values: list[float]
@@ -227,7 +155,7 @@ class RouterSummary(Record, frozen=True, kw_only=True):
 
 
 class SweepPoint(Record, frozen=True, kw_only=True):
-    """Mean validation figure of one sweep point of one router, over the seeds that finished it."""
+    """Mean validation loss of one sweep point of one router, over the seeds that finished it."""
 
     router: str
     sweep: dict[str, SweepValue]
@@ -251,53 +179,3 @@ class Summary(Record, frozen=True, kw_only=True):
     law: LossLaw | None = None
     hardware: Hardware
     versions: Versions
-
-
-def append_row(path: Path, row: ResultRow) -> None:
-    """Append one row, by `append_lines`."""
-    append_lines(path, msgspec.json.encode(row) + b"\n")
-
-
-def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:
-    """Read `results.jsonl`.
-
-    Returns:
-        The rows, one per key (the last line of a key stands, in the order keys first appeared), and one line
-        for each problem that was passed over.
-
-    Raises:
-        RequestError: two schema versions, a version this code does not read, or two corpora in one file.
-    """
-    rows: dict[str, ResultRow] = {}
-    problems: list[str] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            _check_version(line, path, number)
-            row = msgspec.json.decode(line, type=ResultRow)
-        except msgspec.DecodeError as error:
-            problems.append(f"{path.name} line {number} cannot be read and is left out: {error}")
-            continue
-        rows[row.key] = row
-    check_comparable(list(rows.values()), path.name)
-    return list(rows.values()), problems
-
-
-def _check_version(line: bytes, path: Path, number: int) -> None:
-    """Raises RequestError on a line of another schema version, DecodeError on one that is not JSON at all."""
-    version = msgspec.json.decode(line, type=Versioned).schema_version
-    if version != RESULTS_VERSION:
-        raise RequestError(f"{path.name} line {number}: schema_version", version, str(RESULTS_VERSION))
-
-
-def check_comparable(rows: list[ResultRow], where: str) -> None:
-    """Refuse rows that were judged on different text, or in different units.
-
-    Raises:
-        RequestError: naming both corpora.
-    """
-    corpora = {(row.corpus.sha256, row.corpus.unit): row.corpus for row in rows}
-    if len(corpora) > 1:
-        names = " and ".join(sorted(f"{c.name} ({c.unit}, sha256 {c.sha256[:12]})" for c in corpora.values()))
-        raise RequestError(f"{where}: corpus", names, "one corpus in one comparison")

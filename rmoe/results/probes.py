@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, Versioned, append_lines, read_record
+from rmoe.records import Record, append_lines, read_lines, read_record, version_of
 from rmoe.results.comparison import Interval, Verdict
 
 RESULTS_VERSION = 1
@@ -161,23 +161,12 @@ def read_rows(path: Path) -> tuple[list[ProbeRow], list[str]]:
     Raises:
         RequestError: a version this code does not read.
     """
-    rows: dict[tuple, ProbeRow] = {}
-    problems: list[str] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            version = msgspec.json.decode(line, type=Versioned).schema_version
-            if version != RESULTS_VERSION:
-                raise RequestError(
-                    f"{path.name} line {number}: schema_version", version, str(RESULTS_VERSION)
-                )
-            row = msgspec.json.decode(line, type=ProbeRow)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            problems.append(f"{path.name} line {number} cannot be read and is skipped: {error}")
-            continue
-        rows[row.key] = row
-    return list(rows.values()), problems
+
+    def read(line: bytes, name: str) -> ProbeRow:
+        version_of(line, name, RESULTS_VERSION, RESULTS_VERSION)
+        return msgspec.json.decode(line, type=ProbeRow)
+
+    return read_lines(path, read)
 
 
 class Against(Record, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""What a finished run says: typed, versioned, `DIR/result.json`. Imports no torch."""
+"""`result.json`: what a finished run reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
 
 
 class Corpus(Record, frozen=True, kw_only=True):
-    """The text a run was trained and judged on."""
+    """The text a run was trained and evaluated on."""
 
     name: str
     sha256: str  # of the encoded text, so a renamed file is the same corpus and an edited one is not
@@ -50,7 +50,7 @@ class Parameters(Record, frozen=True, kw_only=True):
 
 
 class Curve(Record, frozen=True, kw_only=True):
-    """A figure over training: `value[j]` was measured after optimizer step `step[j]`."""
+    """A metric over training: `value[j]` was measured after optimizer step `step[j]`."""
 
     unit: str
     step: list[int]
@@ -58,7 +58,7 @@ class Curve(Record, frozen=True, kw_only=True):
 
 
 class LayerCurve(Record, frozen=True, kw_only=True):
-    """A figure of every layer over training: `value[j][l]` was measured after step `step[j]`."""
+    """A metric of every layer over training: `value[j][l]` was measured after step `step[j]`."""
 
     unit: str
     step: list[int]
@@ -82,7 +82,7 @@ class TextLosses(Record, frozen=True, kw_only=True):
 
 
 class Averaged(Record, frozen=True, kw_only=True):
-    """The figures of the weights averaged over the last of `steps`, beside those of the last weights alone."""
+    """The metrics of the weights averaged over `steps`, beside those of the last weights alone."""
 
     steps: list[int]
     val: float | None
@@ -109,17 +109,17 @@ class RoutingSummary(Record, frozen=True, kw_only=True):
 
 
 class RunResult(Record, frozen=True, kw_only=True):
-    """A finished run.
+    """A finished run. The fields that rows of version 1 did not keep are None when read from one.
 
     Attributes:
         router, router_spec: the zoo row and its three stages spelled out.
         seed: of the initial weights, the order of the data, dropout and routing noise.
         config: the resolved `RunConfig`.
         steps, tokens: optimizer steps done and training tokens seen.
-        skipped_batches: steps left out because a loss or gradient was not finite.
-        val, test: the finished model's figure over the whole split, in `corpus.unit`, lower is better; None
+        skipped_batches: steps skipped because a loss or gradient was not finite.
+        val, test: the finished model's loss on the whole split, in `corpus.unit`, lower is better; None
             where it was not asked for or the corpus has no such split.
-        context: tokens of context the figures were measured with, in words.
+        context: tokens of context they were measured with, in words.
         parameters: counts.
         curves: by the name of a metrics field: `train`, `val`, `lm_loss`, `balance_loss`, ...
         seconds_per_1k_steps: wall clock of the training steps alone, without evaluation and saving. Other
@@ -143,18 +143,18 @@ class RunResult(Record, frozen=True, kw_only=True):
     corpus: Corpus
     steps: int
     tokens: int
-    skipped_batches: int
+    skipped_batches: int | None
     val: float | None
     test: float | None
-    context: str
+    context: str | None
     parameters: Parameters
     curves: dict[str, Curve] = msgspec.field(default_factory=dict)
-    seconds_per_1k_steps: float
-    peak_mib: float
+    seconds_per_1k_steps: float | None
+    peak_mib: float | None
     routing: RoutingSummary | None = None
     initial_logits: InitialLogits | None = None
     layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
     test_losses: TextLosses | None = None
     averaged: Averaged | None = None
-    folder: str
-    model: str
+    folder: str | None
+    model: str | None

@@ -1,121 +1,135 @@
-"""Balance losses: pure functions of the layers' `Routing`. Their mean over layers is added to the training loss.
-
-Each takes `(spec, view)` and gives `[L]`, one number per layer, computed for all layers at once. Layers are never
-pooled before a product: pooled, too much load on an expert in one layer would cancel too little in another.
-"""
+"""How experts are kept equally busy: losses, a bias on the selection, and a limit on what an expert takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from rmoe.routing import mechanisms as options
-from rmoe.routing.contract import RouterContext, Routing, count_by_layer
-from rmoe.routing.router import BaseRouter, SharedRouter
-from rmoe.routing.spec import RouterSpec
+from rmoe.routing.contract import RouterContext, RouterStats, Routing, count_by_layer
+from rmoe.routing.losses import Loss, LossView
+from rmoe.routing.options import Geometry, Options
+from rmoe.routing.step_state import StepState
+from rmoe.validation import NotNegative, Positive, require
+
+if TYPE_CHECKING:
+    from rmoe.routing.router import BaseRouter, SharedRouter
 
 
-class LossView(NamedTuple):
-    """What a balance loss may look at: the decisions of all `L` layers for this micro-batch.
+class BalanceSpec(Options):
+    """How experts are kept equally busy: losses, a bias on the selection, and what happens beyond capacity.
 
     Attributes:
-        logits, probs: `[L, T, C]`, see `Routing`.
-        experts: `[L, T, K]`.
-        context: mask and shape of the micro-batch.
-        counts: `[L, E]`, the assignments whose shares the loss uses (`BalanceSpec.scope`).
-        num_experts: `E`.
-        top_k: `k`.
-        experts_matrices: `[C, f]` of each layer, or None.
+        losses: added to the language-model loss.
+        scope: whose tokens the assignment shares of the losses count: this micro-batch's, or those of all
+            ranks and of the earlier micro-batches of this optimizer step (arXiv:2501.11873).
+        bias_update_rate: step of the aux-loss-free bias on the selection scores (arXiv:2408.15664); 0 is off.
+        bias_centred: subtract the mean from each bias update, as torchtitan does.
+        capacity_factor: each expert takes at most `ceil(factor * T * k / E)` tokens of a batch, in token
+            order, the rest is dropped; None is dropless.
     """
 
-    logits: Tensor
-    probs: Tensor
-    experts: Tensor
-    context: RouterContext
-    counts: Tensor
-    num_experts: int
-    top_k: int
-    experts_matrices: list[Tensor | None]
+    stage = "balance"
+    kind = "balance"
+
+    losses: tuple[Loss, ...] = ()
+    scope: Literal["micro_batch", "global_batch"] = "micro_batch"
+    bias_update_rate: NotNegative = 0.0
+    bias_centred: bool = False
+    capacity_factor: Positive | None = None
+
+    @property
+    def moves(self) -> bool:
+        return self.bias_update_rate > 0
+
+    def check(self) -> None:
+        kinds = [loss.kind for loss in self.losses]
+        require(len(kinds) == len(set(kinds)), "balance.losses", kinds, "each kind at most once")
+
+    def described(self) -> str:
+        parts = [loss.kind for loss in self.losses]
+        parts += ["global batch"] if self.scope == "global_batch" else []
+        parts += [f"bias {self.bias_update_rate:g}"] if self.bias_update_rate else []
+        parts += [f"capacity {self.capacity_factor:g}"] if self.capacity_factor is not None else []
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"losses": [loss.to_dict() for loss in self.losses]}
+
+    @classmethod
+    def from_dict(cls, data: object) -> BalanceSpec:
+        if isinstance(data, dict) and isinstance(data.get("losses"), list | tuple):
+            data = {**data, "losses": [Loss.from_dict(loss) for loss in data["losses"]]}
+        return super().from_dict(data)
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the real tokens of `[L, T, *]`: `[L, *]`."""
-    if mask is None:
-        return values.mean(1)
-    return torch.einsum("lt...,t->l...", values, mask.to(values.dtype)) / mask.sum().clamp(min=1)
+class SelectionBias(StepState):
+    """Aux-loss-free balancing (2408.15664): `b += rate * sign(mean load - load)`, float32.
 
-
-def load_balance(spec: options.LoadBalance, view: LossView) -> Tensor:
-    """`E sum_n f_n P_n`: `f_n` share of assignments to expert n, `P_n` its mean probability (Switch, Eq. 4 to 6).
-
-    With `count="assignments"` the `f_n` sum to 1 and perfect balance gives 1; with "tokens" `f_n` is the share of
-    tokens, k times as large (OLMoE's and transformers' codes differ by this factor). The gradient flows through `P`.
+    A skip class, the last of `E + 1`, starts at `skip_bias` and is not moved: it bears no load.
     """
-    experts = view.num_experts
-    mean = masked_mean(view.probs[..., :experts], view.context.mask)
-    counts = view.counts.to(mean.dtype)
-    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    scale = experts * (view.top_k if spec.count == "tokens" else 1)
-    return scale * (share * mean).sum(-1)
+
+    bias: Tensor
+
+    def __init__(
+        self, spec: BalanceSpec, geometry: Geometry, skip_class: bool, skip_bias: float = -1.0
+    ) -> None:
+        super().__init__()
+        self.spec, self.num_experts = spec, geometry.num_experts
+        self.skip_class, self.skip_bias = skip_class, skip_bias
+        self.register_state()
+
+    def start_values(self) -> dict[str, Tensor | None]:
+        bias = torch.zeros(self.num_experts + self.skip_class, dtype=torch.float32)
+        if self.skip_class:
+            bias[-1] = self.skip_bias
+        return {"bias": bias}
+
+    @torch.no_grad()
+    def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
+        # Integers: mean > load exactly when the sum > E * load, without rounding.
+        load = stats.counts[layer]
+        direction = torch.sign(load.sum() - self.num_experts * load).to(self.bias)
+        if self.spec.bias_centred:
+            direction = direction - direction.mean()
+        self.bias[: self.num_experts] += self.spec.bias_update_rate * direction
 
 
-def z_loss(spec: options.ZLoss, view: LossView) -> Tensor:
-    """`mean_t logsumexp(logits_t)^2` (ST-MoE, Eq. 5)."""
-    return masked_mean(torch.logsumexp(view.logits, -1).square(), view.context.mask)
+def limit_capacity(routing: Routing, spec: BalanceSpec, geometry: Geometry, mask: Tensor | None) -> Routing:
+    """Drop each expert's assignments beyond `ceil(factor * T * k / E)`, first come first served in token order.
 
-
-def sequence_balance(spec: options.SequenceBalance, view: LossView) -> Tensor:
-    """`mean_b E sum_n f_bn P_bn` within each sequence b (DeepSeek-V3, Eq. 17 to 20); `f_b` sums to 1."""
-    experts, batch, length = view.num_experts, view.context.batch, view.context.length
-    mask, layers = view.context.mask, view.probs.shape[0]
-    real = torch.ones_like(view.probs[0, :, 0]) if mask is None else mask.to(view.probs.dtype)
-    # One bin per layer, sequence and expert, and one for empty slots.
-    owner = torch.arange(layers * batch, device=real.device).view(layers, batch, 1)
-    chosen = view.experts.view(layers, batch, -1) + owner * (experts + 1)
-    weights = real[None, :, None].expand_as(view.experts).reshape(-1)
-    load = torch.zeros(layers * batch * (experts + 1), dtype=real.dtype, device=real.device).scatter_add(
-        0, chosen.reshape(-1), weights
+    `T` counts real tokens. The position of an assignment in its expert's queue comes from a stable sort: no
+    `[T * K, E]` one-hot tensor, no host synchronisation.
+    """
+    experts = geometry.num_experts
+    flat = routing.experts if mask is None else routing.experts.masked_fill(~mask[:, None], experts)
+    flat = flat.reshape(-1)
+    ordered, order = torch.sort(flat, stable=True)
+    first = torch.searchsorted(ordered, ordered)  # where each one's queue begins
+    position = torch.empty_like(flat).scatter(
+        0, order, torch.arange(flat.numel(), device=flat.device) - first
     )
-    load = load.view(layers, batch, experts + 1)[..., :experts]
-    share = load / load.sum(-1, keepdim=True).clamp(min=1)
-    real = real.view(batch, length)
-    probs = view.probs[..., :experts].view(layers, batch, length, experts)
-    mean = torch.einsum("lbsn,bs->lbn", probs, real) / real.sum(-1)[:, None].clamp(min=1)
-    per_sequence = experts * (share * mean).sum(-1)  # [L, B]
-    present = (real.sum(-1) > 0).to(mean.dtype)
-    return (per_sequence * present).sum(-1) / present.sum().clamp(min=1)
+    tokens = routing.experts.shape[0] if mask is None else mask.sum()
+    factor = spec.capacity_factor or 0.0
+    capacity = torch.ceil(torch.as_tensor(tokens, dtype=torch.float64) * (factor * geometry.top_k / experts))
+    dropped = (position >= capacity.to(flat.device)).view_as(routing.experts) & (routing.experts < experts)
+    if mask is not None:
+        dropped = dropped & mask[:, None]
+    return routing._replace(weights=routing.weights.masked_fill(dropped, 0.0), dropped=dropped)
 
 
-def mutual_information(spec: options.MutualInformation, view: LossView) -> Tensor:
-    """`-(H(mean_t p_t) - mean_t H(p_t))` in nats (ModuleFormer): lower when experts are used evenly and surely."""
-    probs, mask = view.probs, view.context.mask
-    marginal = torch.special.entr(masked_mean(probs, mask)).sum(-1)
-    return masked_mean(torch.special.entr(probs).sum(-1), mask) - marginal
-
-
-def similarity_preserving(spec: options.SimilarityPreserving, view: LossView) -> Tensor:
-    """`|| R R^T - I ||_1 / E^2`, `R` `[E, f]` the scorer's expert vectors (2506.14038); over `E^2` is our scaling."""
-    if any(matrix is None for matrix in view.experts_matrices):
-        raise ValueError("similarity_preserving needs a scorer with an experts matrix")
-    matrix = torch.stack(view.experts_matrices)  # type: ignore[arg-type]
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    gram = matrix @ matrix.mT
-    return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().mean((-2, -1))
-
-
-def counts_in_scope(spec: RouterSpec, own: Tensor, earlier: Tensor | None, training: bool) -> Tensor:
+def counts_in_scope(spec: BalanceSpec, own: Tensor, earlier: Tensor | None, training: bool) -> Tensor:
     """The assignment counts the losses use, `[L, E]`, without gradient.
 
     Args:
-        spec: `balance.scope` decides.
+        spec: its `scope` decides.
         own: this micro-batch's.
         earlier: this rank's of the earlier micro-batches of this optimizer step; or None.
         training: ranks add up their counts in training only, since an evaluation may run on one of them.
     """
-    if spec.balance.scope == "micro_batch":
+    if spec.scope == "micro_batch":
         return own
     counts = own.clone() if earlier is None else own + earlier
     if training and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -147,14 +161,15 @@ def balance_loss(
         Scalar, at least float32; zero when the router has no balance loss.
     """
     spec, num_experts = routers[0].spec, routers[0].num_experts
+    losses = spec.balance.losses
     total = routings[0].probs.new_zeros(())
     for routing in routings:
         if routing.penalty is not None:
             total = total + routing.penalty
-    if routers[0].losses:
+    if losses:
         with torch.no_grad():
             own = counts if counts is not None else count_by_layer(routings, num_experts, context.mask)
-            counts = counts_in_scope(spec, own, earlier, routers[0].training)
+            counts = counts_in_scope(spec.balance, own, earlier, routers[0].training)
         view = LossView(
             logits=torch.stack([routing.logits for routing in routings]),
             probs=torch.stack([routing.probs for routing in routings]),
@@ -165,7 +180,7 @@ def balance_loss(
             top_k=routers[0].geometry.top_k,
             experts_matrices=[router.experts_matrix(shared) for router in routers],
         )
-        for loss, function in routers[0].losses:
-            weight = loss.weight
-            total = total + (coefficient if weight is None else weight) * function(loss, view).sum()
+        for loss in losses:
+            weight = coefficient if loss.weight is None else loss.weight
+            total = total + weight * loss(view).sum()
     return total / len(routings)

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rmoe.routing.contract import RouterContext, State
 from rmoe.routing.initial import Initialized
+from rmoe.routing.options import Geometry
 from rmoe.routing.router import build_router, build_shared
-from rmoe.routing.spec import Geometry, RouterSpec
+from rmoe.routing.spec import RouterSpec
 
 MEDIUM = Geometry(hidden_size=352, num_experts=16, top_k=2, num_layers=8, vocab_size=256)
 """The sizes of the paper's medium model (36M)."""

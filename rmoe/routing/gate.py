@@ -1,256 +1,281 @@
 """Stage 3: `gate(logits, bias, context)` -> `Routing`, Eq. 1.
 
 `logits` `[T, C]` are at least float32, temperature already applied. `bias` `[C]` moves the selection and never the
-weights; None without. In training `context.noise` is set, outside it is None.
+weights; None without. In training `context.noise` is set, outside it is None. Gates that sample, or that choose no k
+experts per token, are in `other_gates.py`.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmoe.routing import mechanisms as options
 from rmoe.routing.contract import RouterContext, RouterStats, Routing
-from rmoe.routing.spec import Geometry
-from rmoe.routing.training_state import TrainingState
+from rmoe.routing.options import Geometry, Mechanism, Options
+from rmoe.routing.step_state import StepState
+from rmoe.validation import NotNegative, Positive, PositiveInt, require
 
 
-class Gate(TrainingState):
-    """Base of all gates."""
+class Gate(StepState, Mechanism):
+    """Base of all gates: logits `[T, C]` -> weights and experts `[T, K]`. Built from (options, geometry)."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    class Config(Options):
+        stage = "gate"
+
+        @property
+        def takes_bias(self) -> bool:
+            """Whether a bias can move its selection."""
+            return False
+
+        @property
+        def is_causal(self) -> bool:
+            """Whether no token's routing depends on a later token's."""
+            return True
+
+        @property
+        def leaves_empty_slots(self) -> bool:
+            """False lets the experts' kernels skip the check for them."""
+            return True
+
+    def __init__(self, options: Config, geometry: Geometry) -> None:
         super().__init__()
+        self.options = options
         self.num_experts, self.top_k = geometry.num_experts, geometry.top_k
+        self.register_state()
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
         raise NotImplementedError
 
-    @torch.no_grad()
-    def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
-        """Move training-time state, once after optimizer step `step` (from 1) of `total_steps`."""
 
-    def without_skipped(self, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """A skip class, or anything else outside the experts, becomes an empty slot of weight zero."""
-        return experts, weights.masked_fill(experts >= self.num_experts, 0.0)
+class TopK(Gate):
+    """`g = scale * top_k(p) / sum`, `p` the scores of the logits: what nearly every released model has.
 
-
-class Softmax(Gate):
-    """`g = softmax(G x)`, the k largest kept (Eq. 1); or fastmoe's softmax over the k largest logits.
+    The k experts are those with the largest `p + b`, or `s + b`, or the largest within the token's best groups. `b`
+    moves the choice alone.
 
     SMoE-dropout's growing k (`start_k`): slots beyond the current k stay empty;
     `k(step) = round((k_max - k_min) * step / total) + k_min`.
     """
 
+    class Config(Gate.Config):
+        """Attributes:
+        scores: `p`, of each logit.
+        choose_by: what the bias is added to and the k largest are taken of.
+        weights: the scores of the chosen, or a softmax over their logits.
+        renormalize: divide the k weights by their sum.
+        eps: of that sum: added to it, or with `eps_is_floor` its least value.
+        scale: multiplies the weights (`routed_scaling_factor`).
+        multiplier: multiplies the logits.
+        softcap: `c tanh(s / c)` of the logits, after the multiplier; None is no cap.
+        groups: experts are in so many equal groups, and a token chooses within its `top_groups` best. 1 is no limit.
+        group_score: of a group: its best expert's, or the sum of its two best experts'.
+        start_k: k grows linearly from this over training (SMoE-dropout); None holds it.
+        """
+
+        kind = "top_k"
+        takes_bias = True
+
+        scores: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+        choose_by: Literal["scores", "logits"] = "scores"
+        weights: Literal["scores", "softmax_of_chosen"] = "scores"
+        renormalize: bool = True
+        eps: NotNegative = 0.0
+        eps_is_floor: bool = False
+        scale: Positive = 1.0
+        multiplier: Positive = 1.0
+        softcap: Positive | None = None
+        groups: PositiveInt = 1
+        top_groups: PositiveInt = 1
+        group_score: Literal["max", "top_2"] = "max"
+        start_k: PositiveInt | None = None
+
+        @property
+        def leaves_empty_slots(self) -> bool:
+            return self.start_k is not None
+
+        @property
+        def moves(self) -> bool:
+            return self.start_k is not None
+
+        @property
+        def equation(self) -> str:
+            s = "s" if self.multiplier == 1 else f"{self.multiplier:g} s"
+            s = s if self.softcap is None else f"{self.softcap:g} tanh({s} / {self.softcap:g})"
+            if self.weights == "softmax_of_chosen":
+                return f"g = softmax(top_k({s}))"
+            p = {"softmax": f"softmax({s})", "sigmoid": f"sig({s})"}.get(self.scores, f"sqrt(softplus({s}))")
+            within = f" in the top {self.top_groups} groups" if self.groups > 1 else ""
+            return f"g = top_k({p}){within}" + (" / sum" if self.renormalize else "")
+
+        def check(self) -> None:
+            fits = self.top_groups <= self.groups
+            require(fits, "gate.top_groups", self.top_groups, f"1 to groups ({self.groups})")
+
+        def check_geometry(self, geometry: Geometry) -> None:
+            experts, k = geometry.num_experts, geometry.top_k
+            grows = self.start_k is None or self.start_k <= k
+            require(grows, "gate.start_k", self.start_k, f"1 to num_experts_per_tok ({k})")
+            divides = experts % self.groups == 0
+            require(divides, "gate.groups", self.groups, f"a divisor of num_experts ({experts})")
+            per_group = experts // self.groups
+            wide = self.groups == 1 or self.group_score == "max" or per_group >= 2
+            require(wide, "gate.groups", self.groups, f"at most num_experts / 2 ({experts // 2})")
+            reach = self.top_groups * per_group
+            require(k <= reach, "num_experts_per_tok", k, f"at most the {reach} experts of gate.top_groups")
+
+    options: Config
     current_k: Tensor | None
 
-    def __init__(self, spec: options.Softmax, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self.spec = spec
-        self.register_state()
-
     def start_values(self) -> dict[str, Tensor | None]:
-        return {"current_k": None if self.spec.start_k is None else torch.tensor(self.spec.start_k)}
+        start = self.options.start_k
+        return {"current_k": None if start is None else torch.tensor(start)}
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        probs = F.softmax(logits, -1)
-        if bias is None:
-            _, experts = (logits if self.spec.order == "topk_softmax" else probs).topk(self.top_k, -1)
+        options, s = self.options, self._shaped(logits)
+        p = self._scores(s)
+        experts = self._choose(s, p, bias)
+        unused = None
+        if self.current_k is not None:  # slots beyond the current k
+            unused = torch.arange(self.top_k, device=s.device).expand(s.shape[0], -1) >= self.current_k
+        if options.weights == "softmax_of_chosen":
+            chosen = s.gather(-1, experts)
+            weights = F.softmax(chosen if unused is None else chosen.masked_fill(unused, -torch.inf), -1)
         else:
-            _, experts = (probs.detach() + bias).topk(self.top_k, -1)
-        if self.spec.order == "topk_softmax":
-            chosen = logits.gather(-1, experts)
-            if self.current_k is not None:
-                chosen = chosen.masked_fill(self._unused(logits, self.current_k), -torch.inf)
-            weights = F.softmax(chosen, -1)
-        else:
-            weights = probs.gather(-1, experts)
-        if self.current_k is not None:
-            experts = torch.where(self._unused(logits, self.current_k), self.num_experts, experts)
-        may_be_empty = self.current_k is not None or logits.shape[-1] > self.num_experts
-        if may_be_empty:
-            experts, weights = self.without_skipped(experts, weights)
-        if self.spec.renormalize:
-            total = weights.sum(-1, keepdim=True)
-            # A token whose every slot is empty keeps zero weights: the floor only avoids 0 / 0.
-            weights = weights / (total.clamp(min=torch.finfo(total.dtype).tiny) if may_be_empty else total)
-        return Routing(logits, probs, weights, experts)
+            weights = p.gather(-1, experts)
+        if unused is not None:
+            experts = torch.where(unused, self.num_experts, experts)
+        may_be_empty = unused is not None or logits.shape[-1] > self.num_experts
+        if (
+            may_be_empty
+        ):  # a skip class, or anything else outside the experts, is an empty slot of weight zero
+            weights = weights.masked_fill(experts >= self.num_experts, 0.0)
+        if options.renormalize:
+            weights = weights / self._total(weights, may_be_empty)
+        probs = p if options.scores == "softmax" else p / p.sum(-1, keepdim=True)
+        return Routing(logits, probs, weights * options.scale, experts)
 
-    def _unused(self, like: Tensor, current_k: Tensor) -> Tensor:
-        return torch.arange(self.top_k, device=like.device).expand(like.shape[0], -1) >= current_k
+    def _shaped(self, logits: Tensor) -> Tensor:
+        s = logits if self.options.multiplier == 1 else logits * self.options.multiplier
+        cap = self.options.softcap
+        return s if cap is None else cap * torch.tanh(s / cap)
 
-    @torch.no_grad()
-    def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
-        if self.current_k is not None and self.spec.start_k is not None:
-            grown = round((self.top_k - self.spec.start_k) * min(step / total_steps, 1.0))
-            self.current_k.fill_(self.spec.start_k + grown)
+    def _scores(self, s: Tensor) -> Tensor:
+        if self.options.scores == "softmax":
+            return F.softmax(s, -1)
+        return s.sigmoid() if self.options.scores == "sigmoid" else F.softplus(s).sqrt()
 
-
-class Sigmoid(Gate):
-    """DeepSeek-V3 (2412.19437, Eq. 12 to 16; group limit of section 2.1.2): `s = sig(G x)`, top-k of `s + b`."""
-
-    def __init__(self, spec: options.Sigmoid, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self.spec = spec
-
-    def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        scores = logits.sigmoid()
-        choice = scores.detach() if bias is None else scores.detach() + bias
-        if self.spec.groups > 1:
+    def _choose(self, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
+        """`[T, k]`. Without a bias, a softmax over the chosen is of the largest logits: their own order decides."""
+        options = self.options
+        by_logits = options.choose_by == "logits" or (bias is None and options.weights == "softmax_of_chosen")
+        choice = (s if by_logits else p).detach()
+        if bias is not None:
+            choice = choice + bias
+        if options.groups > 1:
             choice = self._within_best_groups(choice)
-        _, experts = choice.topk(self.top_k, -1)
-        weights = scores.gather(-1, experts)
-        if self.spec.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(logits, scores / scores.sum(-1, keepdim=True), weights * self.spec.scale, experts)
+        return choice.topk(self.top_k, -1).indices
 
     def _within_best_groups(self, choice: Tensor) -> Tensor:
         """Scores outside a token's best groups become -inf; ties go to the lower group, as topk has it."""
-        by_group = choice.unflatten(-1, (self.spec.groups, -1))  # [T, groups, E / groups]
-        _, best = by_group.topk(2, -1).values.sum(-1).topk(self.spec.top_groups, -1)
+        by_group = choice.unflatten(-1, (self.options.groups, -1))  # [T, groups, E / groups]
+        best_of_each = by_group.topk(1 if self.options.group_score == "max" else 2, -1).values.sum(-1)
+        _, best = best_of_each.topk(self.options.top_groups, -1)
         keep = torch.zeros(by_group.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, True)
         return by_group.masked_fill(~keep[..., None], -torch.inf).flatten(-2)
 
-
-class SecondExpert(Gate):
-    """GShard (2006.16668): the best expert always, the second at random in training; both always outside it."""
-
-    def __init__(self, spec: options.SecondExpert, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self.spec = spec
-
-    def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        probs = F.softmax(logits, -1)
-        first = probs.argmax(-1, keepdim=True)
-        rest = logits.detach().scatter(-1, first, -torch.inf)
-        if context.noise is not None and self.spec.policy == "sampled":
-            rest = rest - context.noise.exponential(rest).log()
-        second = rest.argmax(-1, keepdim=True)
-        experts = torch.cat((first, second), -1)
-        weights = probs.gather(-1, experts)
-        weights = weights / weights.sum(-1, keepdim=True)
-        if context.noise is not None and self.spec.policy == "random":
-            kept = context.noise.uniform(weights[:, 1]) < 2 * weights[:, 1].detach()
-            slot = torch.stack((torch.ones_like(kept), kept), -1)
-            experts, weights = torch.where(slot, experts, self.num_experts), weights * slot
-        return Routing(logits, probs, weights, experts)
-
-
-class ExpertChoice(Gate):
-    """Each expert takes the `C = ceil(T k / E)` tokens that score it highest (2202.09368); weights as they are.
-
-    Which tokens an expert takes depends on all tokens of the batch, later ones too: not causal. `K` is `E`: slot
-    `n` holds expert `n` or nothing.
-    """
-
-    def __init__(self, spec: options.ExpertChoice, geometry: Geometry) -> None:
-        super().__init__(geometry)
-
-    def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        probs = F.softmax(logits, -1)
-        score, tokens = probs, torch.full((), probs.shape[0], device=probs.device)
-        if context.mask is not None:  # a pad ranks behind every real token, and capacity counts real ones
-            score, tokens = probs.masked_fill(~context.mask[:, None], -1.0), context.mask.sum()
-        capacity = (tokens * self.top_k + self.num_experts - 1) // self.num_experts
-        order = torch.argsort(score, dim=0, descending=True, stable=True)  # [T, E], best token first
-        positions = torch.arange(order.shape[0], device=order.device)[:, None].expand_as(order)
-        chosen = torch.empty_like(order).scatter(0, order, positions) < capacity
-        slots = torch.arange(self.num_experts, device=logits.device).expand_as(probs)
-        return Routing(logits, probs, probs * chosen, torch.where(chosen, slots, self.num_experts))
-
-
-class ReLU(Gate):
-    """ReMoE (2412.14711): weights are `ReLU(logits)`, not normalised; slot `n` holds expert `n` or nothing.
-
-    Its loss is `lambda * E sum_n f_n P_n` with `P_n` the mean ReLU output and `f_n` the share of tokens that use
-    expert n over `k / E`; `lambda` follows the sparsity (`update`). `probs` are the outputs over their sum.
-    """
-
-    l1_weight: Tensor
-
-    def __init__(self, spec: options.ReLU, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self.spec = spec
-        self.register_state()
-
-    def start_values(self) -> dict[str, Tensor | None]:
-        return {"l1_weight": torch.tensor(self.spec.start_weight, dtype=torch.float32)}
-
-    def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        weights = F.relu(logits)
-        active = weights > 0
-        slots = torch.arange(self.num_experts, device=logits.device).expand_as(weights)
-        experts = torch.where(active, slots, self.num_experts)
-        probs = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        real = torch.ones_like(active) if context.mask is None else context.mask[:, None].expand_as(active)
-        tokens = real[:, 0].sum().clamp(min=1)
-        share = (active & real).to(logits.dtype).sum(0) / tokens * (self.num_experts / self.top_k)
-        mean = (weights * real).sum(0) / tokens
-        penalty = self.l1_weight.to(logits.dtype) * (share * mean).sum()
-        return Routing(logits, probs, weights, experts, penalty=penalty)
+    def _total(self, weights: Tensor, may_be_empty: bool) -> Tensor:
+        total, eps = weights.sum(-1, keepdim=True), self.options.eps
+        if eps and not self.options.eps_is_floor:
+            return total + eps
+        # A token whose every slot is empty keeps zero weights: the floor only avoids 0 / 0.
+        least = max(eps, torch.finfo(total.dtype).tiny) if may_be_empty else eps
+        return total.clamp(min=least) if least else total
 
     @torch.no_grad()
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
-        """`lambda *= growth` while more than k experts are active per token, `/= growth` when fewer."""
-        active = stats.counts.sum() / (stats.tokens.clamp(min=1) * stats.counts.shape[0])  # mean over layers
-        self.l1_weight.mul_(self.spec.growth ** torch.sign(active - self.top_k).to(self.l1_weight))
+        if self.current_k is not None and self.options.start_k is not None:
+            grown = round((self.top_k - self.options.start_k) * min(step / total_steps, 1.0))
+            self.current_k.fill_(self.options.start_k + grown)
 
 
-class _SampledMultiplier(torch.autograd.Function):
-    """SparseMixer-v2's backward: the gradient of a sampled expert's weight (2409.12136, section 3)."""
+class NamedTopK(TopK):
+    """Base of gates that are `TopK` at some options, under a name and with options of their own."""
 
-    generate_vmap_rule = True
+    class Config(Gate.Config):
+        takes_bias = True
 
-    @staticmethod
-    def forward(scores, multiplier, experts, probs, heun):  # type: ignore[no-untyped-def]
-        return multiplier * heun
+        def top_k(self) -> TopK.Config:
+            """The options of `TopK` that it stands for."""
+            raise NotImplementedError
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, multiplier, experts, probs, _ = inputs
-        ctx.save_for_backward(multiplier, experts, probs)
+        @property
+        def leaves_empty_slots(self) -> bool:
+            return self.top_k().leaves_empty_slots
 
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
-        multiplier, experts, probs = ctx.saved_tensors
-        grad = grad * multiplier
-        return (-probs * grad).scatter_add(-1, experts, grad), None, None, None, None
+        @property
+        def moves(self) -> bool:
+            return self.top_k().moves
+
+        @property
+        def equation(self) -> str:
+            return self.top_k().equation
+
+        def check(self) -> None:
+            self.top_k()
+
+        def check_geometry(self, geometry: Geometry) -> None:
+            self.top_k().check_geometry(geometry)
+
+    def __init__(self, options: Config, geometry: Geometry) -> None:
+        super().__init__(options.top_k(), geometry)
 
 
-class SparseMixer(Gate):
-    """SparseMixer-v2 for k = 2 (2409.12136), the same numbers as transformers' `phimoe.sparsemixer`.
+class Softmax(NamedTopK):
+    """`g = softmax(G x)`, the k largest kept (Eq. 1); or fastmoe's softmax over the k largest logits."""
 
-    Expert one is sampled among those within `2 jitter` of the best (the best itself outside training), expert
-    two likewise among the rest; in training a weight keeps its full size if the sample was the best or with
-    probability 1/4, else a third of it (Heun's third-order rule). The constants 0.3333 and 0.6667 are the source's.
-    """
+    class Config(NamedTopK.Config):
+        """Attributes:
+        order: "softmax_topk" (the paper's Eq. 1) or "topk_softmax" (fastmoe, the enwik8 runs): the weights are
+            then a softmax over the k chosen logits.
+        renormalize: divide the k weights by their sum (the public code does; without effect on topk_softmax).
+        start_k: k grows linearly from this over training (SMoE-dropout); None holds it.
+        """
 
-    def __init__(self, spec: options.SparseMixer, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self.jitter = spec.jitter
+        kind = "softmax"
 
-    def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        first, weight_1 = self._pick(logits, logits, context, uniforms=1)
-        rest = logits.scatter(-1, first, -torch.inf)
-        second, weight_2 = self._pick(logits, rest, context, uniforms=2)
-        experts, weights = torch.cat((first, second), -1), torch.cat((weight_1, weight_2), -1)
-        return Routing(logits, F.softmax(logits, -1), weights, experts)
+        order: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
+        renormalize: bool = True
+        start_k: PositiveInt | None = None
 
-    def _pick(
-        self, scores: Tensor, left: Tensor, context: RouterContext, uniforms: int
-    ) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            best, best_index = left.max(-1, keepdim=True)
-            far = (best - scores) / scores.abs().clamp(min=best) > 2 * self.jitter
-        near = left.masked_fill(far, -torch.inf)
-        probs = F.softmax(near, -1)
-        if context.noise is None:
-            return best_index, probs.gather(-1, best_index)
-        expert = (near - context.noise.exponential(near).log()).argmax(-1, keepdim=True)
-        weight = probs.gather(-1, expert)
-        top = probs.max(-1, keepdim=True)
-        for _ in range(uniforms):  # the source draws the second expert's twice and uses the last
-            draw = context.noise.uniform(top.values)
-        full = (expert == top.indices) | (draw > 0.75)
-        heun = torch.add(0.3333, full, alpha=0.6667).type_as(probs)
-        return expert, _SampledMultiplier.apply(scores, weight, expert, probs, heun)
+        def top_k(self) -> TopK.Config:
+            weights: Literal["scores", "softmax_of_chosen"]
+            weights = "scores" if self.order == "softmax_topk" else "softmax_of_chosen"
+            return TopK.Config(weights=weights, renormalize=self.renormalize, start_k=self.start_k)
+
+
+class Sigmoid(NamedTopK):
+    """DeepSeek-V3 (2412.19437, Eq. 12 to 16; group limit of section 2.1.2): `s = sig(G x)`, top-k of `s + b`."""
+
+    class Config(NamedTopK.Config):
+        """Attributes:
+        renormalize: divide the chosen scores by their sum (plus 1e-20).
+        scale: multiplies the weights (`routed_scaling_factor`).
+        groups: experts are in so many equal groups; a token chooses within its `top_groups` best, a group's
+            score being the sum of its two best experts'. 1 is no limit.
+        """
+
+        kind = "sigmoid"
+
+        renormalize: bool = True
+        scale: Positive = 1.0
+        groups: PositiveInt = 1
+        top_groups: PositiveInt = 1
+
+        def top_k(self) -> TopK.Config:
+            return TopK.Config(
+                scores="sigmoid", renormalize=self.renormalize, eps=1e-20, scale=self.scale,
+                groups=self.groups, top_groups=self.top_groups, group_score="top_2",
+            )  # fmt: skip

@@ -1,26 +1,29 @@
-"""The router of one layer: the stages in order, and those that need a little more than three stages.
+"""The router of one layer: recurrence, scorer, gate, in this order.
 
 `router(hidden, state, shared, context) -> (Routing, state)`. What all layers share is built once, by
-`build_shared`, belongs to the model, and is passed down: registered inside every layer, FSDP2 fails on it.
+`build_shared`, belongs to the model, and is passed down: registered inside every layer, FSDP2 fails on it. Routers
+that add something between scorer and gate are in `score_routers.py`, those that read token ids in `token_routers.py`.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rmoe.routing import mechanisms as options
+from rmoe.routing.balance import SelectionBias, limit_capacity
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State
-from rmoe.routing.initial import PassedModule, ProjectionFP32, constant
-from rmoe.routing.recurrence import SharedRecurrence
-from rmoe.routing.scorer import SharedLinear
-from rmoe.routing.spec import BalanceSpec, Geometry, RouterSpec
-from rmoe.routing.training_state import SelectionBias, Temperature, TrainingState
+from rmoe.routing.initial import PassedModule
+from rmoe.routing.options import Geometry, Mechanism, Options
+from rmoe.routing.step_state import StepState
+from rmoe.routing.temperature import Temperature
+from rmoe.validation import Share
+
+if TYPE_CHECKING:
+    from rmoe.routing.spec import RouterSpec
 
 
 class SharedRouter(PassedModule):
@@ -28,13 +31,9 @@ class SharedRouter(PassedModule):
 
     def __init__(self, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__()
-        recurrence, scorer = spec.recurrence, spec.scorer
-        self.recurrence: nn.Module | None = None
-        self.scorer: nn.Module | None = None
-        if isinstance(recurrence, options.Recurrence) and recurrence.has_shared:
-            self.recurrence = SharedRecurrence(recurrence, geometry)
-        if isinstance(scorer, options.Linear) and scorer.shared_layers != 1:
-            self.scorer = SharedLinear(scorer, geometry, recurrence.features(geometry))
+        scorer, features = spec.scorer, spec.recurrence.features(geometry)
+        self.recurrence = spec.recurrence.build_shared(geometry)
+        self.scorer = None if scorer is None else scorer.build_shared(geometry, features)
 
 
 def build_shared(spec: RouterSpec, geometry: Geometry) -> SharedRouter | None:
@@ -55,14 +54,33 @@ def build_router(spec: RouterSpec, geometry: Geometry) -> BaseRouter:
     return router
 
 
-class BaseRouter(TrainingState):
-    """Contract of all routers, and what every one has: its spec, its capacity limit, its training state."""
+class BaseRouter(StepState, Mechanism):
+    """Contract of all routers, and what every one has: its spec, its capacity limit, its training state.
 
-    def __init__(self, spec: RouterSpec, geometry: Geometry) -> None:
+    Built from (options, spec, geometry). What does not fit three stages is a subclass.
+    """
+
+    class Config(Options):
+        stage = "router"
+
+        @property
+        def uses_scorer(self) -> bool:
+            """Whether it has a scorer; the spec's is None where not."""
+            return True
+
+        @property
+        def uses_gate(self) -> bool:
+            """Whether it has a gate; the spec's is None where not."""
+            return True
+
+        @property
+        def needs_token_ids(self) -> bool:
+            return False
+
+    def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__()
-        self.spec, self.geometry = spec, geometry
+        self.options, self.spec, self.geometry = options, spec, geometry
         self.num_experts, self.layer_index = geometry.num_experts, geometry.layer_index
-        self.losses = [(loss, loss.load_implementation()) for loss in spec.balance.losses]  # see balance.py
 
     def route(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
@@ -104,7 +122,7 @@ class BaseRouter(TrainingState):
     def update_all(self, stats: RouterStats, step: int, total_steps: int) -> None:
         """Move all training-time state of this layer's router, once per optimizer step."""
         for module in self.modules():
-            if isinstance(module, TrainingState):
+            if isinstance(module, StepState):
                 module.update(self.layer_index, stats, step, total_steps)
 
 
@@ -116,42 +134,37 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def limit_capacity(routing: Routing, spec: BalanceSpec, geometry: Geometry, mask: Tensor | None) -> Routing:
-    """Drop each expert's assignments beyond `ceil(factor * T * k / E)`, first come first served in token order.
-
-    `T` counts real tokens. The position of an assignment in its expert's queue comes from a stable sort: no
-    `[T * K, E]` one-hot tensor, no host synchronisation.
-    """
-    experts = geometry.num_experts
-    flat = routing.experts if mask is None else routing.experts.masked_fill(~mask[:, None], experts)
-    flat = flat.reshape(-1)
-    ordered, order = torch.sort(flat, stable=True)
-    first = torch.searchsorted(ordered, ordered)  # where each one's queue begins
-    position = torch.empty_like(flat).scatter(
-        0, order, torch.arange(flat.numel(), device=flat.device) - first
-    )
-    tokens = routing.experts.shape[0] if mask is None else mask.sum()
-    factor = spec.capacity_factor or 0.0
-    capacity = torch.ceil(torch.as_tensor(tokens, dtype=torch.float64) * (factor * geometry.top_k / experts))
-    dropped = (position >= capacity.to(flat.device)).view_as(routing.experts) & (routing.experts < experts)
-    if mask is not None:
-        dropped = dropped & mask[:, None]
-    return routing._replace(weights=routing.weights.masked_fill(dropped, 0.0), dropped=dropped)
-
-
 class Router(BaseRouter):
     """Recurrence, scorer, gate: Eq. 4, 5 and 6, and with recurrence "none" Eq. 1."""
 
-    def __init__(self, kind: options.Staged, spec: RouterSpec, geometry: Geometry) -> None:
-        super().__init__(spec, geometry)
+    class Config(BaseRouter.Config):
+        """Attributes:
+        input_jitter: in training the router's input is multiplied by U(1 - e, 1 + e) (Switch, 2101.03961).
+        """
+
+        kind = "staged"
+
+        input_jitter: Share = 0.0
+
+        @property
+        def uses_noise(self) -> bool:
+            return self.input_jitter > 0
+
+        def described(self) -> str:
+            text = super().described()
+            return "" if text == "staged" else text
+
+    options: Config
+
+    def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
+        super().__init__(options, spec, geometry)
         assert spec.scorer is not None  # RouterSpec has checked both
         assert spec.gate is not None
-        self.input_jitter = kind.input_jitter
         features = spec.recurrence.features(geometry)
         self.recurrence: Any = spec.recurrence.build(geometry)
         self.scorer: Any = spec.scorer.build(geometry, features)
         self.temperature = None if spec.temperature.is_off else Temperature(spec.temperature)
-        skip_class = bool(getattr(spec.scorer, "skip_class", False))
+        skip_class = spec.scorer.skip_class
         biased = skip_class or spec.balance.bias_update_rate > 0
         self.selection_bias = SelectionBias(spec.balance, geometry, skip_class) if biased else None
         self.gate: Any = spec.gate.build(geometry)
@@ -163,9 +176,9 @@ class Router(BaseRouter):
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Tensor, Tensor, State]:
         """Features `[T, f]`, raw logits `[T, C]`, and the recurrent state."""
-        if self.input_jitter and context.noise is not None:
+        if self.options.input_jitter and context.noise is not None:
             wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            hidden = wide * (1 + self.input_jitter * (2 * context.noise.uniform(wide) - 1))
+            hidden = wide * (1 + self.options.input_jitter * (2 * context.noise.uniform(wide) - 1))
         features, state = self.recurrence(
             hidden, state, shared=shared.recurrence if shared is not None else None
         )
@@ -185,75 +198,3 @@ class Router(BaseRouter):
     ) -> tuple[Routing, State]:
         _, logits, state = self.score(hidden, state, shared, context)
         return self.decide(logits, context), state
-
-
-class ResidualScores(Router):
-    """`logits_i = G_i h_i + a (G_{i-1} h_{i-1})` (Table 5): the state also carries the last layer's own scores.
-
-    The scores carried are the layer's own, before the residual is added, as the table's formula has it.
-    """
-
-    def __init__(self, kind: options.ResidualScores, spec: RouterSpec, geometry: Geometry) -> None:
-        super().__init__(kind, spec, geometry)
-        self.scale, self.detach = kind.scale, kind.detach
-
-    def route(
-        self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
-    ) -> tuple[Routing, State]:
-        below, recurrent = state[:1], state[1:]
-        _, own, recurrent = self.score(hidden, recurrent, shared, context)
-        logits = own
-        if below:
-            logits = own + self.scale * (below[0].detach() if self.detach else below[0])
-        return self.decide(logits, context), (own, *recurrent)
-
-
-class NoisyTopK(Router):
-    """`H = x G + N(0, 1) * (softplus(x W_n) + 1e-2)`, top-k, softmax over the k (Shazeer et al. 2017, Eq. 3 to 5).
-
-    Losses: squared coefficient of variation of the importance `sum_x g_n` and of the load, the sum of the
-    probability that expert n stays among the k when its own noise is drawn again (their appendix A).
-    From memory: zero initial weights for both maps there, weights 0.1. Here the scorer keeps the model's own
-    initialisation, so that it starts as every other router does; the noise map starts at zero.
-    """
-
-    def __init__(self, kind: options.NoisyTopK, spec: RouterSpec, geometry: Geometry) -> None:
-        super().__init__(kind, spec, geometry)
-        self.importance_weight, self.load_weight = kind.importance_weight, kind.load_weight
-        features = spec.recurrence.features(geometry)
-        self.noise_map = ProjectionFP32(features, geometry.num_experts, constant(0.0))
-
-    def route(
-        self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
-    ) -> tuple[Routing, State]:
-        features, clean, state = self.score(hidden, state, shared, context)
-        if context.noise is None:
-            return self.decide(clean, context), state
-        std = F.softplus(self.noise_map(features)) + 1e-2
-        noisy = clean + std * context.noise.normal(clean)
-        routing = self.decide(noisy, context)
-        return routing._replace(
-            logits=clean, penalty=self._penalty(clean, noisy, std, routing, context)
-        ), state
-
-    def _penalty(
-        self, clean: Tensor, noisy: Tensor, std: Tensor, routing: Routing, context: RouterContext
-    ) -> Tensor:
-        real = 1.0 if context.mask is None else context.mask[:, None]
-        experts = torch.where(routing.experts < self.num_experts, routing.experts, 0)
-        importance = torch.zeros_like(clean).scatter_add(-1, experts, routing.weights)
-        penalty = self.importance_weight * _squared_variation((importance * real).sum(0))
-        if self.geometry.top_k < self.num_experts:
-            top = noisy.topk(self.geometry.top_k + 1, -1).values
-            inside = noisy > top[:, -1:]
-            # The bar to clear is the k-th best of the others: one lower for an expert already inside.
-            bar = torch.where(inside, top[:, -1:], top[:, -2:-1])
-            load = torch.special.ndtr((clean - bar) / std)
-            penalty = penalty + self.load_weight * _squared_variation((load * real).sum(0))
-        return penalty
-
-
-def _squared_variation(per_expert: Tensor) -> Tensor:
-    """`Var / Mean^2` over experts, population variance."""
-    mean = per_expert.mean()
-    return per_expert.var(correction=0) / (mean * mean + 1e-10)

@@ -1,41 +1,46 @@
 """Stage 2: `logits = scorer(features, shared, noise)`, Eq. 6: `[T, f]` -> `[T, C]`, raw, at least float32.
 
 `experts_matrix` is what a scorer compares tokens with, `[C, f']`, for the weight-norm analysis and the
-similarity-preserving loss; None where there is no such thing.
+similarity-preserving loss; None where there is no such thing. Scorers that compare angles are in `cosine.py`.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmoe.routing import mechanisms as options
-from rmoe.routing.initial import (
-    Initialized,
-    Initializer,
-    ProjectionFP32,
-    constant,
-    linear_fp32,
-    normal,
-    orthogonal,
-)
+from rmoe.routing.initial import Initialized, Initializer, ProjectionFP32, linear_fp32, normal
 from rmoe.routing.noise import Noise
-from rmoe.routing.spec import Geometry
+from rmoe.routing.options import Geometry, Mechanism, Options
+from rmoe.validation import NotNegativeInt, Positive, PositiveInt, Share
 
 
-class Scorer(Initialized):
-    """Base of all scorers.
+class Scorer(Initialized, Mechanism):
+    """Base of all scorers: features `[T, f]` -> raw logits `[T, C]`. Built from (options, geometry, features).
 
     Args:
         geometry: the model's sizes.
-        features: width of what it reads.
+        features: width `f` of what it reads.
     """
 
-    def __init__(self, geometry: Geometry, features: int) -> None:
+    class Config(Options):
+        stage = "scorer"
+
+        @property
+        def skip_class(self) -> bool:
+            """Whether it gives one more logit than there are experts, for a class that skips them."""
+            return False
+
+        def build_shared(self, geometry: Geometry, features: int) -> nn.Module | None:
+            """What it shares with the other layers, built once for the model; None is nothing."""
+            return None
+
+    def __init__(self, options: Config, geometry: Geometry, features: int) -> None:
         super().__init__()
+        self.options = options
         self.num_experts, self.features = geometry.num_experts, features
 
     def experts_matrix(self, shared: nn.Module | None) -> Tensor | None:
@@ -49,22 +54,39 @@ class Scorer(Initialized):
         raise NotImplementedError
 
 
-def _linear(spec: options.Linear, geometry: Geometry, features: int) -> ProjectionFP32:
-    std = spec.init_std
-    if std is None:
-        std = geometry.initializer_range
-    elif std == "inverse_sqrt":
-        std = features**-0.5
-    return ProjectionFP32(features, geometry.num_experts, normal(float(std)), spec.bias, spec.frozen)
-
-
 class Linear(Scorer):
     """`G h` (Eq. 1, 6). With `shared_layers != 1` the weights are the model's: PathMoE, Omni-router."""
 
-    def __init__(self, spec: options.Linear, geometry: Geometry, features: int) -> None:
-        super().__init__(geometry, features)
-        self.group = None if spec.shared_layers == 1 else group_of(spec, geometry.layer_index)
-        self.linear = _linear(spec, geometry, features) if self.group is None else None
+    class Config(Scorer.Config):
+        """Attributes:
+        bias: fastmoe's router has one, transformers' have none.
+        init_std: of the normal initialisation; None is the model's own; "inverse_sqrt" is `features^-1/2`,
+            which a state bounded by 1 needs.
+        frozen: kept at its random initialisation (RandomSMoE).
+        shared_layers: how many consecutive layers use the same weights: 1, each its own; 0, all of them.
+        """
+
+        kind = "linear"
+        equation = "s = G f"
+
+        bias: bool = False
+        init_std: Positive | Literal["inverse_sqrt"] | None = None
+        frozen: bool = False
+        shared_layers: NotNegativeInt = 1
+
+        @property
+        def carries(self) -> str:
+            if self.shared_layers == 1:
+                return ""
+            return f"nothing; weights shared by {self.shared_layers or 'all'} layers"
+
+        def build_shared(self, geometry: Geometry, features: int) -> nn.Module | None:
+            return None if self.shared_layers == 1 else SharedLinear(self, geometry, features)
+
+    def __init__(self, options: Config, geometry: Geometry, features: int) -> None:
+        super().__init__(options, geometry, features)
+        self.group = None if options.shared_layers == 1 else _group_of(options, geometry.layer_index)
+        self.linear = _linear(options, geometry, features) if self.group is None else None
 
     def _weights(self, shared: nn.Module | None) -> ProjectionFP32:
         if self.linear is not None:
@@ -81,29 +103,49 @@ class Linear(Scorer):
         return self._weights(shared)(features)
 
 
-def group_of(spec: options.Linear, layer_index: int) -> int:
+def _linear(options: Linear.Config, geometry: Geometry, features: int) -> ProjectionFP32:
+    std = options.init_std
+    if std is None:
+        std = geometry.initializer_range
+    elif std == "inverse_sqrt":
+        std = features**-0.5
+    return ProjectionFP32(features, geometry.num_experts, normal(float(std)), options.bias, options.frozen)
+
+
+def _group_of(options: Linear.Config, layer_index: int) -> int:
     """Which of the model's shared scorers a layer uses."""
-    return 0 if spec.shared_layers == 0 else layer_index // spec.shared_layers
+    return 0 if options.shared_layers == 0 else layer_index // options.shared_layers
 
 
 class SharedLinear(nn.Module):
     """The scorers that several layers use, owned by the model."""
 
-    def __init__(self, spec: options.Linear, geometry: Geometry, features: int) -> None:
+    def __init__(self, options: Linear.Config, geometry: Geometry, features: int) -> None:
         super().__init__()
-        count = group_of(spec, geometry.num_layers - 1) + 1
-        self.groups = nn.ModuleList(_linear(spec, geometry, features) for _ in range(count))
+        count = _group_of(options, geometry.num_layers - 1) + 1
+        self.groups = nn.ModuleList(_linear(options, geometry, features) for _ in range(count))
 
 
 class MLP(Scorer):
     """`W_2 GELU(W_1 x + b_1)`, dropout between (SMoE-MLP, Table 4; ModuleFormer)."""
 
-    def __init__(self, spec: options.MLP, geometry: Geometry, features: int) -> None:
-        super().__init__(geometry, features)
+    class Config(Scorer.Config):
+        kind = "mlp"
+        equation = "s = G GELU(W f + b)"
+
+        width: PositiveInt = 256
+        dropout: Share = 0.0
+
+        @property
+        def uses_noise(self) -> bool:
+            return self.dropout > 0
+
+    def __init__(self, options: Config, geometry: Geometry, features: int) -> None:
+        super().__init__(options, geometry, features)
         start = normal(geometry.initializer_range)
-        self.up = ProjectionFP32(features, spec.width, start, bias=True)
-        self.out = ProjectionFP32(spec.width, geometry.num_experts, start)
-        self.dropout = spec.dropout
+        self.up = ProjectionFP32(features, options.width, start, bias=True)
+        self.out = ProjectionFP32(options.width, geometry.num_experts, start)
+        self.dropout = options.dropout
 
     def experts_matrix(self, shared: nn.Module | None) -> Tensor:
         return self.out.weight
@@ -118,93 +160,25 @@ class MLP(Scorer):
         return self.out(hidden)
 
 
-MOST_LOG_INVERSE_TEMPERATURE = math.log(100)
-
-
-class Cosine(Scorer):
-    """`cos(W x, e_n) / t`, `t` learned (XMoE 2204.09179; CosineMoE after 2405.14131 and Tutel).
-
-    Deviation from torchscale's XMoE in the "paper" form: the token side is normalised as the paper's equation
-    says; `normalize_tokens=False` is torchscale's code, where that line is commented out.
-    """
-
-    def __init__(self, spec: options.Cosine, geometry: Geometry, features: int) -> None:
-        super().__init__(geometry, features)
-        self.spec = spec
-        width = spec.width or features
-        start = normal(geometry.initializer_range)
-        self.projection = ProjectionFP32(features, width, start, spec.projection_bias) if spec.width else None
-        self.embeddings = nn.Parameter(torch.empty(geometry.num_experts, width))
-        self.log_inverse_temperature = nn.Parameter(torch.empty(()))
-
-    def initializers(self) -> dict[str, Initializer]:
-        embeddings = orthogonal(0.32) if self.spec.embedding_init == "orthogonal" else normal(0.01)
-        return {
-            "embeddings": embeddings,
-            "log_inverse_temperature": constant(-math.log(self.spec.temperature)),
-        }
-
-    def experts_matrix(self, shared: nn.Module | None) -> Tensor:
-        return self.embeddings
-
-    def scaled_by(self, shared: nn.Module | None) -> Cosine:
-        return self
-
-    @torch.no_grad()
-    def rescale(self, factor: float) -> None:
-        """Multiply the logits by `factor`, through the temperature.
-
-        Raises:
-            ValueError: the temperature would fall below 0.01, where `forward` holds it.
-        """
-        moved = float(self.log_inverse_temperature) + math.log(factor)
-        if moved > MOST_LOG_INVERSE_TEMPERATURE:
-            raise ValueError(
-                f"the cosine's temperature would be {math.exp(-moved):.2g}, below its least, 0.01"
-            )
-        self.log_inverse_temperature.fill_(moved)
-
-    def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
-        x = features if self.projection is None else self.projection(features)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x, embeddings = x.to(dtype), F.normalize(self.embeddings.to(dtype), dim=-1)
-        if self.spec.normalize_tokens:
-            x = F.normalize(x, dim=-1)
-        scale = self.log_inverse_temperature.to(dtype).clamp(max=MOST_LOG_INVERSE_TEMPERATURE).exp()
-        return scale * linear_fp32(x, embeddings)
-
-
-class HalfCosine(Scorer):
-    """`x . c_n / |c_n|`; centroids start orthogonal with gain 0.1."""
-
-    def __init__(self, spec: options.HalfCosine, geometry: Geometry, features: int) -> None:
-        super().__init__(geometry, features)
-        self.centroids = nn.Parameter(torch.empty(geometry.num_experts, features))
-
-    def initializers(self) -> dict[str, Initializer]:
-        return {"centroids": orthogonal(0.1)}
-
-    def experts_matrix(self, shared: nn.Module | None) -> Tensor:
-        return self.centroids
-
-    def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
-        dtype = torch.promote_types(self.centroids.dtype, torch.float32)
-        return linear_fp32(features, F.normalize(self.centroids.to(dtype), dim=-1))
-
-
 class Hypernetwork(Scorer):
     """HyperRouter (2312.07035): `[G | b] = W_2 ReLU(W_1 e + b_1) + b_2`, `e` trained, the rest frozen at random.
 
     The RMoE paper's tables call it HyperMoE. The output layer has `E (d + 1)` rows; its last column is the bias.
     """
 
-    def __init__(self, spec: options.Hypernetwork, geometry: Geometry, features: int) -> None:
-        super().__init__(geometry, features)
+    class Config(Scorer.Config):
+        kind = "hypernetwork"
+        equation = "[G, b] = M(e); s = G f + b"
+
+        width: PositiveInt = 256
+
+    def __init__(self, options: Config, geometry: Geometry, features: int) -> None:
+        super().__init__(options, geometry, features)
         rows = geometry.num_experts * (features + 1)
         self.embedding = nn.Parameter(torch.empty(1, features))
-        fan_in, width = features**-0.5, spec.width**-0.5
-        self.up = ProjectionFP32(features, spec.width, normal(fan_in), bias=True, frozen=True)
-        self.out = ProjectionFP32(spec.width, rows, normal(width * fan_in), bias=True, frozen=True)
+        fan_in, width = features**-0.5, options.width**-0.5
+        self.up = ProjectionFP32(features, options.width, normal(fan_in), bias=True, frozen=True)
+        self.out = ProjectionFP32(options.width, rows, normal(width * fan_in), bias=True, frozen=True)
 
     def initializers(self) -> dict[str, Initializer]:
         return {"embedding": normal(1.0)}
@@ -225,15 +199,25 @@ class Hypernetwork(Scorer):
 
 
 class EdaHead(Scorer):
-    """RMSNorm, Linear, GELU, Linear, GELU, Linear (ZAYA1, 2605.05365; transformers' `ZayaRouterMLP`)."""
+    """RMSNorm, Linear, GELU, Linear, GELU, Linear to `E + 1` classes, the last one "skip".
 
-    def __init__(self, spec: options.EdaHead, geometry: Geometry, features: int) -> None:
-        super().__init__(geometry, features)
+    Source: ZAYA1, 2605.05365; transformers' `ZayaRouterMLP`.
+    """
+
+    class Config(Scorer.Config):
+        kind = "eda_head"
+        equation = "s = MLP(norm(f))"
+
+        skip_class: bool = True
+        norm_eps: float = 1e-5
+
+    def __init__(self, options: Config, geometry: Geometry, features: int) -> None:
+        super().__init__(options, geometry, features)
         start = normal(geometry.initializer_range)
-        self.norm = nn.RMSNorm(features, eps=spec.norm_eps)
+        self.norm = nn.RMSNorm(features, eps=options.norm_eps)
         self.fc1 = ProjectionFP32(features, features, start, bias=True)
         self.fc2 = ProjectionFP32(features, features, start, bias=True)
-        self.out = ProjectionFP32(features, geometry.num_experts + spec.skip_class, start)
+        self.out = ProjectionFP32(features, geometry.num_experts + options.skip_class, start)
 
     def experts_matrix(self, shared: nn.Module | None) -> Tensor:
         return self.out.weight

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor, nn
 
-from rmoe.routing import mechanisms as options
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State
 from rmoe.routing.initial import Initializer, ProjectionFP32, linear_fp32, normal, orthogonal
 from rmoe.routing.noise import splitmix64
+from rmoe.routing.options import Geometry
 from rmoe.routing.router import BaseRouter, SharedRouter
-from rmoe.routing.spec import Geometry, RouterSpec
+from rmoe.validation import PositiveInt, require
+
+if TYPE_CHECKING:
+    from rmoe.routing.spec import RouterSpec
+
+
+class TokenRouter(BaseRouter):
+    """Base of routers that read token ids and have neither scorer nor gate."""
+
+    class Config(BaseRouter.Config):
+        uses_scorer = False
+        uses_gate = False
+        needs_token_ids = True
+
+        def check_geometry(self, geometry: Geometry) -> None:
+            known = geometry.vocab_size > 0
+            require(known, "router.kind", self.kind, "a model that knows its token ids (vocab_size > 0)")
 
 
 def _token_ids(context: RouterContext, router: str) -> Tensor:
@@ -22,7 +41,7 @@ def _token_ids(context: RouterContext, router: str) -> Tensor:
     return context.token_ids
 
 
-class Hash(BaseRouter):
+class Hash(TokenRouter):
     """Roller et al. 2021: token id -> k fixed experts, weights 1/k. Nothing is learned.
 
     The table is a pure function of (table_seed, layer, token id), the k experts with the smallest hash, so every
@@ -30,16 +49,22 @@ class Hash(BaseRouter):
     their softmax is the routing.
     """
 
+    class Config(TokenRouter.Config):
+        kind = "hash"
+        equation = "n = table[token]"
+
+        table_seed: int = 0
+
+    options: Config
     table: Tensor
 
-    def __init__(self, kind: options.Hash, spec: RouterSpec, geometry: Geometry) -> None:
-        super().__init__(spec, geometry)
-        self.table_seed = kind.table_seed
+    def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
+        super().__init__(options, spec, geometry)
         self.register_state()
 
     def start_values(self) -> dict[str, Tensor | None]:
         sizes = self.geometry
-        key = splitmix64(torch.tensor(self.table_seed)) + (sizes.layer_index << 40)
+        key = splitmix64(torch.tensor(self.options.table_seed)) + (sizes.layer_index << 40)
         pairs = torch.arange(sizes.vocab_size * sizes.num_experts)
         scores = splitmix64(splitmix64(pairs) + key).view(sizes.vocab_size, sizes.num_experts)
         return {"table": scores.argsort(-1)[:, : sizes.top_k].contiguous()}
@@ -62,7 +87,7 @@ class Hash(BaseRouter):
         return Routing(logits, F.softmax(logits, -1), weights, experts), state
 
 
-class Stable(BaseRouter):
+class Stable(TokenRouter):
     """StableMoE (Dai et al. 2022): learn a greedy top-1 routing, distil it into token identity, freeze it.
 
     Stage 1 sends each token to the centroid with the largest `x . c`, with a balance loss
@@ -75,15 +100,35 @@ class Stable(BaseRouter):
     The balance weight 0.3 is from memory.
     """
 
+    class Config(TokenRouter.Config):
+        """Attributes:
+        stage1_share: share of training after which the distilled router takes over, frozen.
+        embedding_width: of the distilled router's word embeddings.
+        balance_weight, distill_weight: of the two losses of stage 1.
+        """
+
+        kind = "stable"
+        equation = "y = a E(x) + (1 - a) x, a = sig(x . c)"
+        moves = True
+
+        stage1_share: Annotated[float, Meta(gt=0, lt=1, description="above 0, below 1")] = 0.1
+        embedding_width: PositiveInt = 50
+        balance_weight: float = 0.3
+        distill_weight: float = 1.0
+
+        def check_geometry(self, geometry: Geometry) -> None:
+            super().check_geometry(geometry)
+            require(geometry.top_k == 1, "num_experts_per_tok", geometry.top_k, "1 with router stable")
+
+    options: Config
     stage: Tensor
 
-    def __init__(self, kind: options.Stable, spec: RouterSpec, geometry: Geometry) -> None:
-        super().__init__(spec, geometry)
-        self.kind = kind
+    def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
+        super().__init__(options, spec, geometry)
         self.centroids = nn.Parameter(torch.empty(geometry.num_experts, geometry.hidden_size))
-        self.word_embeddings = nn.Parameter(torch.empty(geometry.vocab_size, kind.embedding_width))
-        start = normal(kind.embedding_width**-0.5)
-        self.word_router = ProjectionFP32(kind.embedding_width, geometry.num_experts, start)
+        self.word_embeddings = nn.Parameter(torch.empty(geometry.vocab_size, options.embedding_width))
+        start = normal(options.embedding_width**-0.5)
+        self.word_router = ProjectionFP32(options.embedding_width, geometry.num_experts, start)
         self.register_state()
 
     def start_values(self) -> dict[str, Tensor | None]:
@@ -134,8 +179,8 @@ class Stable(BaseRouter):
         excess = ((load - mean) / mean)[greedy[:, 0]]
         balance = (excess * scores.gather(-1, greedy)[:, 0].sigmoid() * real).sum() / tokens
         distill = (F.cross_entropy(student, greedy[:, 0], reduction="none") * real).sum() / tokens
-        return self.kind.balance_weight * balance + self.kind.distill_weight * distill
+        return self.options.balance_weight * balance + self.options.distill_weight * distill
 
     @torch.no_grad()
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
-        self.stage.fill_(2 if step >= self.kind.stage1_share * total_steps else 1)
+        self.stage.fill_(2 if step >= self.options.stage1_share * total_steps else 1)

@@ -1,40 +1,27 @@
-"""The zoo: every named router, one line each. Imports no torch.
+"""The zoo: every named router, one line each. `rmoe zoo` prints it from `zoo.json`, without torch.
 
 A row is a name, a spec, its source, and what it is for. Variants are `vary(BASE, stage=...)` of another row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rmoe.errors import RequestError
-from rmoe.routing.mechanisms import (
-    MLP,
-    Cosine,
-    EdaHead,
-    ExpertChoice,
-    HalfCosine,
-    Hash,
-    Hypernetwork,
-    Linear,
-    LoadBalance,
-    MutualInformation,
-    NoisyTopK,
-    Recurrence,
-    ReLU,
-    ResidualScores,
-    SecondExpert,
-    SequenceBalance,
-    Sigmoid,
-    SimilarityPreserving,
-    Softmax,
-    SparseMixer,
-    Stable,
-    Staged,
-    ZLoss,
-)
-from rmoe.routing.spec import BalanceSpec, RouterSpec, StageSpec, TemperatureSpec
+from rmoe.routing.balance import BalanceSpec
+from rmoe.routing.cosine import Cosine, HalfCosine
+from rmoe.routing.gate import Sigmoid, Softmax
+from rmoe.routing.losses import LoadBalance, MutualInformation, SequenceBalance, SimilarityPreserving, ZLoss
+from rmoe.routing.other_gates import ExpertChoice, ReLU, SecondExpert, SparseMixer
+from rmoe.routing.recurrence import Recurrence
+from rmoe.routing.router import Router
+from rmoe.routing.score_routers import NoisyTopK, ResidualScores
+from rmoe.routing.scorer import MLP, EdaHead, Hypernetwork, Linear
+from rmoe.routing.spec import RouterSpec, vary
+from rmoe.routing.temperature import Temperature
+from rmoe.routing.token_routers import Hash, Stable
 
 
 @dataclass(frozen=True)
@@ -72,13 +59,15 @@ def register(name: str, row: ZooRow) -> None:
     ZOO[name] = row
 
 
-def resolve(name: str) -> RouterSpec:
-    """The spec of a named router.
+def resolve(router: str | Mapping[str, Any] | RouterSpec | None) -> RouterSpec:
+    """The spec of a router: by its name, from its JSON form, or the spec itself.
 
     Raises:
-        RequestError: no router has this name.
+        RequestError: no router has this name, or the data are no router.
     """
-    return find(name).spec
+    if isinstance(router, RouterSpec):
+        return router
+    return find(router).spec if isinstance(router, str) else RouterSpec.from_dict(router)
 
 
 def find(name: str) -> ZooRow:
@@ -107,55 +96,49 @@ def select(asked: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def vary(base: RouterSpec, **stages: StageSpec | dict[str, object] | None) -> RouterSpec:
-    """`base` with some stages changed: a stage's spec replaces it, a dict changes options of the one there."""
-    changed: dict[str, StageSpec | None] = {}
-    for stage, change in stages.items():
-        changed[stage] = replace(getattr(base, stage), **change) if isinstance(change, dict) else change
-    return replace(base, **changed)  # type: ignore[arg-type]
-
-
 BALANCED = BalanceSpec(losses=(LoadBalance(),))
 SMOE = RouterSpec(balance=BALANCED)
-RMOE = vary(SMOE, recurrence=Recurrence(), scorer=Linear(init_std="inverse_sqrt"))
+RMOE = vary(SMOE, recurrence=Recurrence.Config(), scorer=Linear.Config(init_std="inverse_sqrt"))
 NP = vary(RMOE, recurrence={"carry": "zero"})
-EDA = vary(SMOE, recurrence=Recurrence(cell="decay", width=256, projector_bias=True), scorer=EdaHead())
-EDA_LINEAR = vary(EDA, recurrence={"normalize": True}, scorer=Linear(init_std="inverse_sqrt"))
-GATED = vary(RMOE, recurrence=Recurrence(cell="gated_decay", normalize=True))
-LOW_RANK = vary(RMOE, recurrence=Recurrence(cell="identity", carry="zero"))
-XMOE = vary(SMOE, scorer=Cosine(width=16))
+EDA = vary(
+    SMOE, recurrence=Recurrence.Config(cell="decay", width=256, projector_bias=True), scorer=EdaHead.Config()
+)
+EDA_LINEAR = vary(EDA, recurrence={"normalize": True}, scorer=Linear.Config(init_std="inverse_sqrt"))
+GATED = vary(RMOE, recurrence=Recurrence.Config(cell="gated_decay", normalize=True))
+LOW_RANK = vary(RMOE, recurrence=Recurrence.Config(cell="identity", carry="zero"))
+XMOE = vary(SMOE, scorer=Cosine.Config(width=16))
 UNBALANCED = BalanceSpec()
 BIAS = BalanceSpec(bias_update_rate=1e-3)
-DEEPSEEK = vary(SMOE, gate=Sigmoid(), balance=replace(BIAS, losses=(SequenceBalance(),)))
+DEEPSEEK = vary(SMOE, gate=Sigmoid.Config(), balance=replace(BIAS, losses=(SequenceBalance(),)))
 
 UNUSED_HIDDEN = (r".*cell\.weight_hh",)
 UNUSED_GATE = (r".*cell\.(weight|bias)",)
 IN_ORDER = "no: experts fill up in token order"
 
 
-def _xmoe(width: int, recurrence: Recurrence | None = None) -> RouterSpec:
+def _xmoe(width: int, recurrence: Recurrence.Config | None = None) -> RouterSpec:
     spec = vary(XMOE, scorer={"width": width})
     return spec if recurrence is None else vary(spec, recurrence=recurrence)
 
 
 def _residual(scale: float, detach: bool = False) -> RouterSpec:
-    return vary(NP, router=ResidualScores(scale=scale, detach=detach))
+    return vary(NP, router=ResidualScores.Config(scale=scale, detach=detach))
 
 
 _ROWS: dict[str, ZooRow] = {
     # ---- the paper's tables (arXiv:2408.06793) ----
     "smoe": ZooRow(SMOE, "Eq. 1; Table 1", "linear router, softmax then top-k, renormalised"),
-    "smoe-topk-softmax": ZooRow(vary(SMOE, gate=Softmax(order="topk_softmax")), "fastmoe; the paper's enwik8 runs", "softmax over the k largest logits"),
-    "smoe-mlp": ZooRow(vary(SMOE, scorer=MLP()), "Tables 1, 4", "two-layer router with GELU"),
-    "smoe-mlp-mi": ZooRow(vary(SMOE, scorer=MLP(dropout=0.1), gate=Softmax(renormalize=False), balance=BalanceSpec(losses=(MutualInformation(),))), "ModuleFormer, 2306.04640", "the MLP router as ModuleFormer trains it: dropout, mutual-information loss"),
-    "random-smoe": ZooRow(vary(SMOE, scorer=Linear(frozen=True)), "Table 1", "linear router frozen at its random start"),
-    "cosine-moe": ZooRow(vary(SMOE, scorer=Cosine()), "Table 1", "cosine to expert embeddings, learned temperature"),
-    "cosine-moe-tutel": ZooRow(vary(SMOE, scorer=Cosine(width=256, projection_bias=True, embedding_init="normal")), "Tutel; 2405.14131", "cosine after a biased projection to 256"),
+    "smoe-topk-softmax": ZooRow(vary(SMOE, gate=Softmax.Config(order="topk_softmax")), "fastmoe; the paper's enwik8 runs", "softmax over the k largest logits"),
+    "smoe-mlp": ZooRow(vary(SMOE, scorer=MLP.Config()), "Tables 1, 4", "two-layer router with GELU"),
+    "smoe-mlp-mi": ZooRow(vary(SMOE, scorer=MLP.Config(dropout=0.1), gate=Softmax.Config(renormalize=False), balance=BalanceSpec(losses=(MutualInformation(),))), "ModuleFormer, 2306.04640", "the MLP router as ModuleFormer trains it: dropout, mutual-information loss"),
+    "random-smoe": ZooRow(vary(SMOE, scorer=Linear.Config(frozen=True)), "Table 1", "linear router frozen at its random start"),
+    "cosine-moe": ZooRow(vary(SMOE, scorer=Cosine.Config()), "Table 1", "cosine to expert embeddings, learned temperature"),
+    "cosine-moe-tutel": ZooRow(vary(SMOE, scorer=Cosine.Config(width=256, projection_bias=True, embedding_init="normal")), "Tutel; 2405.14131", "cosine after a biased projection to 256"),
     "xmoe-8": ZooRow(_xmoe(8), "Table 2", "cosine in 8 dimensions"),
     "xmoe": ZooRow(XMOE, "Tables 1, 2; 2204.09179", "cosine in 16 dimensions, both sides normalised as the paper says"),
     "xmoe-32": ZooRow(_xmoe(32), "Table 2", "cosine in 32 dimensions"),
     "xmoe-reference": ZooRow(vary(XMOE, scorer={"normalize_tokens": False}), "torchscale's code", "XMoE as its code runs: the token side is not normalised"),
-    "hyper-moe": ZooRow(vary(SMOE, scorer=Hypernetwork()), "Table 1; HyperRouter, 2312.07035", "a frozen random network makes the linear router"),
+    "hyper-moe": ZooRow(vary(SMOE, scorer=Hypernetwork.Config()), "Table 1; HyperRouter, 2312.07035", "a frozen random network makes the linear router"),
     "rmoe": ZooRow(RMOE, "Eq. 4 to 6; Tables 1 to 7", "projector per layer, shared GRU over depth, p = 128"),
     "rmoe-std002": ZooRow(vary(RMOE, scorer={"init_std": 0.02}), "Eq. 4 to 6", "scorer starts at std 0.02, which starves a state bounded by 1"),
     "rmoe-np": ZooRow(NP, "Tables 4, 5", "state not passed: same parameters and FLOPs, no memory", zero_gradient=UNUSED_HIDDEN),
@@ -172,9 +155,9 @@ _ROWS: dict[str, ZooRow] = {
     "rmoe-p256": ZooRow(vary(RMOE, recurrence={"width": 256}), "Table 7", "p = 256"),
     "rmoe-p512": ZooRow(vary(RMOE, recurrence={"width": 512}), "Table 7", "p = 512"),
     "rmoe-rnn-p256": ZooRow(vary(RMOE, recurrence={"cell": "rnn", "width": 256}), "Table 7", "tanh RNN cell, p = 256"),
-    "xmoe-gru-8": ZooRow(_xmoe(8, Recurrence()), "Table 2", "cosine in 8 dimensions of the recurrent state"),
-    "xmoe-gru": ZooRow(_xmoe(16, Recurrence()), "Table 2", "cosine in 16 dimensions of the recurrent state"),
-    "xmoe-gru-32": ZooRow(_xmoe(32, Recurrence()), "Table 2", "cosine in 32 dimensions of the recurrent state"),
+    "xmoe-gru-8": ZooRow(_xmoe(8, Recurrence.Config()), "Table 2", "cosine in 8 dimensions of the recurrent state"),
+    "xmoe-gru": ZooRow(_xmoe(16, Recurrence.Config()), "Table 2", "cosine in 16 dimensions of the recurrent state"),
+    "xmoe-gru-32": ZooRow(_xmoe(32, Recurrence.Config()), "Table 2", "cosine in 32 dimensions of the recurrent state"),
     # ---- a linear state that can forget ----
     "gated-linear": ZooRow(GATED, "ours", "linear state with a data-dependent decay, normalised, linear head"),
     "gated-linear-np": ZooRow(vary(GATED, recurrence={"carry": "zero"}), "control", "the gated linear state, never passed", zero_gradient=UNUSED_GATE),
@@ -184,30 +167,30 @@ _ROWS: dict[str, ZooRow] = {
     "rmoe-norm": ZooRow(vary(RMOE, recurrence={"normalize": True}), "ours", "state RMS-normalised before scoring"),
     "low-rank": ZooRow(LOW_RANK, "control; 2601.21349", "RMoE's bottleneck alone: linear through 128 dimensions"),
     "low-rank-norm": ZooRow(vary(LOW_RANK, recurrence={"normalize": True}), "control; 2601.21349", "the bottleneck with a norm"),
-    "smoe-entropy": ZooRow(vary(SMOE, temperature=TemperatureSpec(target_entropy=1.5)), "control", "temperature steered to a gate entropy of 1.5 nats"),
-    "smoe-annealed": ZooRow(vary(SMOE, temperature=TemperatureSpec(start=2.0, end=0.5)), "control", "temperature from 2 to 0.5 over training"),
+    "smoe-entropy": ZooRow(vary(SMOE, temperature=Temperature.Config(target_entropy=1.5)), "control", "temperature steered to a gate entropy of 1.5 nats"),
+    "smoe-annealed": ZooRow(vary(SMOE, temperature=Temperature.Config(start=2.0, end=0.5)), "control", "temperature from 2 to 0.5 over training"),
     # ---- the field ----
-    "switch": ZooRow(vary(SMOE, router=Staged(input_jitter=0.01), gate=Softmax(renormalize=False), balance=replace(BALANCED, capacity_factor=1.25)), "Switch, 2101.03961", "top-1 probability as weight, input jitter, capacity 1.25", top_k=1, permutes=IN_ORDER),
-    "gshard": ZooRow(vary(SMOE, gate=SecondExpert(), balance=replace(BALANCED, capacity_factor=2.0)), "GShard, 2006.16668", "top-2, the second expert kept at random", top_k=2, permutes=IN_ORDER),
-    "gshard-sampled": ZooRow(vary(SMOE, gate=SecondExpert(policy="sampled")), "GShard, 2006.16668", "top-2, the second expert drawn by Gumbel noise", top_k=2),
-    "noisy-topk": ZooRow(vary(SMOE, router=NoisyTopK(), gate=Softmax(order="topk_softmax"), balance=UNBALANCED), "Shazeer et al. 2017, 1701.06538", "learned noise, importance and load losses"),
-    "hash": ZooRow(RouterSpec(router=Hash(), scorer=None, gate=None), "Roller et al. 2021, 2106.04426", "a fixed table from token id to experts"),
-    "stable-moe": ZooRow(RouterSpec(router=Stable(), scorer=None, gate=None), "StableMoE, 2204.08396", "two stages: learn, distil into token identity, freeze", top_k=1),
-    "stable-moe-onestage": ZooRow(vary(SMOE, scorer=HalfCosine()), "CompeteSMoE's code", "what that code calls StableMoE: half-cosine, one stage"),
-    "smoe-dropout": ZooRow(vary(SMOE, scorer=Linear(frozen=True), gate=Softmax(start_k=1), balance=UNBALANCED), "SMoE-dropout, 2303.01610", "frozen random router, k grows from 1"),
-    "expert-choice": ZooRow(vary(SMOE, gate=ExpertChoice(), balance=UNBALANCED), "2202.09368", "experts choose tokens; not causal"),
-    "remoe": ZooRow(vary(SMOE, gate=ReLU(), balance=UNBALANCED), "ReMoE, 2412.14711", "ReLU scores, adaptive L1, no top-k"),
+    "switch": ZooRow(vary(SMOE, router=Router.Config(input_jitter=0.01), gate=Softmax.Config(renormalize=False), balance=replace(BALANCED, capacity_factor=1.25)), "Switch, 2101.03961", "top-1 probability as weight, input jitter, capacity 1.25", top_k=1, permutes=IN_ORDER),
+    "gshard": ZooRow(vary(SMOE, gate=SecondExpert.Config(), balance=replace(BALANCED, capacity_factor=2.0)), "GShard, 2006.16668", "top-2, the second expert kept at random", top_k=2, permutes=IN_ORDER),
+    "gshard-sampled": ZooRow(vary(SMOE, gate=SecondExpert.Config(policy="sampled")), "GShard, 2006.16668", "top-2, the second expert drawn by Gumbel noise", top_k=2),
+    "noisy-topk": ZooRow(vary(SMOE, router=NoisyTopK.Config(), gate=Softmax.Config(order="topk_softmax"), balance=UNBALANCED), "Shazeer et al. 2017, 1701.06538", "learned noise, importance and load losses"),
+    "hash": ZooRow(RouterSpec(router=Hash.Config(), scorer=None, gate=None), "Roller et al. 2021, 2106.04426", "a fixed table from token id to experts"),
+    "stable-moe": ZooRow(RouterSpec(router=Stable.Config(), scorer=None, gate=None), "StableMoE, 2204.08396", "two stages: learn, distil into token identity, freeze", top_k=1),
+    "stable-moe-onestage": ZooRow(vary(SMOE, scorer=HalfCosine.Config()), "CompeteSMoE's code", "what that code calls StableMoE: half-cosine, one stage"),
+    "smoe-dropout": ZooRow(vary(SMOE, scorer=Linear.Config(frozen=True), gate=Softmax.Config(start_k=1), balance=UNBALANCED), "SMoE-dropout, 2303.01610", "frozen random router, k grows from 1"),
+    "expert-choice": ZooRow(vary(SMOE, gate=ExpertChoice.Config(), balance=UNBALANCED), "2202.09368", "experts choose tokens; not causal"),
+    "remoe": ZooRow(vary(SMOE, gate=ReLU.Config(), balance=UNBALANCED), "ReMoE, 2412.14711", "ReLU scores, adaptive L1, no top-k"),
     "deepseek-v3": ZooRow(DEEPSEEK, "2412.19437; 2408.15664", "sigmoid, selection bias instead of a balance loss"),
     "deepseek-v3-groups": ZooRow(vary(DEEPSEEK, gate={"groups": 4, "top_groups": 2, "scale": 2.5}), "2412.19437", "the same within the best 2 of 4 groups"),
     "smoe-bias": ZooRow(vary(SMOE, balance=BIAS), "2408.15664", "softmax router balanced by a selection bias"),
     "rmoe-bias": ZooRow(vary(RMOE, balance=BIAS), "2408.15664 on Eq. 4 to 6", "RMoE balanced by a selection bias"),
     "rmoe-sigmoid": ZooRow(vary(RMOE, gate=DEEPSEEK.gate, balance=DEEPSEEK.balance), "2412.19437 on Eq. 4 to 6", "RMoE under DeepSeek-V3's gate"),
-    "sparsemixer": ZooRow(vary(SMOE, gate=SparseMixer(), balance=UNBALANCED), "SparseMixer-v2, 2409.12136", "sampled top-2 with its own gradient estimate", top_k=2),
-    "eda": ZooRow(vary(EDA, gate=Softmax(renormalize=False), balance=BIAS), "ZAYA1, 2605.05365", "linear state with learned decay, MLP head, skip expert"),
+    "sparsemixer": ZooRow(vary(SMOE, gate=SparseMixer.Config(), balance=UNBALANCED), "SparseMixer-v2, 2409.12136", "sampled top-2 with its own gradient estimate", top_k=2),
+    "eda": ZooRow(vary(EDA, gate=Softmax.Config(renormalize=False), balance=BIAS), "ZAYA1, 2605.05365", "linear state with learned decay, MLP head, skip expert"),
     "eda-linear": ZooRow(EDA_LINEAR, "ZAYA1's state, 2605.05365", "linear state with learned decay, normalised, linear head"),
     "eda-linear-detach": ZooRow(vary(EDA_LINEAR, recurrence={"carry": "detached"}), "control", "the linear state passed without its gradient"),
-    "path-moe": ZooRow(vary(SMOE, scorer=Linear(shared_layers=2)), "PathMoE, 2603.18297", "two consecutive layers share a router"),
-    "omni-router": ZooRow(vary(SMOE, scorer=Linear(shared_layers=0)), "Omni-router, 2507.05724", "one router for all layers"),
+    "path-moe": ZooRow(vary(SMOE, scorer=Linear.Config(shared_layers=2)), "PathMoE, 2603.18297", "two consecutive layers share a router"),
+    "omni-router": ZooRow(vary(SMOE, scorer=Linear.Config(shared_layers=0)), "Omni-router, 2507.05724", "one router for all layers"),
     # ---- balancing, on the linear router ----
     "smoe-global": ZooRow(vary(SMOE, balance=replace(BALANCED, scope="global_batch")), "2501.11873", "assignment shares counted over the global batch"),
     "smoe-z": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(LoadBalance(), ZLoss()))), "ST-MoE, 2202.08906", "load balance and z-loss"),

@@ -7,7 +7,9 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rmoe.serving.neutral import MESSAGE_EXTRAS, NEUTRAL
 
@@ -77,14 +79,58 @@ class Slots:
             self._free.release()
 
 
-COMMON = {
-    "model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "frequency_penalty",
-    "presence_penalty", "logit_bias",
-}  # fmt: skip
-FIELDS = {
-    "completion": COMMON | {"prompt", "suffix"} | NEUTRAL["completion"].keys(),
-    "chat": COMMON | {"messages", "max_completion_tokens"} | NEUTRAL["chat"].keys(),
-}
+def _number(low: float, high: float) -> Any:
+    return Field(None, ge=low, le=high, allow_inf_nan=False, description=f"a number from {low:g} to {high:g}")
+
+
+def _integer(low: int, high: int) -> Any:
+    return Field(None, ge=low, le=high, description=f"an integer from {low} to {high}")
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Common(BaseModel):
+    """The fields of both kinds of request; a description says what a field must be."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: Any = None
+    temperature: float | None = _number(0, 100)
+    top_p: float | None = _number(0, 1)
+    frequency_penalty: float | None = _number(-2, 2)
+    presence_penalty: float | None = _number(-2, 2)
+    seed: int | None = _integer(0, 2**63 - 1)
+    max_tokens: int | None = _integer(1, 2**31)
+    stream: bool = Field(False, description="true or false")
+    stream_options: StreamOptions | None = Field(None, description="{include_usage: true or false}")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        None, description="one to four texts of at most 100 characters"
+    )
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=300)] | None = None
+
+
+class Completion(Common):
+    prompt: str = Field(min_length=1, description="a text that is not empty, or a list of one")
+    suffix: str | None = Field(None, description="a text")
+
+
+class Chat(Common):
+    messages: list[Any] = Field(min_length=1, description="a list of {role, content}, both texts")
+    max_completion_tokens: int | None = _integer(1, 2**31)
+
+
+KINDS: dict[str, type[Common]] = {"completion": Completion, "chat": Chat}
+FIELDS = {kind: fields.model_fields.keys() | NEUTRAL[kind].keys() for kind, fields in KINDS.items()}
 DEFAULT_TOKENS = 256
 LEAST_TOP_P = 1e-6  # 0 means the likeliest token alone, which this is
 
@@ -115,22 +161,36 @@ def parse(raw: bytes, kind: str, model: str, vocab_size: int) -> dict[str, Any]:
     if body.setdefault("model", model) != model:
         raise Refused(404, f"this server has one model, {model!r}", "model")
     _drop_neutral(body, kind)
-    _check_text(body, kind)
-    _number(body, "temperature", 0, 100)
-    _number(body, "top_p", 0, 1)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        body["prompt"] = prompt[0]
+    _check(body, kind, vocab_size)
+    if kind == "chat":
+        body["messages"] = [_message(message, f"messages[{i}]") for i, message in enumerate(body["messages"])]
     if "top_p" in body:
         body["top_p"] = max(body["top_p"], LEAST_TOP_P)
-    for name in ("frequency_penalty", "presence_penalty"):
-        _number(body, name, -2, 2)
-    _integer(body, "seed", 0, 2**63 - 1)
-    for name in ("max_tokens", "max_completion_tokens"):
-        _integer(body, name, 1, 2**31)
-    if not isinstance(body.get("stream", False), bool):
-        raise Refused(400, "stream must be true or false", "stream")
-    _check_stream_options(body)
-    _check_stop(body)
-    _check_bias(body, vocab_size)
-    return body
+    if isinstance(body.get("stop"), str):
+        body["stop"] = [body["stop"]]
+    return {name: value for name, value in body.items() if value or name not in ("stop", "logit_bias")}
+
+
+def _check(body: dict[str, Any], kind: str, vocab_size: int) -> None:
+    """Refuse the first field that is not what its description says."""
+    fields = KINDS[kind].model_fields
+    try:
+        read = KINDS[kind].model_validate(body)
+    except ValidationError as error:
+        name = str(error.errors(include_url=False, include_input=False)[0]["loc"][0])
+    else:
+        if read.stream_options is not None and read.stream_options.include_obfuscation:
+            raise Refused(400, "stream_options.include_obfuscation is not offered", "stream_options")
+        if all(int(token) < vocab_size for token in read.logit_bias or ()):
+            return
+        name = "logit_bias"
+    if name == "logit_bias":
+        said = "logit_bias must map at most 300 token ids to numbers from -100 to 100"
+        raise Refused(400, said, name)
+    raise Refused(400, f"{name} must be {fields[name].description}", name)
 
 
 def tokens_asked(body: dict[str, Any], prompt_tokens: int, limits: Limits) -> int:
@@ -165,31 +225,6 @@ def _drop_neutral(body: dict[str, Any], kind: str) -> None:
             raise Refused(400, f"{name} is {given}, which is not offered; allowed: {neutral.allowed}", name)
 
 
-def _check_stream_options(body: dict[str, Any]) -> None:
-    options = body.get("stream_options", {})
-    known = isinstance(options, dict) and options.keys() <= {"include_usage", "include_obfuscation"}
-    if not known or not all(value is None or isinstance(value, bool) for value in options.values()):
-        raise Refused(400, "stream_options must be {include_usage: true or false}", "stream_options")
-    if options.get("include_obfuscation"):
-        raise Refused(400, "stream_options.include_obfuscation is not offered", "stream_options")
-
-
-def _check_text(body: dict[str, Any], kind: str) -> None:
-    if kind == "chat":
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise Refused(400, "messages must be a list of {role, content}, both texts", "messages")
-        body["messages"] = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-        return
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = body["prompt"] = prompt[0]
-    if not isinstance(prompt, str) or not prompt:
-        raise Refused(400, "prompt must be a text that is not empty, or a list of one", "prompt")
-    if not isinstance(body.get("suffix", ""), str):
-        raise Refused(400, "suffix must be a text", "suffix")
-
-
 def _message(message: Any, where: str) -> dict[str, str]:
     """One message with its content as a text; several parts of text are lines of it."""
 
@@ -222,43 +257,3 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(content, str):
         raise refuse(".content is no text")
     return {"role": message["role"], "content": content}
-
-
-def _number(body: dict[str, Any], name: str, low: float, high: float) -> None:
-    value = body.get(name, low)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise Refused(400, f"{name} must be a number from {low:g} to {high:g}", name)
-
-
-def _integer(body: dict[str, Any], name: str, low: int, high: int) -> None:
-    value = body.get(name, low)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Refused(400, f"{name} must be an integer from {low} to {high}", name)
-
-
-def _check_stop(body: dict[str, Any]) -> None:
-    stop = body.get("stop", [])
-    texts = [stop] if isinstance(stop, str) else stop
-    if (
-        not isinstance(texts, list)
-        or len(texts) > 4
-        or not all(isinstance(t, str) and 0 < len(t) <= 100 for t in texts)
-    ):
-        raise Refused(400, "stop must be one to four texts of at most 100 characters", "stop")
-    body.pop("stop", None)
-    if texts:
-        body["stop"] = texts
-
-
-def _check_bias(body: dict[str, Any], vocab_size: int) -> None:
-    bias = body.get("logit_bias", {})
-    fine = isinstance(bias, dict) and len(bias) <= 300 and all(
-        key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size
-        and isinstance(value, int | float) and not isinstance(value, bool) and -100 <= value <= 100
-        for key, value in bias.items()
-    )  # fmt: skip
-    if not fine:
-        said = "logit_bias must map at most 300 token ids to numbers from -100 to 100"
-        raise Refused(400, said, "logit_bias")
-    if not bias:
-        body.pop("logit_bias", None)

@@ -23,14 +23,9 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.utils import (
-    DirectStreamer,
-    GenerateManager,
-    GenerationState,
-    _GenerationCancelled,
-    _StreamError,
-)
+from transformers.cli.serving.utils import DirectStreamer, GenerateManager, GenerationState
 
+from rmoe.compat import stream_error
 from rmoe.errors import one_line
 from rmoe.serving.limits import Limits, Refused, Slots, parse, tokens_asked
 from rmoe.serving.text import Penalties, StopText, before_stop
@@ -40,42 +35,66 @@ PENALTIES = "rmoe_penalties"
 FAILED = "the server could not carry this out"
 
 
-class _Streamer(DirectStreamer):
-    """As transformers', but for two things.
+class _Answer(asyncio.Queue[Any]):
+    """What a streamer sends, as a client is to get it.
 
     An answer that ends in the middle of a character is sent as the whole answer shows it; and it ends before a stop
     string, which transformers' sends.
+
+    Args:
+        tokenizer: with which the whole answer is decoded.
+        config: of the generation; None stops at no string.
+        parsed: the streamer tells reasoning and tool calls from text: the text is not the whole answer.
     """
 
-    def __init__(
-        self, tokenizer: Any, loop: Any, queue: Any, response_parser: Any = None, config: Any = None
-    ) -> None:
-        self._ids: list[int] = []
-        self._sent = ""
-        self._config = config
-        self._stops = StopText(_stops(config))
-        super().__init__(tokenizer, loop, queue, response_parser=response_parser)
+    def __init__(self, tokenizer: Any, config: Any = None, parsed: bool = False) -> None:
+        super().__init__()
+        self.ids: list[int] = []
+        self._tokenizer, self._config, self._parsed = tokenizer, config, parsed
+        self._text, self._text_stops = "", StopText(_stops(config))
+
+    def put_nowait(self, item: Any) -> None:
+        """Called in the loop's thread for each item, None last."""
+        if type(item) is str:  # not reasoning, which is a str of its own class
+            item = self._text_stops.feed(item)
+            self._text += item
+        elif item is None and (rest := self._rest()):
+            super().put_nowait(rest)
+        if item != "":
+            super().put_nowait(item)
+
+    def _rest(self) -> str:
+        """What is missing of the answer at its end."""
+        if self._parsed:
+            return self._text_stops.rest()
+        whole = _up_to_stop(self._tokenizer.decode(self.ids, skip_special_tokens=True), self._config)
+        return whole[len(self._text) :] if whole.startswith(self._text) else ""
+
+
+class _Streamer(DirectStreamer):
+    """As transformers', into an `_Answer`; cancelled, it ends the generation by `gone`."""
+
+    def __init__(self, tokenizer: Any, loop: Any, answer: _Answer, response_parser: Any = None) -> None:
+        super().__init__(tokenizer.backend_tokenizer, loop, answer, response_parser=response_parser)
+        self.gone, self._answer, self._prompt_seen = threading.Event(), answer, False
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._first:
-            self._ids += value.tolist()
+        if self._prompt_seen:
+            self._answer.ids += value.tolist()
+        self._prompt_seen = True
         super().put(value)
 
-    def _enqueue(self, item: Any) -> None:
-        if type(item) is str:  # not reasoning, which is a str of its own class
-            item = self._stops.feed(item)
-            self._sent += item
-        elif item is None and self._parser is not None and (rest := self._stops.rest()):
-            super()._enqueue(rest)
-        if item != "":
-            super()._enqueue(item)
+    def cancel(self) -> None:
+        self.gone.set()
 
-    def end(self) -> None:
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        whole = _up_to_stop(whole, self._config)
-        if self._parser is None and whole != self._sent and whole.startswith(self._sent):
-            super()._enqueue(whole[len(self._sent) :])
-        super().end()
+
+def _until(gone: threading.Event) -> StoppingCriteriaList:
+    """Stop when nobody waits for the answer any more."""
+
+    def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), gone.is_set(), device=input_ids.device)
+
+    return StoppingCriteriaList([stop])
 
 
 class _Manager(GenerateManager):
@@ -92,10 +111,8 @@ class _Manager(GenerateManager):
     ) -> tuple[asyncio.Queue, DirectStreamer]:
         """As transformers', with our streamer."""
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        streamer = _Streamer(
-            processor._tokenizer, loop, queue, response_parser=response_parser, config=gen_config
-        )
+        answer = _Answer(processor, gen_config, parsed=response_parser is not None)
+        streamer = _Streamer(processor, loop, answer, response_parser=response_parser)
         penalties = _penalties(gen_config, inputs)
 
         def work() -> None:
@@ -105,32 +122,27 @@ class _Manager(GenerateManager):
                     streamer=streamer,
                     generation_config=gen_config,
                     tokenizer=processor,
+                    stopping_criteria=_until(streamer.gone),
                     logits_processor=penalties,
                 )
-            except _GenerationCancelled:
-                loop.call_soon_threadsafe(queue.put_nowait, None)
             except Exception as error:
                 _log_failure(error)
-                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(FAILED))
+                loop.call_soon_threadsafe(answer.put_nowait, stream_error(FAILED))
 
         self.submit(work)
-        return queue, streamer
+        return answer, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, torch.Tensor]:
         gone = threading.Event()
-
-        def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((input_ids.shape[0],), gone.is_set(), device=input_ids.device)
-
         try:
             sequences = await self.async_submit(
                 model.generate,
                 **inputs,
                 generation_config=gen_config,
                 tokenizer=processor,
-                stopping_criteria=StoppingCriteriaList([stop]),
+                stopping_criteria=_until(gone),
                 logits_processor=_penalties(gen_config, inputs),
             )
         except asyncio.CancelledError:

@@ -7,9 +7,9 @@ import dataclasses
 from torch import nn
 
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters, initialize
+from rmoe.plugins import load_plugins
 from rmoe.results.run import Parameters
-from rmoe.routing.plugins import load_plugins, with_options
-from rmoe.routing.spec import RouterSpec
+from rmoe.routing.spec import RouterSpec, with_options
 from rmoe.routing.zoo import resolve
 from rmoe.training.config import RunConfig
 
@@ -41,7 +41,7 @@ def model_config(config: RunConfig, vocab_size: int) -> RMoEConfig:
     return RMoEConfig(
         vocab_size=vocab_size,
         max_position_embeddings=config.training.sequence_length,  # what it has learned; longer may work
-        router=router_spec(config).to_dict(),
+        router=router_spec(config),
         **dataclasses.asdict(config.model),
     )
 

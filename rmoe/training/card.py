@@ -32,7 +32,7 @@ def training_card(result: RunResult) -> ModelCard:
             for split, value in found
             if value is not None
         ),
-        context=result.context,
+        context=result.context or "",
         load=LOAD,
         tables={
             "Router": {"name": result.router, **stages(spec), "equation": f"`{equation(spec)}`"},

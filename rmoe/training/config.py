@@ -18,7 +18,7 @@ import tyro
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError
 from rmoe.places import PREFIX, expand
-from rmoe.routing.spec import require
+from rmoe.validation import require
 
 if TYPE_CHECKING:
     from rmoe.training.run_folder import RunRecord
@@ -212,7 +212,7 @@ class LoggingConfig:
         evaluate_blocks: blocks of the validation split used while training; None is the whole split.
         final_blocks: the same for the finished model's figures on the validation and test splits.
         test_blocks: the same for the test split alone; None is as many as `final_blocks`.
-        test: judge the finished model on the test split too.
+        test: evaluate the finished model on the test split too.
         report_to: also log through these, by transformers' names: tensorboard, trackio, wandb, mlflow.
     """
 

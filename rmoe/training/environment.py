@@ -1,4 +1,4 @@
-"""What a run ran on: code, libraries, machine. Imports torch only when asked for the hardware."""
+"""What a run ran on: code, libraries, machine. Imports torch only when asked."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from pathlib import Path
 from rmoe import __version__
 from rmoe.results.run import Hardware, Versions
 
-_LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+_LIBRARIES = ("transformers", "accelerate", "safetensors", "numpy")
 
 
 def versions() -> Versions:
     """Versions of this package (with the commit, in a checkout) and of the libraries that decide results."""
+    import torch
+
     return Versions(
         code=__version__ + _commit(),
         python=platform.python_version(),
-        libraries={name: _version(name) for name in _LIBRARIES},
+        # torch's own word: it names the build ("+cpu", "+cu130"), which the package's metadata on PyPI does not
+        libraries={"torch": str(torch.__version__)} | {name: _version(name) for name in _LIBRARIES},
     )
 
 

@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def context_of(blocks: BlockDataset, limit: int | None = None) -> str:
-    """What a target is predicted from, and how much of the split is judged, in words."""
+    """What a target is predicted from, and how much of the split is evaluated, in words."""
     length, overlap = blocks.sequence_length, blocks.sequence_length - blocks.stride
     part = "" if limit is None or limit >= len(blocks) else f"; the first {limit} of {len(blocks)} blocks"
     return f"{overlap} to {length - 1} tokens before it, in blocks of {length} that share {overlap}{part}"

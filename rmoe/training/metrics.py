@@ -18,7 +18,7 @@ the row before:
     peak_mib         peak memory so far
 
 and for `"kind": "eval"`: `split`, `loss` (nats per token), the figure in the corpus's unit, `tokens`
-(judged), `context`. A `"kind": "skipped"` row says which step was left out and why.
+(evaluated), `context`. A `"kind": "skipped"` row says which step was left out and why.
 """
 
 from __future__ import annotations

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from benchmarks import measure
+from benchmarks.contestant import Contestant, Work
 from benchmarks.measure import (
-    Contestant,
     Roofline,
     Round,
-    Work,
     compare,
     kernel_ms,
     measure_roofline,

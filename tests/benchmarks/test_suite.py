@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cases import CASES, COMPILED, Case, setting_for
-from benchmarks.measure import Contestant, Roofline, Work
+from benchmarks.contestant import Contestant, Work
+from benchmarks.measure import Roofline
 from benchmarks.report import as_markdown
 from benchmarks.sizes import MEDIUM
 from benchmarks.suite import (

@@ -40,14 +40,12 @@ def test_generate_goes_on_with_the_prompt(capsys, run):
 
 
 PLUGIN = """
-from dataclasses import dataclass
-
-from rmoe.routing.mechanisms import Linear
+from rmoe.routing.scorer import Linear
 
 
-@dataclass(frozen=True, kw_only=True)
 class Borrowed(Linear):
-    kind = "borrowed"
+    class Config(Linear.Config):
+        kind = "borrowed"
 """
 
 
@@ -65,7 +63,7 @@ load_plugins(({str(tmp_path / "borrowed.py")!r},))
 kind = next(m for name, m in sys.modules.items() if name.startswith("rmoe_plugin_")).Borrowed
 config = RMoEConfig(
     vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_experts=4,
-    moe_intermediate_size=8, router=vary(resolve("smoe"), scorer=kind()).to_dict(),
+    moe_intermediate_size=8, router=vary(resolve("smoe"), scorer=kind.Config()).to_dict(),
 )
 RMoEForCausalLM(config).save_pretrained({str(tmp_path / "model")!r})
 byte_tokenizer().save_pretrained({str(tmp_path / "model")!r})

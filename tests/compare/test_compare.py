@@ -17,7 +17,7 @@ from rmoe.compare import plan as plans
 from rmoe.compare.compare import Options, compare
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError, RunError
-from rmoe.results.comparison import append_row, read_rows
+from rmoe.results.rows import Failure, append_row, read_rows
 from rmoe.training.config import LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 
 MODEL = ModelConfig(
@@ -64,8 +64,8 @@ def test_everything_is_written(shared):
     rows, problems = read_rows(out / plans.RESULTS)
     assert problems == []
     assert sorted(row.key for row in rows) == ["rmoe-seed0", "rmoe-seed1", "smoe-seed0", "smoe-seed1"]
-    assert all(row.status == "finished" and row.test is not None for row in rows)
-    assert all(row.hardware.threads == 1 for row in rows)
+    assert all(row.result.test is not None for row in rows)
+    assert all(row.result.hardware.threads == 1 for row in rows)
     by_name = {router.router: router for router in summary.routers}
     assert by_name["rmoe"].parameters.router > by_name["smoe"].parameters.router
     assert by_name["rmoe"].difference.seeds == [0, 1]
@@ -168,8 +168,8 @@ def test_each_router_gets_its_own_learning_rate_and_one_look_at_the_test_split(t
     summary = compare(config_of(tmp_path), ["smoe", "rmoe"], 2, out, sweep=sweep, options=QUIET)
     rows, _ = read_rows(out / plans.RESULTS)
     assert len(rows) == 8
-    assert {row.sweep["learning_rate"] for row in rows if row.test is not None} == {1e-2}
-    assert sum(row.test is not None for row in rows) == 4
+    assert {row.sweep["learning_rate"] for row in rows if row.result.test is not None} == {1e-2}
+    assert sum(row.result.test is not None for row in rows) == 4
     assert {p.sweep["learning_rate"] for p in summary.sweep_points if p.chosen} == {1e-2}
     lines = (out / plans.RESULTS).read_text().splitlines()
     assert len(lines) == 8 + 4  # a line per run, and one more for each that was judged on the test split
@@ -248,19 +248,18 @@ def test_a_failed_run_is_a_row_and_the_others_are_reported(tmp_path):
     rows, _ = read_rows(out / plans.RESULTS)
     import msgspec
 
-    append_row(
-        out / plans.RESULTS,
-        msgspec.structs.replace(
-            rows[1], router="rmoe", status="failed", error="loss is NaN", val=None, test=None
-        ),
-    )
+    (row,) = (row for row in rows if row.seed == 1)  # two at once finish in any order
+    known = msgspec.structs.asdict(row.result)
+    failure = Failure(error="loss is NaN", **{n: known[n] for n in Failure.__struct_fields__ if n != "error"})
+    failed = msgspec.structs.replace(row, router="rmoe", result=None, failure=failure)
+    append_row(out / plans.RESULTS, failed)
     summary = compare(good, ["smoe"], 2, out, options=QUIET)
     assert any("rmoe-seed1 failed and is left out: loss is NaN" in note for note in summary.notes)
     with pytest.raises(RunError, match=r"every run failed, smoe-seed0 with: .*not finite"):
         compare(config, ["smoe"], 1, tmp_path / "diverged", options=QUIET)
     rows, _ = read_rows(tmp_path / "diverged" / plans.RESULTS)
-    assert rows[0].status == "failed"
-    assert "not finite" in rows[0].error
+    assert rows[0].result is None
+    assert "not finite" in rows[0].failure.error
 
 
 @pytest.mark.slow
@@ -311,12 +310,13 @@ def test_branches_give_a_law_and_bits_at_equal_time(tmp_path):
     out = tmp_path / "out"
     summary = compare(config, ["smoe", "rmoe"], 2, out, lengths=(10, 20), options=options)
     branches, _ = read_rows(out / plans.BRANCHES)
-    assert {(row.seed, row.steps) for row in branches} == {(0, 10), (0, 20), (1, 10), (1, 20)}
-    assert all(row.test is not None and row.router == "smoe" for row in branches)
+    assert {(row.seed, row.result.steps) for row in branches} == {(0, 10), (0, 20), (1, 10), (1, 20)}
+    assert all(row.result.test is not None and row.router == "smoe" for row in branches)
     alone = compare(
         config.with_setting("max_steps", 20), ["smoe"], 1, tmp_path / "alone", options=QUIET
     )  # the branch is the shorter run itself
-    assert next(r for r in branches if (r.seed, r.steps) == (0, 20)).test == alone.routers[0].test.values[0]
+    (branch,) = (r.result for r in branches if (r.seed, r.result.steps) == (0, 20))
+    assert branch.test == alone.routers[0].test.values[0]
     rmoe = next(r for r in summary.routers if r.router == "rmoe")
     if summary.law is None:
         assert any("no law goes through" in note for note in summary.notes)

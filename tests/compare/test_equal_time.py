@@ -15,9 +15,9 @@ from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError
 from rmoe.records import write_record
 from rmoe.report.table import columns, markdown, rows
-from rmoe.results.comparison import Timing
+from rmoe.results.rows import Timing
 from rmoe.training.config import ModelConfig, RunConfig, TrainingConfig
-from tests.compare.rows import row
+from tests.compare.rows import changed, row
 
 
 def loss(steps: float, scale: float = 9.0) -> float:
@@ -69,7 +69,7 @@ def test_intervals_are_over_pairs():
 
 def timed(router: str, seed: int, value: float, seconds: float, steps: int = 2000):
     timing = Timing(seconds_per_1k_steps=seconds, peak_mib=1.0, steps=8, rounds=3) if seed == 0 else None
-    return msgspec.structs.replace(row(router, seed, value, test=value, timing=timing), steps=steps)
+    return changed(row(router, seed, value, test=value, timing=timing), steps=steps)
 
 
 def comparison(gain: float, seconds: float, branches: bool = True, is_timed: bool = True):

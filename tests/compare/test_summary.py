@@ -6,9 +6,9 @@ import pytest
 
 from rmoe.compare.summary import band, chosen_sweep, summarise, sweep_points
 from rmoe.errors import RequestError
-from rmoe.results.comparison import Timing
+from rmoe.results.rows import Timing
 from rmoe.results.run import Curve
-from tests.compare.rows import row
+from tests.compare.rows import changed, row
 
 
 def grid(offset: float, seeds: int = 3):
@@ -114,11 +114,9 @@ def test_timing_is_blank_unless_a_run_was_timed_alone():
 
 
 def started(scale: float, router: str, seed: int = 0):
-    import msgspec
-
     from rmoe.results.run import InitialLogits, LayerCurve
 
-    return msgspec.structs.replace(
+    return changed(
         row(router, seed, 1.7, test=1.7),
         initial_logits=InitialLogits(drawn=[0.1, 0.1], start=[scale, scale], tokens=4096),
         layer_curves={"logit_std": LayerCurve(unit="std", step=[10, 20], value=[[scale, 1.0], [2.0, seed]])},
@@ -161,7 +159,7 @@ def test_runs_of_two_versions_of_the_code_are_said():
     import msgspec
 
     older, newer = row("smoe", 0, 1.7), row("rmoe", 0, 1.7)
-    newer = msgspec.structs.replace(newer, versions=msgspec.structs.replace(newer.versions, code="0.2.0"))
+    newer = changed(newer, versions=msgspec.structs.replace(newer.result.versions, code="0.2.0"))
     notes = summarise([older, newer], preset="small", baseline="smoe").notes
     assert "The runs were made by 2 versions of the code: 0.1.0, 0.2.0." in notes
     assert not any(

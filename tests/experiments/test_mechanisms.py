@@ -19,9 +19,9 @@ from experiments.mechanisms import (
     markdown,
     statements,
 )
+from rmoe.plugins import load_plugins
 from rmoe.probes import Knobs, ProbeRow, knobs_with, run
 from rmoe.probes.suite import PROBES
-from rmoe.routing.plugins import load_plugins
 from rmoe.routing.zoo import find
 
 PLUGIN = Path(__file__).parents[2] / "experiments" / "probe_routers.py"

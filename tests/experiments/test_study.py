@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import msgspec
@@ -13,11 +14,12 @@ from experiments import study
 from experiments.study_rows import append_missing, coarser, read_study_rows, study_row, thinner
 from experiments.study_table import markdown
 from rmoe.compare.sequential import nominal_levels
-from rmoe.results.comparison import append_row
+from rmoe.results.probes import ProbeRow
+from rmoe.results.rows import append_row
 from rmoe.results.run import Averaged, InitialLogits, LayerCurve, TextLosses
 from rmoe.routing.zoo import find
 from rmoe.training.build import load_plugins
-from tests.compare.rows import row
+from tests.compare.rows import changed, row
 
 
 def run_of(router: str, seed: int, test: float, code: str = "0.1.0+gabc"):
@@ -25,9 +27,9 @@ def run_of(router: str, seed: int, test: float, code: str = "0.1.0+gabc"):
     nats = [round(100 * test + index % 3, 3) for index in range(600)]
     losses = TextLosses(blocks=1, targets=60_000, nats=nats)
     curve = LayerCurve(unit="nats", step=list(range(0, 2000, 20)), value=[[0.123456, 1.0]] * 100)
-    return msgspec.structs.replace(
+    return changed(
         plain,
-        versions=msgspec.structs.replace(plain.versions, code=code),
+        versions=msgspec.structs.replace(plain.result.versions, code=code),
         initial_logits=InitialLogits(drawn=[0.16, 0.16], start=[1.0, 1.0], tokens=4096),
         layer_curves={"gate_entropy": curve},
         test_losses=losses,
@@ -90,10 +92,10 @@ def test_collecting_adds_what_is_new_and_the_table_says_it(tmp_path):
 def test_rows_are_small_and_keep_the_sums():
     one = rows()[0]
     assert len(msgspec.json.encode(one)) < 12_000
-    losses = run_of("smoe", 0, 2.0).test_losses
+    losses = run_of("smoe", 0, 2.0).result.test_losses
     assert len(coarser(losses).nats) <= 250
     assert sum(coarser(losses).nats) == pytest.approx(sum(losses.nats), abs=0.01)
-    thin = thinner(run_of("smoe", 0, 2.0).layer_curves["gate_entropy"])
+    thin = thinner(run_of("smoe", 0, 2.0).result.layer_curves["gate_entropy"])
     assert thin.step[0] == 0
     assert thin.step[-1] == 1980
     assert len(thin.step) == 11
@@ -177,3 +179,10 @@ def test_a_model_is_evaluated_on_texts_it_never_saw(tmp_path):
     found = evaluate_domains(out, {"far": "far.txt"}, tmp_path)
     assert 0 < found["far"] < 9
     assert evaluate_domains(out, {"far": "gone.txt"}, tmp_path) == found == read_domains(out)
+
+
+def test_the_committed_results_are_read():
+    assert read_study_rows(study.COLLECTED)
+    lines = gzip.decompress((study.COLLECTED.parent / "probes.jsonl.gz").read_bytes())
+    rows = [msgspec.json.decode(line, type=ProbeRow) for line in lines.splitlines()]
+    assert len(rows) == lines.count(b"\n") > 100

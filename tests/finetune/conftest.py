@@ -13,7 +13,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from rmoe.data.encode import byte_tokenizer
 from rmoe.graft import GraftSpec, graft_folder
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 
 
 def instructions(number: int) -> list[dict[str, str]]:
@@ -60,8 +60,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (("rmoe", rmoe), ("olmoe", olmoe)):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    graft_folder(root / "olmoe", root / "grafted", GraftSpec(recurrence=Recurrence(width=8)), full=True)
-    graft_folder(root / "olmoe", root / "adapter", GraftSpec(recurrence=Recurrence(width=8)))
+    graft_folder(
+        root / "olmoe", root / "grafted", GraftSpec(recurrence=Recurrence.Config(width=8)), full=True
+    )
+    graft_folder(root / "olmoe", root / "adapter", GraftSpec(recurrence=Recurrence.Config(width=8)))
     return root
 
 

@@ -20,7 +20,7 @@ from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import finetune
 from rmoe.graft import GraftSpec, graft_folder, undo_folder
 from rmoe.model.weights import ADAPTER, open_weights, read_json
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 from tests.finetune.conftest import write_lines
 
 
@@ -56,7 +56,7 @@ def grafted_qwen(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     Qwen3MoeForCausalLM(config).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
     for form in ("grafted", "adapter"):
-        spec = GraftSpec(recurrence=Recurrence(width=8))
+        spec = GraftSpec(recurrence=Recurrence.Config(width=8))
         graft_folder(folder / "base", folder / form, spec, full=form == "grafted")
     return folder
 

@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from rmoe.graft import GraftSpec, graft
 from rmoe.graft.attach import OFFSET
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 from tests.graft.tiny_families import tiny_model
 
-SPEC = GraftSpec(recurrence=Recurrence(width=8), seed=3)
+SPEC = GraftSpec(recurrence=Recurrence.Config(width=8), seed=3)
 
 
 @pytest.fixture(autouse=True)

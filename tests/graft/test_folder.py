@@ -19,7 +19,7 @@ from rmoe.errors import RequestError
 from rmoe.graft import GraftSpec, find_routed_stack, graft, graft_folder, keep_originals, undo_folder
 from rmoe.graft.files import GRAFT_WEIGHTS, ORIGINALS
 from rmoe.model.weights import ADAPTER, digest, open_weights
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 from tests.graft.conftest import SPEC, at_work, grafted
 from tests.graft.tiny_families import TOKENS, tiny_model
 from tests.reload import assert_reloaded
@@ -154,7 +154,9 @@ def test_a_graft_in_memory_leaves_the_callers_configuration_alone() -> None:
 def test_pure_reads_the_state_alone() -> None:
     """The gate's input is the offset, in `pure`, and the block's input plus the offset otherwise."""
     for pure in (True, False):
-        model = at_work(graft(tiny_model("olmoe"), GraftSpec(recurrence=Recurrence(width=8), pure=pure)))
+        model = at_work(
+            graft(tiny_model("olmoe"), GraftSpec(recurrence=Recurrence.Config(width=8), pure=pure))
+        )
         gate = model.model.layers[0].mlp.gate
         x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -165,7 +167,7 @@ def test_pure_reads_the_state_alone() -> None:
 
 
 def test_pure_starts_with_experts_that_differ() -> None:
-    model = graft(tiny_model("olmoe"), GraftSpec(recurrence=Recurrence(width=8), pure=True))
+    model = graft(tiny_model("olmoe"), GraftSpec(recurrence=Recurrence.Config(width=8), pure=True))
     with torch.no_grad():
         scores = model(TOKENS, output_router_logits=True).router_logits[0]
     assert scores.std(dim=1).min() > 0
@@ -176,7 +178,7 @@ def test_pure_starts_with_experts_that_differ() -> None:
 def test_every_recurrence(cell: str, projector: str, tmp_path: Path) -> None:
     plain = tiny_model("qwen3_moe")
     spec = GraftSpec(
-        recurrence=Recurrence(
+        recurrence=Recurrence.Config(
             cell=cell,
             projector=projector,
             width=8,
@@ -194,7 +196,7 @@ def test_every_recurrence(cell: str, projector: str, tmp_path: Path) -> None:
 
 def test_same_seed_same_graft_other_seed_another() -> None:
     def projector(seed: int) -> torch.Tensor:
-        model = graft(tiny_model("olmoe"), GraftSpec(recurrence=Recurrence(width=8), seed=seed))
+        model = graft(tiny_model("olmoe"), GraftSpec(recurrence=Recurrence.Config(width=8), seed=seed))
         return model.state_dict()["model.layers.1.mlp.gate.router_offset.recurrence.projector.weight"]
 
     assert torch.equal(projector(5), projector(5))

@@ -17,6 +17,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from rmoe.graft.base import GRAFT_MODEL_TYPE
 from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.moe import check_reading, routed_layers
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 
 # The families the graft is promised for; the others are tried too.
 PROMISED = (
@@ -134,7 +135,8 @@ _TINY: dict[str, Any] = {
     "loop_layer_index_start": 1,
     "loop_layer_index_end": 3,
     "loop_num_passes": 2,
-    "sliding_window": 8,
+    "n_layers_per_attn_res_block": 1,
+    "sliding_window": 64,
     "d_model": 32,
     "n_heads": 4,
     "n_layers": 4,
@@ -201,7 +203,9 @@ def _is_moe(config_class: type[PreTrainedConfig]) -> bool:
 def _parts(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
     """The configurations nested in one, but those of any type (`AutoConfig`)."""
     found = config_class.sub_configs.items()
-    return {name: part for name, part in found if isinstance(part, type) and issubclass(part, PreTrainedConfig)}
+    return {
+        name: part for name, part in found if isinstance(part, type) and issubclass(part, PreTrainedConfig)
+    }
 
 
 def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -285,9 +289,11 @@ def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-        with torch.no_grad():  # some families leave gates, or everything, at zero: all tokens take the same experts
+        with (
+            torch.no_grad()
+        ):  # some families leave gates, or everything, at zero: all tokens take the same experts
             for parameter in model.parameters():
-                if parameter.is_floating_point() and not parameter.any():
+                if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
                     parameter.normal_(0.0, 0.02)
             for layer in routed_layers(model):
                 for tensor in layer.gate.state_dict(keep_vars=True).values():
@@ -304,8 +310,12 @@ def try_family(model_type: str) -> FamilyResult:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                models = [tiny_model(model_type, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-            except Exception as error:  # a family may fail in any way of its own; the list goes on and says how
+                models = [tiny_model(model_type)]
+                with suppress(NotTried):  # some keep weights in float32 whatever the rest is
+                    models.append(tiny_model(model_type, dtype=torch.bfloat16))
+            except (
+                Exception
+            ) as error:  # a family may fail in any way of its own; the list goes on and says how
                 why = f"needs {error.allowed}" if isinstance(error, RequestError) else str(error)
                 return FamilyResult(model_type, False, False, one_line(why)[:200])
             read, grafted = (
@@ -346,7 +356,7 @@ def _limit(model: PreTrainedModel) -> str:
 
 def _differs(model: PreTrainedModel) -> str:
     """What a graft changed that it should not have, or left undone; empty if nothing."""
-    grafted = graft(copy.deepcopy(model), GraftSpec(recurrence=Recurrence(width=8)))
+    grafted = graft(copy.deepcopy(model), GraftSpec(recurrence=Recurrence.Config(width=8)))
     with torch.no_grad():
         before = model(**tiny_inputs(model))[0]
     after = grafted(**tiny_inputs(model))[0]

@@ -17,7 +17,8 @@ from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock
 from rmoe.model.norm import RMSNorm
 from rmoe.model.packing import split_packed
 from rmoe.routing import BalanceSpec, RouterContext, RouterStats, resolve, vary
-from rmoe.routing.mechanisms import Linear, SimilarityPreserving
+from rmoe.routing.losses import SimilarityPreserving
+from rmoe.routing.scorer import Linear
 from tests import naive
 from tests.model.small import POST, PRE, config, model, tokens
 
@@ -598,7 +599,7 @@ def test_defaults() -> None:
 def test_balance_loss_sees_what_the_layers_share() -> None:
     """One scorer for all layers, held near orthogonal: `1e-2 |R R^T - I|_1 / E^2`, the same for each."""
     balance = BalanceSpec(losses=(SimilarityPreserving(),))
-    spec = vary(resolve("smoe"), scorer=Linear(shared_layers=0), balance=balance)
+    spec = vary(resolve("smoe"), scorer=Linear.Config(shared_layers=0), balance=balance)
     net, ids = model(router=spec.to_dict()), tokens()
     matrix = net.model.router_shared.scorer.groups[0].weight
     wanted = 1e-2 * (matrix @ matrix.T - torch.eye(5)).abs().sum() / 25

@@ -29,32 +29,25 @@ TINY = (
 FEW = Knobs(steps=4, tokens=16, layers=2, experts=4)
 
 STRANGER = """
-from dataclasses import dataclass
 import torch
 from torch import nn
 from rmoe.routing import ZooRow, register, resolve, vary
 from rmoe.routing.initial import constant
-from rmoe.routing.scorer import Linear as Base
-from rmoe.routing.mechanisms import Linear
+from rmoe.routing.scorer import Linear
 
-class Scaled(Base):
-    def __init__(self, spec, geometry, features):
-        super().__init__(spec, geometry, features)
+class Scaled(Linear):
+    class Config(Linear.Config):
+        kind = "scaled_linear"
+        start: float = 3.0
+    def __init__(self, options, geometry, features):
+        super().__init__(options, geometry, features)
         self.scale = nn.Parameter(torch.empty(()))
     def initializers(self):
-        return {"scale": constant(spec_start)}
+        return {"scale": constant(self.options.start)}
     def forward(self, features, shared, noise):
         return self.scale * super().forward(features, shared, noise)
 
-spec_start = 3.0
-
-@dataclass(frozen=True, kw_only=True)
-class ScaledLinear(Linear):
-    kind = "scaled_linear"
-    def build(self, geometry, features):
-        return Scaled(self, geometry, features)
-
-register("stranger", ZooRow(vary(resolve("smoe"), scorer=ScaledLinear()), "elsewhere", "scores times a learned scale"))
+register("stranger", ZooRow(vary(resolve("smoe"), scorer=Scaled.Config()), "elsewhere", "scores times a learned scale"))
 """
 
 

@@ -1,4 +1,4 @@
-"""Probes need routing alone, and reading their results needs no torch."""
+"""Probes need routing, and the plugins that register routers, alone; reading their results needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import rmoe.probes
 
-MAY = ("rmoe.probes", "rmoe.routing", "rmoe.errors", "rmoe.records", "rmoe.results")
+MAY = ("rmoe.probes", "rmoe.routing", "rmoe.plugins", "rmoe.errors", "rmoe.records", "rmoe.results")
 
 
 def test_probes_import_routing_alone() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-import msgspec
 import numpy as np
 
 from rmoe.compare.summary import summarise
 from rmoe.results import analysis as schema
-from rmoe.results.comparison import ResultRow, Summary, Timing
+from rmoe.results.comparison import Summary
+from rmoe.results.rows import ResultRow, Timing
 from rmoe.results.run import Curve
-from tests.compare.rows import row
+from tests.compare.rows import changed, row
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>"
 LAYERS, EXPERTS, CHOSEN = 6, 8, 2
@@ -25,7 +25,6 @@ def sample_rows(routers: tuple[str, ...] = ("smoe", "rmoe", "rmoe-np"), seeds: i
         common = 1.74 + rng.normal(0, 0.01)
         for index, router in enumerate(routers):
             final = common - 0.008 * index + rng.normal(0, 0.003)
-            one = row(router, seed, final, test=final + 0.02)
             steps = list(range(0, 401, 20))
             noise = rng.normal(0, 0.004, len(steps)).tolist()
             curves = {
@@ -37,7 +36,8 @@ def sample_rows(routers: tuple[str, ...] = ("smoe", "rmoe", "rmoe-np"), seeds: i
                 "aux_loss": Curve(unit="nats", step=steps, value=[0.012 - 1e-5 * s / 2 for s in steps]),
             }
             timing = Timing(seconds_per_1k_steps=88.0 + index, peak_mib=612.0 + index, steps=20, rounds=3)
-            rows.append(msgspec.structs.replace(one, curves=curves, timing=timing if seed == 0 else None))
+            one = row(router, seed, final, test=final + 0.02, timing=timing if seed == 0 else None)
+            rows.append(changed(one, curves=curves))
     return rows
 
 

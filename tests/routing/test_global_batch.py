@@ -18,10 +18,10 @@ def rank_counts(rank: int, store: str, out: str) -> None:
     own = torch.tensor([[1, 2], [3, 4]]) * (10**rank)
     earlier = torch.tensor([[100, 0], [0, 100]]) * (rank + 1)
     got = {
-        "first": counts_in_scope(spec, own, None, True),
-        "second": counts_in_scope(spec, own, earlier, True),
-        "evaluation": counts_in_scope(spec, own, None, False),
-        "micro": counts_in_scope(resolve("smoe"), own, earlier, True),
+        "first": counts_in_scope(spec.balance, own, None, True),
+        "second": counts_in_scope(spec.balance, own, earlier, True),
+        "evaluation": counts_in_scope(spec.balance, own, None, False),
+        "micro": counts_in_scope(resolve("smoe").balance, own, earlier, True),
     }
     torch.save(got, f"{out}/{rank}.pt")
     dist.destroy_process_group()

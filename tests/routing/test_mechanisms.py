@@ -20,25 +20,38 @@ from rmoe.routing import (
     RouterSpec,
     RouterStats,
     Routing,
-    TemperatureSpec,
     balance_loss,
     build_router,
     build_shared,
     dispatched_experts,
     find,
     gate_entropy,
-    recurrence,
+    gru_cpu,
     resolve,
     router_stats,
     vary,
 )
-from rmoe.routing import mechanisms as m
-from rmoe.routing.balance import LossView
+from rmoe.routing.balance import SelectionBias, limit_capacity
+from rmoe.routing.cells import SHARED_CELLS
 from rmoe.routing.contract import count_assignments, count_by_layer
-from rmoe.routing.plugins import with_options
-from rmoe.routing.recurrence import SHARED_CELLS
-from rmoe.routing.router import limit_capacity
-from rmoe.routing.training_state import SelectionBias
+from rmoe.routing.cosine import Cosine
+from rmoe.routing.gate import Sigmoid, Softmax
+from rmoe.routing.losses import (
+    LoadBalance,
+    Loss,
+    LossView,
+    MutualInformation,
+    SequenceBalance,
+    SimilarityPreserving,
+    ZLoss,
+)
+from rmoe.routing.other_gates import ReLU, SparseMixer
+from rmoe.routing.recurrence import Recurrence
+from rmoe.routing.router import Router
+from rmoe.routing.scorer import MLP, EdaHead, Hypernetwork, Linear, Scorer
+from rmoe.routing.spec import with_options
+from rmoe.routing.temperature import Temperature
+from rmoe.routing.token_routers import Hash, Stable
 from rmoe.routing.zoo import RMOE
 from tests import naive
 from tests.contract.test_contract import EXPERTS, LAYERS, VOCAB, Routers, data, dense
@@ -101,7 +114,7 @@ def test_each_layer_draws_its_own_noise(layer: int) -> None:
     x = inputs()
     context = RouterContext(1, 23, noise=noise())
 
-    jittered = layer_of(vary(resolve("smoe"), router=m.Staged(input_jitter=0.3)), layer)
+    jittered = layer_of(vary(resolve("smoe"), router=Router.Config(input_jitter=0.3)), layer)
     wanted = x * (1 + 0.3 * (2 * uniforms(KEY, layer, 0, (23, 12)) - 1)) @ jittered.scorer.linear.weight.T
     assert (jittered(x, (), None, context)[0].logits - wanted).abs().max() < 1e-12
 
@@ -245,17 +258,15 @@ def naive_loss(kind: str, logits: Tensor, chosen: Tensor, mask: Tensor, count: s
 @pytest.mark.parametrize(
     ("loss", "count"),
     [
-        (m.LoadBalance(weight=0.7), "assignments"),
-        (m.LoadBalance(weight=0.7, count="tokens"), "tokens"),
-        (m.LoadBalance(), "assignments"),  # the model's coefficient
-        (m.ZLoss(weight=0.7), ""),
-        (m.SequenceBalance(weight=0.7), "assignments"),
-        (m.MutualInformation(weight=0.7), ""),
+        (LoadBalance(weight=0.7), "assignments"),
+        (LoadBalance(weight=0.7, count="tokens"), "tokens"),
+        (LoadBalance(), "assignments"),  # the model's coefficient
+        (ZLoss(weight=0.7), ""),
+        (SequenceBalance(weight=0.7), "assignments"),
+        (MutualInformation(weight=0.7), ""),
     ],
 )
-def test_losses_over_layers_and_padded_sequences(
-    loss: m.LossSpec, count: str, layers: int, mask: Tensor
-) -> None:
+def test_losses_over_layers_and_padded_sequences(loss: Loss, count: str, layers: int, mask: Tensor) -> None:
     spec = vary(resolve("smoe"), balance=BalanceSpec(losses=(loss,)))
     routers = [layer_of(spec, i, seed=i) for i in range(layers)]
     batch, tokens = len(mask), mask.numel()
@@ -277,11 +288,11 @@ def test_losses_over_layers_and_padded_sequences(
 def test_a_loss_gives_one_number_per_layer() -> None:
     """What one layer gets depends on that layer alone."""
     losses = (
-        m.LoadBalance(),
-        m.ZLoss(),
-        m.SequenceBalance(),
-        m.MutualInformation(),
-        m.SimilarityPreserving(),
+        LoadBalance(),
+        ZLoss(),
+        SequenceBalance(),
+        MutualInformation(),
+        SimilarityPreserving(),
     )
     spec = vary(resolve("smoe"), balance=BalanceSpec(losses=losses))
     routers = [layer_of(spec, i, seed=i) for i in range(3)]
@@ -296,16 +307,16 @@ def test_a_loss_gives_one_number_per_layer() -> None:
         counts = count_by_layer([routings[i] for i in chosen], 6, context.mask)
         return LossView(*stacked, context, counts, 6, 2, [routers[i].experts_matrix(None) for i in chosen])
 
-    for loss, function in routers[0].losses:
-        together = function(loss, view([0, 1, 2]))
+    for loss in losses:
+        together = loss(view([0, 1, 2]))
         assert together.shape == (3,)
         for i in range(3):
-            assert abs(float((together[i] - function(loss, view([i]))[0]).detach())) < 1e-12
+            assert abs(float((together[i] - loss(view([i]))[0]).detach())) < 1e-12
         assert (together[0] - together[1]).abs() > 1e-4
 
 
 def test_penalties_are_the_mean_over_layers_and_added_to_the_losses() -> None:
-    spec = vary(resolve("remoe"), balance=BalanceSpec(losses=(m.ZLoss(weight=1.0),)))
+    spec = vary(resolve("remoe"), balance=BalanceSpec(losses=(ZLoss(weight=1.0),)))
     routers = [layer_of(spec, i, seed=i) for i in range(3)]
     context = RouterContext(1, 20)
     routings = [r(inputs(20, seed=i), (), None, context)[0] for i, r in enumerate(routers)]
@@ -342,7 +353,7 @@ def test_penalties_of_a_single_token_by_hand(mask: Tensor | None) -> None:
 
 
 def test_similarity_needs_a_matrix() -> None:
-    spec = vary(resolve("smoe-similarity"), scorer=m.Linear(shared_layers=0))
+    spec = vary(resolve("smoe-similarity"), scorer=Linear.Config(shared_layers=0))
     sizes = Geometry(12, 6, 2, LAYERS, 0, VOCAB)
     shared, routers = build_shared(spec, sizes), [layer_of(spec, i) for i in range(2)]
     assert shared is not None
@@ -354,7 +365,7 @@ def test_similarity_needs_a_matrix() -> None:
     got = balance_loss(routers, routings, shared, context, 0.5)
     assert abs(float((got - wanted).detach())) < 1e-6
     hashed = RouterSpec(
-        router=m.Hash(), scorer=None, gate=None, balance=BalanceSpec(losses=(m.SimilarityPreserving(),))
+        router=Hash.Config(), scorer=None, gate=None, balance=BalanceSpec(losses=(SimilarityPreserving(),))
     )
     router = layer_of(hashed, 0)
     context = RouterContext(1, 9, token_ids=torch.arange(9))
@@ -391,7 +402,7 @@ def test_each_layer_follows_its_own_load() -> None:
 
 def test_each_layer_steers_its_own_entropy() -> None:
     """`ln T += rate (target - sum / tokens)`."""
-    spec = vary(resolve("smoe"), temperature=TemperatureSpec(start=2.0, target_entropy=0.9, rate=0.5))
+    spec = vary(resolve("smoe"), temperature=Temperature.Config(start=2.0, target_entropy=0.9, rate=0.5))
     for layer, entropy in enumerate((1.0, 8.0, 4.0)):
         router = layer_of(spec, layer, experts=4)
         router.update_all(three_layers(), 1, 10)
@@ -400,7 +411,7 @@ def test_each_layer_steers_its_own_entropy() -> None:
 
 
 def test_temperature_divides_the_scores_and_moves_geometrically() -> None:
-    spec = vary(resolve("smoe"), temperature=TemperatureSpec(start=4.0, end=1.0))
+    spec = vary(resolve("smoe"), temperature=Temperature.Config(start=4.0, end=1.0))
     router, x = layer_of(spec, 0), inputs()
     for step, wanted in (
         (None, 4.0),
@@ -413,7 +424,7 @@ def test_temperature_divides_the_scores_and_moves_geometrically() -> None:
             router.update_all(three_layers(), step, 4)
         routing = router(x, (), None, RouterContext(1, 23))[0]
         assert (routing.probs - (routing.logits / wanted).softmax(-1)).abs().max() < 1e-6
-    held = layer_of(vary(resolve("smoe"), temperature=TemperatureSpec(start=4.0)), 0)
+    held = layer_of(vary(resolve("smoe"), temperature=Temperature.Config(start=4.0)), 0)
     held.update_all(three_layers(), 3, 4)
     assert math.isclose(float(held.temperature.log_value), math.log(4), rel_tol=1e-6)
 
@@ -434,7 +445,7 @@ def test_relu_weight_follows_the_mean_over_layers() -> None:
 
 
 def test_k_and_stage_stop_at_their_ends() -> None:
-    growing = build_router(vary(resolve("smoe"), gate=m.Softmax(start_k=2)), Geometry(12, 8, 5))
+    growing = build_router(vary(resolve("smoe"), gate=Softmax.Config(start_k=2)), Geometry(12, 8, 5))
     for step, wanted in ((0, 2), (4, 3), (10, 5), (30, 5)):
         growing.update_all(three_layers(), step, 10)
         assert int(growing.gate.current_k) == wanted
@@ -456,7 +467,7 @@ def test_skip_bias_starts_at_minus_one_and_stays() -> None:
 
 def test_state_keeps_its_dtype_but_not_its_place() -> None:
     router = build_router(
-        vary(resolve("smoe-bias"), temperature=TemperatureSpec(start=2.0)), Geometry(12, 4, 2)
+        vary(resolve("smoe-bias"), temperature=Temperature.Config(start=2.0)), Geometry(12, 4, 2)
     )
     router.bfloat16()
     assert router.scorer.linear.weight.dtype == torch.bfloat16
@@ -468,7 +479,7 @@ def test_state_keeps_its_dtype_but_not_its_place() -> None:
 @pytest.mark.parametrize("seed", [0, 3])
 def test_hash_tables_from_their_definition(seed: int) -> None:
     """Each layer its own table: of a token's E hashes the k smallest, as signed 64-bit numbers."""
-    spec = RouterSpec(router=m.Hash(table_seed=seed), scorer=None, gate=None)
+    spec = RouterSpec(router=Hash.Config(table_seed=seed), scorer=None, gate=None)
     whole = 1 << 64
     for layer in range(3):
         table = build_router(spec, Geometry(12, 6, 2, 3, layer, 40)).table
@@ -567,7 +578,7 @@ def test_stacked_grus_are_each_their_own(tokens: int, axis: int) -> None:
 
 def test_without_gradients_nothing_is_kept_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[bool] = []
-    monkeypatch.setattr(recurrence._GRUOnCPU, "forward", lambda *inputs: called.append(True))
+    monkeypatch.setattr(gru_cpu.GRUOnCPU, "forward", lambda *inputs: called.append(True))
     with torch.no_grad():
         SHARED_CELLS["gru"](5)(torch.zeros(2, 5), (torch.zeros(2, 5),))
     assert called == []
@@ -635,7 +646,7 @@ def test_growing_k_leaves_slots_empty_in_both_orders() -> None:
     x = inputs()
     for order in ("softmax_topk", "topk_softmax"):
         for renormalize in (True, False):
-            gate = m.Softmax(order=order, renormalize=renormalize, start_k=2)
+            gate = Softmax.Config(order=order, renormalize=renormalize, start_k=2)
             router = layer_of(vary(resolve("smoe"), gate=gate), 0, top_k=4)
             routing = router(x, (), None, RouterContext(1, 23))[0]
             assert (routing.experts[:, 2:] == 6).all()
@@ -647,7 +658,7 @@ def test_growing_k_leaves_slots_empty_in_both_orders() -> None:
 
 
 def test_a_token_whose_every_slot_is_skipped_has_zero_weights() -> None:
-    router = layer_of(vary(resolve("eda"), gate=m.Softmax(renormalize=True)), 0, top_k=1)
+    router = layer_of(vary(resolve("eda"), gate=Softmax.Config(renormalize=True)), 0, top_k=1)
     router.selection_bias.bias[-1] = 5.0
     routing = router(inputs(), (), None, RouterContext(1, 23))[0]
     assert (routing.experts == 6).all()
@@ -688,24 +699,24 @@ def test_entropy_and_stats_by_hand() -> None:
 @pytest.mark.parametrize(
     ("row", "scorer", "wanted"),
     [
-        ("smoe", m.Linear(), {"scorer.linear.weight": 0.05}),
-        ("smoe", m.Linear(init_std=0.3, bias=True), {"scorer.linear.weight": 0.3, "scorer.linear.bias": 0.0}),
-        ("rmoe", m.Linear(init_std="inverse_sqrt"), {"scorer.linear.weight": 128**-0.5}),
-        ("smoe", m.MLP(width=80), {"scorer.up.weight": 0.05, "scorer.up.bias": 0.0, "scorer.out.weight": 0.05}),
+        ("smoe", Linear.Config(), {"scorer.linear.weight": 0.05}),
+        ("smoe", Linear.Config(init_std=0.3, bias=True), {"scorer.linear.weight": 0.3, "scorer.linear.bias": 0.0}),
+        ("rmoe", Linear.Config(init_std="inverse_sqrt"), {"scorer.linear.weight": 128**-0.5}),
+        ("smoe", MLP.Config(width=80), {"scorer.up.weight": 0.05, "scorer.up.bias": 0.0, "scorer.out.weight": 0.05}),
         (
-            "smoe", m.Cosine(width=90, embedding_init="normal"),
+            "smoe", Cosine.Config(width=90, embedding_init="normal"),
             {"scorer.embeddings": 0.01, "scorer.projection.weight": 0.05},
         ),
         (
-            "smoe", m.Hypernetwork(width=60),
+            "smoe", Hypernetwork.Config(width=60),
             {"scorer.embedding": 1.0, "scorer.up.weight": 400**-0.5, "scorer.out.weight": (400 * 60) ** -0.5},
         ),
-        ("noisy-topk", m.Linear(), {"noise_map.weight": 0.0}),
-        ("rmoe", m.Linear(), {"recurrence.projector.weight": 0.05}),
-        ("eda", m.EdaHead(), {"scorer.fc1.weight": 0.05, "scorer.fc2.weight": 0.05, "scorer.out.weight": 0.05}),
+        ("noisy-topk", Linear.Config(), {"noise_map.weight": 0.0}),
+        ("rmoe", Linear.Config(), {"recurrence.projector.weight": 0.05}),
+        ("eda", EdaHead.Config(), {"scorer.fc1.weight": 0.05, "scorer.fc2.weight": 0.05, "scorer.out.weight": 0.05}),
     ],
 )  # fmt: skip
-def test_standard_deviations_at_the_start(row: str, scorer: m.ScorerSpec, wanted: dict[str, float]) -> None:
+def test_standard_deviations_at_the_start(row: str, scorer: Scorer.Config, wanted: dict[str, float]) -> None:
     """As each row's docstring says, in a model whose own is 0.05; of 16 x 400 numbers, to 10%."""
     from rmoe.model import initialize
 
@@ -752,7 +763,7 @@ def test_special_values_at_the_start() -> None:
 
 def test_shared_scorers_by_group() -> None:
     """Two layers a group: layers 0 and 1 use the first, 2 and 3 the second, 4 the third."""
-    spec = vary(resolve("smoe"), scorer=m.Linear(shared_layers=2))
+    spec = vary(resolve("smoe"), scorer=Linear.Config(shared_layers=2))
     sizes = Geometry(12, 6, 2, num_layers=5)
     shared = build_shared(spec, sizes)
     assert shared is not None
@@ -765,7 +776,8 @@ def test_shared_scorers_by_group() -> None:
         assert routing.logits.tolist() == [[12.0 * (group + 1)] * 6]
         assert router.experts_matrix(shared) is shared.scorer.groups[group].weight
     assert (
-        len(build_shared(vary(resolve("smoe"), scorer=m.Linear(shared_layers=0)), sizes).scorer.groups) == 1
+        len(build_shared(vary(resolve("smoe"), scorer=Linear.Config(shared_layers=0)), sizes).scorer.groups)
+        == 1
     )
     assert build_shared(resolve("smoe"), sizes) is None
 
@@ -773,54 +785,54 @@ def test_shared_scorers_by_group() -> None:
 # ---- what is refused: the values at both sides of each limit -----------------------------------------------
 
 LIMITS = [
-    (lambda v: m.Recurrence(width=v), (1,), (0, -1)),
-    (lambda v: m.Recurrence(truncate_every=v), (1, None), (0,)),
-    (lambda v: m.Recurrence(truncate_every=2, carry=v), ("passed",), ("detached", "zero")),
-    (lambda v: m.Linear(shared_layers=v), (0, 1), (-1,)),
-    (lambda v: m.Linear(init_std=v), (1e-9, None, "inverse_sqrt"), (0.0, -1.0, "other", True)),
-    (lambda v: m.MLP(dropout=v), (0.0, 0.99), (1.0, -0.01)),
-    (lambda v: m.MLP(width=v), (1,), (0,)),
-    (lambda v: m.Cosine(width=v), (1, None), (0,)),
-    (lambda v: m.Cosine(temperature=v), (0.1,), (0.0,)),
-    (lambda v: m.Hypernetwork(width=v), (1,), (0,)),
-    (lambda v: m.Softmax(start_k=v), (1, None), (0,)),
-    (lambda v: m.Sigmoid(scale=v), (0.1,), (0.0,)),
-    (lambda v: m.Sigmoid(groups=2, top_groups=v), (1, 2), (0, 3)),
-    (lambda v: m.ReLU(growth=v), (1.01,), (1.0, 0.5)),
-    (lambda v: m.ReLU(start_weight=v), (1e-9,), (0.0,)),
-    (lambda v: m.SparseMixer(jitter=v), (0.01,), (0.0,)),
-    (lambda v: m.Staged(input_jitter=v), (0.0, 0.99), (1.0, -0.1)),
-    (lambda v: m.Stable(stage1_share=v), (0.01, 0.99), (0.0, 1.0)),
-    (lambda v: m.Stable(embedding_width=v), (1,), (0,)),
-    (lambda v: m.LoadBalance(weight=v), (0.0, None, 2), (-0.1,)),
+    (lambda v: Recurrence.Config(width=v), (1,), (0, -1)),
+    (lambda v: Recurrence.Config(truncate_every=v), (1, None), (0,)),
+    (lambda v: Recurrence.Config(truncate_every=2, carry=v), ("passed",), ("detached", "zero")),
+    (lambda v: Linear.Config(shared_layers=v), (0, 1), (-1,)),
+    (lambda v: Linear.Config(init_std=v), (1e-9, None, "inverse_sqrt"), (0.0, -1.0, "other", True)),
+    (lambda v: MLP.Config(dropout=v), (0.0, 0.99), (1.0, -0.01)),
+    (lambda v: MLP.Config(width=v), (1,), (0,)),
+    (lambda v: Cosine.Config(width=v), (1, None), (0,)),
+    (lambda v: Cosine.Config(temperature=v), (0.1,), (0.0,)),
+    (lambda v: Hypernetwork.Config(width=v), (1,), (0,)),
+    (lambda v: Softmax.Config(start_k=v), (1, None), (0,)),
+    (lambda v: Sigmoid.Config(scale=v), (0.1,), (0.0,)),
+    (lambda v: Sigmoid.Config(groups=2, top_groups=v), (1, 2), (0, 3)),
+    (lambda v: ReLU.Config(growth=v), (1.01,), (1.0, 0.5)),
+    (lambda v: ReLU.Config(start_weight=v), (1e-9,), (0.0,)),
+    (lambda v: SparseMixer.Config(jitter=v), (0.01,), (0.0,)),
+    (lambda v: Router.Config(input_jitter=v), (0.0, 0.99), (1.0, -0.1)),
+    (lambda v: Stable.Config(stage1_share=v), (0.01, 0.99), (0.0, 1.0)),
+    (lambda v: Stable.Config(embedding_width=v), (1,), (0,)),
+    (lambda v: LoadBalance(weight=v), (0.0, None, 2), (-0.1,)),
     (lambda v: BalanceSpec(bias_update_rate=v), (0.0, 1), (-1e-3,)),
     (lambda v: BalanceSpec(capacity_factor=v), (0.1, None), (0.0,)),
     (
         lambda v: BalanceSpec(losses=v),
-        ((), (m.ZLoss(), m.LoadBalance())),
-        ((m.ZLoss(), m.ZLoss(weight=1.0)),),
+        ((), (ZLoss(), LoadBalance())),
+        ((ZLoss(), ZLoss(weight=1.0)),),
     ),
-    (lambda v: TemperatureSpec(start=v), (0.1,), (0.0,)),
-    (lambda v: TemperatureSpec(end=v), (0.1, None), (0.0,)),
-    (lambda v: TemperatureSpec(target_entropy=v), (0.1,), (0.0,)),
-    (lambda v: TemperatureSpec(rate=v), (0.1,), (0.0,)),
-    (lambda v: m.Recurrence(cell="identity", carry=v), ("zero",), ("passed", "detached")),
+    (lambda v: Temperature.Config(start=v), (0.1,), (0.0,)),
+    (lambda v: Temperature.Config(end=v), (0.1, None), (0.0,)),
+    (lambda v: Temperature.Config(target_entropy=v), (0.1,), (0.0,)),
+    (lambda v: Temperature.Config(rate=v), (0.1,), (0.0,)),
+    (lambda v: Recurrence.Config(cell="identity", carry=v), ("zero",), ("passed", "detached")),
 ]
 SIZES = Geometry(12, 8, 4, 2, 0, VOCAB)
 
 
 SIZE_LIMITS = [
     (lambda v: build_router(resolve("smoe"), replace(SIZES, top_k=v)), (1, 8), (0, 9)),
-    (lambda v: build_router(vary(resolve("smoe"), gate=m.Softmax(start_k=v)), SIZES), (4,), (5,)),
-    (lambda v: build_router(vary(resolve("smoe"), gate=m.Sigmoid(groups=v, top_groups=v)), SIZES), (1, 2, 4), (3, 8)),
-    (lambda v: build_router(vary(resolve("smoe"), gate=m.Sigmoid(groups=4, top_groups=v)), SIZES), (2, 3), (1,)),
+    (lambda v: build_router(vary(resolve("smoe"), gate=Softmax.Config(start_k=v)), SIZES), (4,), (5,)),
+    (lambda v: build_router(vary(resolve("smoe"), gate=Sigmoid.Config(groups=v, top_groups=v)), SIZES), (1, 2, 4), (3, 8)),
+    (lambda v: build_router(vary(resolve("smoe"), gate=Sigmoid.Config(groups=4, top_groups=v)), SIZES), (2, 3), (1,)),
     (lambda v: build_router(resolve("gshard"), replace(SIZES, top_k=v)), (2,), (1, 3)),
     (lambda v: build_router(resolve("sparsemixer"), replace(SIZES, top_k=v)), (2,), (1, 3)),
     (lambda v: build_router(resolve("stable-moe"), replace(SIZES, top_k=v)), (1,), (2,)),
     (lambda v: build_router(resolve("stable-moe"), replace(SIZES, top_k=1, vocab_size=v)), (1,), (0,)),
     (lambda v: build_router(resolve("hash"), replace(SIZES, vocab_size=v)), (1,), (0,)),
     (
-        lambda v: build_router(vary(resolve("smoe"), temperature=TemperatureSpec(target_entropy=v)), SIZES),
+        lambda v: build_router(vary(resolve("smoe"), temperature=Temperature.Config(target_entropy=v)), SIZES),
         (2.07,), (2.08, math.log(8)),
     ),
 ]  # fmt: skip
@@ -837,13 +849,13 @@ def test_limits(make, fine: tuple, wrong: tuple) -> None:  # type: ignore[no-unt
 
 def test_what_goes_together() -> None:
     with pytest.raises(RequestError, match=r"router\.gate is 'relu'; allowed: a gate that takes a bias"):
-        vary(resolve("eda"), gate=m.ReLU(), balance=BalanceSpec())
+        vary(resolve("eda"), gate=ReLU.Config(), balance=BalanceSpec())
     with pytest.raises(RequestError, match=r"router\.scorer is None; allowed: set"):
         vary(resolve("smoe"), scorer=None)
     with pytest.raises(RequestError, match=r"router\.gate is .*; allowed: null with router hash"):
-        RouterSpec(router=m.Hash(), scorer=None)
+        RouterSpec(router=Hash.Config(), scorer=None)
     with pytest.raises(RequestError, match=r"router\.recurrence is "):
-        RouterSpec(recurrence=m.Linear())  # type: ignore[arg-type]
+        RouterSpec(recurrence=Linear.Config())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -874,13 +886,13 @@ def test_json_that_is_refused(data: object, message: str) -> None:
 
 def test_json_that_is_read() -> None:
     assert RouterSpec.from_dict({}) == RouterSpec()
-    assert RouterSpec.from_json('{"gate": {"kind": "sigmoid", "scale": 2}}').gate == m.Sigmoid(scale=2)
+    assert RouterSpec.from_json('{"gate": {"kind": "sigmoid", "scale": 2}}').gate == Sigmoid.Config(scale=2)
     assert (
         RouterSpec.from_dict({"balance": {"kind": "balance", "capacity_factor": 2}}).balance.capacity_factor
         == 2
     )
     losses = {"balance": {"kind": "balance", "losses": [{"kind": "z", "weight": 1}]}}
-    assert RouterSpec.from_dict(losses).balance.losses == (m.ZLoss(weight=1),)
+    assert RouterSpec.from_dict(losses).balance.losses == (ZLoss(weight=1),)
     with pytest.raises(RequestError, match="a JSON object"):
         RouterSpec.from_json("{")
 

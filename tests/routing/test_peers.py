@@ -13,7 +13,8 @@ from transformers.models.zaya.modeling_zaya import ZayaRouter
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.layers import RMoESparseMoeBlock
 from rmoe.routing import Geometry, RouterContext, build_router, resolve, vary
-from rmoe.routing.mechanisms import Softmax
+from rmoe.routing.gate import Softmax
+from rmoe.routing.losses import LoadBalance
 from rmoe.routing.noise import TorchNoise
 
 
@@ -136,13 +137,14 @@ def test_the_aux_loss_differs_from_transformers_by_the_stated_factor() -> None:
     from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
     from rmoe.routing import balance_loss
-    from rmoe.routing.mechanisms import LoadBalance
-    from rmoe.routing.spec import BalanceSpec
+    from rmoe.routing.balance import BalanceSpec
 
     x = torch.randn(40, 24)
     for count, factor in (("tokens", 1), ("assignments", 3)):
         balance = BalanceSpec(losses=(LoadBalance(weight=1.0, count=count),))
-        router = build_router(vary(resolve("smoe"), gate=Softmax(), balance=balance), Geometry(24, 8, 3))
+        router = build_router(
+            vary(resolve("smoe"), gate=Softmax.Config(), balance=balance), Geometry(24, 8, 3)
+        )
         fill(router)
         context = RouterContext(1, 40)
         routing, _ = router(x, (), None, context)

@@ -10,7 +10,7 @@ import torch
 from rmoe.errors import RequestError
 from rmoe.routing import Geometry, RouterContext, RouterSpec, build_router, build_shared, resolve, vary
 from rmoe.routing.initial import fill
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 from rmoe.routing.zoo import ZOO, select
 
 LAYERS = 5
@@ -61,7 +61,7 @@ def test_cut_every_layer_is_detached() -> None:
 )
 def test_bad_truncation_is_refused(options: dict, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        Recurrence(**options)
+        Recurrence.Config(**options)
 
 
 def test_gated_linear_starts_as_a_linear_state_that_keeps_953_in_1000() -> None:

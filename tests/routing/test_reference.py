@@ -11,7 +11,9 @@ from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.initialize import initialize
 from rmoe.model.layers import RMoESparseMoeBlock
 from rmoe.routing import RouterContext, RouterSpec, balance_loss, build_shared, vary
-from rmoe.routing.mechanisms import Linear, Recurrence, Softmax
+from rmoe.routing.gate import Softmax
+from rmoe.routing.recurrence import Recurrence
+from rmoe.routing.scorer import Linear
 from rmoe.routing.zoo import RMOE
 from tests import naive
 
@@ -95,8 +97,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("recurrence", "gate", "gated"), CASES)
 def test_equations(recurrence: dict, gate: dict, gated: bool, dtype: torch.dtype, bound: float) -> None:
-    scorer = Linear(init_std="inverse_sqrt")
-    spec = vary(RMOE, recurrence=Recurrence(width=P, **recurrence), scorer=scorer, gate=Softmax(**gate))
+    scorer = Linear.Config(init_std="inverse_sqrt")
+    spec = vary(
+        RMOE, recurrence=Recurrence.Config(width=P, **recurrence), scorer=scorer, gate=Softmax.Config(**gate)
+    )
     stack = Stack(spec, gated).double()
     initialize(stack, 1)
     wanted_stack = Stack(spec, gated).double()
@@ -129,7 +133,7 @@ def test_equations(recurrence: dict, gate: dict, gated: bool, dtype: torch.dtype
 def test_cells_equal_torch(
     cell: str, form: str, tokens: int, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rmoe.routing.recurrence import SHARED_CELLS
+    from rmoe.routing.cells import SHARED_CELLS
 
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: form == "compiled")
     ours = SHARED_CELLS[cell](17).to(dtype)
@@ -157,7 +161,7 @@ def test_cells_equal_torch(
 
 
 def test_frozen_parts_of_the_gru_cost_no_gradient_and_change_none() -> None:
-    from rmoe.routing.recurrence import GRU
+    from rmoe.routing.cells import GRU
 
     cell = GRU(17)
     for i, parameter in enumerate(cell.parameters()):

@@ -15,14 +15,17 @@ from rmoe.routing import (
     RouterContext,
     RouterSpec,
     RouterStats,
-    TemperatureSpec,
     build_router,
     resolve,
     router_stats,
     vary,
 )
-from rmoe.routing.mechanisms import MLP, LoadBalance, Softmax, Staged
+from rmoe.routing.gate import Softmax
+from rmoe.routing.losses import LoadBalance
 from rmoe.routing.noise import CounterNoise
+from rmoe.routing.router import Router
+from rmoe.routing.scorer import MLP
+from rmoe.routing.temperature import Temperature
 from tests.model.small import model, tokens
 
 SIZES = Geometry(12, 4, 2, num_layers=1, vocab_size=30)
@@ -74,7 +77,7 @@ def test_relu_weight_follows_sparsity() -> None:
 
 
 def test_k_grows() -> None:
-    spec = vary(resolve("smoe"), gate=Softmax(start_k=1))
+    spec = vary(resolve("smoe"), gate=Softmax.Config(start_k=1))
     router = build_router(spec, Geometry(12, 8, 5))
     initialize_router(router)
     used = []
@@ -108,7 +111,7 @@ def test_stable_switches_stage_and_freezes() -> None:
 
 @pytest.mark.parametrize("start", [0.2, 5.0])
 def test_temperature_reaches_the_target_entropy(start: float) -> None:
-    spec = vary(resolve("smoe"), temperature=TemperatureSpec(start=start, target_entropy=0.9, rate=0.5))
+    spec = vary(resolve("smoe"), temperature=Temperature.Config(start=start, target_entropy=0.9, rate=0.5))
     router = build_router(spec, SIZES)
     initialize_router(router)
     x = torch.randn(400, 12)
@@ -120,7 +123,7 @@ def test_temperature_reaches_the_target_entropy(start: float) -> None:
 
 
 def test_temperature_schedule() -> None:
-    spec = vary(resolve("smoe"), temperature=TemperatureSpec(start=2.0, end=0.5))
+    spec = vary(resolve("smoe"), temperature=Temperature.Config(start=2.0, end=0.5))
     router = build_router(spec, SIZES)
     router.update_all(stats([1] * 4), 5, 10)
     assert math.isclose(float(router.temperature.log_value.exp()), 1.0, rel_tol=1e-6)
@@ -215,8 +218,8 @@ def test_noise_key_advances_and_can_be_set() -> None:
 
 def test_jitter_and_mlp_dropout_act_only_in_training() -> None:
     for spec in (
-        vary(resolve("smoe"), router=Staged(input_jitter=0.3)),
-        vary(resolve("smoe"), scorer=MLP(width=64, dropout=0.5)),
+        vary(resolve("smoe"), router=Router.Config(input_jitter=0.3)),
+        vary(resolve("smoe"), scorer=MLP.Config(width=64, dropout=0.5)),
     ):
         router = build_router(spec, SIZES)
         initialize_router(router)
@@ -295,7 +298,7 @@ def test_specs_that_cannot_work_are_refused() -> None:
     with pytest.raises(RequestError, match="vocab_size"):
         build_router(resolve("hash"), Geometry(12, 4, 2))
     with pytest.raises(RequestError, match=r"temperature\.end is 2\.0"):
-        TemperatureSpec(end=2.0, target_entropy=1.0)
+        Temperature.Config(end=2.0, target_entropy=1.0)
 
 
 def test_default_model_initialises_from_a_seed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from packaging.version import Version
 
@@ -39,10 +40,11 @@ _KNOWN: list[tuple[str, tuple[str, ...], str]] = [
 ]
 if Version("5.24") <= TRANSFORMERS:
     _KNOWN += [
-        ("checkpointing_offloaded", ALL, "torch pins memory only where there is an accelerator"),
         ("prompt_tuning", ALL, _OLD_NAME),
         ("prefix_generation", FAMILY_CODE, _OLD_NAME),
     ]
+    if torch.version.cuda is None:
+        _KNOWN.append(("checkpointing_offloaded", ALL, "a CPU build of torch pins no memory"))
 
 if not olmoe_classifier_known():
     _KNOWN += [

@@ -27,7 +27,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rmoe.graft import GraftSpec, graft
 from rmoe.model import RMoEConfig, RMoEForCausalLM, RMoEForSequenceClassification, RMoEModel
-from rmoe.routing.mechanisms import Recurrence
+from rmoe.routing.recurrence import Recurrence
 from tests.graft.conftest import at_work
 
 VOCAB = 320
@@ -43,7 +43,7 @@ _SIZES = {
     "num_key_value_heads": 2, "num_experts": EXPERTS, "num_experts_per_tok": 2, "max_position_embeddings": 128,
     "initializer_range": 0.2, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
 }  # fmt: skip
-_SPEC = GraftSpec(recurrence=Recurrence(width=8), seed=3)
+_SPEC = GraftSpec(recurrence=Recurrence.Config(width=8), seed=3)
 
 
 class OlmoeForSequenceClassification(GenericForSequenceClassification, OlmoePreTrainedModel):  # type: ignore[misc]

@@ -26,7 +26,7 @@ from hypothesis import strategies as st  # noqa: E402
 from rmoe.data.encode import byte_tokenizer  # noqa: E402
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize  # noqa: E402
 from rmoe.serving.limits import FIELDS, Limits, Refused, parse  # noqa: E402
-from rmoe.serving.server import _Streamer, build_app  # noqa: E402
+from rmoe.serving.server import _Answer, _Streamer, build_app  # noqa: E402
 
 LIMITS = Limits(max_length=4096, concurrent=2, waiting=200, max_body_bytes=20_000)
 
@@ -112,8 +112,8 @@ def test_a_stream_cut_in_mid_character_is_the_whole_answer(answer):
     tokenizer = byte_tokenizer()
 
     async def stream() -> str:
-        queue: asyncio.Queue[str | None] = asyncio.Queue()
-        streamer = _Streamer(tokenizer._tokenizer, asyncio.get_running_loop(), queue)
+        queue = _Answer(tokenizer)
+        streamer = _Streamer(tokenizer, asyncio.get_running_loop(), queue)
         streamer.put(torch.tensor([1, 2]))  # the prompt
         for byte in answer:
             streamer.put(torch.tensor([byte]))

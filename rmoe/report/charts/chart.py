@@ -119,29 +119,63 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": label(title)}, "automargin": True, "zeroline": False, **more}
 
 
-def panels(
-    count: int, columns: int, gap_x: float = 0.06, gap_y: float = 0.16
-) -> list[tuple[str, list, list]]:
-    """Places for `count` subplots, row by row.
+class Panels:
+    """A chart of several panels side by side, row by row: their traces and layout.
 
-    Returns:
-        Per panel: the suffix of its axes ("" for the first, then "2", "3", ...), its x domain, its y domain.
+    Args:
+        titles: of the panels.
+        columns: panels in a row, at most.
+        across, down: every panel's axes; the title of `down` stands at the first column alone.
+        bottom: the title of `across` stands at the last row alone.
     """
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    width = (1 - gap_x * (columns - 1)) / columns
-    gap = gap_y / max(rows - 1, 1) if rows > 2 else gap_y
-    height = (1 - gap * (rows - 1)) / rows
-    places = []
-    for index in range(count):
-        row, column = divmod(index, columns)
-        left, top = column * (width + gap_x), 1 - row * (height + gap)
-        x, y = [left, min(left + width, 1.0)], [max(top - height, 0.0), top]
-        places.append(("" if index == 0 else str(index + 1), x, y))
-    return places
+
+    def __init__(
+        self,
+        titles: Sequence[str],
+        columns: int,
+        across: dict[str, Any],
+        down: dict[str, Any],
+        gap_x: float = 0.06,
+        gap_y: float = 0.16,
+        bottom: bool = False,
+    ) -> None:
+        columns = min(columns, len(titles))
+        self.rows = -(-len(titles) // columns)
+        self.data: list[dict[str, Any]] = []
+        self.layout: dict[str, Any] = {"annotations": [], "margin": {"t": 36}}
+        untitled = {"title": {"text": ""}}
+        width = (1 - gap_x * (columns - 1)) / columns
+        gap = gap_y / max(self.rows - 1, 1) if self.rows > 2 else gap_y
+        height = (1 - gap * (self.rows - 1)) / self.rows
+        for index, title in enumerate(titles):
+            row, column = divmod(index, columns)
+            left, top = column * (width + gap_x), 1 - row * (height + gap)
+            x, y = [left, min(left + width, 1.0)], [max(top - height, 0.0), top]
+            place, hidden = self._suffix(index), bottom and row + 1 < self.rows
+            self.layout[f"xaxis{place}"] = {
+                **across, **(untitled if hidden else {}), "domain": x, "anchor": f"y{place}",
+            }  # fmt: skip
+            self.layout[f"yaxis{place}"] = {
+                **down, **(untitled if column else {}), "domain": y, "anchor": f"x{place}",
+            }  # fmt: skip
+            self.layout["annotations"].append(_panel_title(title, x, y))
+
+    @staticmethod
+    def _suffix(panel: int) -> str:
+        """Of the names of a panel's axes: none, 2, 3, ..."""
+        return "" if panel == 0 else str(panel + 1)
+
+    def add(self, panel: int, trace: dict[str, Any]) -> None:
+        """Put a trace onto a panel."""
+        place = self._suffix(panel)
+        self.data.append({**trace, "xaxis": f"x{place}", "yaxis": f"y{place}"})
+
+    def add_line(self, panel: int, trace: dict[str, Any]) -> None:
+        """Put a line onto a panel; the legend shows those of the first."""
+        self.add(panel, {**trace, "showlegend": panel == 0})
 
 
-def panel_title(text: str, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
+def _panel_title(text: str, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     """A title above one panel."""
     return {
         "text": label(text),

@@ -55,18 +55,18 @@ def comparison_charts(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
 
 
 def _differences(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
-    judged = [(router.router, router.difference) for router in summary.routers if router.difference]
-    if not judged:
+    compared = [(router.router, router.difference) for router in summary.routers if router.difference]
+    if not compared:
         return []
-    unit, split = UNITS[judged[0][1].unit], SPLITS[judged[0][1].split]
-    equivalence = next((d.equivalence for _, d in judged if d.equivalence), None)
+    unit, split = UNITS[compared[0][1].unit], SPLITS[compared[0][1].split]
+    equivalence = next((d.equivalence for _, d in compared if d.equivalence), None)
     margin = equivalence.margin if equivalence else None
     shapes = [{"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 1.5}}]
     if margin is not None:
         band = {"x0": -margin, "x1": margin, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 0}}
         shapes.append({"type": "rect", "layer": "below", "fillcolor": "rgba(138,143,152,0.16)", **band})
-    seeds = sorted({len(d.values) for _, d in judged})
-    height = 150 + 46 * len(judged)
+    seeds = sorted({len(d.values) for _, d in compared})
+    height = 150 + 46 * len(compared)
     return [
         Chart(
             id="differences",
@@ -79,14 +79,14 @@ def _differences(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
             + (f" The grey band is ±{margin:g}, inside which a difference counts as none." if margin else ""),
             unit=unit,
             sample=counted(seeds, "paired seed"),
-            data=[trace for name, d in reversed(judged) for trace in _forest(name, d, looks[name])],
+            data=[trace for name, d in reversed(compared) for trace in _forest(name, d, looks[name])],
             layout={
                 "xaxis": axis(f"difference ({unit})", zeroline=False),
                 "yaxis": {
                     "automargin": True,
                     "fixedrange": True,
                     "showgrid": False,
-                    "range": [-0.6, len(judged) - 0.4],
+                    "range": [-0.6, len(compared) - 0.4],
                 },
                 "shapes": shapes,
                 "showlegend": False,
@@ -102,7 +102,7 @@ def _differences(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
                         d.mean,
                         *([d.interval.low, d.interval.high] if d.interval else ["", ""]),
                     ]
-                    for name, d in judged
+                    for name, d in compared
                     for seed, value in zip(d.seeds, d.values, strict=True)
                 ],
             ],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from rmoe.report.charts.chart import Chart, Style, axis, panel_title, panels
+from rmoe.report.charts.chart import Chart, Panels, Style, axis
 from rmoe.report.charts.shared import line, measure_chart, token_count
 from rmoe.results.analysis import LayerHistogram, ModelAnalysis
 
@@ -18,35 +17,21 @@ def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Ch
     if not having:
         return []
     layers = max(len(histogram.counts) for _, histogram in having)
-    places = panels(layers, columns=4, gap_x=0.035)
-    layout: dict[str, Any] = {"annotations": [], "margin": {"t": 36}}
-    span = _span([histogram for _, histogram in having])
-    data: list[dict] = []
-    for layer, (suffix, x, y) in enumerate(places):
+    panels = Panels(
+        [f"layer {layer}" for layer in range(layers)],
+        columns=4,
+        across=axis("nats", range=_span([histogram for _, histogram in having])),
+        down=axis("density", showticklabels=False, rangemode="tozero"),
+        gap_x=0.035,
+        bottom=True,
+    )
+    for layer in range(layers):
         for index, (name, histogram) in enumerate(having):
             if layer < len(histogram.counts):
                 middles = [(a + b) / 2 for a, b in zip(histogram.edges, histogram.edges[1:], strict=False)]
                 shares = _density(histogram.edges, histogram.counts[layer])
                 drawn = line(name, middles, shares, looks[name], index)
-                placed = {
-                    "xaxis": f"x{suffix}",
-                    "yaxis": f"y{suffix}",
-                    "showlegend": layer == 0,
-                    "mode": "lines",
-                }
-                data.append({**drawn, **placed})
-        layout[f"xaxis{suffix}"] = axis(
-            "nats" if y[0] == 0 else "", domain=x, anchor=f"y{suffix}", range=span
-        )
-        layout[f"yaxis{suffix}"] = axis(
-            "density" if x[0] == 0 else "",
-            domain=y,
-            anchor=f"x{suffix}",
-            showticklabels=False,
-            rangemode="tozero",
-        )
-        layout["annotations"].append(panel_title(f"layer {layer}", x, y))
-    rows = -(-layers // min(4, layers))
+                panels.add_line(layer, {**drawn, "mode": "lines"})
     return [
         Chart(
             id="entropy",
@@ -56,8 +41,8 @@ def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Ch
             f"tokens (Fig. 4). 0: all on one expert; ln E = {math.log(models[0].experts):.2f}: no preference.",
             unit="nats; each curve encloses area 1",
             sample=token_count([histogram.n for _, histogram in having]),
-            data=data,
-            layout=layout,
+            data=panels.data,
+            layout=panels.layout,
             rows=[
                 ["model", "layer", "from", "to", "tokens"],
                 *[
@@ -67,7 +52,7 @@ def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Ch
                     for j, count in enumerate(counts)
                 ],
             ],
-            height=100 + 190 * rows,
+            height=100 + 190 * panels.rows,
             wide=True,
         )
     ]

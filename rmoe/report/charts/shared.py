@@ -9,13 +9,12 @@ from rmoe.report.charts.chart import (
     SEQUENTIAL,
     SHOWN_AT_FIRST,
     Chart,
+    Panels,
     Style,
     axis,
     counted,
     label,
     layer_axis,
-    panel_title,
-    panels,
 )
 from rmoe.results.analysis import LayerMeasure, ModelAnalysis
 
@@ -61,35 +60,25 @@ def heat_maps(
     Returns:
         Traces, layout, height in pixels.
     """
-    places = panels(len(titled), columns, gap_y=0.2)
-    layout: dict[str, Any] = {
-        "annotations": [],
-        "coloraxis": {"colorscale": SEQUENTIAL, **colour},
-        "margin": {"t": 36},
-    }
-    data = []
-    for index, ((title, values), (suffix, x, y)) in enumerate(zip(titled, places, strict=True)):
-        data.append(
+    bare = {"showgrid": False}
+    titles = [title for title, _ in titled]
+    panels = Panels(titles, columns, across | bare, down | bare, gap_y=0.2)
+    panels.layout["coloraxis"] = {"colorscale": SEQUENTIAL, **colour}
+    for index, (title, values) in enumerate(titled):
+        panels.add(
+            index,
             {
                 "type": "heatmap",
                 **({"x": list(places_across[index])} if places_across else {}),
                 "z": values,
                 "name": label(title),
-                "xaxis": f"x{suffix}",
-                "yaxis": f"y{suffix}",
                 "coloraxis": "coloraxis",
                 "hovertemplate": hover + "<extra></extra>",
                 "xgap": 1,
                 "ygap": 1,
-            }
+            },
         )
-        first_column = x[0] == 0
-        down_here = down if first_column else {**down, "title": {"text": ""}}
-        layout[f"xaxis{suffix}"] = {**across, "domain": x, "anchor": f"y{suffix}", "showgrid": False}
-        layout[f"yaxis{suffix}"] = {**down_here, "domain": y, "anchor": f"x{suffix}", "showgrid": False}
-        layout["annotations"].append(panel_title(title, x, y))
-    rows = -(-len(titled) // min(columns, len(titled)))
-    return data, layout, 90 + 280 * rows
+    return panels.data, panels.layout, 90 + 280 * panels.rows
 
 
 def layer_lines(

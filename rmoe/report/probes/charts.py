@@ -6,24 +6,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rmoe.report.charts.chart import (
+    BASELINE_COLOUR,
     Chart,
+    Panels,
     Style,
     axis,
     counted,
     label,
     layer_axis,
-    panel_title,
-    panels,
     styles,
 )
 from rmoe.report.charts.shared import line
-from rmoe.results.probes import Card, Detail, Summary
+from rmoe.results.probes import Card, Summary
 
 DRAWN = 12  # routers in a figure; the table has all
 COLUMNS = 4
 LINES = {"blind": "dot", "stateless": "dash", "oracle": "solid"}
 
-Series = Callable[[Card, Detail], tuple[Sequence[float], Sequence[float]] | None]
+Series = Callable[[Card, str], tuple[Sequence[float], Sequence[float]] | None]
+"""Of a card and a probe: x and y; None draws no line."""
 
 
 def drawn(summary: Summary) -> list[Card]:
@@ -39,16 +40,20 @@ def probe_charts(summary: Summary) -> list[Chart]:
     across = layer_axis(len(layers))
 
     def layered(name: str) -> Series:
-        return lambda card, detail: (layers, detail.by_layer[name]) if name in detail.by_layer else None
+        def series(card: Card, probe: str) -> tuple[Sequence[float], Sequence[float]] | None:
+            values = card.details[probe].by_layer.get(name)
+            return None if values is None else (layers, values)
+
+        return series
 
     loss = _figure(
         summary, looks, "loss", "By layer", "Loss by layer", "mean squared error", layered("loss"), across,
         "Mean squared error on test tokens. Grey: what is best without any cue (dotted), with this layer's cue alone "
-        "(dashed), with all cues so far (solid).",
+        "(dashed), with all cues so far (solid).", references=True,
     )  # fmt: skip
     curves = _figure(
         summary, looks, "learning", "Training", "Regret over training", "regret",
-        lambda card, detail: (detail.curve_step, detail.curve_regret), axis("optimizer step"),
+        lambda card, probe: (card.details[probe].curve_step, card.details[probe].curve_regret), axis("optimizer step"),
         "Regret on tokens kept aside, mean over seeds. 0 is optimal, 1 knows nothing.",
     )  # fmt: skip
     held = _figure(
@@ -65,7 +70,6 @@ def probe_charts(summary: Summary) -> list[Chart]:
         summary, looks, "entropy", "Why", "Gate entropy", "nats", layered("entropy"), across,
         "Mean over tokens of -sum g ln g of the gate's probabilities.",
     )  # fmt: skip
-    _add_references(loss, summary, layers)
     figures = [loss, curves, held, chosen, entropy]
     return [f for f in figures if f.data] + _recurrent_share(summary, looks) + _sweep(summary, looks)
 
@@ -80,66 +84,51 @@ def _figure(
     series: Series,
     across: dict[str, Any],
     definition: str,
+    references: bool = False,
 ) -> Chart:
     """Panels, one per probe, with a line for each router drawn."""
-    places = panels(len(summary.probes), COLUMNS)
-    layout: dict[str, Any] = {"annotations": [], "margin": {"t": 36}}
-    data: list[dict[str, Any]] = []
+    panels = Panels(summary.probes, COLUMNS, across, axis(unit))
     rows: list[list[Any]] = [["probe", "router", "x", unit]]
-    for probe, (suffix, x, y) in zip(summary.probes, places, strict=True):
-        layout[f"xaxis{suffix}"] = {**across, "domain": x, "anchor": f"y{suffix}"}
-        layout[f"yaxis{suffix}"] = {**axis(unit if x[0] == 0 else ""), "domain": y, "anchor": f"x{suffix}"}
-        layout["annotations"].append(panel_title(probe, x, y))
+    for panel, probe in enumerate(summary.probes):
         for index, card in enumerate(drawn(summary)):
-            found = series(card, card.details[probe])
-            if found is None:
-                continue
-            trace = line(card.router, *found, looks[card.router], index)
-            data.append(
-                {
-                    **trace,
-                    "xaxis": f"x{suffix}",
-                    "yaxis": f"y{suffix}",
-                    "showlegend": probe == summary.probes[0],
-                }
-            )
-            rows += [[probe, card.router, a, b] for a, b in zip(*found, strict=True)]
-    seeds = [len(card.scores[summary.probes[0]].seeds) for card in summary.cards]
-    lines = -(-len(summary.probes) // COLUMNS)
+            found = series(card, probe)
+            if found is not None:
+                panels.add_line(panel, line(card.router, *found, looks[card.router], index))
+                rows += [[probe, card.router, a, b] for a, b in zip(*found, strict=True)]
+    for panel, probe in enumerate(summary.probes if references else ()):
+        for name, dash in LINES.items():
+            panels.add_line(panel, _reference(name, getattr(summary.references[probe], name), dash))
     return Chart(
         id=id,
         section=section,
         title=title,
         definition=definition,
         unit=unit,
-        sample=counted(seeds, "seed"),
-        data=data,
-        layout=layout,
+        sample=_seeds(summary.cards, summary),
+        data=panels.data,
+        layout=panels.layout,
         rows=rows,
-        height=110 + 270 * lines,
+        height=110 + 270 * panels.rows,
         wide=True,
     )
 
 
-def _add_references(chart: Chart, summary: Summary, layers: list[int]) -> None:
-    """The three computed lines, in grey, behind the routers."""
-    for probe, (suffix, _, _) in zip(summary.probes, panels(len(summary.probes), COLUMNS), strict=True):
-        for name, dash in LINES.items():
-            chart.data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "x": layers,
-                    "y": getattr(summary.references[probe], name),
-                    "name": name,
-                    "legendgroup": name,
-                    "showlegend": probe == summary.probes[0],
-                    "line": {"color": "#8A8F98", "dash": dash, "width": 3},
-                    "opacity": 0.55,
-                    "xaxis": f"x{suffix}",
-                    "yaxis": f"y{suffix}",
-                }
-            )
+def _seeds(cards: Sequence[Card], summary: Summary) -> str:
+    return counted([len(card.scores[summary.probes[0]].seeds) for card in cards], "seed")
+
+
+def _reference(name: str, values: Sequence[float], dash: str) -> dict[str, Any]:
+    """One of the computed lines, in grey."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": list(range(len(values))),
+        "y": values,
+        "name": name,
+        "legendgroup": name,
+        "line": {"color": BASELINE_COLOUR, "dash": dash, "width": 3},
+        "opacity": 0.55,
+    }
 
 
 def _recurrent_share(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
@@ -155,7 +144,7 @@ def _recurrent_share(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
             definition="Norm of the part of the routers' task gradient that comes down through the state, over "
             "the norm of all of it; mean over training.",
             unit="share",
-            sample=counted([len(c.scores[summary.probes[0]].seeds) for c in cards], "seed"),
+            sample=_seeds(cards, summary),
             data=[
                 {
                     "type": "bar",
@@ -176,23 +165,16 @@ def _recurrent_share(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
 def _sweep(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
     if summary.swept is None:
         return []
-    figure = _figure(
-        summary, looks, "sweep", "Difficulty", f"Regret over {summary.swept}", "regret",
-        lambda card, detail: None, axis(summary.swept), f"Mean regret over seeds at each value of {summary.swept}.",
-    )  # fmt: skip
-    for probe, (suffix, _, _) in zip(summary.probes, panels(len(summary.probes), COLUMNS), strict=True):
-        for index, card in enumerate(drawn(summary)):
-            mine = sorted(
-                (p.value, p.regret) for p in summary.points if (p.router, p.probe) == (card.router, probe)
-            )
-            trace = line(card.router, [v for v, _ in mine], [r for _, r in mine], looks[card.router], index)
-            figure.data.append(
-                {
-                    **trace,
-                    "xaxis": f"x{suffix}",
-                    "yaxis": f"y{suffix}",
-                    "showlegend": probe == summary.probes[0],
-                }
-            )
-            figure.rows.extend([probe, card.router, v, r] for v, r in mine)
-    return [figure]
+
+    def swept(card: Card, probe: str) -> tuple[list[float], list[float]]:
+        mine = sorted(
+            (p.value, p.regret) for p in summary.points if (p.router, p.probe) == (card.router, probe)
+        )
+        return [value for value, _ in mine], [regret for _, regret in mine]
+
+    return [
+        _figure(
+            summary, looks, "sweep", "Difficulty", f"Regret over {summary.swept}", "regret", swept,
+            axis(summary.swept), f"Mean regret over seeds at each value of {summary.swept}.",
+        )
+    ]  # fmt: skip

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from markupsafe import Markup
-
 from rmoe.report.charts.chart import counted
-from rmoe.report.page import PLOTLY, json_for_script, laid_out, template, written
+from rmoe.report.page import laid_out, written
 from rmoe.report.probes import table
 from rmoe.report.probes.charts import probe_charts
+from rmoe.report.table import signed
 from rmoe.results.probes import MEAN, Card, Score, Summary
 
 
@@ -45,22 +44,17 @@ def write_page(folder: Path, summary: Summary, single_file: bool = False) -> Pat
 
 def render(summary: Summary, plotly: str | None = None) -> str:
     """The page's HTML; `plotly` is the library's source, to be inlined."""
-    charts = probe_charts(summary)
-    sections = list(dict.fromkeys(chart.section for chart in charts))
-    return template("probes.html").render(
-        title=_title(summary),
-        facts=_facts(summary),
-        finding=finding(summary),
-        notes=[f"{c.router} was trained one seed at a time: {c.note}" for c in summary.cards if c.note],
-        columns=[Column("router", ""), *(Column(name, "regret") for name in table.columns(summary))],
-        table=[_row(card, summary) for card in summary.cards],
-        caption=table.caption(summary),
-        sections=[(name, laid_out([c for c in charts if c.section == name])) for name in sections],
-        about=_about(summary),
-        data=json_for_script({"charts": {c.id: {"data": c.data, "layout": c.layout} for c in charts}}),
-        plotly_file=PLOTLY,
-        plotly_source=Markup(plotly) if plotly else None,  # nosec B704
-    )
+    parts = {
+        "title": _title(summary),
+        "facts": _facts(summary),
+        "verdict": finding(summary),
+        "notes": [f"{c.router} was trained one seed at a time: {c.note}" for c in summary.cards if c.note],
+        "columns": [Column("router", ""), *(Column(name, "regret") for name in table.columns(summary))],
+        "table": [_row(card, summary) for card in summary.cards],
+        "caption": table.caption(summary),
+        "about": _about(summary),
+    }
+    return laid_out("probes.html", probe_charts(summary), parts, plotly)
 
 
 def finding(summary: Summary) -> str:
@@ -70,13 +64,10 @@ def finding(summary: Summary) -> str:
     text = f"{best.router} has the lowest regret {where}, {best.scores[MEAN].mean:.3f}."
     against = best.scores[MEAN].against
     if best.router != summary.baseline and against is not None:
-        mean, low, high = map(_signed, (against.mean, against.interval.low, against.interval.high))
+        found = (against.mean, against.interval.low, against.interval.high)
+        mean, low, high = (signed(value, 3) for value in found)
         text += f" Against {summary.baseline}: {mean} ({low} to {high}), {against.verdict}."
     return text
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
 
 
 def _title(summary: Summary) -> str:

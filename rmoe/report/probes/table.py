@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rmoe.errors import one_line
+from rmoe.report.table import plain
 from rmoe.results.probes import MEAN, Card, Score, Summary
 
 HELP = "Regret: 0 is optimal, 1 knows nothing."
@@ -41,16 +42,9 @@ def markdown(summary: Summary) -> str:
         "",
         "| " + " | ".join(heads) + " |",
         "|---|" + "---:|" * (len(heads) - 1),
-        *(
-            f"| `{_plain(card.router)}` | " + " | ".join(cells(card, summary)) + " |"
-            for card in summary.cards
-        ),
+        *(f"| `{plain(card.router)}` | " + " | ".join(cells(card, summary)) + " |" for card in summary.cards),
     ]
     return "\n".join([*lines, ""])
-
-
-def _plain(text: str) -> str:
-    return one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def terminal(summary: Summary) -> str:

@@ -1,4 +1,4 @@
-"""What is asked of a finished run: its test figure, and how its model routes."""
+"""A finished run evaluated: its model on the test split, and how it routes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _load(folder: Path, place: Place) -> PreTrainedModel:
     return model.to("cpu" if place.cpu else "cuda")  # type: ignore[arg-type]
 
 
-def figure_on_test(config: RunConfig, folder: Path) -> float:
-    """The finished model's figure on the whole test split, in the corpus's unit."""
+def evaluate_test(config: RunConfig, folder: Path) -> float:
+    """The finished model's loss on the whole test split, in the corpus's unit."""
     load_plugins(config.plugin)
     corpus, place = prepare(config.data, config.training.sequence_length), place_of(config)
     with torch_settings(config):
@@ -38,7 +38,7 @@ def figure_on_test(config: RunConfig, folder: Path) -> float:
     return corpus.in_unit("test", evaluation.loss)
 
 
-def measure(config: RunConfig, folder: Path, name: str, tokens: int) -> ModelAnalysis:
+def measure_routing(config: RunConfig, folder: Path, name: str, tokens: int) -> ModelAnalysis:
     """How a finished run's model routes the first `tokens` tokens of the validation split.
 
     Also how stable that is against the checkpoint before the last, and what was recorded while it trained.
@@ -74,7 +74,7 @@ def _earlier_checkpoint(folder: Path, last: int) -> Path | None:
 
 
 def _over_training(folder: Path) -> list[OverTraining]:
-    """The per-layer figures of `metrics.jsonl`."""
+    """The per-layer metrics of `metrics.jsonl`."""
     recorded = ("gate_entropy", "load_imbalance")
     rows = [row for row in read_metrics(folder / METRICS) if row["kind"] == "train"]
     rows = [

@@ -1,19 +1,15 @@
-"""Routers from outside the package, and changes to named ones from the command line. Imports no torch."""
+"""Modules and files from outside the package that register routers."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from rmoe.errors import RequestError, one_line
 from rmoe.places import expand
-from rmoe.routing.spec import RouterSpec
 
 
 def load_plugins(plugins: tuple[str, ...]) -> dict[str, str]:
@@ -55,29 +51,3 @@ def _load_plugin(plugin: str) -> str:
     except Exception as error:  # whatever a plugin does wrong is the request's fault, said in one line
         said = one_line(f"{type(error).__name__}: {error}")
         raise RequestError("--plugin", plugin, f"a module or .py file that imports ({said})") from error
-
-
-def with_options(spec: RouterSpec, changes: Sequence[str]) -> RouterSpec:
-    """`spec` with `stage.option=value` changes, values as JSON or text.
-
-    Raises:
-        RequestError: unknown stage or option, or a value that is not allowed.
-    """
-    data: dict[str, Any] = spec.to_dict()
-    for change in changes:
-        name, separator, text = change.partition("=")
-        stage, _, option = name.partition(".")
-        table = data.get(stage)
-        if not separator or not isinstance(table, dict) or option not in table or option == "losses":
-            options = (f"{s}.{o}" for s, t in data.items() if isinstance(t, dict) for o in t if o != "losses")
-            raise RequestError("--router-option", change, f"NAME=VALUE, NAME one of {', '.join(options)}")
-        table[option] = _json_value(text)
-    return RouterSpec.from_dict(data)
-
-
-def _json_value(text: str) -> object:
-    """`256`, `0.5`, `true`, `null` as JSON means them; anything else is the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

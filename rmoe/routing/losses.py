@@ -1,0 +1,153 @@
+"""Balance losses: pure functions of the layers' `Routing`. Their mean over layers is added to the training loss.
+
+A loss is its own options: called with a `LossView` it gives `[L]`, one number per layer, computed for all layers at
+once. Layers are never pooled before a product: pooled, too much load on an expert in one layer would cancel too
+little in another.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rmoe.routing.contract import RouterContext
+from rmoe.routing.options import Options
+from rmoe.validation import NotNegative
+
+
+class LossView(NamedTuple):
+    """What a balance loss may look at: the decisions of all `L` layers for this micro-batch.
+
+    Attributes:
+        logits, probs: `[L, T, C]`, see `Routing`.
+        experts: `[L, T, K]`.
+        context: mask and shape of the micro-batch.
+        counts: `[L, E]`, the assignments whose shares the loss uses (`BalanceSpec.scope`).
+        num_experts: `E`.
+        top_k: `k`.
+        experts_matrices: `[C, f]` of each layer, or None.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    experts: Tensor
+    context: RouterContext
+    counts: Tensor
+    num_experts: int
+    top_k: int
+    experts_matrices: list[Tensor | None]
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real tokens of `[L, T, *]`: `[L, *]`."""
+    if mask is None:
+        return values.mean(1)
+    return torch.einsum("lt...,t->l...", values, mask.to(values.dtype)) / mask.sum().clamp(min=1)
+
+
+class Loss(Options):
+    """Base of all balance losses.
+
+    `weight` multiplies it in the training loss; None stands for the model's `router_aux_loss_coef`.
+    """
+
+    stage = "loss"
+
+    weight: NotNegative | None = None
+
+    def name_of(self, option: str) -> str:
+        return f"loss.{self.kind}.{option}"
+
+    def __call__(self, view: LossView) -> Tensor:
+        """`[L]`, one value per layer."""
+        raise NotImplementedError
+
+
+class LoadBalance(Loss):
+    """`E sum_n f_n P_n`: `f_n` share of assignments to expert n, `P_n` its mean probability (Switch, Eq. 4 to 6).
+
+    With `count="assignments"` the `f_n` sum to 1 and perfect balance gives 1; with "tokens" `f_n` is the share of
+    tokens, k times as large (OLMoE's and transformers' codes differ by this factor). The gradient flows through `P`.
+    """
+
+    kind = "load_balance"
+
+    count: Literal["assignments", "tokens"] = "assignments"
+
+    def __call__(self, view: LossView) -> Tensor:
+        experts = view.num_experts
+        mean = masked_mean(view.probs[..., :experts], view.context.mask)
+        counts = view.counts.to(mean.dtype)
+        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        scale = experts * (view.top_k if self.count == "tokens" else 1)
+        return scale * (share * mean).sum(-1)
+
+
+class ZLoss(Loss):
+    """`mean_t logsumexp(logits_t)^2` (ST-MoE, Eq. 5)."""
+
+    kind = "z"
+
+    weight: NotNegative | None = 1e-3
+
+    def __call__(self, view: LossView) -> Tensor:
+        return masked_mean(torch.logsumexp(view.logits, -1).square(), view.context.mask)
+
+
+class SequenceBalance(Loss):
+    """`mean_b E sum_n f_bn P_bn` within each sequence b (DeepSeek-V3, Eq. 17 to 20); `f_b` sums to 1."""
+
+    kind = "sequence_balance"
+
+    weight: NotNegative | None = 1e-4
+
+    def __call__(self, view: LossView) -> Tensor:
+        experts, batch, length = view.num_experts, view.context.batch, view.context.length
+        mask, layers = view.context.mask, view.probs.shape[0]
+        real = torch.ones_like(view.probs[0, :, 0]) if mask is None else mask.to(view.probs.dtype)
+        # One bin per layer, sequence and expert, and one for empty slots.
+        owner = torch.arange(layers * batch, device=real.device).view(layers, batch, 1)
+        chosen = view.experts.view(layers, batch, -1) + owner * (experts + 1)
+        weights = real[None, :, None].expand_as(view.experts).reshape(-1)
+        load = torch.zeros(layers * batch * (experts + 1), dtype=real.dtype, device=real.device).scatter_add(
+            0, chosen.reshape(-1), weights
+        )
+        load = load.view(layers, batch, experts + 1)[..., :experts]
+        share = load / load.sum(-1, keepdim=True).clamp(min=1)
+        real = real.view(batch, length)
+        probs = view.probs[..., :experts].view(layers, batch, length, experts)
+        mean = torch.einsum("lbsn,bs->lbn", probs, real) / real.sum(-1)[:, None].clamp(min=1)
+        per_sequence = experts * (share * mean).sum(-1)  # [L, B]
+        present = (real.sum(-1) > 0).to(mean.dtype)
+        return (per_sequence * present).sum(-1) / present.sum().clamp(min=1)
+
+
+class MutualInformation(Loss):
+    """`-(H(mean_t p_t) - mean_t H(p_t))` in nats (ModuleFormer): lower when experts are used evenly and surely."""
+
+    kind = "mutual_information"
+
+    weight: NotNegative | None = 1e-3
+
+    def __call__(self, view: LossView) -> Tensor:
+        probs, mask = view.probs, view.context.mask
+        marginal = torch.special.entr(masked_mean(probs, mask)).sum(-1)
+        return masked_mean(torch.special.entr(probs).sum(-1), mask) - marginal
+
+
+class SimilarityPreserving(Loss):
+    """`|| R R^T - I ||_1 / E^2`, `R` `[E, f]` the scorer's expert vectors (2506.14038); over `E^2` is our scaling."""
+
+    kind = "similarity_preserving"
+
+    weight: NotNegative | None = 1e-2
+
+    def __call__(self, view: LossView) -> Tensor:
+        if any(matrix is None for matrix in view.experts_matrices):
+            raise ValueError("similarity_preserving needs a scorer with an experts matrix")
+        matrix = torch.stack(view.experts_matrices)  # type: ignore[arg-type]
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        gram = matrix @ matrix.mT
+        return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().mean((-2, -1))

@@ -1,0 +1,78 @@
+"""One validator: msgspec's types and bounds, and the one place that turns what it refuses into a `RequestError`."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from rmoe.errors import RequestError
+
+# A bound's description is what its error says is allowed.
+Positive = Annotated[float, Meta(gt=0, description="a value above 0")]
+PositiveInt = Annotated[int, Meta(gt=0, description="a value above 0")]
+NotNegative = Annotated[float, Meta(ge=0, description="0 or more")]
+NotNegativeInt = Annotated[int, Meta(ge=0, description="0 or more")]
+Share = Annotated[float, Meta(ge=0, lt=1, description="0 to below 1")]
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise the `RequestError` for `name` unless `ok`."""
+    if not ok:
+        raise RequestError(name, value, allowed)
+
+
+def check(name: str, value: object, annotation: Any) -> None:
+    """Require a value to be of a type and within its bounds. An int fits a float; a bool fits neither.
+
+    >>> check("gate.k", 2, PositiveInt | None)
+    >>> check("gate.k", 0, PositiveInt | None)
+    Traceback (most recent call last):
+    rmoe.errors.RequestError: gate.k is 0; allowed: a value above 0, or null
+
+    Raises:
+        RequestError: naming the field, the value and what is allowed.
+    """
+    if not _fits(value, annotation):
+        bare = _without_bounds(annotation)
+        raise RequestError(name, value, _bounds(annotation) if _fits(value, bare) else _phrase(bare))
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    if typing.get_origin(annotation) is tuple:  # of instances, which msgspec would build and not take
+        return isinstance(value, tuple) and all(isinstance(v, typing.get_args(annotation)[0]) for v in value)
+    try:
+        msgspec.convert(value, annotation, strict=True)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; a type that is none is its only one."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _without_bounds(annotation: Any) -> Any:
+    bare = [typing.get_args(o)[0] if typing.get_origin(o) is Annotated else o for o in _options(annotation)]
+    return typing.Union[tuple(bare)]  # noqa: UP007 (made at run time)
+
+
+def _bounds(annotation: Any) -> str:
+    metas = (m for o in _options(annotation) if typing.get_origin(o) is Annotated for m in o.__metadata__)
+    phrase = " or ".join(str(m.description) for m in metas)
+    return phrase + (", or null" if type(None) in _options(annotation) else "")
+
+
+def _phrase(annotation: Any) -> str:
+    parts = []
+    for option in _options(annotation):
+        if typing.get_origin(option) is Literal:
+            parts += [repr(choice) for choice in typing.get_args(option)]
+        else:
+            parts.append("null" if option is type(None) else getattr(option, "__name__", str(option)))
+    return " or ".join(parts)

@@ -1,0 +1,91 @@
+"""The graft study: ways start at one function, a stopped study resumes, mixed codes are refused."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from experiments import graft_study
+from experiments.graft_study import GraftRow, Size, markdown, read_rows
+from rmoe.errors import RequestError
+
+TINY = Size(
+    layers=2, hidden=16, experts=4, length=32, batch=2, base_steps=4, steps=3, warmup=1, evaluation_blocks=4
+)
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """Two texts, under the names that the study knows."""
+    monkeypatch.setenv("RMOE_CACHE", str(tmp_path / "cache"))
+    for name, words in (("one.txt", "a text of its own. "), ("two.txt", "def f(x): return x\n")):
+        (tmp_path / name).write_text(words * 800)
+    monkeypatch.setattr(graft_study, "FIRST", "one.txt")
+    monkeypatch.setattr(graft_study, "SECOND", "two.txt")
+    return tmp_path
+
+
+def test_grafts_start_at_the_bases_function():
+    ids = torch.arange(24).reshape(2, 12)
+    base = graft_study.base_model(TINY, 64, 0).eval()
+    plain = base(input_ids=ids).logits
+    for way in ("nothing new", "rmoe", "eda-linear", "low-rank"):
+        model = graft_study.base_model(TINY, 64, 0).eval()
+        graft_study.WAYS[way](model, 0)
+        assert torch.equal(model(input_ids=ids).logits, plain), way
+        assert all(p.requires_grad for p in model.parameters())
+    model = graft_study.base_model(TINY, 64, 0)
+    graft_study.WAYS["router alone"](model, 0)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        f"model.layers.{layer}.mlp.gate.weight" for layer in range(TINY.layers)
+    ]
+
+
+def test_a_stopped_study_resumes_to_the_same_rows(texts):
+    whole, parts = texts / "whole.jsonl", texts / "parts.jsonl"
+    ways = ("nothing new", "rmoe")
+    graft_study.run(texts, texts / "out", 2, TINY, whole, ways)
+    graft_study.run(texts, texts / "again", 1, TINY, parts, ways[:1])
+    graft_study.run(texts, texts / "again", 2, TINY, parts, ways)
+    values = [{(r.way, r.seed): (r.first, r.second) for r in read_rows(path)} for path in (whole, parts)]
+    assert values[0] == values[1]
+    assert len(values[0]) == 4
+    assert len(set(values[0].values())) == 4
+    table = markdown(read_rows(whole))
+    assert table.count("| rmoe | 2 |") == 2
+    assert "baseline" in table
+
+
+def test_runs_of_another_size_are_refused(texts):
+    results = texts / "results.jsonl"
+    graft_study.run(texts, texts / "out", 1, TINY, results, ("nothing new",))
+    with pytest.raises(RequestError, match="size"):
+        graft_study.run(texts, texts / "out", 1, msgspec.structs.replace(TINY, steps=4), results)
+    row = msgspec.structs.replace(read_rows(results)[0], versions={"code": "another"})
+    results.write_bytes(msgspec.json.encode(row) + b"\n")
+    with pytest.raises(RequestError, match="versions"):
+        graft_study.run(texts, texts / "out", 1, TINY, results)
+
+
+def test_the_table_is_its_rows():
+    def row(way: str, seed: int, second: float) -> GraftRow:
+        return GraftRow(
+            way=way,
+            seed=seed,
+            first=2.0,
+            second=second,
+            base_first=2.0,
+            base_second=3.0,
+            trained_parameters=10,
+            seconds=1.0,
+            size=TINY,
+            versions={},
+            hardware="none",
+        )
+
+    rows = [row("nothing new", seed, 2.0 + seed / 100) for seed in range(3)]
+    rows += [row("rmoe", seed, second) for seed, second in enumerate((1.9, 1.92, 1.91))]
+    # differences -0.1, -0.09, -0.11: mean -0.1, half-width 4.303 x 0.01 / sqrt(3)
+    line = "| rmoe | 3 | 10 | `tech.txt.gz` | 1.9100 | -0.1000 | -0.1248 to -0.0752 | better |"
+    assert line in markdown(rows)
