@@ -27,6 +27,7 @@ VERBS = {
     "probe": "what routers can do, on tasks with a known optimum, in minutes",
     "compare": "train several routers on the same data and compare them with statistics",
     "analyze": "measure the routing of a model, ours or any Hugging Face MoE",
+    "trace": "write down which experts a model sends each token to",
     "graft": "put a recurrent router onto a pretrained MoE without changing its function",
     "families": "which MoE model types can be read and grafted, each one tried",
     "finetune": "instruction tuning or classification, with the router frozen or not",

@@ -10,11 +10,15 @@ Imports no torch.
 
 from __future__ import annotations
 
+import base64
+import zlib
 from pathlib import Path
 from typing import TypeAlias
 
 import msgspec
+import numpy as np
 
+from rmoe.errors import RequestError
 from rmoe.records import Record, read_record, write_record
 
 ANALYSIS_VERSION = 1
@@ -51,6 +55,60 @@ class LayerMeasure(Record, frozen=True, kw_only=True):
 
     values: list[float]  # [L]
     overall: float
+    n: int
+
+
+class Packed(Record, frozen=True, kw_only=True):
+    """A large array in few bytes: base64 of zlib of its little-endian values in C order. See `pack`, `unpack`."""
+
+    dtype: str  # of NumPy: "int32", "float32"
+    shape: list[int]
+    data: str
+
+
+class LoadSummary(Record, frozen=True, kw_only=True):
+    """How loads spread over a layer's experts, as multiples of the mean load, from `n` tokens."""
+
+    quantiles: Matrix  # [L][5]: smallest, 5th percentile, median, 95th percentile, largest
+    dead: list[int]  # [L] experts that no token chose
+    max_violation: list[float]  # [L] MaxVio: (largest load - mean load) / mean load
+    n: int
+
+
+class Coverage(Record, frozen=True, kw_only=True):
+    """Share of a layer's assignments that its m most chosen experts take, from `n` tokens."""
+
+    hottest: list[int]  # [M] m
+    values: Matrix  # [L][M]
+    n: int
+
+
+class Contexts(Record, frozen=True, kw_only=True):
+    """Where in the text each expert has its largest weights. A context is the text around a position."""
+
+    vocabulary: list[str]  # text of each different token
+    text: Packed  # [n] int32: the whole text as indices into `vocabulary`
+    positions: Packed  # [L, E, C] int32, largest weight first, -1 beyond an expert's last
+    weights: Packed  # [L, E, C] float32
+
+
+class Flips(Record, frozen=True, kw_only=True):
+    """How often two models, or one in two precisions, choose different experts for the same tokens."""
+
+    other: str  # the second model's name
+    values: list[float]  # [L] share of tokens whose set of experts differs
+    any_layer: float  # share of tokens with a difference in at least one layer
+    n: int
+
+
+class Predictability(Record, frozen=True, kw_only=True):
+    """Recall of layer l + 1's choice from what layer l's router reads: mean over tokens of |predicted & chosen| / k."""
+
+    own_router: list[float | None]  # [L - 1] layer l + 1's scorer matrix on the input of layer l's router
+    at_its_own_input: list[
+        float | None
+    ]  # [L - 1] the same matrix on its own input: what it can reach at most
+    chance: list[float]  # [L - 1] k / E
     n: int
 
 
@@ -197,6 +255,14 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     frequency: Matrix | None = None  # [L][E] share of assignments (Fig. 12)
     frequency_n: int = 0  # tokens behind `frequency`
     load_imbalance: LayerMeasure | None = None  # largest share over mean share: E * max_n f_n
+    load: LoadSummary | None = None
+    coverage: Coverage | None = None
+    contexts: Contexts | None = None
+    flips: Flips | None = None
+    predictability: Predictability | None = None
+    saliency: Packed | None = (
+        None  # [L, E] float32: REAP's mean of weight times norm of output; NaN without tokens
+    )
     drop_ratio: DropRatio | None = None
     similarity: Similarity | None = None
     router_weights: RouterWeights | None = None
@@ -216,6 +282,33 @@ class Analysis(Record, frozen=True, kw_only=True):
     text: Text
     models: list[ModelAnalysis]
     notes: list[str] = msgspec.field(default_factory=list)
+
+
+def pack(array: np.ndarray) -> Packed:
+    """Put an array into few bytes.
+
+    >>> unpack(pack(np.arange(3, dtype=np.int32))).tolist()
+    [0, 1, 2]
+    """
+    raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+    data = base64.b64encode(zlib.compress(raw)).decode()
+    return Packed(dtype=array.dtype.name, shape=list(array.shape), data=data)
+
+
+def unpack(packed: Packed) -> np.ndarray:
+    """The array again.
+
+    Raises:
+        RequestError: not what `pack` gives.
+    """
+    try:
+        raw = zlib.decompress(base64.b64decode(packed.data, validate=True))
+        dtype = np.dtype(packed.dtype).newbyteorder("<")
+        return np.frombuffer(raw, dtype).reshape(packed.shape).astype(packed.dtype)
+    except (ValueError, TypeError, zlib.error) as error:
+        raise RequestError(
+            "packed array", f"{packed.dtype} {packed.shape}", f"one that fits ({error})"
+        ) from error
 
 
 def write_analysis(path: Path, analysis: Analysis) -> None:
