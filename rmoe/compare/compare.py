@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rmoe.compare import plan as plans
+from rmoe.compare.engines import Engine, engine_of
 from rmoe.compare.equal_time import with_branch_points
 from rmoe.compare.gate import gated, read_other
 from rmoe.compare.phases import Options as Options
@@ -20,8 +21,7 @@ from rmoe.compare.phases import (
     train_until_decided,
 )
 from rmoe.compare.plan import Plan
-from rmoe.compare.pool import Pool
-from rmoe.compare.sharing import share
+from rmoe.compare.sharing import place
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError, RunError
 from rmoe.places import require_writable
@@ -86,14 +86,14 @@ def compare(
         _plan(config, routers, seeds, baseline, sweep, max_seeds), lengths=tuple(sorted(set(lengths)))
     )
     other = None if gate is None else read_other(gate, plan)
-    setting, notes = _set_up(plan, out, match_params, options)
+    setting, engine, notes = _set_up(plan, out, match_params, options)
     try:
-        with Pool(setting.sharing.jobs, setting.sharing.threads, out / "logs") as pool:
-            setting = train_until_decided(setting, pool)
-            judge_chosen(setting, pool)
-            train_branches(setting, pool)
-            time_each_alone(setting)
-            analysis = analyse(setting, pool)
+        with engine:
+            setting = train_until_decided(setting, engine)
+            judge_chosen(setting, engine)
+            train_branches(setting, engine)
+            time_each_alone(setting, engine)
+            analysis = analyse(setting, engine)
     except KeyboardInterrupt:
         runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
         saved = f"{runs}, and checkpoints of those under way, in {out}"
@@ -163,18 +163,21 @@ def _plan(
     )
 
 
-def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tuple[Setting, list[str]]:
+def _set_up(
+    plan: Plan, out: Path, match_params: bool, options: Options
+) -> tuple[Setting, Engine, list[str]]:
     """Prepare the text once for all workers, refuse what cannot work, take the folder."""
     import torch
 
     from rmoe.data import prepare
+    from rmoe.training.build import load_plugins
     from rmoe.training.environment import hardware, versions
 
     training = plan.config.training
     on_gpu = torch.cuda.is_available() and training.device != "cpu"
     if options.jobs is not None and options.jobs < 1:
         raise RequestError("--jobs", options.jobs, "1 or more")
-    sharing = share(plan.config.model, training, options.jobs, on_gpu)
+    wants, sharing = place(plan.config, options.engine, options.jobs, on_gpu)
     plan = plans.with_threads(plan, sharing.threads)
     prepared = prepare(plan.config.data, training.sequence_length)
     for split in ("train", "valid", "test"):
@@ -195,10 +198,15 @@ def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tupl
         notes.append(
             "At the size of the quick preset no router is expected to win; the paper's small model saw none."
         )
-    plans.enter(out, plan, corpus.sha256)
-    setting = Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads))
-    setting.rows()  # a results.jsonl of another version is refused before anything is trained
-    return setting, notes
+    engine = engine_of(options.engine, out, wants, sharing.jobs, sharing.threads)
+    try:
+        notes += plans.enter(out, plan, corpus.sha256, load_plugins(plan.config.plugin), options.engine.kind)
+        setting = Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads), wants)
+        setting.rows()  # a results.jsonl of another version is refused before anything is trained
+    except RequestError:
+        engine.close(interrupted=False)
+        raise
+    return setting, engine, notes
 
 
 def _count(config: RunConfig, vocab_size: int) -> int:

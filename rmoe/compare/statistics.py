@@ -219,7 +219,7 @@ def compare_to_baseline(
     }
     tested = [name for name, differences in paired.items() if len(differences) > 1]
     values = {name: list(paired[name].values()) for name in tested}
-    tests = {name: _t_test(values[name], confidence, looks) for name in tested}
+    tests = {name: t_test(values[name], confidence, looks) for name in tested}
     p_equal = {name: equivalence_p(values[name], margin) for name in tested}
     p_used = {name: tests[name][1] for name in tested}
     p_equal_used = p_equal
@@ -270,7 +270,7 @@ def _at_looks(
     return [p_of(differences[:pairs]) for pairs in looks if pairs <= len(differences)]
 
 
-def _t_test(differences: Sequence[float], confidence: float, looks: Looks | None) -> tuple[Interval, float]:
+def t_test(differences: Sequence[float], confidence: float, looks: Looks | None) -> tuple[Interval, float]:
     """`t_interval`; with looks, one that holds the mean at every look so far with this confidence."""
     if (
         looks is not None

@@ -128,4 +128,4 @@ def test_threads_do_not_follow_from_jobs():
     assert threads == {1}
     assert share(model, training, 5, on_gpu=False).jobs == 5
     large = RunConfig.from_preset("pretrain-0.9b")
-    assert share(large.model, large.training, None, on_gpu=True).jobs == 1
+    assert share(large.model, large.training, None, on_gpu=True).jobs is None  # as many as the GPUs take
