@@ -163,9 +163,7 @@ def _plan(
     )
 
 
-def _set_up(
-    plan: Plan, out: Path, match_params: bool, options: Options
-) -> tuple[Setting, Engine, list[str]]:
+def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tuple[Setting, Engine, list[str]]:
     """Prepare the text once for all workers, refuse what cannot work, take the folder."""
     import torch
 

@@ -21,7 +21,7 @@ from rmoe.errors import RunError
 from rmoe.report.charts.chart import counted
 from rmoe.results.analysis import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
 from rmoe.results.rows import Failure, ResultRow, append_row, finished, read_rows
-from rmoe.results.run import Corpus, Hardware, RunResult, Versions
+from rmoe.results.run import Corpus, Hardware, Versions
 from rmoe.routing.zoo import ZOO
 
 ANALYSED_AT_MOST = 8  # models in one report: the baseline and those with the lowest loss
@@ -45,7 +45,7 @@ class Options:
     timing_rounds: int = 3
     analysis_tokens: int = 65_536
     single_file: bool = False
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = EngineConfig()  # noqa: RUF009  frozen
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ def place(config: RunConfig, engine: EngineConfig, jobs: int | None, on_gpu: boo
     gpus = engine.gpus if engine.gpus is not None else processes if gpus_here else 0
     data = processes // parallel.same_data
     if training.batch_size % data:
-        raise RequestError("training.batch_size", training.batch_size, f"a multiple of {data}, the processes of a run")
+        raise RequestError(
+            "training.batch_size", training.batch_size, f"a multiple of {data}, the processes of a run"
+        )
     sharing = share(config.model, training, jobs, gpus > 0, processes)
     cpus = engine.cpus or sharing.threads * processes
     return Wants(cpus=cpus, gpus=gpus, processes=processes, memory_gib=engine.memory_gib), sharing

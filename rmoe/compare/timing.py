@@ -88,9 +88,7 @@ class TimeAlone(Record, frozen=True, kw_only=True):
         return found
 
     def _turn(self, worker: Process, name: str) -> Measured:
-        answer = worker.do(
-            TimeSteps(config=self.configs[name], steps=STEPS), Wants(processes=self.processes)
-        )
+        answer = worker.do(TimeSteps(config=self.configs[name], steps=STEPS), Wants(processes=self.processes))
         if answer.error is not None:
             raise RunError(f"timing {name} failed: {answer.error}", "every run", "run the same command again")
         measured: Measured = answer.value

@@ -34,7 +34,10 @@ def test_answers_come_by_name_and_a_failure_is_one_line(tmp_path):
 @pytest.mark.parametrize(("retries", "times", "value"), [(2, 2, 3), (1, 2, None), (0, 1, None), (0, 0, 1)])
 def test_a_job_whose_process_dies_is_started_again_so_often(retries, times, value, tmp_path):
     with LocalEngine([[]], 1, tmp_path / "logs", retries) as engine:
-        jobs = {"crash": Crash(attempts=str(tmp_path / "attempts"), times=times), "next": Environment(names=[])}
+        jobs = {
+            "crash": Crash(attempts=str(tmp_path / "attempts"), times=times),
+            "next": Environment(names=[]),
+        }
         answers = dict(engine.answers(jobs, Wants()))
     assert answers["crash"].value == value
     assert answers["crash"].lost == (value is None)
@@ -91,7 +94,9 @@ def test_set_up_lines_come_first_and_their_failure_is_said(tmp_path):
 def test_leaving_early_lets_what_runs_save(tmp_path):
     file = tmp_path / "count"
     with LocalEngine([[]], 1, tmp_path / "logs", retries=5) as engine:
-        answers = engine.answers({"quick": Environment(names=[]), "long": Count(file=str(file), steps=10_000)}, Wants())
+        answers = engine.answers(
+            {"quick": Environment(names=[]), "long": Count(file=str(file), steps=10_000)}, Wants()
+        )
         assert next(answers)[0] == "quick"
         while not file.exists():
             time.sleep(0.05)
