@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rmoe.compare import plan as plans
 from rmoe.compare.engines import Engine, engine_of
+from rmoe.compare.engines.local import LocalEngine
 from rmoe.compare.equal_time import with_branch_points
 from rmoe.compare.gate import gated, read_other
 from rmoe.compare.phases import Options as Options
@@ -90,10 +91,11 @@ def compare(
     try:
         with engine:
             setting = train_until_decided(setting, engine)
-            judge_chosen(setting, engine)
+            near = _near(setting, engine)
+            judge_chosen(setting, near)
             train_branches(setting, engine)
             time_each_alone(setting, engine)
-            analysis = analyse(setting, engine)
+            analysis = analyse(setting, near)
     except KeyboardInterrupt:
         runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
         saved = f"{runs}, and checkpoints of those under way, in {out}"
@@ -118,6 +120,13 @@ def compare(
     (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
     write_report(out / "report", summary, analysis, single_file=options.single_file)
     return summary
+
+
+def _near(setting: Setting, engine: Engine) -> Engine:
+    """Where finished models are: with the engine, or, once fetched, on this machine."""
+    if setting.options.engine.fetch == "no":
+        return engine
+    return LocalEngine([[]], setting.sharing.threads, setting.out / "logs")
 
 
 # --- before anything is trained ------------------------------------------------------------------
@@ -175,6 +184,14 @@ def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tupl
     on_gpu = torch.cuda.is_available() and training.device != "cpu"
     if options.jobs is not None and options.jobs < 1:
         raise RequestError("--jobs", options.jobs, "1 or more")
+    if options.engine.fetch != "no" and plan.lengths:
+        raise RequestError(
+            "--lengths", ",".join(map(str, plan.lengths)), "given with a shared folder, not engine.fetch"
+        )
+    if options.engine.fetch == "result" and plan.sweep:
+        raise RequestError(
+            "engine.fetch", "result", "model with --sweep: the chosen models are evaluated here"
+        )
     wants, sharing = place(plan.config, options.engine, options.jobs, on_gpu)
     plan = plans.with_threads(plan, sharing.threads)
     prepared = prepare(plan.config.data, training.sequence_length)
@@ -187,6 +204,10 @@ def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tupl
         "defined for: it is no like-for-like comparison."
         for name, change in plan.changes.items()
     ]
+    if options.engine.fetch != "no":
+        notes.append(
+            "Runs travelled without a shared folder: one whose machine died began anew, and no checkpoints are here."
+        )
     plan, said = _buildable(plan, prepared.vocab_size)
     notes += said
     if match_params:

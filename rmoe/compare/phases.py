@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import msgspec
 
 from rmoe.compare import plan as plans
 from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
+from rmoe.compare.engines.fetch import Fetched, unpack
 from rmoe.compare.jobs import EvaluateTest, MeasureRouting, Train
 from rmoe.compare.plan import Plan, Run
 from rmoe.compare.progress import Progress
@@ -23,6 +25,7 @@ from rmoe.results.analysis import Analysis, ModelAnalysis, Text, read_analysis, 
 from rmoe.results.rows import Failure, ResultRow, append_row, finished, read_rows
 from rmoe.results.run import Corpus, Hardware, Versions
 from rmoe.routing.zoo import ZOO
+from rmoe.training.run_folder import MODEL
 
 ANALYSED_AT_MOST = 8  # models in one report: the baseline and those with the lowest loss
 
@@ -141,7 +144,7 @@ def _train_missing(setting: Setting, engine: Engine) -> None:
         for run in missing
     }
     runs = {run.key: run for run in missing}
-    steps, wants = setting.plan.config.training.max_steps, setting.wants
+    steps = setting.plan.config.training.max_steps
     print(
         f"training {counted([len(missing)], 'run')}, {engine.at_once} with "
         f"{counted([setting.sharing.threads], 'thread')} each; logs in {setting.out / 'logs'}",
@@ -149,9 +152,25 @@ def _train_missing(setting: Setting, engine: Engine) -> None:
         flush=True,
     )
     with Progress({run.key: setting.folder(run) for run in missing}, steps) as progress:
-        for key, answer in engine.answers(jobs, wants):
+        for key, answer in _trained(setting, engine, jobs):
             append_row(setting.results, _row(setting, runs[key], _unless_stopped(key, answer)))
             progress.finished(key, answer.error)
+
+
+def _trained(setting: Setting, engine: Engine, jobs: Mapping[str, Train]) -> Iterator[tuple[str, Answer]]:
+    """Answers of training jobs; without a shared folder the runs' own come with them."""
+    what = setting.options.engine.fetch
+    if what == "no":
+        yield from engine.answers(jobs, setting.wants)
+        return
+    fetched = {name: Fetched(job=job, what=what) for name, job in jobs.items()}
+    for name, answer in engine.answers(fetched, setting.wants):
+        if answer.error is None:
+            result, files = answer.value
+            unpack(files, Path(jobs[name].folder))
+            place = {"folder": jobs[name].folder, "model": str(Path(jobs[name].folder, MODEL))}
+            answer = msgspec.structs.replace(answer, value=msgspec.structs.replace(result, **place))
+        yield name, answer
 
 
 def _unless_stopped(key: str, answer: Answer) -> Answer:
@@ -265,7 +284,7 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
         rounds=setting.options.timing_rounds,
         logs=str(setting.out / "logs"),
     )
-    wants = replace(setting.wants, processes=1, node=setting.options.engine.node)
+    wants = replace(setting.wants, processes=1, node=setting.options.engine.node, alone=True)
     for _, answer in engine.answers({"timing": job}, wants):
         if answer.error is not None:
             raise RunError(answer.error, "every run", "run the same command again")
@@ -275,7 +294,7 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
 
 def analyse(setting: Setting, engine: Engine) -> Analysis | None:
     """Measure the routing of each router's first run; `analysis.json`."""
-    if not setting.options.analysis_tokens:
+    if not setting.options.analysis_tokens or setting.options.engine.fetch == "result":
         return None
     path = setting.out / plans.ANALYSIS
     results, runs = finished(setting.rows().values()), _first_runs(setting)

@@ -24,6 +24,14 @@ def engine_of(config: EngineConfig, out: Path, wants: Wants, jobs: int | None, t
     Raises:
         RequestError: it is not installed, does not answer, or has not what a run wants.
     """
+    if config.kind == "ray":
+        from rmoe.compare.engines.ray import RayEngine
+
+        return RayEngine(config, out, wants, threads)
+    if config.kind == "slurm":
+        from rmoe.compare.engines.slurm import SlurmEngine
+
+        return SlurmEngine(config, out, wants, threads)
     if config.node not in (None, os.uname().nodename):
         raise RequestError("engine.node", config.node, f"{os.uname().nodename} with --engine local")
     gpus = wants.gpus

@@ -28,8 +28,8 @@ class EngineConfig:
         retries: how often a run whose process or machine died is started again, from its last checkpoint.
         setup: shell lines before a run's process starts: `module load cuda`. May be given several times.
         shared: a folder that every machine sees, with --out in it; default --out itself. Checked by a written token.
-        fetch: ray without a shared folder: bring each run's folder back when it ends, `result` or with the `model`. What
-            a lost machine has trained is then lost.
+        fetch: ray without a shared folder: bring each run's folder back when it ends, `result` or with the `model`.
+            What a lost machine has trained is then lost.
         address: ray: of a running cluster, HOST:PORT; default is one of this machine, for this grid.
         node: machine on which each router is timed alone; default is any.
         partition: slurm.

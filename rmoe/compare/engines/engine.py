@@ -31,6 +31,7 @@ class Wants:
         processes: that it runs as; above 1 the engine starts `torchrun`.
         memory_gib: None does not say.
         node: the machine it must run on, by the name its engine knows; None is any.
+        alone: with nothing else on that machine.
     """
 
     cpus: int = 1
@@ -38,6 +39,7 @@ class Wants:
     processes: int = 1
     memory_gib: float | None = None
     node: str | None = None
+    alone: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

@@ -58,9 +58,12 @@ class Process:
 
     def do(self, job: Job, wants: Wants, retries: int = 0) -> Answer:
         """Have a job done; one whose process dies is started again, so many times."""
-        while (answer := self._once(spread(job, wants))).lost and retries and not self._closing.is_set():
+        while not self._closing.is_set():
+            answer = self._once(spread(job, wants))
+            if not answer.lost or not retries:
+                return answer
             retries -= 1
-        return answer
+        return Answer(error="stopped before it began", stopped=True)
 
     def _once(self, job: Job) -> Answer:
         self.start()
@@ -68,6 +71,8 @@ class Process:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
+        if self._closing.is_set():
+            process.terminate()
         try:
             process.stdin.write(pickle.dumps(job))
             process.stdin.flush()
@@ -76,6 +81,8 @@ class Process:
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             status = process.wait()
         self._free()
+        if self._closing.is_set():
+            return Answer(error="stopped; its last checkpoint stays", stopped=True)
         cause = f"by signal {-status}" if status < 0 else f"with status {status}"
         return Answer(error=f"the worker process ended {cause}; see {self.log}", lost=True)
 
