@@ -36,4 +36,4 @@ def engine_of(config: EngineConfig, out: Path, wants: Wants, jobs: int | None, t
         raise RequestError("engine.node", config.node, f"{os.uname().nodename} with --engine local")
     gpus = wants.gpus
     slots = slots_of(jobs, gpus, config.runs_per_gpu) if gpus else [[] for _ in range(jobs or 1)]
-    return LocalEngine(slots, threads, out / "logs", config.retries, config.setup)
+    return LocalEngine(slots, threads, out / "logs", config.retries, config.setup, journal=out)

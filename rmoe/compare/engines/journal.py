@@ -6,12 +6,14 @@ finds jobs that outlived it, and how `rmoe runs` knows of runs that have no fold
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from rmoe.compare.engines.engine import Answer
 from rmoe.records import NOT_JSON, Record, append_lines
 
 JOURNAL = Path("engine") / "journal.jsonl"
@@ -37,10 +39,17 @@ class Entry(Record, frozen=True, kw_only=True):
     driver: str | None = None
 
 
+def state_of(answer: Answer) -> JobState:
+    """The state of a job that has answered."""
+    if answer.stopped:
+        return "stopped"
+    if answer.lost:
+        return "lost"
+    return "answered" if answer.error is None else "failed"
+
+
 def note(out: Path, name: str, state: JobState, engine: str, id: str | None = None) -> None:
     """Append a line."""
-    import os
-
     path = out / JOURNAL
     path.parent.mkdir(parents=True, exist_ok=True)
     driver = f"{os.getpid()} {os.uname().nodename}"

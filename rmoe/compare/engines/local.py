@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from rmoe.compare.engines.engine import Answer, Engine, Job, Wants
+from rmoe.compare.engines.journal import JobState, note, state_of
 from rmoe.compare.engines.process import Process, threads_of
 from rmoe.errors import RequestError
 
@@ -54,6 +55,7 @@ class LocalEngine(Engine):
         slots: the GPUs each of them sees; empty for none.
         threads: of each, for its libraries.
         logs: folder for what they print.
+        journal: the grid's folder, where the state of its jobs is noted; None notes nothing.
         retries: how often a job whose process died is started again.
         setup: shell lines before each of them starts.
     """
@@ -65,7 +67,9 @@ class LocalEngine(Engine):
         logs: Path,
         retries: int = 0,
         setup: Sequence[str] = (),
+        journal: Path | None = None,
     ) -> None:
+        self.journal = journal
         self.at_once, self.retries = f"{len(slots)} at once", retries
         self._wanted_gpus = max(map(len, slots))
         self._idle = [
@@ -83,6 +87,8 @@ class LocalEngine(Engine):
     def answers(self, jobs: Mapping[str, Job], wants: Wants) -> Iterator[tuple[str, Answer]]:
         if wants.gpus > self._wanted_gpus:
             raise RequestError("engine.gpus", wants.gpus, f"at most {self._wanted_gpus} on this machine")
+        for name in jobs:
+            self._note(name, "queued")
         futures: dict[Future[Answer], str] = {
             self._threads.submit(self._do, job, wants): name for name, job in jobs.items()
         }
@@ -90,7 +96,13 @@ class LocalEngine(Engine):
         while waiting:  # a timeout lets Ctrl-C through
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED, timeout=0.5)
             for future in done:
-                yield futures[future], future.result()
+                answer = future.result()
+                self._note(futures[future], state_of(answer))
+                yield futures[future], answer
+
+    def _note(self, name: str, state: JobState) -> None:
+        if self.journal is not None:
+            note(self.journal, name, state, "local")
 
     def close(self, interrupted: bool) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.compare.engines.engine import Answer, Engine, Job, Wants
-from rmoe.compare.engines.journal import note
+from rmoe.compare.engines.journal import note, state_of
 from rmoe.compare.engines.process import Process, threads_of
 from rmoe.compare.engines.shared import ReadToken, token_in
 from rmoe.errors import RequestError, one_line
@@ -117,7 +117,7 @@ class RayEngine(Engine):
         except RequestError:
             ray.shutdown()
             raise
-        self._bell = ray.remote(Bell).options(num_cpus=0, max_concurrency=10_000).remote()
+        self._bell: Any = ray.remote(Bell).options(num_cpus=0, max_concurrency=10_000).remote()
         self._running: dict[Any, str] = {}
 
     def _names(self, node: Mapping[str, Any]) -> list[str]:
@@ -134,7 +134,10 @@ class RayEngine(Engine):
 
     def _require_room(self, wants: Wants) -> None:
         memory = None if wants.memory_gib is None else wants.memory_gib * 2**30
-        asked = {"CPU": ("cpus", wants.cpus, 1), "GPU": ("gpus", wants.gpus, 1)}
+        asked: dict[str, tuple[str, float, int]] = {
+            "CPU": ("cpus", wants.cpus, 1),
+            "GPU": ("gpus", wants.gpus, 1),
+        }
         asked |= {"memory": ("memory_gib", memory, 2**30)} if memory else {}
         rooms = [node["Resources"] for node in self._nodes]
         for kind, (field, value, unit) in asked.items():
@@ -202,8 +205,7 @@ class RayEngine(Engine):
             done, _ = self.ray.wait(list(self._running), num_returns=1, timeout=0.5)
             for reference in done:
                 name, answer = self._running.pop(reference), self._answer_of(reference)
-                state = "stopped" if answer.stopped else "failed" if answer.error else "answered"
-                note(self.out, name, "lost" if answer.lost else state, "ray")
+                note(self.out, name, state_of(answer), "ray")
                 yield name, answer
 
     def _answer_of(self, reference: Any) -> Answer:

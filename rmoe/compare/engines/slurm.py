@@ -19,7 +19,7 @@ from typing import Any
 
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.compare.engines.engine import Answer, Engine, Job, Wants
-from rmoe.compare.engines.journal import note, read_journal
+from rmoe.compare.engines.journal import note, read_journal, state_of
 from rmoe.compare.engines.process import Process, threads_of
 from rmoe.errors import RequestError, one_line
 
@@ -124,8 +124,7 @@ class SlurmEngine(Engine):
                     self._submit({name: jobs[name]}, wants)
                     continue
                 del self._waiting[name]
-                state = "stopped" if answer.stopped else "failed" if answer.error else "answered"
-                note(self.out, name, state, "slurm", submitted.job_id)
+                note(self.out, name, state_of(answer), "slurm", submitted.job_id)
                 yield name, answer
             time.sleep(POLL_SECONDS)
 
@@ -177,7 +176,7 @@ class SlurmEngine(Engine):
             **({"mem_gb": wants.memory_gib} if wants.memory_gib else {}),
             **{f"slurm_{name}": value for name, value in slurm.items() if value is not None},
         )
-        submitted = []
+        submitted: list[Any] = []
         with executor.batch():
             for name, job in jobs.items():
                 log = self.out / "logs" / f"{name}.log"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 STATE = Path(os.environ["FAKE_SLURM"])
@@ -70,7 +71,7 @@ def daemon(job: str, last: str, at_once: str, is_array: str) -> None:
 
 
 def srun(arguments: list[str]) -> None:
-    out = option([f"{a}={b}" for a, b in zip(arguments, arguments[1:], strict=False)], "output")
+    out = option([f"{a}={b}" for a, b in pairwise(arguments)], "output")
     command = arguments[arguments.index("--error") + 2 :]
     with open(str(out).replace("%A_%a", "log").replace("%j", "log").replace("%t", "0"), "ab") as log:
         sys.exit(
@@ -82,11 +83,17 @@ def sacct(_: list[str]) -> None:
     print("JobID|State|NodeList")
     for path in sorted(STATE.glob("*_*")):
         if not path.suffix:
-            job, _, index = path.name.partition("_")
+            job = path.name.partition("_")[0]
             state = path.read_text().split()[0]
             print(f"{path.name}|{state}|here")
             if "--array" not in (STATE / f"{job}.sh").read_text():
                 print(f"{job}|{state}|here")
+
+
+def squeue(_: list[str]) -> None:
+    for path in sorted(STATE.glob("*_*")):
+        if not path.suffix and path.read_text().split()[0] in ("PENDING", "RUNNING"):
+            print(path.name)
 
 
 def _tell(names: list[str], number: signal.Signals) -> None:
@@ -134,4 +141,4 @@ if __name__ == "__main__":
     if called == Path(__file__).name and sys.argv[1] == "daemon":
         daemon(*sys.argv[2:])
     else:
-        {f.__name__: f for f in (sbatch, srun, sacct, scancel, scontrol)}[called](sys.argv[1:])
+        {f.__name__: f for f in (sbatch, srun, sacct, scancel, scontrol, squeue)}[called](sys.argv[1:])

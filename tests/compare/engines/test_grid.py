@@ -1,4 +1,4 @@
-"""One grid on every engine: the same bits and the same summary; runs that span devices; results without a shared disk."""
+"""One grid on every engine: equal bits and summary; runs that span devices; results without a shared disk."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_results_without_a_shared_disk(cluster, tmp_path):
         "result.json",
         "run.lock",
     ]
-    with pytest.raises(RequestError, match="engine.fetch is 'result'; allowed: model with --sweep"):
+    with pytest.raises(RequestError, match=r"engine\.fetch is 'result'; allowed: model with --sweep"):
         compare(config, ["smoe"], 1, tmp_path / "sweep", sweep=["learning_rate=1e-3,1e-2"], options=light)
 
 
@@ -119,7 +119,7 @@ def test_a_run_that_spans_two_devices(tmp_path, monkeypatch):
     assert values[0] == pytest.approx(values[1], abs=1e-5)
     rows, _ = read_rows(tmp_path / "two" / plans.RESULTS)
     assert all(row.timing.steps == 8 for row in rows)
-    with pytest.raises(RequestError, match="training.batch_size is 2; allowed: a multiple of 4"):
+    with pytest.raises(RequestError, match=r"training\.batch_size is 2; allowed: a multiple of 4"):
         compare(
             replace(config, parallel=ParallelConfig(fsdp=4)), ["smoe"], 1, tmp_path / "four", options=QUIET
         )

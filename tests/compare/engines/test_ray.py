@@ -130,7 +130,8 @@ def test_a_killed_driver_leaves_no_process(cluster, tmp_path):
     code = (
         "from pathlib import Path; from rmoe.compare.engines import *;"
         "from rmoe.compare.engines.ray import RayEngine; from tests.compare.engines.jobs import Count;"
-        f"engine = RayEngine(EngineConfig(kind='ray', address={cluster.address!r}), Path({str(tmp_path)!r}), Wants(), 1);"
+        f"config = EngineConfig(kind='ray', address={cluster.address!r});"
+        f"engine = RayEngine(config, Path({str(tmp_path)!r}), Wants(), 1);"
         f"list(engine.answers({{'0': Count(file={str(file)!r}, steps=10_000)}}, Wants()))"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -165,7 +166,7 @@ def test_an_address_that_does_not_answer(monkeypatch, tmp_path, capsys):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        address = "127.0.0.1:{}".format(silent.getsockname()[1])
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(RequestError, match=r"HOST:PORT of a Ray cluster that runs \(timed out\)"):
             require_answer(address)
     for wrong in (address, "nowhere", "127.0.0.1:x"):

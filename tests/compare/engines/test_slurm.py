@@ -34,7 +34,7 @@ def slurm(tmp_path, monkeypatch):
     programs, state = tmp_path / "bin", tmp_path / "state"
     programs.mkdir()
     state.mkdir()
-    for name in ("sbatch", "srun", "sacct", "scancel", "scontrol"):
+    for name in ("sbatch", "srun", "sacct", "scancel", "scontrol", "squeue"):
         path = programs / name
         call = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         path.write_text(
@@ -155,10 +155,18 @@ def test_left_and_called_again_it_finds_its_jobs(slurm, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "wants", "said"),
     [
-        (EngineConfig(kind="slurm", partition="nope"), Wants(), "engine.partition is 'nope'; allowed: what this Slurm has (sbatch: error: invalid"),
-        (EngineConfig(kind="slurm"), Wants(gpus=64), "--gpus-per-node=64'; allowed: what this Slurm has (sbatch: error: Requested node"),
+        (
+            EngineConfig(kind="slurm", partition="nope"),
+            Wants(),
+            "engine.partition is 'nope'; allowed: what this Slurm has (sbatch: error: invalid",
+        ),
+        (
+            EngineConfig(kind="slurm"),
+            Wants(gpus=64),
+            "--gpus-per-node=64'; allowed: what this Slurm has (sbatch: error: Requested node",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_slurm_has_not_is_one_line(slurm, config, wants, said, tmp_path):
     with pytest.raises(RequestError, match=re.escape(said)):
         SlurmEngine(config, tmp_path / "out", wants, threads=1)
