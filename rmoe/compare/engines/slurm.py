@@ -147,7 +147,7 @@ class SlurmEngine(Engine):
         for name in jobs:
             entry = known.get(name)
             if entry is not None and entry.state == "queued" and entry.engine == "slurm" and entry.id:
-                submitted = kind(self.folder, entry.id)
+                submitted: Any = kind(self.folder, entry.id)
                 if not self._ended(submitted) or submitted.paths.result_pickle.exists():
                     found[name] = submitted
         return found

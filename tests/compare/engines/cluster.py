@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
 
 RAY = str(Path(sys.executable).with_name("ray"))
 STORE = str(100 * 2**20)
+HEAD = "ray start --head --port=6379 --include-dashboard=false"
 
 
 def free_port() -> int:
@@ -50,24 +52,34 @@ class Cluster:
         gpus: of each node, as Ray counts them; none are there.
     """
 
-    def __init__(self, cpus: int = 1, gpus: int = 0) -> None:
+    def __init__(self, cpus: int = 1, gpus: int = 0, head: str = HEAD) -> None:
         self.address = f"127.0.0.1:{free_port()}"
-        self.cpus, self.gpus = cpus, gpus
+        # A page's own lines say these; ours say them for every node.
+        self.options = ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
+        self.options = self.options if head == HEAD else []
         self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         self.nodes: dict[str, subprocess.Popen] = {}
+        self._start("head", *self._words(head), f"--temp-dir={self.folder}")
+
+    @classmethod
+    def documented(cls, head: str, node: str) -> Cluster:
+        """As two lines of a page say, on a port that is free."""
+        found = cls(head=head)
+        found._start("second", *found._words(node))
+        return found
+
+    def _words(self, line: str) -> list[str]:
+        """What follows `ray start`, with this cluster's port."""
         port = self.address.rpartition(":")[2]
-        self._start(
-            "head", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.folder}"
-        )
+        return shlex.split(line.replace("127.0.0.1:6379", self.address).replace("=6379", f"={port}"))[2:]
 
     def add(self, name: str, before: str = "") -> None:
         """A further node; `before` is a shell line that comes first, in a mount namespace of its own."""
         self._start(name, f"--address={self.address}", before=before)
 
     def _start(self, name: str, *options: str, before: str = "") -> None:
-        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--node-name={name}"]
-        command += [f"--num-cpus={self.cpus}", f"--num-gpus={self.gpus}", f"--object-store-memory={STORE}"]
-        command += ["--disable-usage-stats", *options]
+        command = [RAY, "start", "--block", f"--node-name={name}", f"--object-store-memory={STORE}"]
+        command += ["--disable-usage-stats", *self.options, *options]
         if before:
             command = ["unshare", "--mount", "bash", "-c", f'{before} && exec "$@"', "node", *command]
         log = open(self.folder / f"{name}.out", "wb")  # noqa: SIM115
@@ -82,7 +94,7 @@ class Cluster:
             time.sleep(0.2)
 
     def kill(self, name: str) -> None:
-        """kill -9 of everything of a node but the children that Ray's workers started: a lost machine's run too."""
+        """kill -9 of everything of a node, the runs of its workers too."""
         self._end(self.nodes.pop(name).pid)
 
     def workers(self) -> list[int]:
