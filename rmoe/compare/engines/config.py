@@ -70,14 +70,14 @@ class EngineConfig:
         """The `[engine]` table of a `.toml` preset; the default without one.
 
         Raises:
-            RequestError: an unknown name in it, or a value that is not allowed.
+            RequestError: no such file, an unknown name in its table, or a value that is not allowed.
         """
         if not name.endswith(".toml"):
             return cls()
         try:
             table: Any = tomllib.loads(expand(name, "--preset").read_text(encoding="utf-8")).get("engine", {})
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
-            return cls()  # whoever reads the rest of it says so
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise RequestError("--preset", name, f"TOML ({error})") from None
         known = cls.__dataclass_fields__
         if not isinstance(table, dict):
             raise RequestError("engine", table, "a table")
@@ -87,4 +87,6 @@ class EngineConfig:
         try:
             return msgspec.convert(table, cls)
         except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, RequestError):
+                raise error.__cause__ from None
             raise RequestError("engine", table, str(error)) from None
