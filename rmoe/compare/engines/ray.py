@@ -117,7 +117,12 @@ class RayEngine(Engine):
         except RequestError:
             ray.shutdown()
             raise
-        self._bell: Any = ray.remote(Bell).options(num_cpus=0, max_concurrency=10_000).remote()
+        # On the driver's own node: the loss of another one must not ring it.
+        here = next(n for n in self._nodes if n["NodeID"] == ray.get_runtime_context().get_node_id())
+        bell = ray.remote(Bell).options(
+            num_cpus=0, max_concurrency=10_000, scheduling_strategy=self._on(here)
+        )
+        self._bell: Any = bell.remote()
         self._running: dict[Any, str] = {}
 
     def _names(self, node: Mapping[str, Any]) -> list[str]:
