@@ -285,13 +285,18 @@ class ParallelConfig:
         """Processes that work together on the same sequences."""
         return self.tensor * self.pipeline
 
+    @property
+    def processes(self) -> int:
+        """Processes of the layout; 1 also stands for any number of copies (DDP)."""
+        return self.replicate * self.fsdp * self.tensor * self.pipeline
+
     def require_processes(self, count: int) -> None:
         """Check that the layout is one for `count` processes; with all sizes 1 it is for any number.
 
         Raises:
             RequestError: it is not.
         """
-        product = self.replicate * self.fsdp * self.tensor * self.pipeline
+        product = self.processes
         said = f"replicate x fsdp x tensor x pipeline = {product}"
         require(product in (1, count), "parallel", said, f"the number of processes ({count})")
 
@@ -390,6 +395,7 @@ class RunConfig:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise RequestError("--preset", name, f"TOML ({error})") from None
+        data.pop("engine", None)  # where a grid of such runs is carried out: `rmoe.compare.engines`
         return cls.from_dict({**data, "preset": name})
 
     @classmethod
