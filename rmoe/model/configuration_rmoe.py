@@ -194,6 +194,11 @@ class RMoEConfig(PreTrainedConfig):
         """`L`: layers that route."""
         return self.num_hidden_layers - self.first_k_dense_replace
 
+    @property
+    def num_built_experts(self) -> int:
+        """Experts that each routing layer really has: `num_experts`, but for the dense baseline."""
+        return self.router_spec.router.built_experts(self.router_geometry(0))
+
     def router_geometry(self, layer_index: int) -> Geometry:
         """The sizes that the router of the `layer_index`-th routing layer is built for."""
         return Geometry(

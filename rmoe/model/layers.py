@@ -39,7 +39,7 @@ class _Experts(Initialized):
 
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = config.num_built_experts
         self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
         self.initializer_range = config.initializer_range
         first = 2 * self.intermediate_dim if self.gated else self.intermediate_dim

@@ -163,7 +163,7 @@ class RMoEModel(RMoEPreTrainedModel):
         # A post-norm model ends in a norm already.
         self.norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
-        self.uses_noise = spec.uses_noise
+        self.uses_noise, self.reads_sequence = spec.uses_noise, spec.router.reads_sequence
         self.register_buffer("routing_noise_key", torch.zeros((), dtype=torch.int64), persistent=False)
         self.gradient_checkpointing = False
         # Counts and biases stay float32 in a model loaded in bfloat16.
@@ -230,6 +230,11 @@ class RMoEModel(RMoEPreTrainedModel):
             # Up to transformers 5.23 attention reads such a cache by a keyword of its own.
             kwargs["cache"], cache = cache, None
         seen = 0 if cache is None or packed else cache.get_seq_length()
+        if self.reads_sequence and (packed or (isinstance(seen, int) and seen > 0)):
+            kind = config.router_spec.router.kind
+            raise ValueError(
+                f"router {kind!r} reads a token's earlier tokens: call the model without a cache"
+            )
         own_mask = attention_mask
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
@@ -324,12 +329,15 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         """As in transformers.
 
         Raises:
-            RequestError: the router is not causal (expert choice): which experts a token gets would depend on
-                tokens not yet generated.
+            RequestError: which experts a token gets depends on later tokens (expert choice), or on earlier ones that
+                a cache does not hold.
         """
-        if not self.config.router_spec.is_causal:
-            gate = self.config.router_spec.gate
-            raise RequestError("gate.kind", gate.kind if gate else None, "a causal gate, to generate text")
+        spec = self.config.router_spec
+        if spec.gate is not None and not spec.gate.is_causal:
+            raise RequestError("gate.kind", spec.gate.kind, "a causal gate, to generate text")
+        if not spec.generates:
+            allowed = "a router that needs no other tokens, to generate text"
+            raise RequestError("router.kind", spec.router.kind, allowed)
         return super().generate(*args, **kwargs)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature `generate` reads

@@ -140,7 +140,9 @@ class RouterStack(nn.Module):
     def _context(self, inputs: Tensor, noise_key: Tensor | None) -> RouterContext:
         tokens = inputs.shape[1]
         noise = None if noise_key is None else CounterNoise(noise_key)
-        return RouterContext(1, tokens, None, torch.zeros(tokens, dtype=torch.int64), noise)
+        # The tokens of a probe have nothing to do with each other: for who reads neighbours, each is a sequence.
+        batch = tokens if self.routers[0].options.reads_sequence else 1  # type: ignore[union-attr]
+        return RouterContext(batch, tokens // batch, None, torch.zeros(tokens, dtype=torch.int64), noise)
 
     def _routings(
         self, inputs: Tensor, noise_key: Tensor | None, cut: bool

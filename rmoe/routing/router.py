@@ -77,6 +77,20 @@ class BaseRouter(StepState, Mechanism):
         def needs_token_ids(self) -> bool:
             return False
 
+        @property
+        def is_causal(self) -> bool:
+            """Whether no token's routing depends on a later token's."""
+            return True
+
+        @property
+        def reads_sequence(self) -> bool:
+            """Whether it needs a token's earlier tokens in the same call: it cannot work behind a cache."""
+            return False
+
+        def built_experts(self, geometry: Geometry) -> int:
+            """How many experts the model builds per layer; a router that never leaves the first few needs no more."""
+            return geometry.num_experts
+
     def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__()
         self.options, self.spec, self.geometry = options, spec, geometry

@@ -12,6 +12,8 @@ from typing import Any
 from rmoe.errors import RequestError
 from rmoe.routing.balance import BalanceSpec
 from rmoe.routing.cosine import Cosine, HalfCosine
+from rmoe.routing.cross_layer import AdaptiveClustering, GatingResidual, MultiLevelContext, Previous
+from rmoe.routing.fixed_routers import Dense, RoundRobin
 from rmoe.routing.gate import Sigmoid, Softmax
 from rmoe.routing.losses import LoadBalance, MutualInformation, SequenceBalance, SimilarityPreserving, ZLoss
 from rmoe.routing.other_gates import ExpertChoice, ReLU, SecondExpert, SparseMixer
@@ -114,6 +116,7 @@ DEEPSEEK = vary(SMOE, gate=Sigmoid.Config(), balance=replace(BIAS, losses=(Seque
 UNUSED_HIDDEN = (r".*cell\.weight_hh",)
 UNUSED_GATE = (r".*cell\.(weight|bias)",)
 IN_ORDER = "no: experts fill up in token order"
+READS_SEQUENCE = "no: a token's earlier neighbours count"
 
 
 def _xmoe(width: int, recurrence: Recurrence.Config | None = None) -> RouterSpec:
@@ -197,6 +200,13 @@ _ROWS: dict[str, ZooRow] = {
     "smoe-sequence": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(SequenceBalance(weight=1e-2),))), "2412.19437", "balance within each sequence"),
     "smoe-similarity": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(SimilarityPreserving(),))), "2506.14038", "router kept near orthogonal"),
     "smoe-capacity": ZooRow(vary(SMOE, balance=replace(BALANCED, capacity_factor=1.0)), "Table 11", "capacity factor 1.0, the rest dropped", permutes=IN_ORDER),
+    # ---- RMoE's rivals across layers, and baselines ----
+    "moepp-residual": ZooRow(vary(SMOE, router=GatingResidual.Config()), "MoE++, 2410.07348", "a learned map of the last layer's scores is added; scores accumulate"),
+    "acmoe": ZooRow(vary(SMOE, router=AdaptiveClustering.Config()), "ACMoE, 2502.15315", "features weighted by how tightly the last layer's expert clusters them"),
+    "mcf-moe": ZooRow(vary(SMOE, router=MultiLevelContext.Config()), "MCF-MoE, 2026 (anonymous code)", "scores from similar earlier tokens and attention to three layers below", permutes=READS_SEQUENCE),
+    "pre-gated": ZooRow(vary(SMOE, recurrence=Previous.Config()), "Pre-gated MoE, 2308.12066", "the input of the layer below decides, so that experts can be fetched early"),
+    "dense": ZooRow(RouterSpec(router=Dense.Config(), scorer=None, gate=None), "baseline", "no routing: the dense model of equal active parameters"),
+    "uniform": ZooRow(RouterSpec(router=RoundRobin.Config(), scorer=None, gate=None), "baseline", "forced balance: experts dealt out in turn, nothing learned", permutes=IN_ORDER),
 }  # fmt: skip
 
 for _name, _row in _ROWS.items():

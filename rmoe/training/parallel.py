@@ -43,7 +43,7 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     parallel.require_processes(world_size)
     if not parallel.shards:
         return model
-    experts = model.config.num_experts
+    experts = model.config.num_built_experts
     if experts % parallel.expert:
         raise RequestError("parallel.expert", parallel.expert, f"a divisor of num_experts ({experts})")
     prune_expert_plan(model, model.config.without_absent)

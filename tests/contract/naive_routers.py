@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import naive
+from tests.contract import naive_cross_layer
 
 Tensors = dict[str, Tensor]
 
@@ -42,7 +43,7 @@ class NaiveLayer:
         self, x: Tensor, state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         r = self.spec["recurrence"]
-        if r["kind"] == "none":
+        if r["kind"] in ("none", "previous"):
             return x, None
         table, at = (self.shared, "") if r["projector"] == "shared" else (self.own, "")
         projected = table[at + "recurrence.projector.weight"] @ x
@@ -173,8 +174,10 @@ def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: i
     tokens = len(ids)
     states: list[Any] = [None] * tokens
     below: list[Any] = [None] * tokens
+    memory: dict[str, Any] = {}
     loss = inputs[0].new_zeros(())
-    for layer, x in zip(layers, inputs, strict=True):
+    for layer, hidden in zip(layers, inputs, strict=True):
+        x = naive_cross_layer.read(layer, hidden, memory, batch)
         rows: dict[str, list] = {"logits": [], "weights": [], "probs": [], "chosen": []}
         for t in range(tokens):
             logits, weights, probs, chosen = _token(layer, x[t], ids[t], states, below, t)
@@ -185,6 +188,7 @@ def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: i
                 ("chosen", chosen),
             ):
                 rows[name].append(value)
+        memory["best"] = [int(probs[: layer.experts].argmax()) for probs in rows["probs"]]
         if spec["gate"] and spec["gate"]["kind"] == "expert_choice":
             _expert_choice(layer, rows, tokens)
         loss = loss + _losses(
@@ -207,6 +211,13 @@ def _token(layer: NaiveLayer, x: Tensor, token: int, states: list, below: list, 
         logits[chosen] = 0.0
         kept = [(n, x.new_tensor(1 / len(chosen))) for n in chosen]
         return logits, layer._dense(kept, x), naive.softmax(logits), chosen
+    if kind in ("dense", "round_robin"):
+        k, experts = layer.top_k, layer.experts
+        start = t * k + layer.layer if kind == "round_robin" else 0
+        chosen = [(start + j) % experts for j in range(k)]
+        logits = x.new_tensor([0.0 if n in chosen else -1e4 for n in range(experts)])
+        kept = [(n, x.new_tensor(1.0 if kind == "dense" else 1 / k)) for n in chosen]
+        return logits, layer._dense(kept, x), naive.softmax(logits), chosen
     if kind == "stable":
         logits = own["centroids"] @ x
         best = int(logits.argmax())
@@ -220,6 +231,10 @@ def _token(layer: NaiveLayer, x: Tensor, token: int, states: list, below: list, 
             previous = below[t].detach() if layer.spec["router"]["detach"] else below[t]
             logits = logits + layer.spec["router"]["scale"] * previous
         below[t] = raw
+    if kind == "gating_residual":
+        if below[t] is not None:
+            logits = logits + own["residual.weight"] @ below[t]
+        below[t] = logits
     temperature = (
         torch.exp(own["temperature.log_value"].to(x.dtype)) if "temperature.log_value" in own else 1.0
     )

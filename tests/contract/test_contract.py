@@ -156,6 +156,7 @@ def test_permuting_tokens_permutes_the_routing(name: str) -> None:
 def test_rows_that_do_not_permute_say_why() -> None:
     for name, row in ZOO.items():
         drops = row.spec.balance.capacity_factor is not None
+        drops = drops or row.spec.router.kind in ("round_robin", "multi_level_context")
         assert drops == (row.permutes != "yes"), name
 
 
@@ -274,7 +275,8 @@ def test_bfloat16_inputs_choose_as_float32_does(name: str) -> None:
         same = (dense(a, 16) > 0) == (dense(b, 16) > 0)
         if name != "remoe":  # a ReLU router has no top-k: its 16 signs are 16 decisions of their own
             same = same.all(-1)
-        assert same.double().mean() >= 0.99
+        # A choice that hangs on another choice, an expert one layer below or the nearest neighbours, flips with it.
+        assert same.double().mean() >= (0.97 if name in ("acmoe", "mcf-moe") else 0.99)
 
 
 @pytest.mark.parametrize("name", ROWS)
