@@ -20,7 +20,7 @@ from rmoe.errors import RequestError
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.head import IGNORED, LMHead, next_tokens
 from rmoe.model.initialize import initialize_missing
-from rmoe.model.layers import RMoEDecoderLayer, build_norm
+from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock, build_norm
 from rmoe.model.outputs import (
     RMoECausalLMOutputWithPast,
     RMoEModelOutputWithPast,
@@ -94,8 +94,12 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
     @property
     def routers(self) -> list[BaseRouter]:
         """The routing layers' routers, lowest first."""
+        return [block.gate for block in self._blocks]
+
+    @property
+    def _blocks(self) -> list[RMoESparseMoeBlock]:
         layers: list[Any] = list(self.trunk.layers[: self.config.num_hidden_layers])
-        return [layer.mlp.gate for layer in layers if not layer.is_dense]
+        return [layer.mlp for layer in layers if not layer.is_dense]
 
     @torch.no_grad()
     def update_routers(self, stats: RouterStats, step: int, total_steps: int) -> None:
@@ -108,8 +112,8 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
             step: optimizer steps done, from 1.
             total_steps: of the whole training.
         """
-        for router in self.routers:
-            router.update_all(stats, step, total_steps)
+        for block in self._blocks:
+            block.update(stats, step, total_steps)
 
     def set_routing_noise(self, seed: int, step: int) -> None:
         """Set the key of the routing noise; each training forward pass advances it by one from there.
@@ -155,6 +159,7 @@ class RMoEModel(RMoEPreTrainedModel):
 
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__(config)
+        _check_parallelism(config)
         spec = config.router_spec
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -169,7 +174,9 @@ class RMoEModel(RMoEPreTrainedModel):
         # Counts and biases stay float32 in a model loaded in bfloat16.
         buffers = [name for name, _ in self.named_buffers()]
         self._keep_in_fp32_modules_strict = {
-            part for part in ("selection_bias", "temperature", "l1_weight") if any(part in b for b in buffers)
+            part
+            for part in ("selection_bias", "temperature", "l1_weight", "default_outputs", "threshold")
+            if any(part in b for b in buffers)
         }
         self.post_init()
 
@@ -290,6 +297,16 @@ class RMoEModel(RMoEPreTrainedModel):
             router_stats=stats,
             context=context,
         )
+
+
+def _check_parallelism(config: RMoEConfig) -> None:
+    """Refuse dense gradients where no device has an expert's whole output."""
+    groups = getattr(config, "distributed_config", None)
+    sizes = [getattr(groups, name, None) or 1 for name in ("tp_size", "ep_size")]
+    cut = max(sizes) > 1 or bool(getattr(groups, "enable_expert_parallel", False))
+    if config.dense_gradients is not None and cut:
+        allowed = "null with tensor or expert parallelism"
+        raise RequestError("dense_gradients", config.dense_gradients, allowed)
 
 
 def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor | None:

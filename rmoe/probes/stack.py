@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
@@ -134,7 +135,7 @@ class RouterStack(nn.Module):
             else torch.stack([r.dropped.sum() for r in routings]),  # type: ignore[union-attr]
             logit_variance=logit_variance(logits).sum(-1).float() if self.moves else zero,
             probs=probs if measured else probs[:, :0],
-            states=torch.stack(states) if measured else nothing[:, :0],
+            states=_stacked(states) if measured else nothing[:, :0],
         )
 
     def _context(self, inputs: Tensor, noise_key: Tensor | None) -> RouterContext:
@@ -157,6 +158,12 @@ class RouterStack(nn.Module):
             routings.append(routing)
             states.append(torch.cat(state, -1) if state else x[:, :0])
         return routings, states
+
+
+def _stacked(states: list[Tensor]) -> Tensor:
+    """`[L, T, p]` of `[T, *]`: a state that grows over the layers has zeros where it has not grown yet."""
+    width = max(state.shape[-1] for state in states)
+    return torch.stack([F.pad(state, (0, width - state.shape[-1])) for state in states])
 
 
 def _dense(routing: Routing, experts: int) -> Tensor:
