@@ -52,6 +52,7 @@ class Routed(NamedTuple):
             floats are zero for a router that has none.
         probs: `[L, T, C]`.
         states: `[L, T, p]`, what each layer hands to the next; `p` is 0 without memory.
+        observed: `[L, O]`, as of `RouterStats`; `O` is 0 where there is nothing.
     """
 
     gates: Tensor
@@ -63,6 +64,7 @@ class Routed(NamedTuple):
     logit_variance: Tensor
     probs: Tensor
     states: Tensor
+    observed: Tensor
 
 
 def fitted(spec: RouterSpec, width: int) -> RouterSpec:
@@ -136,6 +138,9 @@ class RouterStack(nn.Module):
             logit_variance=logit_variance(logits).sum(-1).float() if self.moves else zero,
             probs=probs if measured else probs[:, :0],
             states=_stacked(states) if measured else nothing[:, :0],
+            observed=zero[:, None][:, :0]
+            if routings[0].observed is None
+            else torch.stack([r.observed for r in routings]),  # type: ignore[misc]
         )
 
     def _context(self, inputs: Tensor, noise_key: Tensor | None) -> RouterContext:
@@ -194,10 +199,13 @@ class _Update(nn.Module):
         entropy: Tensor,
         dropped: Tensor,
         variance: Tensor,
+        observed: Tensor,
         step: int,
         total: int,
     ) -> Tensor:
-        stats = RouterStats(counts, tokens, entropy, dropped, variance)
+        stats = RouterStats(
+            counts, tokens, entropy, dropped, variance, observed if observed.numel() else None
+        )
         for router in self.stack.routers:
             router.update_all(stats, step, total)  # type: ignore[operator]
         return tokens
@@ -278,7 +286,7 @@ class Ensemble:
             return functional_call(module, state, (*sums, step, self.knobs.steps))
 
         with torch.no_grad():
-            self._for_each(one, state, routed.counts, tokens, *routed[4:7])
+            self._for_each(one, state, routed.counts, tokens, *routed[4:7], routed.observed)
 
     def _for_each(self, one: Callable[..., Any], state: dict[str, Tensor], *stacked: Any) -> Any:
         """`one` for every seed: by vmap, or in turn."""

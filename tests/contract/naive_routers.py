@@ -123,11 +123,22 @@ class NaiveLayer:
                 weights / weights.sum().clamp(min=1e-300),
                 [n for n in range(self.experts) if weights[n] > 0],
             )
+        if gate["kind"] == "expert_threshold":
+            scores = 1 / (1 + torch.exp(-logits))
+            chosen = [n for n in range(self.experts) if logits[n] >= self.own["gate.threshold"][n]]
+            return self._dense([(n, scores[n]) for n in chosen], logits), scores / scores.sum(), chosen
+        if gate["kind"] == "top_p":
+            probs, chosen = naive.softmax(logits), []
+            for n in sorted(range(self.experts), key=lambda n: -float(probs[n])):
+                if sum(float(probs[m]) for m in chosen) < gate["threshold"]:
+                    chosen.append(n)
+            return self._dense([(n, probs[n]) for n in chosen], logits), probs, chosen
         if gate["kind"] == "sparsemixer":
             return self._sparsemixer(logits, gate["jitter"])
         probs = naive.softmax(logits)
         k = self.top_k if gate.get("start_k") is None else int(self.own["gate.current_k"])
-        ranked = sorted(range(len(logits)), key=lambda n: -float(probs[n] + bias[n]))[:k]
+        choice = logits if gate.get("choose_by") == "logits" else probs
+        ranked = sorted(range(len(logits)), key=lambda n: -float(choice[n] + bias[n]))[:k]
         raw = naive.softmax(logits[ranked]) if gate.get("order") == "topk_softmax" else probs[ranked]
         kept = [(n, w) for n, w in zip(ranked, raw, strict=True) if n < self.experts]
         if gate.get("renormalize", True) and kept:
@@ -285,6 +296,8 @@ def _losses(layer: NaiveLayer, rows: dict[str, list], batch: int) -> Any:
             value = _product(rows["probs"], rows["chosen"], experts)
         elif kind == "z":
             value = sum(torch.log(torch.exp(logits).sum()) ** 2 for logits in rows["logits"]) / tokens
+        elif kind == "gate_entropy":
+            value = sum(-(p * torch.log(p)).sum() for p in rows["probs"]) / tokens
         elif kind == "sequence_balance":
             length = tokens // batch
             parts = [slice(b * length, (b + 1) * length) for b in range(batch)]
