@@ -70,7 +70,7 @@ def test_thresholds_let_every_expert_take_its_share() -> None:
 
 @pytest.mark.parametrize("name", ["quantile-balance", "expert-threshold"])
 def test_micro_batches_and_padding_add_up(name: str) -> None:
-    """Two micro-batches of equal tokens move the state as their mean does; pads count nowhere; evaluation gives none."""
+    """Two equal micro-batches move the state as their mean does; pads count nowhere; evaluation gives none."""
     router, x = tokens_and_router(name, skewed=0.3)
     parts = [router(part, (), None, RouterContext(1, 1000))[0] for part in x.split(1000)]
     total = router_stats((parts[0],), 8, None).add(router_stats((parts[1],), 8, None))
