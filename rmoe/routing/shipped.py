@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from itertools import groupby
 
+RELEASE = "5.24"
+"""Of transformers: the release whose classes these are. Older ones choose in the block here and there."""
+
 _CLASSES = {
     "smoe": """
         dbrx.DbrxFFN hunyuan_v1_moe.HunYuanMoEV1Gate lara_mini.LaraMiniTopKRouter mellum.MellumTopKRouter
@@ -83,11 +86,11 @@ DIFFERENCES = {
     "doge.DogeCDMoE": "one token at a time: with more, transformers' reshape mixes the tokens' scores",
     "laguna.LagunaTopKRouter": "the scale multiplies the block's output",
     "minimax_m3_vl.MiniMaxM3VLTopKRouter": "the scale multiplies the block's output",
-    "nllb_moe.NllbMoeTop2Router": "within capacity: all first choices queue before the second ones there; outside training",
-    "phimoe.PhimoeTopKRouter": "the default generator's draws in training",
+    "nllb_moe.NllbMoeTop2Router": "outside training and within capacity: there all first choices queue before the second ones",
+    "phimoe.PhimoeTopKRouter": "outside training; in training its noise is ours",
     "step3p7.Step3p7TopKRouter": "the scale multiplies the block's output",
     "zaya.ZayaRouter": "the state is a fused multiply-add here; bit for bit where that is a product and a sum",
-    "switch_transformers.SwitchTransformersTop1Router": "within capacity: it is per sequence there; outside training",
+    "switch_transformers.SwitchTransformersTop1Router": "outside training and within capacity: it is per sequence there",
 }
 """`family.Class` -> where the comparison holds, or what stands elsewhere in the model."""
 

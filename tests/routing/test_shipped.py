@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from rmoe.routing import ZOO, Geometry, RouterContext, Routing, build_router, find, vary
 from rmoe.routing.gate import TopK
-from rmoe.routing.shipped import DIFFERENCES, WITHOUT_ROW, rows_of_classes
+from rmoe.routing.shipped import DIFFERENCES, RELEASE, WITHOUT_ROW, rows_of_classes
 from tests.routing import transformers_routers as theirs
 from tests.routing.transformers_routers import EXPERTS, VOCAB, WIDTH
 

@@ -211,8 +211,9 @@ def _nllb(router: Any, x: Tensor) -> Decision:
 
 
 def _switch(router: Any, x: Tensor) -> Decision:
-    chosen, probs, _ = router(x[None])
-    return Decision((chosen * probs)[0], chosen[0].bool())
+    found = {(part.shape[-1], part.is_floating_point()): part[0] for part in router(x[None])}
+    chosen, probs = found[EXPERTS, False], found[1, True]  # in another order up to 5.17
+    return Decision(chosen * probs, chosen.bool())
 
 
 def _zaya(router: Any, x: Tensor) -> Decision:
