@@ -86,11 +86,11 @@ DIFFERENCES = {
     "doge.DogeCDMoE": "one token at a time: with more, transformers' reshape mixes the tokens' scores",
     "laguna.LagunaTopKRouter": "the scale multiplies the block's output",
     "minimax_m3_vl.MiniMaxM3VLTopKRouter": "the scale multiplies the block's output",
-    "nllb_moe.NllbMoeTop2Router": "outside training and within capacity: there all first choices queue before the second ones",
+    "nllb_moe.NllbMoeTop2Router": "outside training, within capacity: all first choices queue first there",
     "phimoe.PhimoeTopKRouter": "outside training; in training its noise is ours",
     "step3p7.Step3p7TopKRouter": "the scale multiplies the block's output",
     "zaya.ZayaRouter": "the state is a fused multiply-add here; bit for bit where that is a product and a sum",
-    "switch_transformers.SwitchTransformersTop1Router": "outside training and within capacity: it is per sequence there",
+    "switch_transformers.SwitchTransformersTop1Router": "outside training, within capacity: it is per sequence there",
 }
 """`family.Class` -> where the comparison holds, or what stands elsewhere in the model."""
 

@@ -23,10 +23,10 @@ PAIRS = [(name, row) for name, rows in rows_of_classes().items() if name in INST
 
 def test_every_router_class_has_a_row_or_a_reason() -> None:
     known = rows_of_classes().keys() | WITHOUT_ROW.keys()
-    assert len(INSTALLED) > 40
-    assert not set(INSTALLED) - known, (
-        "new in transformers: name its row in rmoe/routing/shipped.py, or say why none"
-    )
+    assert len(set(INSTALLED) & known) > 40
+    if Version(transformers.__version__) >= Version(RELEASE):
+        missing = set(INSTALLED) - known
+        assert not missing, "new in transformers: name its row in rmoe/routing/shipped.py, or say why none"
     assert not rows_of_classes().keys() & WITHOUT_ROW.keys()
     assert DIFFERENCES.keys() <= rows_of_classes().keys()
     assert {row for rows in rows_of_classes().values() for row in rows} <= ZOO.keys()
@@ -134,7 +134,7 @@ def same_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_row_is_the_family(name: str, row: str, layer: int) -> None:
     """float32: same experts, same weights to the bit; gradients of the input and the weights to 1e-6."""
     spec = find(row).spec
-    top_k = {"sparsemixer": 2, "gshard": 2, "switch": 1, "eda": 1, "hunyuan": 2}.get(row, 4)
+    top_k = {"sparsemixer": 2, "gshard": 2, "switch": 1, "eda": 1, "hunyuan": 2, "axk2": 8}.get(row, 4)
     ours = counterpart(row, top_k, layer)
     gate = ours.gate.options if isinstance(ours.gate, TopK) else None
     outside = gate.scale if gate is not None and name in theirs_without_scale() else 1.0

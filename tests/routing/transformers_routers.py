@@ -211,7 +211,7 @@ def _nllb(router: Any, x: Tensor) -> Decision:
 
 
 def _switch(router: Any, x: Tensor) -> Decision:
-    found = {(part.shape[-1], part.is_floating_point()): part[0] for part in router(x[None])}
+    found = {(part.shape[-1], part.is_floating_point()): part.reshape(len(x), -1) for part in router(x[None])}
     chosen, probs = found[EXPERTS, False], found[1, True]  # in another order up to 5.17
     return Decision(chosen * probs, chosen.bool())
 
