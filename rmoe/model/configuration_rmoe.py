@@ -184,10 +184,14 @@ class RMoEConfig(PreTrainedConfig):
         if router["gate"] is not None:
             self.norm_topk_prob = router["gate"].get("renormalize", self.norm_topk_prob)
         spec.check_geometry(self.router_geometry(0))
-        learns = self.dense_gradients is None or spec.router.uses_gate
-        if not learns:
-            allowed = f"null with router {spec.router.kind}, which weighs no experts"
+        mixes = spec.router.uses_gate and not spec.router.weighs_inputs
+        if self.dense_gradients is not None and not mixes:
+            allowed = f"null with router {spec.router.kind}, which does not weigh what experts give"
             raise RequestError("dense_gradients", self.dense_gradients, allowed)
+        weighed = spec.router.shared_classes
+        if weighed and self.num_shared_experts not in (0, weighed):
+            allowed = f"0 or {weighed}, with router {spec.router.kind}"
+            raise RequestError("num_shared_experts", self.num_shared_experts, allowed)
 
     def without_absent(self, plan: dict[str, str]) -> dict[str, str]:
         """A parallel plan without rules for parameters that this model's experts lack: transformers warns of them."""

@@ -96,10 +96,20 @@ class DenseMLP(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, weights: Tensor | None = None) -> Tensor:
+        """`[*, d]` -> `[*, d]`.
+
+        Args:
+            weights: `[*, S]`, of each of the `S` experts that share the width; None is 1.
+        """
         if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+            inner = self.act_fn(self.up_proj(hidden_states))
+        else:
+            inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        if weights is not None:
+            inner = inner.unflatten(-1, (weights.shape[-1], -1)) * weights.to(inner.dtype)[..., None]
+            inner = inner.flatten(-2)
+        return self.down_proj(inner)
 
 
 class RMoESparseMoeBlock(nn.Module):
@@ -117,6 +127,7 @@ class RMoESparseMoeBlock(nn.Module):
         self.default_outputs = DefaultOutputs(*sizes) if config.dense_gradients == "default" else None
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = DenseMLP(config, width) if width else None
+        self.weighs_inputs = spec.router.weighs_inputs
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """`[B, S, d]` and the decision for its tokens -> `[B, S, d]` (Eq. 1, 6: experts read `x`, not the state)."""
@@ -128,15 +139,18 @@ class RMoESparseMoeBlock(nn.Module):
         experts = dispatched_experts(routing, self.experts.num_experts)
         weights = routing.weights.to(flat.dtype)
         if self.default_outputs is None:
-            out = self.experts(flat, experts, weights)
+            mix = self._weighed_inputs if self.weighs_inputs else self.experts
+            out = mix(flat, experts, weights)
         else:
             out, routing = self._with_defaults(flat, experts, weights, routing, mask)
         if self.densemixer and torch.is_grad_enabled():
             out = out + densemixer(self.experts, flat, routing)
         if routing.passthrough is not None:
             out = out + routing.passthrough[:, None].to(flat.dtype) * flat
+        if routing.added is not None:
+            out = out + routing.added.to(flat.dtype)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(flat)
+            out = out + self.shared_experts(flat, routing.shared_weights)
         return out.view_as(hidden_states), routing
 
     def _with_defaults(
@@ -161,6 +175,12 @@ class RMoESparseMoeBlock(nn.Module):
         self.gate.update_all(stats, step, total_steps)
         if self.default_outputs is not None:
             self.default_outputs.update(self.gate.layer_index, stats, step, total_steps)
+
+    def _weighed_inputs(self, flat: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """`sum_n E_n(g_n x)`: every assignment is a row of its own."""
+        rows = (weights[..., None] * flat[:, None]).flatten(0, 1)  # [T * K, d]
+        out = self.experts(rows, experts.reshape(-1, 1), torch.ones_like(weights).reshape(-1, 1))
+        return out.view(*experts.shape, -1).sum(1)
 
 
 class RMoEDecoderLayer(GradientCheckpointingLayer):

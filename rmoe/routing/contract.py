@@ -39,8 +39,8 @@ class Routing(NamedTuple):
     """One layer's decision for `T` tokens.
 
     Attributes:
-        logits: `[T, C]`, raw scores before temperature, bias and noise; at least float32. `C` is `E`, or `E + 1`
-            with a skip class.
+        logits: `[T, C]`, raw scores before temperature, bias and noise; at least float32. `C` is `E`, and more with
+            classes that are no experts: a skip class, or experts that compute nothing.
         probs: `[T, C]`, the distribution the gate chose from; at least float32; rows sum to one.
         weights: `[T, K]`, what each chosen expert's output is multiplied by; at least float32, 0 in an empty slot.
         experts: `[T, K]` int64, the choice; the value `E` marks an empty slot (skipped or not used).
@@ -48,6 +48,8 @@ class Routing(NamedTuple):
         penalty: scalar, the mechanism's own loss with its weight; None is nothing.
         dropped: `[T, K]` bool, choices lost to the capacity limit (their weight is 0); None is none.
         observed: `[O]`, in training: sums over the real tokens that training-time state is made of; None is none.
+        added: `[T, d]`, what constant experts add to the layer's output; None is nothing.
+        shared_weights: `[T, S]`, what each shared expert's output is multiplied by; None is 1.
     """
 
     logits: Tensor
@@ -58,6 +60,8 @@ class Routing(NamedTuple):
     penalty: Tensor | None = None
     dropped: Tensor | None = None
     observed: Tensor | None = None
+    added: Tensor | None = None
+    shared_weights: Tensor | None = None
 
 
 class RouterStats(NamedTuple):

@@ -60,7 +60,7 @@ class GatingResidual(Router):
 
     def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__(options, spec, geometry)
-        classes = geometry.num_experts + (spec.scorer is not None and spec.scorer.skip_class)
+        classes = options.scored(geometry).num_experts + (spec.scorer is not None and spec.scorer.skip_class)
         start = normal(geometry.initializer_range)
         self.residual = ProjectionFP32(classes, classes, start) if geometry.layer_index else None
 
@@ -71,7 +71,7 @@ class GatingResidual(Router):
         _, logits, recurrent = self.score(hidden, recurrent, shared, context)
         if below and self.residual is not None:
             logits = logits + self.residual(below[0])
-        return self.decide(logits, context), (logits, *recurrent)
+        return self.settle(self.decide(logits, context), hidden), (logits, *recurrent)
 
 
 class AdaptiveClustering(Router):
@@ -115,7 +115,8 @@ class AdaptiveClustering(Router):
         _, logits, recurrent = self.score(x, recurrent, shared, context)
         routing = self.decide(logits, context)
         best = routing.probs.detach()[:, : self.num_experts].argmax(-1, keepdim=True)
-        return routing, (best.to(x.dtype), *recurrent)  # floating: pipelines differentiate what they carry
+        best = best.to(x.dtype)  # floating: pipelines differentiate what they carry
+        return self.settle(routing, hidden), (best, *recurrent)
 
     def _metric(self, x: Tensor, cluster: Tensor, mask: Tensor | None) -> Tensor:
         """`[E, d]`. Sums over a cluster are matrix products: on a GPU scatters would not be reproducible."""

@@ -51,6 +51,9 @@ class QuantileBalanced(Router):
         equation = "top_k(s + b); a = quantile over experts of s + b; b = -quantile over tokens of s - a"
         moves = True
 
+        def check(self) -> None:
+            require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")
+
     options: Config
 
     def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
