@@ -53,6 +53,7 @@ class ModelConfig:
         tie_word_embeddings: output layer and embedding are one matrix.
         router_aux_loss_coef: weight of the balance losses that do not name their own.
         initializer_range: standard deviation of the normal initialisation.
+        dense_gradients: how experts that a token did not choose teach the router; None is not at all.
     """
 
     hidden_size: int = 128
@@ -75,6 +76,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     router_aux_loss_coef: float = 0.01
     initializer_range: float = 0.02
+    dense_gradients: Literal["densemixer", "default"] | None = None
 
 
 @dataclass(frozen=True)
