@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
-STATE = Path(os.environ["FAKE_SLURM"])
+STATE = Path(os.environ.get("FAKE_SLURM", "no state"))
 PARTITIONS, MOST_GPUS = ("cpu", "gpu"), 4
 
 
