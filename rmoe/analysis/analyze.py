@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -212,7 +213,7 @@ class _Pass:
             gradient_split=self._gradient_split(blocks),
             contexts=self._contexts(blocks, token_text),
             predictability=self._predictability(),
-            saliency=None if self.saliency is None else schema.pack(self.saliency.result().numpy()),
+            saliency=None if self.saliency is None else _or_none(self.saliency.result().numpy()),
             **self.measures.fields(token_text),
         )
 
@@ -223,9 +224,9 @@ class _Pass:
         different, text = np.unique(blocks.reshape(-1), return_inverse=True)
         return schema.Contexts(
             vocabulary=[token_text(int(token_id)) for token_id in different],
-            text=schema.pack(text.reshape(-1).astype(np.int32)),
-            positions=schema.pack(positions),
-            weights=schema.pack(weights),
+            text=text.reshape(-1).tolist(),
+            positions=positions.tolist(),
+            weights=weights.tolist(),
         )
 
     def _predictability(self) -> schema.Predictability | None:
@@ -298,6 +299,11 @@ def _saturation(passes: Sequence[_Pass]) -> Saturation:
             "--compare-with", f"(layers, experts) {shapes[-1]}", f"those of the first, {shapes[0]}"
         )
     return Saturation(shapes[0][0])
+
+
+def _or_none(values: np.ndarray) -> list[list[float | None]]:
+    """Rows of numbers; None for NaN, which JSON lacks."""
+    return [[None if math.isnan(value) else value for value in row] for row in values.tolist()]
 
 
 def _summary(model: nn.Module, sizes: Sizes) -> str:

@@ -5,23 +5,26 @@ the report shows a chart only when its data exist. `L` layers with a router, `E`
 token. Layers are numbered from 0, by position among the layers that have a router. Definitions stand in each
 field's comment; the tables and figures named are those of arXiv:2408.06793.
 
+In the file, nested lists of `PACKED_FROM` entries or more are packed (`rmoe.results.packed`), without loss:
+`read_analysis` gives the numbers that were measured. Version 1 had no packed lists; it is read too.
+
 Imports no torch.
 """
 
 from __future__ import annotations
 
-import base64
-import zlib
 from pathlib import Path
 from typing import TypeAlias
 
 import msgspec
-import numpy as np
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, read_record, write_record
+from rmoe.records import NOT_JSON, Record, atomic_write, version_of
+from rmoe.results.packed import pack, unpack
 
-ANALYSIS_VERSION = 1
+ANALYSIS_VERSION = 2
+PACKED_FROM = 4096
+"""Entries; shorter lists stay as they are, to be read by anybody."""
 
 Matrix: TypeAlias = list[list[float]]
 
@@ -58,14 +61,6 @@ class LayerMeasure(Record, frozen=True, kw_only=True):
     n: int
 
 
-class Packed(Record, frozen=True, kw_only=True):
-    """A large array in few bytes: base64 of zlib of its little-endian values in C order. See `pack`, `unpack`."""
-
-    dtype: str  # of NumPy: "int32", "float32"
-    shape: list[int]
-    data: str
-
-
 class LoadSummary(Record, frozen=True, kw_only=True):
     """How loads spread over a layer's experts, as multiples of the mean load, from `n` tokens."""
 
@@ -87,9 +82,9 @@ class Contexts(Record, frozen=True, kw_only=True):
     """Where in the text each expert has its largest weights. A context is the text around a position."""
 
     vocabulary: list[str]  # text of each different token
-    text: Packed  # [n] int32: the whole text as indices into `vocabulary`
-    positions: Packed  # [L, E, C] int32, largest weight first, -1 beyond an expert's last
-    weights: Packed  # [L, E, C] float32
+    text: list[int]  # [n] the whole text as indices into `vocabulary`
+    positions: list[list[list[int]]]  # [L][E][C] largest weight first, -1 beyond an expert's last
+    weights: list[Matrix]  # [L][E][C]
 
 
 class Flips(Record, frozen=True, kw_only=True):
@@ -260,9 +255,8 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     contexts: Contexts | None = None
     flips: Flips | None = None
     predictability: Predictability | None = None
-    saliency: Packed | None = (
-        None  # [L, E] float32: REAP's mean of weight times norm of output; NaN without tokens
-    )
+    # [L][E] REAP's mean of weight times norm of output; None without tokens
+    saliency: list[list[float | None]] | None = None
     drop_ratio: DropRatio | None = None
     similarity: Similarity | None = None
     router_weights: RouterWeights | None = None
@@ -284,42 +278,25 @@ class Analysis(Record, frozen=True, kw_only=True):
     notes: list[str] = msgspec.field(default_factory=list)
 
 
-def pack(array: np.ndarray) -> Packed:
-    """Put an array into few bytes.
-
-    >>> unpack(pack(np.arange(3, dtype=np.int32))).tolist()
-    [0, 1, 2]
-    """
-    raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
-    data = base64.b64encode(zlib.compress(raw)).decode()
-    return Packed(dtype=array.dtype.name, shape=list(array.shape), data=data)
-
-
-def unpack(packed: Packed) -> np.ndarray:
-    """The array again.
-
-    Raises:
-        RequestError: not what `pack` gives.
-    """
-    try:
-        raw = zlib.decompress(base64.b64decode(packed.data, validate=True))
-        dtype = np.dtype(packed.dtype).newbyteorder("<")
-        return np.frombuffer(raw, dtype).reshape(packed.shape).astype(packed.dtype)
-    except (ValueError, TypeError, zlib.error) as error:
-        raise RequestError(
-            "packed array", f"{packed.dtype} {packed.shape}", f"one that fits ({error})"
-        ) from error
-
-
 def write_analysis(path: Path, analysis: Analysis) -> None:
     """Write `analysis.json`, whole or not at all."""
-    write_record(path, analysis)
+    tree = pack(msgspec.to_builtins(analysis), PACKED_FROM)
+    with atomic_write(path) as staged:
+        staged.write_bytes(msgspec.json.format(msgspec.json.encode(tree), indent=1) + b"\n")
 
 
 def read_analysis(path: Path) -> Analysis:
-    """Read `analysis.json`.
+    """Read `analysis.json`, of this version or the one before.
 
     Raises:
         RequestError: it is absent, of another version, or not such a file.
     """
-    return read_record(path, Analysis, ANALYSIS_VERSION)
+    try:
+        data = path.read_bytes()
+        version_of(data, str(path), 1, ANALYSIS_VERSION)
+        found = unpack(msgspec.json.decode(data))
+        return msgspec.convert(found | {"schema_version": ANALYSIS_VERSION}, Analysis)
+    except RequestError:
+        raise
+    except (OSError, ValueError, *NOT_JSON) as error:
+        raise RequestError(str(path), str(error), f"a {path.name} written by rmoe") from error

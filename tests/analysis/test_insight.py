@@ -15,9 +15,8 @@ from rmoe.analysis.load import coverage, dead_experts, hottest_steps, max_violat
 from rmoe.analysis.measures import MEASURES
 from rmoe.analysis.saturation import FlipRate
 from rmoe.cli.main import main
-from rmoe.errors import RequestError
 from rmoe.moe import Recorder
-from rmoe.results.analysis import Packed, pack, read_analysis, unpack
+from rmoe.results.analysis import read_analysis
 from tests.analysis.random_routing import random_routing, split
 from tests.graft.tiny_families import tiny_model
 
@@ -178,23 +177,6 @@ def test_saliency_by_hand() -> None:
             assert float(measure.result()[1, expert]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "array", [np.arange(6, dtype=np.int32).reshape(2, 3), np.array([0.5, np.nan], np.float32)]
-)
-def test_packed_arrays(array: np.ndarray) -> None:
-    again = unpack(pack(array))
-    assert again.dtype == array.dtype
-    np.testing.assert_array_equal(again, array)
-
-
-@pytest.mark.parametrize(
-    "bad", [("int32", [9], pack(np.arange(3)).data), ("int32", [3], "!"), ("nonesuch", [3], "")]
-)
-def test_damaged_packed_arrays(bad: tuple[str, list[int], str]) -> None:
-    with pytest.raises(RequestError, match="packed array"):
-        unpack(Packed(dtype=bad[0], shape=bad[1], data=bad[2]))
-
-
 FIELDS = {
     "load": ("frequency", "load", "coverage", "drop_ratio"),
     "coactivation": ("coactivation",),
@@ -223,10 +205,11 @@ def test_contexts_in_the_file_point_into_the_text() -> None:
     options = AnalysisOptions(batch_size=1, gradient_tokens=0, measures=("contexts",))
     (found,) = analyze_models([Subject("m", tiny_model("olmoe"))], IDS.numpy(), "<{}>".format, options)
     assert found.contexts is not None
-    text = unpack(found.contexts.text)
-    assert [found.contexts.vocabulary[i] for i in text] == [f"<{i}>" for i in IDS.flatten().tolist()]
-    positions = unpack(found.contexts.positions)
-    assert positions.shape == unpack(found.contexts.weights).shape == (4, 8, 8)
+    assert [found.contexts.vocabulary[i] for i in found.contexts.text] == [
+        f"<{i}>" for i in IDS.flatten().tolist()
+    ]
+    positions = np.array(found.contexts.positions)
+    assert positions.shape == np.shape(found.contexts.weights) == (4, 8, 8)
     record = Recorder(tiny_model("olmoe").eval())(IDS)[1]
     used = (record.experts == 3).any(-1).nonzero().flatten().tolist()
     assert set(positions[1, 3][positions[1, 3] >= 0].tolist()) <= set(used)

@@ -43,6 +43,7 @@ from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.moe import check_reading, routed_layers
 from rmoe.routing.recurrence import Recurrence
+from tests.versions import older
 
 # The families the graft is promised for; the others are tried too.
 PROMISED = (
@@ -62,7 +63,8 @@ PROMISED = (
     "minimax",
     "jamba",
     "llama4_text",
-    "lfm2_moe",
+    # transformers 5.17 renames its kinds of layers when it saves a configuration of another model type
+    *([] if older("transformers", "5.23") else ["lfm2_moe"]),
     "dots1",
 )
 
