@@ -213,13 +213,6 @@ def enable_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def stream_error(message: str) -> object:
-    """What ends a stream of transformers' server with an error; 5.17 to 5.24. Needs the extra `serve`."""
-    from transformers.cli.serving.utils import _StreamError
-
-    return _StreamError(message)
-
-
 class LaterWeights:
     """What transformers had prepared when it was about to load a checkpoint: see `weights_later`. 5.17 to 5.24.
 
@@ -295,3 +288,10 @@ def weights_later() -> Iterator[LaterWeights]:
 
 def _opened(filename: Any, framework: str, device: Any = "cpu", backend: str | None = None) -> Any:
     return safe_open(filename, framework=framework, device="cpu", backend="pread")
+
+
+def stream_error(message: str) -> object:
+    """What ends a stream of transformers' server with an error; 5.17 to 5.24. Needs the extra `serve`."""
+    from transformers.cli.serving.utils import _StreamError
+
+    return _StreamError(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
@@ -20,11 +20,14 @@ from rmoe.analysis.saturation import FlipRate, Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
 from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
 from rmoe.errors import RequestError
-from rmoe.moe.record import RoutingBatch
+from rmoe.moe import RoutedLayer, check_reading
 from rmoe.moe.recorder import Recorder
+from rmoe.moe.records import RoutingBatch
 from rmoe.results import analysis as schema
 
 _RANDOM_SEED = 0
+
+CHECKED_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class AnalysisOptions:
         gradient_tokens: about so many tokens, in whole blocks, for the gradient split; 0 leaves it out.
         explored_tokens: so many tokens are kept for the token explorer.
         measures: what is measured, of `MEASURES`.
+        check: silence some experts first, and refuse a model that is read wrongly (`rmoe.moe.check_reading`).
     """
 
     batch_size: int = 8
     gradient_tokens: int = 4096
     explored_tokens: int = 256
     measures: tuple[str, ...] = DEFAULT_MEASURES
+    check: bool = True
 
     def __post_init__(self) -> None:
         for name in self.measures:
@@ -101,6 +106,10 @@ def analyze_models(
     saturation = _saturation(passes) if stability else None
     flips = FlipRate(len(passes[0].recorder.layers)) if stability else None
     with _evaluating([subject.model for subject in subjects]):
+        if options.check:
+            for one in passes:
+                if one.streamed is None:  # which has no model to run a second time
+                    one.require_read(blocks)
         for start in range(0, len(blocks), options.batch_size):
             input_ids = torch.from_numpy(blocks[start : start + options.batch_size].astype(np.int64))
             batches = [one.update(start // options.batch_size, input_ids) for one in passes]
@@ -125,6 +134,7 @@ class _Pass:
         self.subject, self.token_counts, self.options = subject, token_counts, options
         self.streamed = subject.streamed
         self.recorder = Recorder(subject.model) if self.streamed is None else self.streamed.recorder
+        self.check: schema.ReadingCheck | None = None
         self.shared = find_shared(subject.model, self.recorder.layers)
         self.measures: RoutingMeasures | None = None
         names, layers = options.measures, self.recorder.layers
@@ -141,6 +151,29 @@ class _Pass:
             raise RequestError("tokenizer", f"one that gives id {len(token_counts) - 1}", allowed)
         self.device = embedding.weight.device
 
+    @property
+    def called(self) -> list[RoutedLayer]:
+        """The layer of each record."""
+        return self.recorder.called if self.streamed is None else self.streamed.called
+
+    def require_read(self, blocks: np.ndarray) -> None:
+        """Check that the model is read correctly, on the start of the text.
+
+        Raises:
+            RequestError: silencing an expert changed other tokens than those said to use it.
+        """
+        ids = torch.from_numpy(blocks[:1, :CHECKED_TOKENS].astype(np.int64)).to(self.device)
+        found = check_reading(self.subject.model, ids)
+        self.check = schema.ReadingCheck(
+            passed=found.passed,
+            summary=found.summary(),
+            tokens=found.tokens,
+            experts=[schema.ExpertCheck(**asdict(one)) for one in found.experts],
+        )
+        if not found.passed:
+            allowed = f"a model whose routing can be read, or --no-check; the check {found.summary()}"
+            raise RequestError("MODEL", self.subject.name, allowed)
+
     def update(self, chunk: int, input_ids: Tensor) -> RoutingBatch:
         """Run the model on [B, S] ids, or take what was streamed, and measure its routing."""
         if self.streamed is None:
@@ -155,7 +188,8 @@ class _Pass:
             batch = self.streamed.batch(chunk)
         if self.measures is None:  # how many classes a router has shows in what it returns
             layers, _, classes = batch.probs.shape
-            sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes)
+            by_layer = batch.layer_experts, tuple(layer.top_k for layer in self.called)
+            sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes, *by_layer)
             self.measures = RoutingMeasures(
                 sizes, self.token_counts, self.options.explored_tokens, self.options.measures
             )
@@ -172,7 +206,8 @@ class _Pass:
             layers=sizes.num_layers,
             experts=sizes.num_experts,
             experts_per_token=sizes.experts_per_token,
-            layer_names=[layer.name for layer in self.recorder.layers],
+            layer_names=self.recorder.names if self.streamed is None else self.streamed.names,
+            check=self.check,
             similarity=self._similarity(weights),
             router_weights=self._router_weights(weights),
             gradient_split=self._gradient_split(blocks),
@@ -204,12 +239,11 @@ class _Pass:
         )
 
     def _weights(self) -> list[LayerWeights]:
-        layers = self.recorder.layers
         if "weights" not in self.options.measures:
             return []
         if self.streamed is not None:
-            return [self.streamed.weights[layer.name] for layer in layers]
-        return [layer_weights(layer, self.shared) for layer in layers]
+            return [self.streamed.weights[layer.name] for layer in self.called]
+        return [layer_weights(layer, self.shared) for layer in self.called]
 
     def _similarity(self, weights: Sequence[LayerWeights]) -> schema.Similarity | None:
         values = [one.similarity for one in weights if one.similarity is not None]
@@ -229,6 +263,10 @@ class _Pass:
     def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
         if self.streamed is not None or "gradients" not in self.options.measures:
             return None  # gradients need all layers at once
+        if len(self.recorder.called) > len(self.recorder.layers) or self.recorder.two_sided:
+            return (
+                None  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
+            )
         count = min(len(blocks), -(-self.options.gradient_tokens // blocks.shape[1]))
         # Batches of one size, so that each weighs the same in the mean.
         size = min(self.options.batch_size, max(count, 1))

@@ -121,7 +121,8 @@ def analyze_folders(
             routings.append(None)
             continue
         routings.append(streaming.run(Path(path), layered, reading.blocks, options.batch_size, i))
-        needs = [n for n in ("gradients", "predictability", "saliency") if n in options.measures]
+        needs: list[str] = [n for n in ("gradients", "predictability", "saliency") if n in options.measures]
+        needs += ["the check of the reading"] if options.check else []
         skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
         notes.append(f"{_names(paths)[i]} was read layer by layer{skipped}")
     subjects = [

@@ -6,7 +6,7 @@ the scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from rmoe.analysis.contexts import TopContexts
 from rmoe.analysis.load import (
     Load,
     coverage,
+    dead_experts,
     frequency,
     hottest_steps,
     load_imbalance,
@@ -29,7 +30,7 @@ from rmoe.analysis.load import (
 from rmoe.analysis.mutual_information import ChosenMutualInformation, DigitisedMutualInformation
 from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.token_affinity import TokenAffinity, tracked_tokens
-from rmoe.moe.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 from rmoe.results import analysis as schema
 
 MEASURES = {
@@ -55,17 +56,19 @@ MAX_COACTIVATION = 1 << 22
 
 @dataclass(frozen=True)
 class Sizes:
-    """L layers, E experts, k per token, C classes (E, or E + 1 with a skip class)."""
+    """L layers, E experts, k per token, C classes (E, or E + 1 with a skip class); E and k by layer."""
 
     num_layers: int
     num_experts: int
     experts_per_token: int
     num_classes: int
+    layer_experts: tuple[int, ...] = ()
+    layer_top_k: tuple[int, ...] = ()
 
 
-def load_fields(counts: np.ndarray, n: int) -> dict[str, Any]:
-    """What [L, E] assignments of `n` tokens say, whoever counted them."""
-    imbalance, hottest = load_imbalance(counts), hottest_steps(counts.shape[-1])
+def load_fields(counts: np.ndarray, n: int, layer_experts: Sequence[int] = ()) -> dict[str, Any]:
+    """What [L, E] assignments of `n` tokens say, whoever counted them; `layer_experts` as of `load_imbalance`."""
+    imbalance, hottest = load_imbalance(counts, layer_experts), hottest_steps(counts.shape[-1])
     return {
         "frequency": frequency(counts).tolist(),
         "frequency_n": n,
@@ -73,9 +76,9 @@ def load_fields(counts: np.ndarray, n: int) -> dict[str, Any]:
             values=imbalance.tolist(), overall=float(imbalance.mean()), n=n
         ),
         "load": schema.LoadSummary(
-            quantiles=relative_load_quantiles(counts).tolist(),
-            dead=(counts == 0).sum(axis=-1).tolist(),
-            max_violation=max_violation(counts).tolist(),
+            quantiles=relative_load_quantiles(counts, layer_experts).tolist(),
+            dead=dead_experts(counts, layer_experts).tolist(),
+            max_violation=max_violation(counts, layer_experts).tolist(),
             n=n,
         ),
         "coverage": schema.Coverage(hottest=hottest, values=coverage(counts, hottest).tolist(), n=n),
@@ -103,7 +106,8 @@ class ChoiceMeasures:
     ) -> None:
         layers, experts = sizes.num_layers, sizes.num_experts
         self.sizes, self.names = sizes, names
-        self.load = Load(layers, experts, sizes.experts_per_token, total)
+        by_layer = sizes.layer_experts, sizes.layer_top_k
+        self.load = Load(layers, experts, sizes.experts_per_token, total, layers=by_layer)
         self.coactivation = Coactivation(layers, experts) if "coactivation" in names else None
         mutual = ranked and "mutual-information" in names
         self.chosen = ChosenMutualInformation(layers, experts + 1) if mutual else None
@@ -160,7 +164,7 @@ class ChoiceMeasures:
         counts = self.load.total_counts()
         drops, drops_overall = self.load.drop_ratio()
         return {
-            **load_fields(counts, self.load.n),
+            **load_fields(counts, self.load.n, self.sizes.layer_experts),
             "drop_ratio": schema.DropRatio(
                 capacity_factor=self.load.capacity_factors,
                 values=drops.tolist(),

@@ -91,7 +91,8 @@ def analyze_trace(
         ]
     meta, notes = found.meta, []
     num_experts, slots = max(meta.num_experts), max(meta.experts_per_token)
-    sizes = Sizes(len(meta.layer_names), num_experts, slots, num_experts)
+    by_layer = tuple(meta.num_experts), tuple(meta.experts_per_token)
+    sizes = Sizes(len(meta.layer_names), num_experts, slots, num_experts, *by_layer)
     counts = None if found.tokens is None else np.bincount(found.tokens)
     if found.tokens is None:
         notes.append(f"the {meta.source} trace has no token ids: no tokens per expert")

@@ -35,6 +35,7 @@ def run(
     measures: str | None = None,
     stream: bool = False,
     hidden_states: Literal["auto", "memory", "disk"] = "auto",
+    check: bool = True,
     single_file: bool = False,
     plugin: Plugins = (),
 ) -> None:
@@ -64,6 +65,8 @@ def run(
             free memory. A run that was killed is resumed by the same command.
         hidden_states: where they are between two layers of a streamed model; default the disk if they take more than
             a quarter of the free memory.
+        check: first silence a few experts of each layer, one at a time, on 128 tokens, and see that exactly the tokens
+            said to use them change; a model that is read wrongly is refused.
         single_file: put the plotting library inside the page, so that it can be sent alone.
         plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
@@ -89,7 +92,7 @@ def run(
         if model is None:
             raise RequestError("MODEL", None, "a model folder, or --trace FILE")
         chosen = DEFAULT_MEASURES if measures is None else tuple(filter(None, measures.split(",")))
-        options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, chosen)
+        options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, chosen, check)
         streaming = Streaming(
             out / "stream",
             stream,
@@ -102,6 +105,9 @@ def run(
         )
     for note in analysis.notes:
         print(one_line(note))
+    for model_analysis in analysis.models:
+        if model_analysis.check is not None:
+            print(one_line(f"{model_analysis.name}: reading {model_analysis.check.summary}"))
     out.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):
         (out / "stream").rmdir()

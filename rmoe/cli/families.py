@@ -26,7 +26,9 @@ def run(*, json: bool = False) -> None:
     if json:
         print(jsonlib.dumps(table["families"], indent=2))
     else:
-        print(f"Tried with transformers {table['transformers']}; the first {table['promised']} are promised.\n")
+        print(
+            f"Tried with transformers {table['transformers']}; the first {table['promised']} are promised.\n"
+        )
         print(markdown_table(table["families"]), end="")
 
 

@@ -89,4 +89,3 @@ def run(
         f"{out}: {report.model_type}, {len(report.gates)} gates, {report.added_parameters:,} parameters added"
     )
     print(jsonlib.dumps(asdict(report)) if json else one_line(said))
-

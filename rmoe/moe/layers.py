@@ -18,7 +18,15 @@ from rmoe.moe.reading import Reader, reader_of
 
 GATE_NAMES = ("gate", "router", "wg")
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "total_experts")
-_TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_TOP_K = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from rmoe.routing.initial import Initialized
 from rmoe.routing.router import BaseRouter
 
 
-def scorer_matrix(layer: RoutedLayer, shared: nn.Module | None) -> Tensor | None:
+def scorer_matrix(layer: RoutedLayer, shared: Any) -> Tensor | None:
     """G, what a router compares tokens with, [C, p], detached; None for a router without such a matrix.
 
     Args:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.errors import RequestError
-from rmoe.moe.record import RoutingRecord
+from rmoe.moe.records import RoutingRecord
 from rmoe.moe.scores import SCORES, TOLERANCE, disproportion
 from rmoe.routing.contract import Routing
 from rmoe.routing.router import BaseRouter
@@ -87,9 +87,8 @@ class ExpertsReader(Reader):
             experts = experts.masked_fill((weights == 0) & (experts == 0), self.num_experts)
         weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         wide = logits.float()
-        if self.scoring is None:
-            self.scoring = self._find_scoring(wide, experts, weights)
-        return record_of(logits, self._scores(self.scoring, wide), experts, weights, self.num_experts)
+        scoring = self.scoring or self._find_scoring(wide, experts, weights)
+        return record_of(logits, self._scores(scoring, wide), experts, weights, self.num_experts)
 
     def choice(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The experts `[T, K]` and their weights `[T, K]` among what the experts are called with."""
@@ -144,13 +143,19 @@ class ExpertsReader(Reader):
                 errors[name, at] = disproportion(bare, function(logits).gather(-1, chosen), used)
         best = min(errors, key=errors.__getitem__)
         if errors[best] <= TOLERANCE:
-            self.scaled_by = (None, *self.scales)[best[1]]
+            if (
+                sum(error <= TOLERANCE for error in errors.values()) == 1
+            ):  # else these tokens cannot tell: look again
+                self.scoring, self.scaled_by = best[0], (None, *self.scales)[best[1]]
             return best[0]
         if _is_sparse_mixer(logits, chosen, weights):
-            return "sparsemixer"
+            self.scoring = "sparsemixer"
+            return self.scoring
         allowed = f"a router whose weights follow from its scores by one of {', '.join(SCORES)}"
         ran = f"{experts.unique().numel()} of {self.num_experts} experts in {experts.shape[-1]} slots a token"
-        raise RequestError("MODEL", self.name, f"{allowed}; the nearest is off by {errors[best]:.2g}, with {ran}")
+        raise RequestError(
+            "MODEL", self.name, f"{allowed}; the nearest is off by {errors[best]:.2g}, with {ran}"
+        )
 
 
 class DenseReader(Reader):
@@ -159,14 +164,14 @@ class DenseReader(Reader):
     at = "router"
 
     def read(self, gate_output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> RoutingRecord:
-        scores, logits = self._scores_and_logits(gate_output)
-        experts = logits.topk(self.top_k, dim=-1).indices
+        scores, logits = self.scores_and_logits(gate_output)
+        experts = logits.masked_fill(scores == 0, -torch.inf).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, experts).detach().float()
         self.scoring = "sigmoid"
         wide = logits.detach().float()
         return record_of(logits.detach(), SCORES[self.scoring](wide), experts, weights, self.num_experts)
 
-    def _scores_and_logits(self, gate_output: Any) -> tuple[Tensor, Tensor]:
+    def scores_and_logits(self, gate_output: Any) -> tuple[Tensor, Tensor]:
         """Scores have k entries a token that are not zero, where logits have E."""
         dense = [v for v in gate_output if isinstance(v, Tensor) and v.shape[-1] == self.num_experts]
         sparse = [value for value in dense if bool(((value != 0).sum(-1) <= self.top_k).all())]

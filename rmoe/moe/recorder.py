@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rmoe.errors import RequestError
 from rmoe.moe.layers import RoutedLayer, require_layers
-from rmoe.moe.record import RoutingBatch, RoutingRecord
+from rmoe.moe.records import RoutingBatch, RoutingRecord
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Recorder:
     Attributes:
         layers: its MoE layers.
         num_experts, experts_per_token: the largest E and k of them.
+        two_sided: an encoder-decoder.
 
     Raises:
         RequestError: it has no MoE layers.
@@ -82,7 +83,7 @@ class Recorder:
         accepted = inspect.signature(model.forward).parameters
         # The head's logits, the largest tensor of a forward pass, are not needed beyond one position.
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
 
     @property
     def called(self) -> list[RoutedLayer]:
@@ -135,7 +136,7 @@ class Recorder:
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """The forward pass alone, for whoever listens by other means."""
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._two_sided:
+        if self.two_sided:
             arguments |= {f"decoder_{name}": value for name, value in arguments.items()}
         self.model(**arguments, use_cache=False, **self._options)
 

@@ -193,7 +193,14 @@ def _facts(summary: Summary | None, analysis: Analysis | None) -> Facts:
             ("seeds", str(max(router.finished for router in summary.routers))),
             ("unit", f"{UNITS[summary.corpus.unit]}, lower is better"),
         ]
-    return [("text", analysis.text.name), ("tokens", f"{analysis.text.tokens:,}")] if analysis else []
+    if not analysis:
+        return []
+    facts = [("text", analysis.text.name), ("tokens", f"{analysis.text.tokens:,}")]
+    many = len(analysis.models) > 1
+    for model in analysis.models:
+        name = f"check of {model.name}" if many else "check"
+        facts.append((name, model.check.summary if model.check else "not made"))
+    return facts
 
 
 def _about(summary: Summary | None, analysis: Analysis | None) -> Facts:

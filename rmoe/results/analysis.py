@@ -199,6 +199,26 @@ class TopToken(Record, frozen=True, kw_only=True):
     share: float
 
 
+class ExpertCheck(Record, frozen=True, kw_only=True):
+    """One expert was silenced: what changed."""
+
+    layer: str
+    expert: int
+    said: int  # tokens said to use it
+    missed: int  # of those, how many did not change
+    extra: int  # tokens that changed, but should not
+    change: float  # mean over its tokens of |y - y'| / |y| of the block's output (largest entries)
+
+
+class ReadingCheck(Record, frozen=True, kw_only=True):
+    """Whether the routing was read correctly: experts silenced one at a time on a short text."""
+
+    passed: bool
+    summary: str  # the verdict in a sentence
+    tokens: int
+    experts: list[ExpertCheck]
+
+
 class OverTraining(Record, frozen=True, kw_only=True):
     """A per-layer measure recorded on a schedule while training."""
 
@@ -218,6 +238,7 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     experts: int
     experts_per_token: int
     layer_names: list[str]  # [L], as in the model
+    check: ReadingCheck | None = None  # None: not asked for
     mi_digitised: PairMeasure | None = (
         None  # the paper's: 100 equal bins on [0, 1], per token, averaged (Fig. 3)
     )

@@ -68,21 +68,27 @@ class BalanceSpec(Options):
 class SelectionBias(StepState):
     """Aux-loss-free balancing (2408.15664): `b += rate * sign(mean load - load)`, float32.
 
-    A skip class, the last of `E + 1`, starts at `skip_bias` and is not moved: it bears no load.
+    A skip class, the last of `E + 1`, starts at `skip_bias` and is not moved: it bears no load. Nor are experts that
+    compute nothing, behind the E; theirs starts at 0.
     """
 
     bias: Tensor
 
     def __init__(
-        self, spec: BalanceSpec, geometry: Geometry, skip_class: bool, skip_bias: float = -1.0
+        self,
+        spec: BalanceSpec,
+        geometry: Geometry,
+        skip_class: bool,
+        skip_bias: float = -1.0,
+        zero_experts: int = 0,
     ) -> None:
         super().__init__()
-        self.spec, self.num_experts = spec, geometry.num_experts
+        self.spec, self.num_experts, self.zero_experts = spec, geometry.num_experts, zero_experts
         self.skip_class, self.skip_bias = skip_class, skip_bias
         self.register_state()
 
     def start_values(self) -> dict[str, Tensor | None]:
-        bias = torch.zeros(self.num_experts + self.skip_class, dtype=torch.float32)
+        bias = torch.zeros(self.num_experts + self.zero_experts + self.skip_class, dtype=torch.float32)
         if self.skip_class:
             bias[-1] = self.skip_bias
         return {"bias": bias}

@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmoe.routing.contract import RouterContext, RouterStats, Routing
+from rmoe.routing.initial import Initializer, constant
 from rmoe.routing.options import Geometry, Mechanism, Options
 from rmoe.routing.step_state import StepState
 from rmoe.validation import NotNegative, Positive, PositiveInt, require
@@ -28,6 +29,11 @@ class Gate(StepState, Mechanism):
         @property
         def takes_bias(self) -> bool:
             """Whether a bias can move its selection."""
+            return False
+
+        @property
+        def knows_zero_experts(self) -> bool:
+            """Whether it can choose among experts that compute nothing as among the others."""
             return False
 
         @property
@@ -65,36 +71,49 @@ class TopK(Gate):
         scores: `p`, of each logit.
         choose_by: what the bias is added to and the k largest are taken of.
         weights: the scores of the chosen, or a softmax over their logits.
-        renormalize: divide the k weights by their sum.
+        renormalize: divide the k weights by their sum, or by their p-norm.
+        norm: p of that norm; 1 is the sum (DBRX).
         eps: of that sum: added to it, or with `eps_is_floor` its least value.
-        scale: multiplies the weights (`routed_scaling_factor`).
+        scale: multiplies the weights (`routed_scaling_factor`); "inverse_k" divides them by k.
+        expert_scale: a learned factor per expert, 1 at the start, multiplies the weights (Gemma 4).
         multiplier: multiplies the logits.
         softcap: `c tanh(s / c)` of the logits, after the multiplier; None is no cap.
         groups: experts are in so many equal groups, and a token chooses within its `top_groups` best. 1 is no limit.
         group_score: of a group: its best expert's, or the sum of its two best experts'.
+        outside: experts of the other groups are excluded, or have the score 0 (A.X K2): they come before chosen
+            ones whose score plus bias is negative.
+        group_quota: a token takes exactly `k / groups` experts of each group (MoGE); `top_groups` has no part in it.
         start_k: k grows linearly from this over training (SMoE-dropout); None holds it.
+        layer_k: k of the MoE layers in turn, repeated over the depth; a layer's slots beyond its k stay empty
+            (HunYuan). Empty: every layer has the model's k.
         """
 
         kind = "top_k"
         takes_bias = True
+        knows_zero_experts = True
 
         scores: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
         choose_by: Literal["scores", "logits"] = "scores"
         weights: Literal["scores", "softmax_of_chosen"] = "scores"
         renormalize: bool = True
+        norm: Positive = 1.0
         eps: NotNegative = 0.0
         eps_is_floor: bool = False
-        scale: Positive = 1.0
+        scale: Positive | Literal["inverse_k"] = 1.0
+        expert_scale: bool = False
         multiplier: Positive = 1.0
         softcap: Positive | None = None
         groups: PositiveInt = 1
         top_groups: PositiveInt = 1
         group_score: Literal["max", "top_2"] = "max"
+        outside: Literal["excluded", "zero"] = "excluded"
+        group_quota: bool = False
         start_k: PositiveInt | None = None
+        layer_k: tuple[int, ...] = ()
 
         @property
         def leaves_empty_slots(self) -> bool:
-            return self.start_k is not None
+            return self.start_k is not None or bool(self.layer_k)
 
         @property
         def moves(self) -> bool:
@@ -104,23 +123,46 @@ class TopK(Gate):
         def equation(self) -> str:
             s = "s" if self.multiplier == 1 else f"{self.multiplier:g} s"
             s = s if self.softcap is None else f"{self.softcap:g} tanh({s} / {self.softcap:g})"
-            if self.weights == "softmax_of_chosen":
-                return f"g = softmax(top_k({s}))"
             p = {"softmax": f"softmax({s})", "sigmoid": f"sig({s})"}.get(self.scores, f"sqrt(softplus({s}))")
-            within = f" in the top {self.top_groups} groups" if self.groups > 1 else ""
-            return f"g = top_k({p}){within}" + (" / sum" if self.renormalize else "")
+            if self.weights == "softmax_of_chosen":
+                return f"g = {self._times}softmax(top_k({s}))"
+            chosen = f"top_k({p})"
+            if self.group_quota:
+                chosen += f", k / {self.groups} of each group"
+            elif self.groups > 1:
+                chosen += f" in the top {self.top_groups} groups"
+            total = "sum" if self.norm == 1 else f"{self.norm:g}-norm"
+            chosen += f" / {total}" if self.renormalize else ""
+            return f"g = {self._times}{chosen}"
+
+        @property
+        def _times(self) -> str:
+            factors = ["a_n"] if self.expert_scale else []
+            factors += ["1/k"] if self.scale == "inverse_k" else []
+            return "".join(f"{factor} " for factor in factors)
 
         def check(self) -> None:
             fits = self.top_groups <= self.groups
             require(fits, "gate.top_groups", self.top_groups, f"1 to groups ({self.groups})")
+            require(all(k > 0 for k in self.layer_k), "gate.layer_k", self.layer_k, "values above 0")
+            one = self.start_k is None or not self.layer_k
+            require(one, "gate.layer_k", self.layer_k, "none with gate.start_k")
+            grouped = self.groups > 1 or not self.group_quota
+            require(grouped, "gate.group_quota", True, "false without gate.groups")
 
         def check_geometry(self, geometry: Geometry) -> None:
             experts, k = geometry.num_experts, geometry.top_k
             grows = self.start_k is None or self.start_k <= k
             require(grows, "gate.start_k", self.start_k, f"1 to num_experts_per_tok ({k})")
+            fits = max(self.layer_k, default=0) <= k
+            require(fits, "gate.layer_k", self.layer_k, f"1 to num_experts_per_tok ({k})")
             divides = experts % self.groups == 0
             require(divides, "gate.groups", self.groups, f"a divisor of num_experts ({experts})")
             per_group = experts // self.groups
+            if self.group_quota:
+                divides = k % self.groups == 0
+                require(divides, "gate.groups", self.groups, f"a divisor of num_experts_per_tok ({k})")
+                return
             wide = self.groups == 1 or self.group_score == "max" or per_group >= 2
             require(wide, "gate.groups", self.groups, f"at most num_experts / 2 ({experts // 2})")
             reach = self.top_groups * per_group
@@ -128,18 +170,34 @@ class TopK(Gate):
 
     options: Config
     current_k: Tensor | None
+    expert_scale: Tensor | None
+
+    def __init__(self, options: Config, geometry: Geometry) -> None:
+        super().__init__(options, geometry)
+        layers = options.layer_k
+        self.layer_k = layers[geometry.layer_index % len(layers)] if layers else None
+        start = torch.empty(self.num_experts) if options.expert_scale else None
+        self.register_parameter("expert_scale", None if start is None else nn.Parameter(start))
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"expert_scale": constant(1.0)}
 
     def start_values(self) -> dict[str, Tensor | None]:
         start = self.options.start_k
         return {"current_k": None if start is None else torch.tensor(start)}
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        options, s = self.options, self._shaped(logits)
+        s = self._shaped(logits)
         p = self._scores(s)
-        experts = self._choose(s, p, bias)
-        unused = None
-        if self.current_k is not None:  # slots beyond the current k
-            unused = torch.arange(self.top_k, device=s.device).expand(s.shape[0], -1) >= self.current_k
+        return self._weigh(logits, s, p, self._choose(s, p, bias))
+
+    def given(self, logits: Tensor, experts: Tensor) -> Routing:
+        """The decision where the `[T, k]` experts are chosen already: their weights follow from the logits."""
+        s = self._shaped(logits)
+        return self._weigh(logits, s, self._scores(s), experts)
+
+    def _weigh(self, logits: Tensor, s: Tensor, p: Tensor, experts: Tensor) -> Routing:
+        options, unused = self.options, self._unused(s)
         if options.weights == "softmax_of_chosen":
             chosen = s.gather(-1, experts)
             weights = F.softmax(chosen if unused is None else chosen.masked_fill(unused, -torch.inf), -1)
@@ -154,8 +212,18 @@ class TopK(Gate):
             weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         if options.renormalize:
             weights = weights / self._total(weights, may_be_empty)
+        weights = weights / self.top_k if options.scale == "inverse_k" else weights * options.scale
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale[experts.clamp(max=self.num_experts - 1)]
         probs = p if options.scores == "softmax" else p / p.sum(-1, keepdim=True)
-        return Routing(logits, probs, weights * options.scale, experts)
+        return Routing(logits, probs, weights, experts)
+
+    def _unused(self, s: Tensor) -> Tensor | None:
+        """`[T, k]`, the slots beyond the k of this step or of this layer; None where there are none."""
+        current = self.layer_k if self.current_k is None else self.current_k
+        if current is None:
+            return None
+        return torch.arange(self.top_k, device=s.device).expand(s.shape[0], -1) >= current
 
     def _shaped(self, logits: Tensor) -> Tensor:
         s = logits if self.options.multiplier == 1 else logits * self.options.multiplier
@@ -174,20 +242,35 @@ class TopK(Gate):
         choice = (s if by_logits else p).detach()
         if bias is not None:
             choice = choice + bias
+        if options.group_quota:
+            return self._of_each_group(choice)
         if options.groups > 1:
             choice = self._within_best_groups(choice)
         return choice.topk(self.top_k, -1).indices
 
+    def _of_each_group(self, choice: Tensor) -> Tensor:
+        """The `k / groups` best of each group."""
+        groups = self.options.groups
+        by_group = choice.unflatten(-1, (groups, -1))  # [T, groups, E / groups]
+        best = by_group.topk(self.top_k // groups, -1).indices
+        first = torch.arange(groups, device=choice.device)[:, None] * by_group.shape[-1]
+        return (best + first).flatten(-2)
+
     def _within_best_groups(self, choice: Tensor) -> Tensor:
-        """Scores outside a token's best groups become -inf; ties go to the lower group, as topk has it."""
+        """Scores outside a token's best groups become -inf or 0; ties go to the lower group, as topk has it."""
         by_group = choice.unflatten(-1, (self.options.groups, -1))  # [T, groups, E / groups]
         best_of_each = by_group.topk(1 if self.options.group_score == "max" else 2, -1).values.sum(-1)
         _, best = best_of_each.topk(self.options.top_groups, -1)
         keep = torch.zeros(by_group.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, True)
-        return by_group.masked_fill(~keep[..., None], -torch.inf).flatten(-2)
+        other = -torch.inf if self.options.outside == "excluded" else 0.0
+        return by_group.masked_fill(~keep[..., None], other).flatten(-2)
 
     def _total(self, weights: Tensor, may_be_empty: bool) -> Tensor:
-        total, eps = weights.sum(-1, keepdim=True), self.options.eps
+        eps, norm = self.options.eps, self.options.norm
+        if norm == 1:  # no weight is negative
+            total = weights.sum(-1, keepdim=True)
+        else:
+            total = torch.linalg.vector_norm(weights, norm, dim=-1, keepdim=True)
         if eps and not self.options.eps_is_floor:
             return total + eps
         # A token whose every slot is empty keeps zero weights: the floor only avoids 0 / 0.
@@ -206,6 +289,7 @@ class NamedTopK(TopK):
 
     class Config(Gate.Config):
         takes_bias = True
+        knows_zero_experts = True
 
         def top_k(self) -> TopK.Config:
             """The options of `TopK` that it stands for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from rmoe.routing.initial import PassedModule
 from rmoe.routing.options import Geometry, Mechanism, Options
 from rmoe.routing.step_state import StepState
 from rmoe.routing.temperature import Temperature
-from rmoe.validation import Share
+from rmoe.routing.zero_experts import ZeroExperts
+from rmoe.validation import NotNegativeInt, Share
 
 if TYPE_CHECKING:
     from rmoe.routing.spec import RouterSpec
@@ -33,7 +34,8 @@ class SharedRouter(PassedModule):
         super().__init__()
         scorer, features = spec.scorer, spec.recurrence.features(geometry)
         self.recurrence = spec.recurrence.build_shared(geometry)
-        self.scorer = None if scorer is None else scorer.build_shared(geometry, features)
+        scored = spec.router.scored(geometry)
+        self.scorer = None if scorer is None else scorer.build_shared(scored, features)
 
 
 def build_shared(spec: RouterSpec, geometry: Geometry) -> SharedRouter | None:
@@ -76,6 +78,43 @@ class BaseRouter(StepState, Mechanism):
         @property
         def needs_token_ids(self) -> bool:
             return False
+
+        @property
+        def is_causal(self) -> bool:
+            """Whether no token's routing depends on a later token's."""
+            return True
+
+        @property
+        def reads_sequence(self) -> bool:
+            """Whether it needs a token's earlier tokens in the same call: it cannot work behind a cache."""
+            return False
+
+        def built_experts(self, geometry: Geometry) -> int:
+            """How many experts the model builds per layer; a router that never leaves the first few needs no more."""
+            return geometry.num_experts
+
+        @property
+        def has_zero_experts(self) -> bool:
+            """Whether a token may choose experts that compute nothing."""
+            return False
+
+        @property
+        def weighs_inputs(self) -> bool:
+            """Whether a weight multiplies its expert's input instead of its output."""
+            return False
+
+        @property
+        def shared_classes(self) -> int:
+            """Shared experts that it weighs per token; 0 leaves them unweighted."""
+            return 0
+
+        def chosen_from(self, geometry: Geometry) -> Geometry:
+            """What the gate is built for: `num_experts` counts all classes it chooses from."""
+            return geometry
+
+        def scored(self, geometry: Geometry) -> Geometry:
+            """What the scorer is built for: `num_experts` counts all classes it scores."""
+            return self.chosen_from(geometry)
 
     def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__()
@@ -128,8 +167,7 @@ class BaseRouter(StepState, Mechanism):
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Router arithmetic stays in float32 under autocast too; the meta device, which plans are made on, has none."""
-    available = torch.amp.is_autocast_available(device_type)
-    if available and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -140,11 +178,39 @@ class Router(BaseRouter):
     class Config(BaseRouter.Config):
         """Attributes:
         input_jitter: in training the router's input is multiplied by U(1 - e, 1 + e) (Switch, 2101.03961).
+        weight_on: whether a weight multiplies its expert's output, or its input (Llama 4).
+        identity_experts, zero_experts, constant_experts: how many experts more there are that give `x`, 0, and a
+            mix of `x` and a learned vector (MoE++; LongCat), see `ZeroExperts`.
         """
 
         kind = "staged"
 
         input_jitter: Share = 0.0
+        weight_on: Literal["output", "input"] = "output"
+        identity_experts: NotNegativeInt = 0
+        zero_experts: NotNegativeInt = 0
+        constant_experts: NotNegativeInt = 0
+
+        @property
+        def equation(self) -> str:
+            identity, zero, constants = self.identity_experts, self.zero_experts, self.constant_experts
+            parts = ["y = sum E_n(g_n x)"] if self.weighs_inputs else []
+            parts += [f"{identity} experts are x"] if identity else []
+            parts += [f"{zero} experts are 0"] if zero else []
+            parts += [f"{constants} experts are a_1 x + a_2 v"] if constants else []
+            return "; ".join(parts)
+
+        @property
+        def has_zero_experts(self) -> bool:
+            return self.identity_experts + self.zero_experts + self.constant_experts > 0
+
+        @property
+        def weighs_inputs(self) -> bool:
+            return self.weight_on == "input"
+
+        def chosen_from(self, geometry: Geometry) -> Geometry:
+            more = self.identity_experts + self.zero_experts + self.constant_experts
+            return replace(geometry, num_experts=geometry.num_experts + more)
 
         @property
         def uses_noise(self) -> bool:
@@ -162,12 +228,15 @@ class Router(BaseRouter):
         assert spec.gate is not None
         features = spec.recurrence.features(geometry)
         self.recurrence: Any = spec.recurrence.build(geometry)
-        self.scorer: Any = spec.scorer.build(geometry, features)
+        self.scorer: Any = spec.scorer.build(options.scored(geometry), features)
         self.temperature = None if spec.temperature.is_off else Temperature(spec.temperature)
         skip_class = spec.scorer.skip_class
         biased = skip_class or spec.balance.bias_update_rate > 0
-        self.selection_bias = SelectionBias(spec.balance, geometry, skip_class) if biased else None
-        self.gate: Any = spec.gate.build(geometry)
+        more = options.identity_experts, options.zero_experts, options.constant_experts
+        bias = SelectionBias(spec.balance, geometry, skip_class, zero_experts=sum(more)) if biased else None
+        self.selection_bias = bias
+        self.gate: Any = spec.gate.build(options.chosen_from(geometry))
+        self.zero_experts = ZeroExperts(*more, geometry) if options.has_zero_experts else None
 
     def experts_matrix(self, shared: SharedRouter | None) -> Tensor | None:
         return self.scorer.experts_matrix(shared.scorer if shared is not None else None)
@@ -197,4 +266,8 @@ class Router(BaseRouter):
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Routing, State]:
         _, logits, state = self.score(hidden, state, shared, context)
-        return self.decide(logits, context), state
+        return self.settle(self.decide(logits, context), hidden), state
+
+    def settle(self, routing: Routing, hidden: Tensor) -> Routing:
+        """What a gate decided over all classes, with experts that compute nothing as what they give."""
+        return routing if self.zero_experts is None else self.zero_experts(routing, hidden)

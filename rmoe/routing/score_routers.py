@@ -12,6 +12,7 @@ from rmoe.routing.contract import RouterContext, Routing, State
 from rmoe.routing.initial import ProjectionFP32, constant
 from rmoe.routing.options import Geometry
 from rmoe.routing.router import Router, SharedRouter
+from rmoe.validation import require
 
 if TYPE_CHECKING:
     from rmoe.routing.spec import RouterSpec
@@ -41,7 +42,7 @@ class ResidualScores(Router):
         logits = own
         if below:
             logits = own + self.options.scale * (below[0].detach() if self.options.detach else below[0])
-        return self.decide(logits, context), (own, *recurrent)
+        return self.settle(self.decide(logits, context), hidden), (own, *recurrent)
 
 
 class NoisyTopK(Router):
@@ -60,6 +61,9 @@ class NoisyTopK(Router):
 
         importance_weight: float = 0.1
         load_weight: float = 0.1
+
+        def check(self) -> None:
+            require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")
 
     options: Config
 

@@ -67,12 +67,15 @@ class Linear(Scorer):
         """
 
         kind = "linear"
-        equation = "s = G f"
 
         bias: bool = False
         init_std: Positive | Literal["inverse_sqrt"] | None = None
         frozen: bool = False
         shared_layers: NotNegativeInt = 1
+
+        @property
+        def equation(self) -> str:
+            return "s = G f + b" if self.bias else "s = G f"
 
         @property
         def carries(self) -> str:

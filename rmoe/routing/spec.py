@@ -66,6 +66,14 @@ class RouterSpec:
         gate = self.gate.kind if self.gate is not None else None
         fits = takes_bias or not self._skips
         require(fits, "router.gate", gate, "a gate that takes a bias, with a skip class")
+        if self.router.has_zero_experts:
+            knows = self.gate is not None and self.gate.knows_zero_experts and not self._skips
+            require(
+                knows,
+                "router.gate",
+                gate,
+                "top_k, softmax or sigmoid, without a skip class, with zero experts",
+            )
 
     @property
     def _skips(self) -> bool:
@@ -79,13 +87,18 @@ class RouterSpec:
     @property
     def leaves_empty_slots(self) -> bool:
         """Whether a token may come with fewer than K experts."""
-        dropping = self.balance.capacity_factor is not None or self._skips
+        dropping = self.balance.capacity_factor is not None or self._skips or self.router.has_zero_experts
         return dropping or (self.gate is not None and self.gate.leaves_empty_slots)
 
     @property
     def is_causal(self) -> bool:
         """Whether no token's routing depends on a later token's."""
-        return self.gate is None or self.gate.is_causal
+        return self.router.is_causal and (self.gate is None or self.gate.is_causal)
+
+    @property
+    def generates(self) -> bool:
+        """Whether text can be generated token by token: no token's routing needs another token."""
+        return self.is_causal and not self.router.reads_sequence
 
     def stages(self) -> list[Options]:
         """Every mechanism in use, in the order a token meets them."""
@@ -101,7 +114,8 @@ class RouterSpec:
         k, experts = geometry.top_k, geometry.num_experts
         require(1 <= k <= experts, "num_experts_per_tok", k, f"1 to num_experts ({experts})")
         for stage in self.stages():
-            stage.check_geometry(geometry)
+            chooses = isinstance(stage, Gate.Config)
+            stage.check_geometry(self.router.chosen_from(geometry) if chooses else geometry)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives an equal spec back."""

@@ -33,12 +33,25 @@ class TokenRouter(BaseRouter):
             require(known, "router.kind", self.kind, "a model that knows its token ids (vocab_size > 0)")
 
 
-def _token_ids(context: RouterContext, router: str) -> Tensor:
+def token_ids(context: RouterContext, router: str) -> Tensor:
+    """`[T]`, the token ids.
+
+    Raises:
+        ValueError: the model was given embeddings.
+    """
     if context.token_ids is None:
         raise ValueError(
             f"router {router!r} reads token ids: call the model with input_ids, not inputs_embeds"
         )
     return context.token_ids
+
+
+def expert_table(seed: int, sizes: Geometry) -> Tensor:
+    """`[V, k]` int64: of each token id the k experts with the smallest hash of (seed, layer, id, expert)."""
+    key = splitmix64(torch.tensor(seed)) + (sizes.layer_index << 40)
+    pairs = torch.arange(sizes.vocab_size * sizes.num_experts)
+    scores = splitmix64(splitmix64(pairs) + key).view(sizes.vocab_size, sizes.num_experts)
+    return scores.argsort(-1)[:, : sizes.top_k].contiguous()
 
 
 class Hash(TokenRouter):
@@ -63,11 +76,7 @@ class Hash(TokenRouter):
         self.register_state()
 
     def start_values(self) -> dict[str, Tensor | None]:
-        sizes = self.geometry
-        key = splitmix64(torch.tensor(self.options.table_seed)) + (sizes.layer_index << 40)
-        pairs = torch.arange(sizes.vocab_size * sizes.num_experts)
-        scores = splitmix64(splitmix64(pairs) + key).view(sizes.vocab_size, sizes.num_experts)
-        return {"table": scores.argsort(-1)[:, : sizes.top_k].contiguous()}
+        return {"table": expert_table(self.options.table_seed, self.geometry)}
 
     def resize_vocabulary(self, vocab_size: int) -> None:
         """A token's row depends on its id alone: the old ones stay, and new ones are as if they had been there."""
@@ -79,7 +88,7 @@ class Hash(TokenRouter):
     def route(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Routing, State]:
-        experts = self.table[_token_ids(context, "hash")]  # [T, k]
+        experts = self.table[token_ids(context, "hash")]  # [T, k]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         off = torch.full((experts.shape[0], self.num_experts), -1e4, dtype=dtype, device=hidden.device)
         logits = off.scatter(-1, experts, 0.0)
@@ -155,7 +164,7 @@ class Stable(TokenRouter):
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Routing, State]:
         scores = linear_fp32(hidden, self.centroids)  # [T, E]
-        student = self.word_router(self.word_embeddings[_token_ids(context, "stable")])
+        student = self.word_router(self.word_embeddings[token_ids(context, "stable")])
         learning = (self.stage == 1).to(scores.dtype)
         greedy = scores.argmax(-1, keepdim=True)
         experts = torch.where(self.stage == 1, greedy, student.argmax(-1, keepdim=True))

@@ -12,15 +12,28 @@ from typing import Any
 from rmoe.errors import RequestError
 from rmoe.routing.balance import BalanceSpec
 from rmoe.routing.cosine import Cosine, HalfCosine
-from rmoe.routing.gate import Sigmoid, Softmax
-from rmoe.routing.losses import LoadBalance, MutualInformation, SequenceBalance, SimilarityPreserving, ZLoss
+from rmoe.routing.cross_layer import AdaptiveClustering, GatingResidual, MultiLevelContext, Previous
+from rmoe.routing.fixed_routers import Dense, RoundRobin
+from rmoe.routing.gate import Sigmoid, Softmax, TopK
+from rmoe.routing.losses import (
+    GateEntropy,
+    LoadBalance,
+    MutualInformation,
+    SequenceBalance,
+    SimilarityPreserving,
+    ZLoss,
+)
+from rmoe.routing.model_routers import SharedInSoftmax, TableTopK
+from rmoe.routing.model_scorers import NormedLinear, ProductKeys
 from rmoe.routing.other_gates import ExpertChoice, ReLU, SecondExpert, SparseMixer
+from rmoe.routing.quantile_balance import QuantileBalanced
 from rmoe.routing.recurrence import Recurrence
 from rmoe.routing.router import Router
 from rmoe.routing.score_routers import NoisyTopK, ResidualScores
 from rmoe.routing.scorer import MLP, EdaHead, Hypernetwork, Linear
 from rmoe.routing.spec import RouterSpec, vary
 from rmoe.routing.temperature import Temperature
+from rmoe.routing.threshold_gates import ExpertThreshold, TopP
 from rmoe.routing.token_routers import Hash, Stable
 
 
@@ -110,10 +123,14 @@ XMOE = vary(SMOE, scorer=Cosine.Config(width=16))
 UNBALANCED = BalanceSpec()
 BIAS = BalanceSpec(bias_update_rate=1e-3)
 DEEPSEEK = vary(SMOE, gate=Sigmoid.Config(), balance=replace(BIAS, losses=(SequenceBalance(),)))
+QUANTILE = vary(
+    SMOE, router=QuantileBalanced.Config(), gate=TopK.Config(choose_by="logits"), balance=UNBALANCED
+)
 
 UNUSED_HIDDEN = (r".*cell\.weight_hh",)
 UNUSED_GATE = (r".*cell\.(weight|bias)",)
 IN_ORDER = "no: experts fill up in token order"
+READS_SEQUENCE = "no: a token's earlier neighbours count"
 
 
 def _xmoe(width: int, recurrence: Recurrence.Config | None = None) -> RouterSpec:
@@ -197,7 +214,51 @@ _ROWS: dict[str, ZooRow] = {
     "smoe-sequence": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(SequenceBalance(weight=1e-2),))), "2412.19437", "balance within each sequence"),
     "smoe-similarity": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(SimilarityPreserving(),))), "2506.14038", "router kept near orthogonal"),
     "smoe-capacity": ZooRow(vary(SMOE, balance=replace(BALANCED, capacity_factor=1.0)), "Table 11", "capacity factor 1.0, the rest dropped", permutes=IN_ORDER),
+    # ---- RMoE's rivals across layers, and baselines ----
+    "moepp-residual": ZooRow(vary(SMOE, router=GatingResidual.Config()), "MoE++, 2410.07348", "a learned map of the last layer's scores is added; scores accumulate"),
+    "moepp": ZooRow(vary(SMOE, router=GatingResidual.Config(identity_experts=1, zero_experts=1, constant_experts=2), gate=TopK.Config(renormalize=False)), "MoE++, 2410.07348", "all of MoE++: the gating residual, and experts that compute nothing"),
+    "acmoe": ZooRow(vary(SMOE, router=AdaptiveClustering.Config()), "ACMoE, 2502.15315", "features weighted by how tightly the last layer's expert clusters them"),
+    "mcf-moe": ZooRow(vary(SMOE, router=MultiLevelContext.Config()), "MCF-MoE, 2026 (anonymous code)", "scores from similar earlier tokens and attention to three layers below", permutes=READS_SEQUENCE),
+    "pre-gated": ZooRow(vary(SMOE, recurrence=Previous.Config()), "Pre-gated MoE, 2308.12066", "the input of the layer below decides, so that experts can be fetched early"),
+    "top-p": ZooRow(vary(SMOE, gate=TopP.Config(), balance=BalanceSpec(losses=(LoadBalance(), GateEntropy()))), "2403.07652", "the fewest experts with 0.4 of the mass"),
+    "expert-threshold": ZooRow(vary(SMOE, gate=ExpertThreshold.Config(), balance=UNBALANCED), "Expert Threshold, 2603.11535", "an expert takes every token above its moving quantile; causal"),
+    "quantile-balance": ZooRow(QUANTILE, "kexue.fm/archives/11619; marin #3406", "the bias that would have balanced the last step, no rate"),
+    "rmoe-quantile": ZooRow(vary(RMOE, router=QUANTILE.router, gate=QUANTILE.gate, balance=UNBALANCED), "marin #3406 on Eq. 4 to 6", "RMoE balanced by quantiles"),
+    "dense": ZooRow(RouterSpec(router=Dense.Config(), scorer=None, gate=None), "baseline", "no routing: the dense model of equal active parameters"),
+    "uniform": ZooRow(RouterSpec(router=RoundRobin.Config(), scorer=None, gate=None), "baseline", "forced balance: experts dealt out in turn, nothing learned", permutes=IN_ORDER),
 }  # fmt: skip
 
-for _name, _row in _ROWS.items():
+OF_CHOSEN = Softmax.Config(order="topk_softmax", renormalize=False)
+SIGMOID = TopK.Config(scores="sigmoid", eps=1e-20)
+SQRT_SOFTPLUS = vary(DEEPSEEK, gate=TopK.Config(scores="sqrt_softplus", eps=1e-20, scale=1.5))
+
+_SHIPPED: dict[str, ZooRow] = {
+    # ---- what ships: routers of released models, as transformers has them ----
+    "olmoe": ZooRow(vary(SMOE, gate=Softmax.Config(renormalize=False)), "OLMoE; transformers", "softmax then top-k, not renormalised"),
+    "granite": ZooRow(vary(SMOE, gate=OF_CHOSEN), "Granite, Aria, JetMoE; transformers", "softmax over the k largest logits, once: no second normalisation"),
+    "gpt-oss": ZooRow(vary(SMOE, scorer=Linear.Config(bias=True), gate=OF_CHOSEN), "GPT-OSS; transformers", "learned logit bias; softmax over the k largest logits"),
+    "privacy-filter": ZooRow(vary(SMOE, scorer=Linear.Config(bias=True), gate=TopK.Config(weights="softmax_of_chosen", renormalize=False, scale="inverse_k")), "OpenAI Privacy Filter; transformers", "GPT-OSS's router with its weights over k"),
+    "deepseek-v2": ZooRow(vary(SMOE, gate=TopK.Config(renormalize=False, groups=4, top_groups=2)), "DeepSeek-V2, 2405.04434; transformers", "softmax within the best 2 of 4 groups, a group's score its best expert's; not renormalised"),
+    "mistral-4": ZooRow(vary(SMOE, gate=TopK.Config(eps=1e-20, groups=4, top_groups=2, group_score="top_2")), "Mistral 4; transformers", "softmax within the best 2 of 4 groups, a group's score the sum of its best two"),
+    "deepseek-v4": ZooRow(SQRT_SOFTPLUS, "DeepSeek-V4; transformers", "sqrt(softplus) scores with a selection bias, renormalised, times 1.5"),
+    "deepseek-v4-table": ZooRow(vary(SQRT_SOFTPLUS, router=TableTopK.Config()), "DeepSeek-V4; transformers", "the first 3 layers choose by a fixed table of token ids; weights are learned there too"),
+    "gemma-4": ZooRow(vary(SMOE, scorer=NormedLinear.Config(), gate=TopK.Config(expert_scale=True)), "Gemma 4; transformers", "normalised and rescaled input; a learned scale per expert on the weights"),
+    "longcat": ZooRow(vary(SMOE, router=Router.Config(identity_experts=4), gate=TopK.Config(renormalize=False, scale=6.0), balance=BIAS), "LongCat-Flash, 2509.01322; transformers", "4 experts more that return their input; softmax with a selection bias, not renormalised, times 6"),
+    "moepp-experts": ZooRow(vary(SMOE, router=Router.Config(identity_experts=1, zero_experts=1, constant_experts=2), gate=TopK.Config(renormalize=False)), "MoE++, 2410.07348", "an identity, a zero and two constant experts more; without MoE++'s gating residual; balances the experts that compute"),
+    "llama-4": ZooRow(vary(SMOE, router=Router.Config(weight_on="input"), gate=TopK.Config(scores="sigmoid", choose_by="logits", renormalize=False)), "Llama 4; transformers", "the sigmoid of the chosen logit multiplies the expert's input"),
+    "inkling": ZooRow(vary(SMOE, router=SharedInSoftmax.Config(), gate=TopK.Config(scores="sigmoid", renormalize=False), balance=BIAS), "Inkling; transformers", "softmax over the chosen and the shared experts' log-sigmoid: shared experts are gated too"),
+    "kolibri": ZooRow(vary(SMOE, gate=TopK.Config(scores="sigmoid", choose_by="logits", renormalize=False), balance=BIAS), "Kolibri; transformers", "chosen by logit + bias, weighted by plain sigmoid"),
+    "laguna": ZooRow(vary(DEEPSEEK, gate=TopK.Config(scores="sigmoid", softcap=30.0)), "Laguna; transformers", "logits softly capped at 30, sigmoid, selection bias"),
+    "muse-spark": ZooRow(vary(DEEPSEEK, gate=TopK.Config(scores="sigmoid", multiplier=0.1767766952966369, eps=1e-15)), "Muse Spark; transformers", "logits times 0.177, sigmoid, selection bias"),
+    "flint": ZooRow(vary(SMOE, gate=TopK.Config(scores="sigmoid")), "Flint; Cohere 2's option; transformers", "sigmoid, renormalised, no selection bias"),
+    "ernie": ZooRow(vary(SMOE, gate=TopK.Config(eps=1e-12, eps_is_floor=True), balance=BIAS), "ERNIE 4.5; transformers", "softmax with a selection bias; the weights' sum has a floor"),
+    "lfm2": ZooRow(vary(DEEPSEEK, gate=TopK.Config(scores="sigmoid", eps=1e-6)), "LFM2; transformers", "sigmoid with a selection bias; 1e-6 on the weights' sum"),
+    "axk2": ZooRow(vary(DEEPSEEK, gate=replace(SIGMOID, scale=2.5, groups=4, top_groups=2, group_score="top_2", outside="zero")), "A.X K2; transformers", "DeepSeek-V3 in groups, but experts of other groups score 0 and may be chosen"),
+    "dbrx": ZooRow(vary(SMOE, gate=TopK.Config(norm=2.0)), "DBRX's option; transformers", "weights over their 2-norm; over their 1-norm, DBRX's default, it is smoe"),
+    "doge": ZooRow(vary(SMOE, scorer=ProductKeys.Config(), gate=OF_CHOSEN), "Doge; transformers", "product keys: an expert's logit is the sum of two keys'"),
+    "hunyuan": ZooRow(vary(SMOE, gate=TopK.Config(layer_k=(1, 2))), "HunYuan; transformers", "k differs by layer: 1 and 2 in turn", top_k=2),
+    "moge": ZooRow(vary(SMOE, gate=TopK.Config(groups=2, group_quota=True)), "Pangu Pro MoE, 2505.21411", "exactly k / 2 experts in each of 2 groups", top_k=2),
+}  # fmt: skip
+
+for _name, _row in (_ROWS | _SHIPPED).items():
     register(_name, _row)

@@ -33,7 +33,7 @@ from rmoe.analysis.weights import random_similarity
 from rmoe.errors import RequestError
 from rmoe.moe import Recorder, RoutedLayer, expert_vectors, require_layers
 from rmoe.moe.reading import ExpertsReader
-from rmoe.moe.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 from tests.analysis.random_routing import random_routing
 from tests.analysis.tiny_rmoe import tiny_rmoe
 

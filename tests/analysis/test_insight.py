@@ -11,7 +11,7 @@ import torch
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.contexts import TopContexts
 from rmoe.analysis.insight import Predictability, Saliency, top_k_recall
-from rmoe.analysis.load import coverage, hottest_steps, max_violation, relative_load_quantiles
+from rmoe.analysis.load import coverage, dead_experts, hottest_steps, max_violation, relative_load_quantiles
 from rmoe.analysis.measures import MEASURES
 from rmoe.analysis.saturation import FlipRate
 from rmoe.cli.main import main
@@ -28,6 +28,11 @@ def test_spread_of_loads() -> None:
     expected = [[0, 0, 0.5, 2.7, 3], [1, 1, 1, 1, 1]]  # the 95th percentile: 1.5 + 0.8 * (3 - 1.5)
     np.testing.assert_allclose(relative_load_quantiles(counts), expected)
     np.testing.assert_allclose(max_violation(counts), [2, 0], atol=1e-12)
+    fewer = np.array([[10, 0, 30, 0, 0], [20, 20, 20, 20, 20]])  # the first layer has four experts
+    np.testing.assert_allclose(relative_load_quantiles(fewer, (4, 5))[0], [0, 0, 0.5, 2.7, 3])
+    assert dead_experts(fewer, (4, 5)).tolist() == [2, 0]
+    assert dead_experts(counts).tolist() == [2, 0]
+    np.testing.assert_allclose(max_violation(fewer, (4, 5)), [2, 0], atol=1e-12)
     assert hottest_steps(5) == [1, 2, 4, 5]
     assert hottest_steps(4) == [1, 2, 4]
     assert hottest_steps(1) == [1]

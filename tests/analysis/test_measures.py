@@ -20,7 +20,7 @@ from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.saturation import Saturation, shared_choice
 from rmoe.analysis.token_affinity import TokenAffinity, tracked_tokens
 from rmoe.analysis.weights import mean_pairwise_cosine, norm_and_std, random_similarity
-from rmoe.moe.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 from rmoe.routing.contract import gate_entropy
 from tests.analysis.random_routing import random_routing, split
 

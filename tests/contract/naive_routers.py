@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import naive
+from tests.contract import naive_cross_layer
 
 Tensors = dict[str, Tensor]
 
@@ -42,7 +43,7 @@ class NaiveLayer:
         self, x: Tensor, state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         r = self.spec["recurrence"]
-        if r["kind"] == "none":
+        if r["kind"] in ("none", "previous"):
             return x, None
         table, at = (self.shared, "") if r["projector"] == "shared" else (self.own, "")
         projected = table[at + "recurrence.projector.weight"] @ x
@@ -85,7 +86,8 @@ class NaiveLayer:
         s, own = self.spec["scorer"], self.own
         if s["kind"] == "linear":
             if s["shared_layers"] == 1:
-                return own["scorer.linear.weight"] @ f
+                logits = own["scorer.linear.weight"] @ f
+                return logits + own["scorer.linear.bias"] if s["bias"] else logits
             group = 0 if s["shared_layers"] == 0 else self.layer // s["shared_layers"]
             return self.shared[f"scorer.groups.{group}.weight"] @ f
         if s["kind"] == "mlp":
@@ -103,6 +105,14 @@ class NaiveLayer:
             inner = torch.relu(own["scorer.up.weight"] @ own["scorer.embedding"][0] + own["scorer.up.bias"])
             rows = (own["scorer.out.weight"] @ inner + own["scorer.out.bias"]).view(self.experts, -1)
             return torch.stack([row[:-1] @ f + row[-1] for row in rows])
+        if s["kind"] == "normed_linear":
+            f = f / torch.sqrt((f * f).mean() + s["norm_eps"]) * own["scorer.scale"] / math.sqrt(len(f))
+            return own["scorer.linear.weight"] @ f
+        if s["kind"] == "product_keys":
+            keys = own["scorer.keys.weight"]
+            a = max(n for n in range(1, self.experts + 1) if n * n <= self.experts and self.experts % n == 0)
+            b = self.experts // a
+            return torch.stack([keys[n // b] @ f + keys[a + n % b] @ f for n in range(self.experts)])
         assert s["kind"] == "eda_head"
         f = rms(f, own["scorer.norm.weight"])
         f = gelu(own["scorer.fc1.weight"] @ f + own["scorer.fc1.bias"])
@@ -113,6 +123,8 @@ class NaiveLayer:
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         gate = self.spec["gate"]
         bias = self.own.get("selection_bias.bias", torch.zeros(len(logits), dtype=logits.dtype))
+        if gate["kind"] == "top_k":
+            return self.top_k_gate(logits, bias, gate)
         if gate["kind"] == "sigmoid":
             return self._sigmoid(logits, bias, gate)
         if gate["kind"] == "relu":
@@ -122,17 +134,100 @@ class NaiveLayer:
                 weights / weights.sum().clamp(min=1e-300),
                 [n for n in range(self.experts) if weights[n] > 0],
             )
+        if gate["kind"] == "expert_threshold":
+            scores = 1 / (1 + torch.exp(-logits))
+            chosen = [n for n in range(self.experts) if logits[n] >= self.own["gate.threshold"][n]]
+            return self._dense([(n, scores[n]) for n in chosen], logits), scores / scores.sum(), chosen
+        if gate["kind"] == "top_p":
+            probs, chosen = naive.softmax(logits), []
+            for n in sorted(range(self.experts), key=lambda n: -float(probs[n])):
+                if sum(float(probs[m]) for m in chosen) < gate["threshold"]:
+                    chosen.append(n)
+            return self._dense([(n, probs[n]) for n in chosen], logits), probs, chosen
         if gate["kind"] == "sparsemixer":
             return self._sparsemixer(logits, gate["jitter"])
         probs = naive.softmax(logits)
         k = self.top_k if gate.get("start_k") is None else int(self.own["gate.current_k"])
-        ranked = sorted(range(len(logits)), key=lambda n: -float(probs[n] + bias[n]))[:k]
+        choice = logits if gate.get("choose_by") == "logits" else probs
+        ranked = sorted(range(len(logits)), key=lambda n: -float(choice[n] + bias[n]))[:k]
         raw = naive.softmax(logits[ranked]) if gate.get("order") == "topk_softmax" else probs[ranked]
         kept = [(n, w) for n, w in zip(ranked, raw, strict=True) if n < self.experts]
         if gate.get("renormalize", True) and kept:
             total = sum(w for _, w in kept)
             kept = [(n, w / total) for n, w in kept]
         return self._dense(kept, logits), probs, [n for n, _ in kept]
+
+    def top_k_gate(
+        self, logits: Tensor, bias: Tensor, gate: dict, chosen: list[int] | None = None
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Weights of all classes that the gate chooses from; those behind the experts compute nothing."""
+        s = [gate["multiplier"] * x for x in logits]
+        if gate["softcap"] is not None:
+            s = [gate["softcap"] * torch.tanh(x / gate["softcap"]) for x in s]
+        scores = {
+            "softmax": lambda: list(naive.softmax(torch.stack(s))),
+            "sigmoid": lambda: [1 / (1 + torch.exp(-x)) for x in s],
+            "sqrt_softplus": lambda: [torch.sqrt(torch.log(1 + torch.exp(x))) for x in s],
+        }[gate["scores"]]()
+        if chosen is None:
+            rank = [
+                float(x.detach() + b)
+                for x, b in zip(s if gate["choose_by"] == "logits" else scores, bias, strict=True)
+            ]
+            chosen = self._ranked(rank, gate)
+        if gate["weights"] == "softmax_of_chosen":
+            weights = list(naive.softmax(torch.stack([s[n] for n in chosen])))
+        else:
+            weights = [scores[n] for n in chosen]
+        if gate["renormalize"]:
+            total = sum(w ** gate["norm"] for w in weights) ** (1 / gate["norm"])
+            total = total.clamp(min=gate["eps"]) if gate["eps_is_floor"] else total + gate["eps"]
+            weights = [w / total for w in weights]
+        scale = 1 / self.top_k if gate["scale"] == "inverse_k" else gate["scale"]
+        own = self.own.get("gate.expert_scale", torch.ones(len(logits), dtype=logits.dtype))
+        dense = [logits.new_zeros(())] * len(logits)
+        for n, w in zip(chosen, weights, strict=True):
+            dense[n] = w * scale * own[n]
+        return torch.stack(dense), torch.stack(scores) / sum(scores), chosen
+
+    def _ranked(self, rank: list[float], gate: dict) -> list[int]:
+        k = gate["layer_k"][self.layer % len(gate["layer_k"])] if gate["layer_k"] else self.top_k
+        size = len(rank) // gate["groups"]
+        groups = [
+            sorted(range(g * size, (g + 1) * size), key=lambda n: -rank[n]) for g in range(gate["groups"])
+        ]
+        if gate["group_quota"]:
+            return [n for members in groups for n in members[: k // gate["groups"]]]
+        if gate["groups"] > 1:
+            best = 1 if gate["group_score"] == "max" else 2
+            groups.sort(key=lambda members: -sum(rank[n] for n in members[:best]))
+        within = {n for members in groups[: gate["top_groups"]] for n in members}
+        if gate["outside"] == "zero":
+            rank = [x if n in within else 0.0 for n, x in enumerate(rank)]
+            within = set(range(len(rank)))
+        return sorted(within, key=lambda n: -rank[n])[:k]
+
+    # ---- experts that compute nothing, and shared ones: what the routing says besides the experts' weights
+    def zero_experts(self, x: Tensor, weights: Tensor) -> list[Tensor]:
+        r = self.spec["router"]
+        identity, zero, constants = (
+            r[name] for name in ("identity_experts", "zero_experts", "constant_experts")
+        )
+        behind = weights[self.experts :]
+        passthrough = x.new_zeros(()) + sum(behind[:identity])
+        added = torch.zeros_like(x)
+        for n in range(constants):
+            a = naive.softmax(self.own["zero_experts.mixes"][n] @ x)
+            g = behind[identity + zero + n]
+            passthrough = passthrough + g * a[0]
+            added = added + g * a[1] * self.own["zero_experts.constant_values"][n]
+        return [passthrough, *(added if constants else ())]
+
+    def with_shared(self, routed: Tensor, shared: Tensor, chosen: list[int]) -> tuple[Tensor, list[Tensor]]:
+        among = torch.cat((routed[chosen], shared))
+        g = naive.softmax(torch.log(1 / (1 + torch.exp(-among)))) * self.spec["router"]["scale"]
+        g = g * self.own["global_scale"]
+        return self._dense(list(zip(chosen, g, strict=False)), routed), list(g[len(chosen) :])
 
     def _dense(self, kept: list[tuple[int, Any]], like: Tensor) -> Tensor:
         dense = [like.new_zeros(())] * self.experts
@@ -169,15 +264,18 @@ class NaiveLayer:
 def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: int) -> dict[str, Any]:
     """All layers for all tokens: per layer logits `[T, C]`, dense weights `[T, E]`, probs, chosen; and the loss."""
     spec = layers[0].spec
-    result: dict[str, Any] = {"logits": [], "weights": [], "probs": [], "chosen": []}
+    result: dict[str, Any] = {"logits": [], "weights": [], "probs": [], "chosen": [], "besides": []}
     tokens = len(ids)
     states: list[Any] = [None] * tokens
     below: list[Any] = [None] * tokens
+    memory: dict[str, Any] = {}
     loss = inputs[0].new_zeros(())
-    for layer, x in zip(layers, inputs, strict=True):
+    for layer, hidden in zip(layers, inputs, strict=True):
+        x = naive_cross_layer.read(layer, hidden, memory, batch)
         rows: dict[str, list] = {"logits": [], "weights": [], "probs": [], "chosen": []}
+        besides: list[Tensor] = []
         for t in range(tokens):
-            logits, weights, probs, chosen = _token(layer, x[t], ids[t], states, below, t)
+            logits, weights, probs, chosen = _token(layer, x[t], ids[t], states, below, t, besides)
             for name, value in (
                 ("logits", logits),
                 ("weights", weights),
@@ -185,6 +283,7 @@ def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: i
                 ("chosen", chosen),
             ):
                 rows[name].append(value)
+        memory["best"] = [int(probs[: layer.experts].argmax()) for probs in rows["probs"]]
         if spec["gate"] and spec["gate"]["kind"] == "expert_choice":
             _expert_choice(layer, rows, tokens)
         loss = loss + _losses(
@@ -195,11 +294,14 @@ def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: i
         for name in ("logits", "weights", "probs"):
             result[name].append(torch.stack(rows[name]))
         result["chosen"].append(rows["chosen"])
+        result["besides"].append(torch.stack(besides) if besides else None)
     result["loss"] = loss / len(layers)
     return result
 
 
-def _token(layer: NaiveLayer, x: Tensor, token: int, states: list, below: list, t: int) -> tuple:
+def _token(
+    layer: NaiveLayer, x: Tensor, token: int, states: list, below: list, t: int, besides: list[Tensor]
+) -> tuple:
     kind, own = layer.spec["router"]["kind"], layer.own
     if kind == "hash":
         chosen = [int(n) for n in own["table"][token]]
@@ -207,10 +309,18 @@ def _token(layer: NaiveLayer, x: Tensor, token: int, states: list, below: list, 
         logits[chosen] = 0.0
         kept = [(n, x.new_tensor(1 / len(chosen))) for n in chosen]
         return logits, layer._dense(kept, x), naive.softmax(logits), chosen
+    if kind in ("dense", "round_robin"):
+        k, experts = layer.top_k, layer.experts
+        start = t * k + layer.layer if kind == "round_robin" else 0
+        chosen = [(start + j) % experts for j in range(k)]
+        logits = x.new_tensor([0.0 if n in chosen else -1e4 for n in range(experts)])
+        kept = [(n, x.new_tensor(1.0 if kind == "dense" else 1 / k)) for n in chosen]
+        return logits, layer._dense(kept, x), naive.softmax(logits), chosen
     if kind == "stable":
         logits = own["centroids"] @ x
         best = int(logits.argmax())
         strength = 1 / (1 + torch.exp(-logits[best]))
+        besides.append((1 - strength)[None])
         return logits, layer._dense([(best, strength)], x), naive.softmax(logits), [best]
     features, states[t] = layer.features(x, states[t])
     logits = layer.score(features)
@@ -220,13 +330,29 @@ def _token(layer: NaiveLayer, x: Tensor, token: int, states: list, below: list, 
             previous = below[t].detach() if layer.spec["router"]["detach"] else below[t]
             logits = logits + layer.spec["router"]["scale"] * previous
         below[t] = raw
+    if kind == "gating_residual":
+        if below[t] is not None:
+            logits = logits + own["residual.weight"] @ below[t]
+        below[t] = logits
     temperature = (
         torch.exp(own["temperature.log_value"].to(x.dtype)) if "temperature.log_value" in own else 1.0
     )
     if layer.spec["gate"]["kind"] == "expert_choice":
         probs = naive.softmax(logits / temperature)
         return logits, probs, probs, []
+    if kind == "table_top_k" and layer.layer < layer.spec["router"]["table_layers"]:
+        given = [int(n) for n in own["table"][token]]
+        return logits, *layer.top_k_gate(logits, torch.zeros_like(logits), layer.spec["gate"], given)
+    if kind == "shared_in_softmax":
+        logits, shared = logits[: layer.experts], logits[layer.experts :]
+        _, probs, chosen = layer.choose(logits)
+        weights, gammas = layer.with_shared(logits, shared, chosen)
+        besides.append(torch.stack(gammas))
+        return logits, weights, probs, chosen
     weights, probs, chosen = layer.choose(logits / temperature)
+    if len(weights) > layer.experts:
+        besides.append(torch.stack(layer.zero_experts(x, weights)))
+        weights, chosen = weights[: layer.experts], [n for n in chosen if n < layer.experts]
     return logits, weights, probs, chosen
 
 
@@ -270,6 +396,8 @@ def _losses(layer: NaiveLayer, rows: dict[str, list], batch: int) -> Any:
             value = _product(rows["probs"], rows["chosen"], experts)
         elif kind == "z":
             value = sum(torch.log(torch.exp(logits).sum()) ** 2 for logits in rows["logits"]) / tokens
+        elif kind == "gate_entropy":
+            value = sum(-(p * torch.log(p)).sum() for p in rows["probs"]) / tokens
         elif kind == "sequence_balance":
             length = tokens // batch
             parts = [slice(b * length, (b + 1) * length) for b in range(batch)]

@@ -31,6 +31,14 @@ from tests.reload import assert_reloaded
 LAYERS, WIDTH, EXPERTS, BATCH, LENGTH, VOCAB = 3, 21, 8, 3, 9, 40
 TOKENS = BATCH * LENGTH
 ROWS = sorted(ZOO)
+STARTS = (
+    "gate.expert_scale",
+    "global_scale",
+    "scorer.scale",
+    "scorer.linear.bias",
+    "zero_experts.constant_values",
+)
+"""Parameters that start at a constant: moved off it where values are compared."""
 GOLDEN = Path(__file__).parents[1] / "golden" / "zoo.json"
 
 
@@ -74,6 +82,13 @@ def dense(routing: Routing, experts: int = EXPERTS) -> torch.Tensor:
     ]
 
 
+def besides(routing: Routing) -> torch.Tensor | None:
+    """What a routing says besides the experts' weights, `[T, *]`: passthrough, constants, shared experts' weights."""
+    passthrough = None if routing.passthrough is None else routing.passthrough[:, None]
+    parts = [part for part in (passthrough, routing.added, routing.shared_weights) if part is not None]
+    return torch.cat(parts, -1) if parts else None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ROWS)
 def test_shapes_and_dtypes(name: str, dtype: torch.dtype) -> None:
@@ -85,7 +100,9 @@ def test_shapes_and_dtypes(name: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(loss)
     for routing in routings:
         classes = routing.logits.shape[1]
-        assert classes in (EXPERTS, EXPERTS + 1)
+        router = routers.spec.to_dict()["router"]
+        more = sum(router.get(f"{kind}_experts", 0) for kind in ("identity", "zero", "constant"))
+        assert classes in (EXPERTS + more, EXPERTS + 1)
         assert routing.logits.shape == routing.probs.shape == (TOKENS, classes)
         assert routing.weights.shape == routing.experts.shape
         assert routing.experts.dtype == torch.int64
@@ -109,6 +126,9 @@ def test_gradients_reach_what_they_should(name: str) -> None:
     )  # enough that SparseMixer meets near ties, the only place it has a gradient
     routings, balance = routers(inputs, ids, CounterNoise(torch.tensor(11)))
     task = sum((dense(r) * torch.randn(300, EXPERTS, dtype=torch.float64)).sum() for r in routings)
+    task = task + sum(
+        (more * torch.randn_like(more)).sum() for r in routings if (more := besides(r)) is not None
+    )
     parameters = dict(routers.named_parameters())
     if row.spec.balance.losses and parameters:
         grads = torch.autograd.grad(balance, list(parameters.values()), retain_graph=True, allow_unused=True)
@@ -150,12 +170,15 @@ def test_permuting_tokens_permutes_the_routing(name: str) -> None:
     for a, b in zip(plain, permuted, strict=True):
         assert (a.logits[order] - b.logits).abs().max() < 1e-12
         assert (dense(a)[order] - dense(b)).abs().max() < 1e-12
+        if (more := besides(a)) is not None:
+            assert (more[order] - besides(b)).abs().max() < 1e-12
         assert torch.equal(dense(a)[order] > 0, dense(b) > 0)
 
 
 def test_rows_that_do_not_permute_say_why() -> None:
     for name, row in ZOO.items():
         drops = row.spec.balance.capacity_factor is not None
+        drops = drops or row.spec.router.kind in ("round_robin", "multi_level_context")
         assert drops == (row.permutes != "yes"), name
 
 
@@ -194,12 +217,14 @@ def test_equals_the_naive_reference(name: str) -> None:
     for buffer_name, buffer in routers.named_buffers():  # move training-time state off its start
         if buffer_name.endswith("selection_bias.bias"):
             buffer.copy_(torch.linspace(-0.1, 0.1, buffer.numel()))
+        elif buffer_name.endswith("threshold"):
+            buffer.copy_(torch.linspace(-1, 1.5, buffer.numel()))
         elif buffer_name.endswith("l1_weight"):
             buffer.fill_(0.3)
     with torch.no_grad():
         for layer, router in enumerate(routers.routers):
             for parameter_name, parameter in router.named_parameters():
-                if parameter_name == "recurrence.cell.weight":  # the gated decay's starts at zero
+                if parameter_name in ("recurrence.cell.weight", *STARTS):  # the gated decay's starts at zero
                     parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(layer))
     inputs, ids = data()
     spec = routers.spec.to_dict()
@@ -209,6 +234,8 @@ def test_equals_the_naive_reference(name: str) -> None:
         LAYERS, TOKENS, EXPERTS, dtype=torch.float64, generator=torch.Generator().manual_seed(8)
     )
     task = sum((dense(r) * w).sum() for r, w in zip(routings, direction, strict=True))
+    more = [besides(routing) for routing in routings]
+    task = task + sum((part**2).sum() for part in more if part is not None)
     names, parameters = zip(*[("", leaves), *routers.named_parameters()], strict=True)
     learns = (task + loss).requires_grad  # nothing in hash routing does
     got = (
@@ -232,6 +259,7 @@ def test_equals_the_naive_reference(name: str) -> None:
             layer.penalty = stable_penalty(layer, routers.spec.router, ids)
     want = run(layers, [leaves[i] for i in range(LAYERS)], ids.tolist(), BATCH)
     want_task = sum((w * d).sum() for w, d in zip(want["weights"], direction, strict=True))
+    want_task = want_task + sum((part**2).sum() for part in want["besides"] if part is not None)
     want_total = want_task + want["loss"]
     assert want_total.requires_grad == learns
     want_gradients = torch.autograd.grad(want_total, parameters, allow_unused=True) if learns else got
@@ -240,6 +268,9 @@ def test_equals_the_naive_reference(name: str) -> None:
         assert (routing.logits - want["logits"][layer]).abs().max() < 1e-10
         assert (routing.probs - want["probs"][layer]).abs().max() < 1e-10
         assert (dense(routing) - want["weights"][layer]).abs().max() < 1e-10
+        assert (more[layer] is None) == (want["besides"][layer] is None)
+        if more[layer] is not None:
+            assert (more[layer] - want["besides"][layer]).abs().max() < 1e-10
     assert abs(float(loss.detach()) - float(torch.as_tensor(want["loss"]).detach())) < 1e-10
     for parameter_name, a, b in zip(names, got, want_gradients, strict=True):
         a = torch.zeros(1, dtype=torch.float64) if a is None else a
@@ -272,9 +303,10 @@ def test_bfloat16_inputs_choose_as_float32_does(name: str) -> None:
     for a, b in zip(exact, rounded, strict=True):
         assert b.logits.dtype == torch.float32
         same = (dense(a, 16) > 0) == (dense(b, 16) > 0)
-        if name != "remoe":  # a ReLU router has no top-k: its 16 signs are 16 decisions of their own
+        if name not in ("remoe", "expert-threshold"):  # no top-k: 16 comparisons are 16 decisions
             same = same.all(-1)
-        assert same.double().mean() >= 0.99
+        # A choice that hangs on another choice, an expert one layer below or the nearest neighbours, flips with it.
+        assert same.double().mean() >= (0.97 if name in ("acmoe", "mcf-moe") else 0.99)
 
 
 @pytest.mark.parametrize("name", ROWS)

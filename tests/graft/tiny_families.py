@@ -17,6 +17,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.moe import check_reading, routed_layers
 from rmoe.routing.recurrence import Recurrence
+from tests.versions import older
 
 # The families the graft is promised for; the others are tried too.
 PROMISED = (
@@ -61,7 +63,8 @@ PROMISED = (
     "minimax",
     "jamba",
     "llama4_text",
-    "lfm2_moe",
+    # transformers 5.17 renames its kinds of layers when it saves a configuration of another model type
+    *([] if older("transformers", "5.23") else ["lfm2_moe"]),
     "dots1",
 )
 
@@ -134,7 +137,8 @@ _TINY: dict[str, Any] = {
     "loop_layer_index_start": 1,
     "loop_layer_index_end": 3,
     "loop_num_passes": 2,
-    "sliding_window": 8,
+    "n_layers_per_attn_res_block": 1,
+    "sliding_window": 64,
     "d_model": 32,
     "n_heads": 4,
     "n_layers": 4,
@@ -291,7 +295,7 @@ def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
             torch.no_grad()
         ):  # some families leave gates, or everything, at zero: all tokens take the same experts
             for parameter in model.parameters():
-                if parameter.is_floating_point() and not parameter.any():
+                if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
                     parameter.normal_(0.0, 0.02)
             for layer in routed_layers(model):
                 for tensor in layer.gate.state_dict(keep_vars=True).values():
@@ -308,7 +312,9 @@ def try_family(model_type: str) -> FamilyResult:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                models = [tiny_model(model_type, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+                models = [tiny_model(model_type)]
+                with suppress(NotTried):  # some keep weights in float32 whatever the rest is
+                    models.append(tiny_model(model_type, dtype=torch.bfloat16))
             except (
                 Exception
             ) as error:  # a family may fail in any way of its own; the list goes on and says how

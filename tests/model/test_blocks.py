@@ -21,6 +21,7 @@ from rmoe.routing.losses import SimilarityPreserving
 from rmoe.routing.scorer import Linear
 from tests import naive
 from tests.model.small import POST, PRE, config, model, tokens
+from tests.versions import since
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -31,8 +32,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def naive_block(block: RMoESparseMoeBlock, x: Tensor, context: RouterContext, gated: bool) -> Tensor:
-    """`sum_n g_n E_n(x) + passthrough * x + shared(x)`, token by token; a skipped or dropped slot adds nothing."""
+    """`sum_n g_n E_n(x) + passthrough * x + shared(x)`, token by token; a skipped or dropped slot adds nothing.
+
+    With weights on the input `E_n(g_n x)`; constants add their own, and a weight may multiply each shared expert.
+    """
     routing = block.gate(x, (), None, context)[0]
+    on_input = block.gate.spec.to_dict()["router"].get("weight_on") == "input"
     own = dict(block.named_parameters())
     first = own["experts.gate_up_proj" if gated else "experts.up_proj"]
     out = []
@@ -40,23 +45,38 @@ def naive_block(block: RMoESparseMoeBlock, x: Tensor, context: RouterContext, ga
         total = torch.zeros_like(token)
         for slot, n in enumerate(routing.experts[t].tolist()):
             if n < block.experts.num_experts:
-                total = total + routing.weights[t, slot] * naive.expert(
-                    token, first[n], own["experts.down_proj"][n], gated
+                g = routing.weights[t, slot]
+                out_n = naive.expert(
+                    token * g if on_input else token, first[n], own["experts.down_proj"][n], gated
                 )
+                total = total + (out_n if on_input else g * out_n)
         if routing.passthrough is not None:
             total = total + routing.passthrough[t] * token
+        if routing.added is not None:
+            total = total + routing.added[t]
         if block.shared_experts is not None:
-            up = own["shared_experts.up_proj.weight"]
-            if gated:
-                up = torch.cat((own["shared_experts.gate_proj.weight"], up))
-            total = total + naive.expert(token, up, own["shared_experts.down_proj.weight"], gated)
+            up, down = own["shared_experts.up_proj.weight"], own["shared_experts.down_proj.weight"]
+            size = block.experts.intermediate_dim
+            for n in range(len(up) // size):
+                part = slice(n * size, (n + 1) * size)
+                first_n = up[part]
+                if gated:
+                    first_n = torch.cat((own["shared_experts.gate_proj.weight"][part], first_n))
+                g = 1.0 if routing.shared_weights is None else routing.shared_weights[t, n]
+                total = total + g * naive.expert(token, first_n, down[:, part], gated)
         out.append(total)
     return torch.stack(out)
 
 
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("architecture", [PRE, POST], ids=["gated", "plain"])
-@pytest.mark.parametrize("router", ["smoe", "stable-moe", "eda", "remoe", "smoe-capacity", "smoe-dropout"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        *("smoe", "stable-moe", "eda", "remoe", "smoe-capacity", "smoe-dropout", "hunyuan"),
+        *("llama-4", "longcat", "moepp-experts", "inkling"),
+    ],
+)
 def test_block_from_its_parts(router: str, architecture: dict, shared: int) -> None:
     settings = config(
         router=router,
@@ -73,7 +93,7 @@ def test_block_from_its_parts(router: str, architecture: dict, shared: int) -> N
     x, ids = randn(14, 36, seed=9), tokens(2, 7).reshape(-1)
     context = RouterContext(2, 7, token_ids=ids)
     routing = block.gate(x, (), None, context)[0]
-    if router in ("eda", "remoe"):
+    if router in ("eda", "remoe", "longcat", "moepp-experts"):
         assert 0 < int((routing.experts == 5).sum()) < routing.experts.numel()
     if router == "stable-moe":
         assert (routing.passthrough - (1 - routing.weights[:, 0])).abs().max() < 1e-12
@@ -433,6 +453,7 @@ def test_packed_examples_are_told_to_attention_by_positions(
     assert all(a is b for a, b in zip(split_packed(mask, positions, None), (mask, positions), strict=True))
 
 
+@since("transformers", "5.24", "the attention function updates a paged cache, not the layer")
 def test_a_cache_without_a_length_is_one_of_packed_requests() -> None:
     """Continuous batching: one row, whose mask says which keys a token sees and not which tokens are real."""
     net, seen = model(router="smoe", num_hidden_layers=2).eval(), []

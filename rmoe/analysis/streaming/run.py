@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,23 @@ class StreamedRouting:
         self.model, self.recorder, self._store, self._state = model.model, recorder, store, state
         self.weights = state.weights
         self.resumed = resumed
+
+    @property
+    def called(self) -> list[RoutedLayer]:
+        """The layer of each record; in a looped model some of them more than once."""
+        by_name = {layer.name: layer for layer in self.recorder.layers}
+        return [by_name[record.layer] for record in self._state.records]
+
+    @property
+    def names(self) -> list[str]:
+        """Of each record, as `Recorder.names`."""
+        seen: Counter[str] = Counter()
+        names = []
+        for record in self._state.records:
+            seen[record.layer] += 1
+            again = seen[record.layer] > 1
+            names.append(f"{record.layer} (pass {seen[record.layer]})" if again else record.layer)
+        return names
 
     def batch(self, chunk: int) -> RoutingBatch:
         """Of the chunk's tokens."""

@@ -198,7 +198,7 @@ def checksum(value: Any, start: int = 0) -> int:
         if not value.numel():
             return start
         own = _own(value)  # NumPy's view of a tensor would keep its memory from ever being freed by resizing
-        return zlib.crc32(memoryview(own.flatten().view(torch.uint8).numpy()), start)
+        return zlib.crc32(own.flatten().view(torch.uint8).numpy().data, start)
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, tuple | list):

@@ -73,9 +73,7 @@ class RoutingBatch(NamedTuple):
         skip = max(record.probs.shape[1] - record.num_experts for record in records)
         return cls(
             torch.stack([_padded_probs(record, most, skip) for record in records]).cpu(),
-            torch.stack(
-                [_more_slots(_empty_at(record, most), slots, most) for record in records]
-            ).cpu(),
+            torch.stack([_more_slots(_empty_at(record, most), slots, most) for record in records]).cpu(),
             torch.stack([_more_slots(record.weights.detach().float(), slots, 0) for record in records]).cpu(),
             most,
             tuple(record.num_experts for record in records),
