@@ -52,7 +52,7 @@ def run(name: tyro.conf.Positional[str] = "", *, json: bool = False, markdown: b
 def measured() -> dict[str, Any]:
     """The table as the code has it: every row described, built and measured at the paper's medium size."""
     from rmoe.model.logit_scale import initial_logit_std
-    from rmoe.routing import describe
+    from rmoe.routing import describe, ideas, shipped
     from rmoe.routing.cost import MEDIUM, router_cost
     from rmoe.routing.zoo import ZOO
 
@@ -61,12 +61,18 @@ def measured() -> dict[str, Any]:
         geometry = replace(MEDIUM, top_k=row.top_k or MEDIUM.top_k)
         cost, scale = router_cost(row.spec, geometry), initial_logit_std(row.spec, geometry)
         rows[name] = describe.row(row) | {
+            "idea": ideas.of(name, row).title,
             "parameters": cost.parameters,
             "flops_per_token": cost.flops_per_token,
             "initial_logit_std": None if scale is None else float(f"{scale:.2g}"),
         }
     sizes = ("num_layers", "hidden_size", "num_experts", "top_k", "vocab_size")
-    return {"sizes": {name: getattr(MEDIUM, name) for name in sizes}, "routers": rows}
+    return {
+        "sizes": {name: getattr(MEDIUM, name) for name in sizes},
+        "ideas": {idea.title: idea.text for idea in ideas.IDEAS},
+        "routers": rows,
+        "transformers": {"release": shipped.RELEASE, "classes": shipped.table()},
+    }
 
 
 def _card(name: str, table: dict[str, Any]) -> str:
@@ -97,35 +103,56 @@ def _markdown(table: dict[str, Any]) -> str:
     lines = [
         "# The zoo",
         "",
+        f"{len(table['routers'])} routers by family of idea. `rmoe zoo NAME` prints a row's equation, stages, balance",
+        "and state, and what the probes measured of it. How to add a row: [add-a-router.md](add-a-router.md).",
+        "",
         "Made by `python -m rmoe.cli.zoo`; a test compares this file with the code. Parameters and FLOPs are those of",
         f"all routers of the medium model ({sizes['num_layers']} layers, d = {sizes['hidden_size']}, "
         f"{sizes['num_experts']} experts, top-{sizes['top_k']} or the row's own k, vocabulary {sizes['vocab_size']}),",
         "frozen parameters included; FLOPs are two per multiply-add of a forward pass, counted on real calls. The",
         "initial logit std is that of the raw logits over experts before training, on inputs of unit scale: rows that",
         "differ in it are compared fairly only with `rmoe compare --match-logits`.",
-        "How to add a row: [add-a-router.md](add-a-router.md).",
-        "",
-        "| name | what sets it apart | stages | equation | balance | source "
-        "| parameters | FLOPs / token | initial logit std | carries | needs |",
-        "|---|---|---|---|---|---|---:|---:|---:|---|---|",
     ]
-    for name, row in table["routers"].items():
+    for title, text in table["ideas"].items():
+        rows = {name: row for name, row in table["routers"].items() if row["idea"] == title}
+        lines += ["", f"## {title}", "", text, "", *_rows(rows)]
+    return "\n".join([*lines, "", *_families(table["transformers"])])
+
+
+def _rows(rows: dict[str, Any]) -> list[str]:
+    """The table of one family of ideas."""
+    lines = [
+        "| name | what sets it apart | source | parameters | FLOPs / token | initial logit std | needs |",
+        "|---|---|---|---:|---:|---:|---|",
+    ]
+    for name, row in rows.items():
         scale = row["initial_logit_std"]
-        cells = [
-            f"`{name}`",
-            row["summary"],
-            _stages(row),
-            f"`{row['equation']}`",
-            row["balance"],
-            row["source"],
-            f"{row['parameters']:,}",
-            f"{row['flops_per_token']:,}",
-            "-" if scale is None else f"{scale:.2g}",
-            row["carries"],
-            row["needs"],
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cost = (
+            f"{row['parameters']:,} | {row['flops_per_token']:,} | {'-' if scale is None else f'{scale:.2g}'}"
+        )
+        lines.append(f"| `{name}` | {row['summary']} | {row['source']} | {cost} | {row['needs']} |")
+    return lines
+
+
+def _families(transformers: dict[str, Any]) -> list[str]:
+    """The table of transformers' router classes."""
+    lines = [
+        "## The routers of transformers' models",
+        "",
+        f"Every class of transformers {transformers['release']} that routes tokens to experts, found in its source,",
+        "and the row that it is. With the same random weights the row chooses the same experts, with weights equal bit",
+        "for bit in float32 and gradients to 1e-6 (`tests/routing/test_shipped.py`). Where a family asks `topk` for no",
+        "order, both sides take the order of the scores: how a sum rounds depends on it. A class with several rows is",
+        "each of them at some of its options. A class without a row or a reason fails the test.",
+        "",
+        "| family | class | row | note |",
+        "|---|---|---|---|",
+    ]
+    keys = ("family", "class", "rows", "note")
+    return lines + [
+        f"| {' | '.join(str(entry[key]) for key in keys)} |".replace("  ", " ")
+        for entry in transformers["classes"]
+    ]
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ def initial_logit_std(spec: RouterSpec, geometry: Geometry, seed: int = 0) -> fl
     if not all(isinstance(router, Router) for router in routers.layers):
         return None
     state: State = ()
+    context = RouterContext(1, TOKENS, None, torch.zeros(TOKENS, dtype=torch.int64))
     found = []
     for index, router in enumerate(routers.layers):
         x = torch.randn(TOKENS, geometry.hidden_size, generator=keyed_generator(seed, f"inputs/{index}"))
         x = x / x.square().mean(-1, keepdim=True).sqrt()
-        routing, state = router(x, state, routers.router_shared, RouterContext(1, TOKENS))
+        routing, state = router(x, state, routers.router_shared, context)
         found.append(float(logit_variance(routing.logits).mean().sqrt()))
     return sum(found) / len(found)

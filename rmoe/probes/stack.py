@@ -53,6 +53,7 @@ class Routed(NamedTuple):
         probs: `[L, T, C]`.
         states: `[L, T, p]`, what each layer hands to the next; `p` is 0 without memory.
         observed: `[L, O]`, as of `RouterStats`; `O` is 0 where there is nothing.
+        added: `[L, T, d_u]`, what constant experts add to the output.
     """
 
     gates: Tensor
@@ -65,6 +66,7 @@ class Routed(NamedTuple):
     probs: Tensor
     states: Tensor
     observed: Tensor
+    added: Tensor
 
 
 def fitted(spec: RouterSpec, width: int) -> RouterSpec:
@@ -141,6 +143,9 @@ class RouterStack(nn.Module):
             observed=zero[:, None][:, :0]
             if routings[0].observed is None
             else torch.stack([r.observed for r in routings]),  # type: ignore[misc]
+            added=nothing[..., None].expand(-1, -1, CONTENT)
+            if routings[0].added is None
+            else torch.stack([r.added[..., -CONTENT:] for r in routings]),  # type: ignore[index]
         )
 
     def _context(self, inputs: Tensor, noise_key: Tensor | None) -> RouterContext:
@@ -303,11 +308,11 @@ class Ensemble:
         return Routed(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
     def predict(self, routed: Routed, inputs: Tensor) -> Tensor:
-        """What the gated experts give, `[S, L, T, d_u]`: `sum_n g_n W_n u + passthrough u`."""
+        """What the gated experts give, `[S, L, T, d_u]`: `sum_n g_n W_n u + passthrough u + added`."""
         content = inputs[..., -CONTENT:]
         spread = (routed.gates.unsqueeze(-1) * content.unsqueeze(-2)).flatten(-2)  # [S, L, T, E * d_u]
         mixed = torch.bmm(spread.flatten(0, 1), self.experts.flatten(2, 3).flatten(0, 1))
-        return mixed.view_as(content) + routed.passthrough.unsqueeze(-1) * content
+        return mixed.view_as(content) + routed.passthrough.unsqueeze(-1) * content + routed.added
 
     def loss(self, routed: Routed, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean squared error per seed and layer, `[S, L]`."""

@@ -23,6 +23,9 @@ class ZeroExperts(Initialized):
         geometry: the model's sizes.
     """
 
+    mixes: Tensor | None
+    constant_values: Tensor | None
+
     def __init__(self, identity: int, zero: int, constants: int, geometry: Geometry) -> None:
         super().__init__()
         self.identity, self.zero, self.constants = identity, zero, constants

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from rmoe.errors import RequestError
-from rmoe.routing import Geometry, RouterContext
+from rmoe.model import RMoEConfig, RMoEForCausalLM
+from rmoe.routing import Geometry, RouterContext, build_router, resolve, vary
 from rmoe.routing.gate import Sigmoid, Softmax, TopK
+from rmoe.routing.model_routers import SharedInSoftmax, TableTopK
+from rmoe.routing.other_gates import ExpertChoice, ReLU
+from rmoe.routing.router import Router
+from rmoe.routing.score_routers import NoisyTopK
 
 TOKENS, EXPERTS, K = 17, 12, 3
 BIAS = torch.linspace(-0.4, 0.4, EXPERTS, dtype=torch.float64)
@@ -41,16 +48,18 @@ def naive(o: TopK.Config, logits: list[Tensor], bias: Tensor | None) -> dict[int
 
     allowed = [n for group in sorted(members, key=score, reverse=True)[: o.top_groups] for n in group]
     chosen = sorted(allowed, key=lambda n: rank[n], reverse=True)[:K]
+    if o.group_quota:
+        chosen = [n for g in members for n in sorted(g, key=lambda n: rank[n], reverse=True)[: K // o.groups]]
     if o.weights == "softmax_of_chosen":
         among = sum(torch.exp(s[n]) for n in chosen)
         weights = {n: torch.exp(s[n]) / among for n in chosen}
     else:
         weights = {n: p[n] for n in chosen}
     if o.renormalize:
-        whole = sum(weights.values())
+        whole = sum(w**o.norm for w in weights.values()) ** (1 / o.norm)
         whole = max(whole, torch.tensor(o.eps)) if o.eps_is_floor else whole + o.eps
         weights = {n: w / whole for n, w in weights.items()}
-    return {n: o.scale * w for n, w in weights.items()}
+    return {n: w / K if o.scale == "inverse_k" else o.scale * w for n, w in weights.items()}
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -73,6 +82,9 @@ def naive(o: TopK.Config, logits: list[Tensor], bias: Tensor | None) -> dict[int
         {"softcap": 0.7, "multiplier": 3.0},
         {"scores": "sigmoid", "eps": 2.5, "eps_is_floor": True},
         {"weights": "softmax_of_chosen", "choose_by": "logits", "renormalize": False, "softcap": 2.0},
+        {"groups": 3, "group_quota": True},
+        {"norm": 2.0, "scale": "inverse_k"},
+        {"norm": 3.0, "scores": "sigmoid", "eps": 0.1},
     ],
 )
 def test_top_k_equals_its_definition(options: dict, biased: bool) -> None:
@@ -130,3 +142,140 @@ def test_a_group_of_one_expert_has_a_best_but_no_two_best() -> None:
     TopK.Config(groups=4, top_groups=2).check_geometry(sizes)
     with pytest.raises(RequestError, match=r"gate\.groups is 4; allowed: at most num_experts / 2 \(2\)"):
         TopK.Config(groups=4, top_groups=2, group_score="top_2").check_geometry(sizes)
+
+
+def built(router: str, **gate: object) -> object:
+    """A row with other options of its gate, built for 8 experts and k = 2."""
+    return build_router(vary(resolve(router), gate=gate), Geometry(5, 8, 2, vocab_size=9))
+
+
+IDENTITY = Router.Config(identity_experts=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: built("moge", groups=3), r"gate\.groups is 3; allowed: a divisor of num_experts \(8\)"),
+        (
+            lambda: built("moge", groups=4),
+            r"gate\.groups is 4; allowed: a divisor of num_experts_per_tok \(2\)",
+        ),
+        (lambda: built("moge", groups=1), r"gate\.group_quota is True; allowed: false without gate\.groups"),
+        (lambda: built("longcat", groups=8), r"gate\.groups is 8; allowed: a divisor of num_experts \(12\)"),
+        (
+            lambda: built("hunyuan", layer_k=(1, 3)),
+            r"gate\.layer_k is \(1, 3\); allowed: 1 to num_experts_per_tok",
+        ),
+        (lambda: built("hunyuan", layer_k=(0, 2)), r"gate\.layer_k is \(0, 2\); allowed: values above 0"),
+        (lambda: built("hunyuan", start_k=1), r"gate\.layer_k is \(1, 2\); allowed: none with gate\.start_k"),
+        (
+            lambda: vary(resolve("remoe"), router=IDENTITY),
+            r"router\.gate is 'relu'; allowed: top_k, softmax or sigmoid",
+        ),
+        (
+            lambda: vary(resolve("expert-choice"), router=IDENTITY),
+            r"router\.gate is 'expert_choice'; allowed: top_k",
+        ),
+        (
+            lambda: vary(resolve("eda"), router=IDENTITY),
+            r"router\.gate is 'softmax'; allowed: .* without a skip class",
+        ),
+        (
+            lambda: NoisyTopK.Config(zero_experts=1),
+            r"router\.kind is 'noisy_topk'; allowed: staged, with zero experts",
+        ),
+        (
+            lambda: SharedInSoftmax.Config(zero_experts=1),
+            r"router\.kind is 'shared_in_softmax'; allowed: staged",
+        ),
+        (lambda: TableTopK.Config(identity_experts=2), r"router\.kind is 'table_top_k'; allowed: staged"),
+        (
+            lambda: build_router(resolve("deepseek-v4-table"), Geometry(5, 8, 2)),
+            r"router\.kind is 'table_top_k'; allowed: a model that knows its token ids",
+        ),
+        (
+            lambda: build_router(
+                vary(resolve("inkling"), gate=ReLU.Config(), balance=resolve("smoe").balance), SIZES
+            ),
+            r"router\.gate is 'relu'; allowed: top_k, softmax or sigmoid with router shared_in_softmax",
+        ),
+        (
+            lambda: build_router(
+                vary(
+                    resolve("deepseek-v4-table"), gate=ExpertChoice.Config(), balance=resolve("smoe").balance
+                ),
+                SIZES,
+            ),
+            r"router\.gate is 'expert_choice'; allowed: top_k, softmax or sigmoid with router table_top_k",
+        ),
+        (
+            lambda: built("inkling", layer_k=(1, 2)),
+            r"router\.gate is 'top_k'; allowed: a fixed k with router",
+        ),
+        (
+            lambda: RMoEConfig(router="inkling", num_shared_experts=3),
+            r"num_shared_experts is 3; allowed: 0 or 2, with router shared_in_softmax",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        make()
+
+
+SIZES = Geometry(5, 8, 2, vocab_size=9)
+
+
+def test_the_table_is_for_the_first_layers() -> None:
+    """They choose by token id alone, the others by score; a bias belongs to the latter."""
+    x, ids = torch.randn(6, 5), torch.tensor([3, 3, 0, 8, 3, 0])
+    for layer in range(5):
+        router = build_router(resolve("deepseek-v4-table"), Geometry(5, 8, 2, 5, layer, 9))
+        torch.nn.init.normal_(router.scorer.linear.weight)
+        routing, _ = router(x, (), None, RouterContext(1, 6, None, ids))
+        by_id = [routing.experts[i].tolist() for i in (0, 1, 4)]
+        assert (router.selection_bias is None) == (layer < 3)
+        assert (by_id[0] == by_id[1] == by_id[2]) == (layer < 3)
+        assert not torch.equal(routing.weights[0], routing.weights[1])
+    other = build_router(resolve("deepseek-v4-table"), Geometry(5, 8, 2, 5, 1, 12))
+    first = build_router(resolve("deepseek-v4-table"), Geometry(5, 8, 2, 5, 1, 9))
+    assert torch.equal(other.table[:9], first.table)
+    first.resize_vocabulary(12)
+    assert torch.equal(other.table, first.table)
+
+
+@pytest.mark.parametrize("router", ["hash", "deepseek-v4-table"])
+def test_a_table_for_another_vocabulary_is_not_loaded(
+    router: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = RMoEConfig(
+        vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, moe_intermediate_size=8,
+        router=router,
+    )  # fmt: skip
+    RMoEForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size"):
+        RMoEForCausalLM.from_pretrained(tmp_path, vocab_size=48)
+
+
+def test_zero_experts_of_a_hidden_state() -> None:
+    """By hand: two experts, then identity, zero and a constant one; k = 2 of 5 classes."""
+    spec = vary(
+        resolve("smoe"),
+        router=Router.Config(identity_experts=1, zero_experts=1, constant_experts=1),
+        gate=TopK.Config(renormalize=False),
+    )
+    router = build_router(spec, Geometry(2, 2, 2))
+    with torch.no_grad():
+        router.scorer.linear.weight.copy_(torch.tensor([[0.1, -0.5], [1, -0.2], [2, 0], [0, 1], [0, 3]]))
+        router.zero_experts.mixes.copy_(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]))
+        router.zero_experts.constant_values.copy_(torch.tensor([[5.0, -1.0]]))
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    routing, _ = router(x, (), None, RouterContext(1, 3))
+    p = torch.softmax(x @ router.scorer.linear.weight.T, -1)
+    assert [sorted(row) for row in routing.experts.tolist()] == [[1, 2], [2, 2], [0, 1]]
+    a = torch.softmax(torch.tensor([1.0, 0.0]), 0)
+    passthrough = torch.tensor([p[0, 2], p[1, 4] * a[0], 0.0])
+    assert torch.allclose(routing.passthrough, passthrough)
+    added = torch.stack((torch.zeros(2), p[1, 4] * a[1] * torch.tensor([5.0, -1.0]), torch.zeros(2)))
+    assert torch.allclose(routing.added, added)
+    assert torch.allclose(routing.weights.sum(-1), torch.stack((p[0, 1], p[1, 0] * 0, p[2, 0] + p[2, 1])))

@@ -13,6 +13,8 @@ from rmoe.cli.main import main
 from rmoe.cli.zoo import TABLE, measured
 from rmoe.errors import RequestError
 from rmoe.routing import ZOO, ZooRow, register, resolve
+from rmoe.routing.ideas import IDEAS, of
+from rmoe.routing.shipped import WITHOUT_ROW, rows_of_classes
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,18 +28,60 @@ def test_table_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == (ROOT / "docs" / "zoo.md").read_text()
 
 
+def tables(header: str) -> list[list[str]]:
+    """The cells of all tables of docs/zoo.md with this first column, without their headers."""
+    found, inside = [], False
+    for line in (ROOT / "docs" / "zoo.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if not line.startswith("|"):
+            inside = False
+        elif cells[0] == header:
+            inside = True
+        elif inside and not line.startswith("|---"):
+            found.append(cells)
+    return found
+
+
+COLUMNS = ("what sets it apart", "source", "parameters", "FLOPs / token", "initial logit std", "needs")
+
+
 def table() -> dict[str, dict[str, str]]:
     """docs/zoo.md: name -> column -> text."""
-    lines = [line for line in (ROOT / "docs" / "zoo.md").read_text().splitlines() if line.startswith("| ")]
-    columns, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
-    return {row[0].strip("`"): dict(zip(columns, row, strict=True)) for row in rows}
+    return {row[0].strip("`"): dict(zip(COLUMNS, row[1:], strict=True)) for row in tables("name")}
+
+
+def packaged() -> dict[str, dict]:
+    """The table that `rmoe zoo` prints from: name -> what it says."""
+    return json.loads(TABLE.read_text())["routers"]
 
 
 def test_table_has_every_row_and_its_source() -> None:
     rows = table()
-    assert list(rows) == [name for name in ZOO if not name.startswith("distance")]
+    assert sorted(rows) == sorted(name for name in ZOO if not name.startswith("distance"))
+    assert len(tables("name")) == len(rows), "a row is in two families"
     for name, row in rows.items():
         assert (row["what sets it apart"], row["source"]) == (ZOO[name].summary, ZOO[name].source)
+
+
+def test_every_idea_has_rows_and_names_only_rows() -> None:
+    named = [name for idea in IDEAS for name in idea.names.split()]
+    assert len(named) == len(set(named))
+    assert set(named) <= ZOO.keys()
+    assert all(any(of(name, row) is idea for name, row in ZOO.items()) for idea in IDEAS)
+
+
+def test_the_families_of_transformers_are_in_the_page() -> None:
+    shown = {f"{family}.{name}": rows for family, name, rows, *_ in tables("family")}
+    assert shown.keys() == rows_of_classes().keys() | WITHOUT_ROW.keys()
+    for name, rows in rows_of_classes().items():
+        assert shown[name] == ", ".join(f"`{row}`" for row in rows)
+
+
+def test_a_card_has_the_equation_and_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "longcat"]) == 0
+    said = capsys.readouterr().out
+    assert "f = x; s = G f; 4 experts are x; g = top_k(softmax(s))" in said
+    assert "linear > top_k(renormalize=False, scale=6.0) > staged(identity_experts=4)" in said
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -61,7 +105,7 @@ def test_options_in_the_table_are_those_that_differ(name: str) -> None:
             continue
         shown = ", ".join(f"{k}={v}" for k, v in options.items())
         wanted.append(f"{kind}({shown})" if shown else kind)
-    assert table()[name]["stages"] == " > ".join(wanted)
+    assert " > ".join(packaged()[name]["stages"].values()) == " > ".join(wanted)
 
 
 # By hand, from the papers: L = 8 layers, d = 352, E = 16, k = 2 (or the row's own), V = 256, p = 128.
@@ -87,6 +131,13 @@ COSTS = {  # name: parameters, multiply-adds per token
     ),
     "path-moe": (L // 2 * E * D, L * E * D),
     "omni-router": (E * D, L * E * D),
+    "gpt-oss": (L * (E * D + E), L * E * D),
+    "gemma-4": (L * (E * D + D + E), L * E * D),
+    "doge": (L * 8 * D, L * 8 * D),  # 4 + 4 keys
+    "longcat": (L * (E + 4) * D, L * (E + 4) * D),
+    "moepp-experts": (L * ((E + 4) * D + 2 * 2 * D + 2 * D), L * ((E + 4) * D + 2 * 2 * D + 2 * D)),
+    "inkling": (L * ((E + 2) * D + 1), L * (E + 2) * D),
+    "deepseek-v4-table": (L * E * D, L * E * D),
     "hash": (0, 0),
     "stable-moe": (L * (E * D + V * 50 + 50 * E), L * (E * D + 50 * E)),
 }
@@ -160,14 +211,28 @@ SAID = {  # name: equation, balance, carries, needs
     "omni-router": (
         "f = x; s = G f; g = top_k(softmax(s)) / sum", "load_balance", "nothing; weights shared by all layers", "-",
     ),
+    "gpt-oss": ("f = x; s = G f + b; g = softmax(top_k(s))", "load_balance", "-", "-"),
+    "gemma-4": (
+        "f = x; s = G (norm(f) * c / sqrt(d)); g = a_n top_k(softmax(s)) / sum", "load_balance", "-", "-",
+    ),
+    "deepseek-v4-table": (
+        "f = x; s = G f; n = table[token] in the first layers; g = top_k(sqrt(softplus(s))) / sum",
+        "sequence_balance, bias 0.001", "-", "token ids, update after each step",
+    ),
+    "inkling": (
+        "f = x; s = G f; [g, g_shared] = 8 a softmax(log sig([s_chosen, s_shared])); g = top_k(sig(s))",
+        "bias 0.001", "-", "update after each step",
+    ),
+    "moge": ("f = x; s = G f; g = top_k(softmax(s)), k / 2 of each group / sum", "load_balance", "-", "k = 2"),
+    "dbrx": ("f = x; s = G f; g = top_k(softmax(s)) / 2-norm", "load_balance", "-", "-"),
     "smoe-global": ("f = x; s = G f; g = top_k(softmax(s)) / sum", "load_balance, global batch", "-", "-"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAID)
 def test_what_the_table_says(name: str) -> None:
-    row = table()[name]
-    assert (row["equation"].strip("`"), row["balance"], row["carries"], row["needs"]) == SAID[name]
+    row = packaged()[name]
+    assert (row["equation"], row["balance"], row["carries"], row["needs"]) == SAID[name]
 
 
 def test_json_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:

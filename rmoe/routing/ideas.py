@@ -1,0 +1,79 @@
+"""The zoo by family of idea: what its page is ordered by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rmoe.routing import describe
+from rmoe.routing.zoo import ZooRow
+
+
+class Idea(NamedTuple):
+    """One family of rows.
+
+    Attributes:
+        title: as the page has it.
+        text: what its rows have in common.
+        names: the rows, separated by blanks. A row that no idea names goes where `of` puts it.
+    """
+
+    title: str
+    text: str
+    names: str = ""
+
+
+SCORES = Idea(
+    "Scores",
+    "How a token is compared with the experts: a linear map, an MLP, angles, a generated or low-rank map. Then top-k.",
+    """
+    smoe smoe-topk-softmax smoe-mlp smoe-mlp-mi random-smoe cosine-moe cosine-moe-tutel xmoe-8 xmoe xmoe-32
+    xmoe-reference hyper-moe low-rank low-rank-norm stable-moe-onestage smoe-entropy smoe-annealed
+    """,
+)
+STATE = Idea(
+    "A state over depth",
+    "RMoE, its ablations, and linear states: the router of a layer reads what the routers below have read.",
+    """
+    rmoe rmoe-std002 rmoe-np rmoe-detach rmoe-truncated-2 rmoe-truncated-3 rmoe-sproj rmoe-rnn rmoe-lstm rmoe-p256
+    rmoe-p512 rmoe-rnn-p256 rmoe-residual rmoe-norm rmoe-bias rmoe-sigmoid xmoe-gru-8 xmoe-gru xmoe-gru-32
+    gated-linear gated-linear-np gated-linear-detach eda eda-linear eda-linear-detach
+    """,
+)
+BETWEEN = Idea(
+    "Other ties between layers",
+    "Scores, choices or weights of one layer that another one uses: RMoE's rivals.",
+    "rmoe-np-r0.5 rmoe-np-r1.0 rmoe-np-r0.5-detach-r rmoe-np-r1.0-detach-r path-moe omni-router",
+)
+CHOICE = Idea(
+    "Choosing otherwise",
+    "Not the k best scores of each token: noise, capacity, thresholds, tables, experts that choose.",
+    """
+    switch gshard gshard-sampled noisy-topk sparsemixer hash stable-moe smoe-dropout expert-choice remoe
+    smoe-capacity
+    """,
+)
+BALANCE = Idea(
+    "Balance",
+    "What keeps experts equally busy, on one and the same router.",
+    "smoe-bias smoe-global smoe-z smoe-sequence smoe-similarity",
+)
+SHIPPED = Idea(
+    "What ships",
+    "Routers of released models, each equal bit for bit to transformers' own code where there is any (last table).",
+    """
+    olmoe granite gpt-oss privacy-filter deepseek-v2 deepseek-v3 deepseek-v3-groups deepseek-v4 deepseek-v4-table
+    mistral-4 axk2 gemma-4 longcat moepp-experts llama-4 inkling kolibri laguna muse-spark flint ernie lfm2 dbrx doge
+    hunyuan moge
+    """,
+)
+IDEAS = (SCORES, STATE, BETWEEN, CHOICE, BALANCE, SHIPPED)
+
+
+def of(name: str, row: ZooRow) -> Idea:
+    """The family of a row: the one that names it, else by what it carries from layer to layer, and how it balances."""
+    for idea in IDEAS:
+        if name in idea.names.split():
+            return idea
+    if describe.carries(row.spec) != "-":
+        return BETWEEN
+    return CHOICE if row.spec.balance.described() in ("-", "", "load_balance") else BALANCE
