@@ -16,7 +16,7 @@ L, T, E = 2, 400, 3
 def routed(gates: torch.Tensor, probs: torch.Tensor, states: torch.Tensor) -> Routed:
     nothing = torch.zeros(L)
     return Routed(
-        gates, torch.zeros(L, T), nothing.sum(), gates[:, 0], *[nothing] * 3, probs, states, states[..., :0]
+        gates, torch.zeros(L, T), nothing.sum(), gates[:, 0], *[nothing] * 3, probs, states, nothing, states[..., :0]
     )
 
 
