@@ -20,7 +20,7 @@ import torch
 from results import write_result
 
 from rmoe.analysis.measures import RoutingMeasures, Sizes
-from rmoe.analysis.recorder import Recorder
+from rmoe.moe.recorder import Recorder
 from rmoe.training.build import build_model, model_config
 from rmoe.training.config import RunConfig
 

@@ -25,9 +25,10 @@ import msgspec
 
 from benchmarks.results import write_result
 from rmoe.compare.compare import Options, compare
-from rmoe.compare.jobs import Measured, Time
-from rmoe.compare.pool import Worker
+from rmoe.compare.engines.engine import Wants
+from rmoe.compare.engines.process import Process, threads_of
 from rmoe.compare.sharing import cores, share, step_work
+from rmoe.compare.timing import TimeSteps
 from rmoe.data import prepare
 from rmoe.errors import RunError
 from rmoe.training.config import ModelConfig, RunConfig, TrainingConfig
@@ -96,21 +97,21 @@ def whole_grid(config: RunConfig, seeds: int = SEEDS) -> dict[str, Any]:
 
 def steps_per_second(config: RunConfig, jobs: int, threads: int, steps: int) -> float:
     """Of all workers together, while all of them train."""
-    job = Time(config=with_threads(config, threads).to_dict(), steps=steps)
+    job = TimeSteps(config=with_threads(config, threads).to_dict(), steps=steps)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         warm_up = msgspec.structs.replace(job, steps=1)
-        workers = [Worker(threads, Path(folder, f"{number}.log")) for number in range(jobs)]
+        workers = [Process(threads_of(threads), Path(folder, f"{number}.log")) for number in range(jobs)]
         try:
             # Once unmeasured: what is measured begins with all workers up.
-            list(pool.map(lambda worker: worker.do(warm_up), workers))
-            answers = list(pool.map(lambda worker: worker.do(job), workers))
+            list(pool.map(lambda worker: worker.do(warm_up, Wants()), workers))
+            answers = list(pool.map(lambda worker: worker.do(job, Wants()), workers))
         finally:
             for worker in workers:
                 worker.close()
     for answer in answers:
         if answer.error is not None:
             raise RunError(f"timing failed: {answer.error}", "nothing", "run the same command again")
-    return sum(1 / median(msgspec.convert(answer.value, Measured).step_seconds) for answer in answers)
+    return sum(1 / median(answer.value.step_seconds) for answer in answers)
 
 
 def ladder(sizes: list[str], steps: int) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import msgspec
 from experiments.figures import Figures, Finished, figures_of
 from rmoe.compare import statistics
 from rmoe.compare.compare import Options, compare
+from rmoe.compare.engines import EngineConfig
 from rmoe.errors import RequestError, RunError
 from rmoe.results.comparison import Interval
 from rmoe.results.rows import finished, read_rows, run_key
@@ -108,6 +109,7 @@ class Workplace:
     data_dir: Path
     out: Path
     jobs: int | None
+    engine: EngineConfig = EngineConfig()  # noqa: RUF009  frozen
 
     def config(self, grid: Grid) -> RunConfig:
         config = RunConfig.from_preset(str(HERE / f"size-{self.size}.toml"))
@@ -154,7 +156,7 @@ def train(grid: Grid, place: Workplace) -> dict[str, dict[int, Path]]:
     results = folder / "results.jsonl"
     rows = read_rows(results)[0] if results.exists() else []
     if not finished(rows).keys() >= {path.name for by_seed in runs.values() for path in by_seed.values()}:
-        options = Options(jobs=place.jobs, timing_rounds=0, analysis_tokens=0)
+        options = Options(jobs=place.jobs, timing_rounds=0, analysis_tokens=0, engine=place.engine)
         compare(config, grid.routers, grid.seeds, folder, options=options)
     return runs
 
@@ -316,9 +318,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--jobs", type=int)
+    parser.add_argument(
+        "--engine", default="", help="a .toml file with an [engine] table; default: this machine"
+    )
     asked = parser.parse_args(argv)
-    place = Workplace(asked.size, asked.data_dir / asked.text, asked.data_dir, asked.out, asked.jobs)
     try:
+        engine = EngineConfig.from_preset(asked.engine)
+        place = Workplace(
+            asked.size, asked.data_dir / asked.text, asked.data_dir, asked.out, asked.jobs, engine
+        )
         if unknown := set(asked.names) - set(NAMES):
             raise RequestError("NAME", ", ".join(sorted(unknown)), f"one of {', '.join(NAMES)}")
         for name in asked.names:

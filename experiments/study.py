@@ -27,6 +27,7 @@ from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
 from experiments.study_table import markdown
 from rmoe.compare.compare import Options, compare
+from rmoe.compare.engines import EngineConfig
 from rmoe.compare.plan import RESULTS
 from rmoe.errors import RequestError, RunError
 from rmoe.results.rows import ResultRow, read_rows
@@ -95,7 +96,9 @@ def steps(study: Study) -> Iterator[tuple[Grid, int]]:
                 yield grid, seeds
 
 
-def run(study: Study, data_dir: Path, out: Path, jobs: int, most: int | None) -> None:
+def run(
+    study: Study, data_dir: Path, out: Path, jobs: int, most: int | None, engine: EngineConfig | None = None
+) -> None:
     """Train what is missing, in order.
 
     Args:
@@ -118,7 +121,13 @@ def run(study: Study, data_dir: Path, out: Path, jobs: int, most: int | None) ->
         if most is not None and done >= most:
             return
         done += 1
-        options = Options(jobs=jobs, margin=study.margin, timing_rounds=0, analysis_tokens=0)
+        options = Options(
+            jobs=jobs,
+            margin=study.margin,
+            timing_rounds=0,
+            analysis_tokens=0,
+            engine=engine or EngineConfig(),
+        )
         compare(study.config(grid, data_dir / TEXT), grid.routers, seeds, folder, options=options)
         discard_checkpoints(folder, study.baseline)
 
@@ -158,12 +167,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--results", type=Path, default=COLLECTED)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument(
+        "--engine", default="", help="a .toml file with an [engine] table; default: this machine"
+    )
     parser.add_argument("--most", type=int, help="stop after so many (grid, seed) steps")
     asked = parser.parse_args(argv)
     try:
         study = read_study()
         if asked.verb == "run":
-            run(study, asked.data_dir, asked.out, asked.jobs, asked.most)
+            run(
+                study,
+                asked.data_dir,
+                asked.out,
+                asked.jobs,
+                asked.most,
+                EngineConfig.from_preset(asked.engine),
+            )
         elif asked.verb == "domains":
             for row in finished(study, asked.out):
                 if row.grid in study.domain_grids:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what type checkers and the reference see of the names below
     from rmoe.errors import RequestError, RunError
     from rmoe.model import RMoEConfig, RMoEForCausalLM, RMoEForSequenceClassification, RMoEModel
     from rmoe.model.loading import load
+    from rmoe.model.updates import RouterUpdates
     from rmoe.routing.spec import RouterSpec
 
 from rmoe.auto import register_when_asked
@@ -24,6 +25,7 @@ _LAZY = {
     "RMoEForCausalLM": "rmoe.model",
     "RMoEForSequenceClassification": "rmoe.model",
     "RouterSpec": "rmoe.routing.spec",
+    "RouterUpdates": "rmoe.model.updates",
     "RequestError": "rmoe.errors",
     "RunError": "rmoe.errors",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "RMoEModel",
     "RequestError",
     "RouterSpec",
+    "RouterUpdates",
     "RunError",
     "__version__",
     "load",

@@ -5,17 +5,27 @@ Each entry says in which releases it was seen. `tests/test_compat.py` fails on t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 from unittest import mock
 
+import torch
 import transformers
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.11 to 2.14
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
+from transformers.core_model_loading import (  # 5.17 to 5.24
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.integrations.moe import _default_apply_gate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
@@ -30,6 +40,7 @@ __all__ = [
     "CACHE_NAMES",
     "HAS_ACTIVATION_CHECKPOINTING",
     "FakeTensorMode",
+    "LaterWeights",
     "accept_empty_slots",
     "announce_causal_lm",
     "attention_keywords",
@@ -48,6 +59,7 @@ __all__ = [
     "prune_expert_plan",
     "storage_key",
     "stream_error",
+    "weights_later",
 ]
 
 CACHE = "cache" if "cache" in signature(LlamaAttention.forward).parameters else "past_key_values"
@@ -199,6 +211,83 @@ def enable_checkpointing(model: Any) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+class LaterWeights:
+    """What transformers had prepared when it was about to load a checkpoint: see `weights_later`. 5.17 to 5.24.
+
+    Attributes:
+        model: with quantised modules in place, its parameters on the meta device.
+        target: checkpoint name -> name of the parameter that it becomes, or becomes a part of.
+        tensors: checkpoint name -> a slice that is read when it is used.
+    """
+
+    model: PreTrainedModel
+    target: dict[str, str]
+    tensors: dict[str, Any]
+    _config: Any
+
+    def take(
+        self, model: Any, state_dict: dict[str, Any], load_config: Any, disk_offload_index: Any = None
+    ) -> tuple[Any, Any]:
+        """Stands in for `convert_and_load_state_dict_in_model`: loads nothing, and says what would be missing."""
+        nothing, _ = convert_and_load_state_dict_in_model(model, {}, load_config)
+        self.model, self.tensors, self._config = model, dict(state_dict), load_config
+        names = model.state_dict()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor._is_hf_initialized = True  # nothing is to be drawn at random
+        mapping = load_config.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        becomes = {
+            pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns
+        }
+        self.target, filled = {}, set()
+        for key in self.tensors:
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+            if name not in names and key in names:
+                name, pattern = key, None
+            if name in names:
+                self.target[key] = name
+                patterns = [""] if pattern is None else becomes[pattern]
+                filled |= {name.replace(patterns[0], other) if patterns[0] else name for other in patterns}
+            else:
+                nothing.unexpected_keys.add(key)
+        nothing.missing_keys = {name for name in names if name not in filled}
+        return nothing, disk_offload_index
+
+    def load(self, keys: list[str], device: torch.device) -> None:
+        """Read these tensors, convert them as transformers does, and put them into the model.
+
+        Raises:
+            RuntimeError: the conversion of one fails.
+        """
+        config = replace(self._config, device_map={"": device})
+        chosen = {key: self.tensors[key] for key in keys}
+        # Not in threads, which read all of a layer before any of it is joined.
+        with mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}):
+            found, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
+        if found.conversion_errors or found.mismatched_keys:
+            first = next(iter((*found.conversion_errors.items(), *found.mismatched_keys)))
+            raise RuntimeError(f"{first}")
+
+
+@contextmanager
+def weights_later() -> Iterator[LaterWeights]:
+    """Within, `from_pretrained` makes the model as always, but its weights stay on the meta device until asked for.
+
+    Files are read by `pread`: a mapping of a whole checkpoint counts against a limit on the process's memory.
+    """
+    later = LaterWeights()
+    with (
+        mock.patch.object(modeling_utils, "convert_and_load_state_dict_in_model", later.take),
+        mock.patch.object(modeling_utils, "safe_open", _opened),
+    ):
+        yield later
+
+
+def _opened(filename: Any, framework: str, device: Any = "cpu", backend: str | None = None) -> Any:
+    return safe_open(filename, framework=framework, device="cpu", backend="pread")
 
 
 def stream_error(message: str) -> object:

@@ -2,6 +2,7 @@
 
 A `RequestError` means the request itself is wrong: nothing was written, and the command line exits with 2.
 A `RunError` means a run that was right to start has failed: it says what was saved and how to go on, exit 1.
+`Stopped` is neither: a run that was told to end has saved.
 """
 
 from __future__ import annotations
@@ -52,3 +53,7 @@ class RunError(RuntimeError):
     def __init__(self, what: str, saved: str, resume: str) -> None:
         self.what, self.saved, self.resume = what, saved, resume
         super().__init__(one_line(f"{what}; saved: {saved}; to go on: {resume}"))
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved everything, and can be resumed; the text says so."""

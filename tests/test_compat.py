@@ -36,6 +36,7 @@ from rmoe.compat import (
 )
 from rmoe.model import RMoEForSequenceClassification
 from tests.model.small import config, model, tokens
+from tests.versions import older
 
 
 def test_the_cache_has_one_of_two_names() -> None:
@@ -164,9 +165,7 @@ def _is_own(value: ast.expr) -> bool:
 OF_TUPLES = {"_replace", "_asdict", "_fields", "_exit"}
 """Public, whatever their names look like: of named tuples, and `os._exit`."""
 
-STILL_PRIVATE = {
-    "graft/discover.py": {"_modules"},
-}
+STILL_PRIVATE: dict[str, set[str]] = {}
 """What has not moved to `rmoe/compat.py` yet; it can only shrink."""
 
 
@@ -202,7 +201,7 @@ def test_experts_as_transformers_decorates_them() -> None:
         "top_k_weights",
     ]
     accept_empty_slots(experts)
-    ids, weights = torch.tensor([[0, 5]]), torch.tensor([[0.5, 0.5]])
+    ids, weights = torch.tensor([[0, 5]]), torch.tensor([[0.5, 0.0]])
     x = torch.randn(1, 36, generator=torch.Generator().manual_seed(0))
     for name in ("eager", "grouped_mm", "batched_mm"):
         experts.config._experts_implementation = name
@@ -218,7 +217,8 @@ def test_marks_that_others_leave() -> None:
         PreTrainedModel._initialize_weights
     )
     assert "_is_hooked" in inspect.getsource(tensor_parallel)
-    assert "_is_expert_parallel" in inspect.getsource(moe)
+    if not older("transformers", "5.23"):  # below, the experts take empty slots unasked
+        assert "_is_expert_parallel" in inspect.getsource(moe)
 
 
 def test_an_accelerator_of_another_precision_in_one_process() -> None:

@@ -17,8 +17,8 @@ from benchmarks import peers
 from benchmarks.cases.registry import Contestants, Setting, case
 from benchmarks.contestant import Contestant
 from rmoe.analysis.measures import RoutingMeasures, Sizes
-from rmoe.analysis.recorder import Recorder
 from rmoe.data.blocks import BlockDataset, BlockSampler
+from rmoe.moe.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 

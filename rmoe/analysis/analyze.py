@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
@@ -12,17 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmoe.analysis.families import expert_vectors, scorer_matrix
-from rmoe.analysis.gradients import router_gradients
-from rmoe.analysis.measures import RoutingMeasures, Sizes
-from rmoe.analysis.record import RoutingBatch
-from rmoe.analysis.recorder import Recorder
-from rmoe.analysis.saturation import Saturation
-from rmoe.analysis.weights import mean_pairwise_cosine, norm_and_std, random_similarity
+from rmoe.analysis.gradients import find_shared, router_gradients
+from rmoe.analysis.insight import Predictability, Saliency
+from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes
+from rmoe.analysis.saturation import FlipRate, Saturation
+from rmoe.analysis.streaming.run import StreamedRouting
+from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
 from rmoe.errors import RequestError
+from rmoe.moe import RoutedLayer, check_reading
+from rmoe.moe.recorder import Recorder
+from rmoe.moe.records import RoutingBatch
 from rmoe.results import analysis as schema
 
 _RANDOM_SEED = 0
+
+CHECKED_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,14 @@ class Subject:
         name: unique in the file: a router's, or a folder's.
         model: an RMoE model or a transformers MoE, on its device.
         step: optimizer steps it was trained for; shown where two checkpoints are compared.
+        streamed: its routing on the text, where the model is larger than memory; `model` then has no weights, and
+            gradients are not measured.
     """
 
     name: str
     model: nn.Module
     step: int = 0
+    streamed: StreamedRouting | None = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,20 @@ class AnalysisOptions:
         batch_size: blocks per forward pass. No figure depends on it, beyond rounding.
         gradient_tokens: about so many tokens, in whole blocks, for the gradient split; 0 leaves it out.
         explored_tokens: so many tokens are kept for the token explorer.
+        measures: what is measured, of `MEASURES`.
+        check: silence some experts first, and refuse a model that is read wrongly (`rmoe.moe.check_reading`).
     """
 
     batch_size: int = 8
     gradient_tokens: int = 4096
     explored_tokens: int = 256
+    measures: tuple[str, ...] = DEFAULT_MEASURES
+    check: bool = True
 
     def __post_init__(self) -> None:
+        for name in self.measures:
+            if name not in MEASURES:
+                raise RequestError("--measures", name, ", ".join(MEASURES))
         for name, least in (("batch_size", 1), ("gradient_tokens", 0), ("explored_tokens", 0)):
             value = getattr(self, name)
             if value < least:
@@ -89,18 +104,26 @@ def analyze_models(
     token_counts = np.bincount(blocks.reshape(-1))
     passes = [_Pass(subject, token_counts, options) for subject in subjects]
     saturation = _saturation(passes) if stability else None
+    flips = FlipRate(len(passes[0].recorder.layers)) if stability else None
     with _evaluating([subject.model for subject in subjects]):
+        if options.check:
+            for one in passes:
+                if one.streamed is None:  # which has no model to run a second time
+                    one.require_read(blocks)
         for start in range(0, len(blocks), options.batch_size):
             input_ids = torch.from_numpy(blocks[start : start + options.batch_size].astype(np.int64))
-            batches = [one.update(input_ids) for one in passes]
-            if saturation is not None:
-                saturation.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
+            batches = [one.update(start // options.batch_size, input_ids) for one in passes]
+            if saturation is not None and flips is not None:
+                for comparison in (saturation, flips):
+                    comparison.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
         analyses = [one.result(blocks, token_text) for one in passes]
-    if saturation is not None:
+    if saturation is not None and flips is not None:
         steps = [subject.step for subject in subjects]
         values = [saturation.result().tolist()]
         stable = schema.Saturation(from_step=steps[1:2], to_step=steps[:1], values=values, n=saturation.n)
-        analyses[0] = msgspec.structs.replace(analyses[0], saturation=stable)
+        changed, anywhere = flips.result()
+        flipped = schema.Flips(other=subjects[1].name, values=changed.tolist(), any_layer=anywhere, n=flips.n)
+        analyses[0] = msgspec.structs.replace(analyses[0], saturation=stable, flips=flipped)
     return analyses
 
 
@@ -109,62 +132,141 @@ class _Pass:
 
     def __init__(self, subject: Subject, token_counts: np.ndarray, options: AnalysisOptions) -> None:
         self.subject, self.token_counts, self.options = subject, token_counts, options
-        self.recorder = Recorder(subject.model)
+        self.streamed = subject.streamed
+        self.recorder = Recorder(subject.model) if self.streamed is None else self.streamed.recorder
+        self.check: schema.ReadingCheck | None = None
+        self.shared = find_shared(subject.model, self.recorder.layers)
         self.measures: RoutingMeasures | None = None
+        names, layers = options.measures, self.recorder.layers
+        live = self.streamed is None
+        self.predictability = (
+            Predictability(layers, self.shared)
+            if live and "predictability" in names and len(layers) > 1
+            else None
+        )
+        self.saliency = Saliency(layers) if live and "saliency" in names else None
         embedding = subject.model.get_input_embeddings()  # type: ignore[operator]
         if len(token_counts) > len(embedding.weight):
             allowed = f"ids below {subject.name}'s vocabulary size ({len(embedding.weight)})"
             raise RequestError("tokenizer", f"one that gives id {len(token_counts) - 1}", allowed)
         self.device = embedding.weight.device
 
-    def update(self, input_ids: Tensor) -> RoutingBatch:
-        """Run the model on [B, S] ids and measure its routing."""
-        batch = self.recorder.batch(input_ids.to(self.device))
+    @property
+    def called(self) -> list[RoutedLayer]:
+        """The layer of each record."""
+        return self.recorder.called if self.streamed is None else self.streamed.called
+
+    def require_read(self, blocks: np.ndarray) -> None:
+        """Check that the model is read correctly, on the start of the text.
+
+        Raises:
+            RequestError: silencing an expert changed other tokens than those said to use it.
+        """
+        ids = torch.from_numpy(blocks[:1, :CHECKED_TOKENS].astype(np.int64)).to(self.device)
+        found = check_reading(self.subject.model, ids)
+        self.check = schema.ReadingCheck(
+            passed=found.passed,
+            summary=found.summary(),
+            tokens=found.tokens,
+            experts=[schema.ExpertCheck(**asdict(one)) for one in found.experts],
+        )
+        if not found.passed:
+            allowed = f"a model whose routing can be read, or --no-check; the check {found.summary()}"
+            raise RequestError("MODEL", self.subject.name, allowed)
+
+    def update(self, chunk: int, input_ids: Tensor) -> RoutingBatch:
+        """Run the model on [B, S] ids, or take what was streamed, and measure its routing."""
+        if self.streamed is None:
+            with ExitStack() as listening:
+                for measure in (self.predictability, self.saliency):
+                    if measure is not None:
+                        listening.enter_context(measure.listening())
+                batch = self.recorder.batch(input_ids.to(self.device))
+            if self.predictability is not None:
+                self.predictability.update(batch)
+        else:
+            batch = self.streamed.batch(chunk)
         if self.measures is None:  # how many classes a router has shows in what it returns
             layers, _, classes = batch.probs.shape
-            sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes)
-            self.measures = RoutingMeasures(sizes, self.token_counts, self.options.explored_tokens)
+            by_layer = batch.layer_experts, tuple(layer.top_k for layer in self.called)
+            sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes, *by_layer)
+            self.measures = RoutingMeasures(
+                sizes, self.token_counts, self.options.explored_tokens, self.options.measures
+            )
         self.measures.update(batch, input_ids.reshape(-1))
         return batch
 
     def result(self, blocks: np.ndarray, token_text: Callable[[int], str]) -> schema.ModelAnalysis:
         """Everything measured, and what the weights and gradients say besides."""
         assert self.measures is not None
-        sizes = self.measures.sizes
+        sizes, weights = self.measures.sizes, self._weights()
         return schema.ModelAnalysis(
             name=self.subject.name,
             summary=_summary(self.subject.model, sizes),
             layers=sizes.num_layers,
             experts=sizes.num_experts,
             experts_per_token=sizes.experts_per_token,
-            layer_names=[layer.name for layer in self.recorder.layers],
-            similarity=self._similarity(),
-            router_weights=self._router_weights(),
+            layer_names=self.recorder.names if self.streamed is None else self.streamed.names,
+            check=self.check,
+            similarity=self._similarity(weights),
+            router_weights=self._router_weights(weights),
             gradient_split=self._gradient_split(blocks),
+            contexts=self._contexts(blocks, token_text),
+            predictability=self._predictability(),
+            saliency=None if self.saliency is None else _or_none(self.saliency.result().numpy()),
             **self.measures.fields(token_text),
         )
 
-    def _similarity(self) -> schema.Similarity | None:
-        vectors = [expert_vectors(layer) for layer in self.recorder.layers]
-        if any(v is None for v in vectors):
+    def _contexts(self, blocks: np.ndarray, token_text: Callable[[int], str]) -> schema.Contexts | None:
+        if self.measures is None or self.measures.contexts is None:
             return None
-        found = [v for v in vectors if v is not None]
-        width = self.subject.model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
-        reference = random_similarity(
-            self.recorder.num_experts, [width] * (found[0].shape[1] // width), _RANDOM_SEED
-        )
-        return schema.Similarity(
-            values=[mean_pairwise_cosine(v) for v in found], random_init=[reference] * len(found)
+        positions, weights = self.measures.contexts.result()
+        different, text = np.unique(blocks.reshape(-1), return_inverse=True)
+        return schema.Contexts(
+            vocabulary=[token_text(int(token_id)) for token_id in different],
+            text=text.reshape(-1).tolist(),
+            positions=positions.tolist(),
+            weights=weights.tolist(),
         )
 
-    def _router_weights(self) -> schema.RouterWeights | None:
-        matrices = [scorer_matrix(layer, self.recorder.shared) for layer in self.recorder.layers]
-        measured = [norm_and_std(matrix) for matrix in matrices if matrix is not None]
-        if len(measured) < len(matrices):
+    def _predictability(self) -> schema.Predictability | None:
+        if self.predictability is None or not self.predictability.n:
+            return None
+        below, own = self.predictability.result()
+        chance = [layer.top_k / layer.num_experts for layer in self.recorder.layers[1:]]
+        return schema.Predictability(
+            own_router=below, at_its_own_input=own, chance=chance, n=self.predictability.n
+        )
+
+    def _weights(self) -> list[LayerWeights]:
+        if "weights" not in self.options.measures:
+            return []
+        if self.streamed is not None:
+            return [self.streamed.weights[layer.name] for layer in self.called]
+        return [layer_weights(layer, self.shared) for layer in self.called]
+
+    def _similarity(self, weights: Sequence[LayerWeights]) -> schema.Similarity | None:
+        values = [one.similarity for one in weights if one.similarity is not None]
+        if not weights or len(values) < len(weights):
+            return None
+        width = self.subject.model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+        widths = [width] * (weights[0].vector_width // width)
+        reference = random_similarity(self.recorder.num_experts, widths, _RANDOM_SEED)
+        return schema.Similarity(values=values, random_init=[reference] * len(values))
+
+    def _router_weights(self, weights: Sequence[LayerWeights]) -> schema.RouterWeights | None:
+        measured = [one.router for one in weights if one.router is not None]
+        if not weights or len(measured) < len(weights):
             return None  # a router without a matrix: a hash
         return schema.RouterWeights(norm=[norm for norm, _ in measured], std=[std for _, std in measured])
 
     def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
+        if self.streamed is not None or "gradients" not in self.options.measures:
+            return None  # gradients need all layers at once
+        if len(self.recorder.called) > len(self.recorder.layers) or self.recorder.two_sided:
+            return (
+                None  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
+            )
         count = min(len(blocks), -(-self.options.gradient_tokens // blocks.shape[1]))
         # Batches of one size, so that each weighs the same in the mean.
         size = min(self.options.batch_size, max(count, 1))
@@ -172,7 +274,7 @@ class _Pass:
             torch.from_numpy(blocks[start : start + size].astype(np.int64)).to(self.device)
             for start in range(0, count - size + 1, size)
         ]
-        gradients = router_gradients(self.subject.model, self.recorder.layers, self.recorder.shared, sample)
+        gradients = router_gradients(self.subject.model, self.recorder.layers, self.shared, sample)
         if gradients is None:
             return None
         return schema.GradientSplit(
@@ -197,6 +299,11 @@ def _saturation(passes: Sequence[_Pass]) -> Saturation:
             "--compare-with", f"(layers, experts) {shapes[-1]}", f"those of the first, {shapes[0]}"
         )
     return Saturation(shapes[0][0])
+
+
+def _or_none(values: np.ndarray) -> list[list[float | None]]:
+    """Rows of numbers; None for NaN, which JSON lacks."""
+    return [[None if math.isnan(value) else value for value in row] for row in values.tolist()]
 
 
 def _summary(model: nn.Module, sizes: Sizes) -> str:

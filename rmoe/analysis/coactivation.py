@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rmoe.analysis.histogram import add_counts
-from rmoe.analysis.record import RoutingBatch
 
 
 class Coactivation:
@@ -23,11 +23,11 @@ class Coactivation:
         self._across = torch.zeros(max(num_layers - 1, 0), side, side, dtype=torch.int64)
         self.n = 0
 
-    def update(self, batch: RoutingBatch) -> None:
-        """Add tokens."""
-        _add_pairs(self._within, batch.experts, batch.experts)
-        _add_pairs(self._across, batch.experts[:-1], batch.experts[1:])
-        self.n += batch.num_tokens
+    def update(self, experts: Tensor) -> None:
+        """Add tokens, [L, T, K] int64, E in an empty slot."""
+        _add_pairs(self._within, experts, experts)
+        _add_pairs(self._across, experts[:-1], experts[1:])
+        self.n += experts.shape[1]
 
     def within(self) -> np.ndarray:
         """[L, E, E] share of tokens that choose a and b in layer l; the diagonal: that choose a at all."""

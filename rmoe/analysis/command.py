@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +14,49 @@ import torch
 
 import rmoe
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
-from rmoe.analysis.reading import Part, Reading, read_text
-from rmoe.analysis.recorder import find_moe_layers
+from rmoe.analysis.reading import Part, Reading, choose_tokenizer, read_text
+from rmoe.analysis.streaming.memory import checkpoint_bytes, free_memory
+from rmoe.analysis.streaming.run import Hidden, Progress, StreamedRouting, stream_routing
+from rmoe.analysis.streaming.weights import StreamedModel
+from rmoe.analysis.token_text import TokenText
+from rmoe.analysis.tracing import analyze_trace, layers_of, record_trace, require_fit
+from rmoe.data.encode import ByteEncoder, load_encoder
 from rmoe.errors import RequestError
-from rmoe.places import display_name, model_place
-from rmoe.results.analysis import Analysis, ModelAnalysis
+from rmoe.moe import require_layers
+from rmoe.places import display_name, expand, model_place
+from rmoe.results.analysis import Analysis, ModelAnalysis, Text
+from rmoe.results.engine_traces import Given, read_any_trace
+from rmoe.results.trace import Trace
 
 SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a model that is larger than memory is read.
+
+    Attributes:
+        folder: for hidden states and routing, removed at the end.
+        asked: stream whatever the size; else only a checkpoint larger than the free memory.
+        hidden: see `stream_routing`.
+        report: called after each layer.
+    """
+
+    folder: Path
+    asked: bool = False
+    hidden: Hidden = "auto"
+    report: Callable[[Progress], object] = lambda progress: None
+
+    def applies(self, path: Path, device: torch.device) -> bool:
+        """Whether this model is to be streamed."""
+        return self.asked or checkpoint_bytes(path) > free_memory(device)
+
+    def run(
+        self, path: Path, model: StreamedModel, blocks: np.ndarray, batch_size: int, number: int
+    ) -> StreamedRouting:
+        """Stream the model with this place in the command."""
+        folder = self.folder / str(number)
+        return stream_routing(path, blocks, batch_size, folder, model.device, self.hidden, self.report, model)
 
 
 def analyze_folders(
@@ -29,6 +67,8 @@ def analyze_folders(
     sequence_length: int | None,
     device: str | None,
     options: AnalysisOptions,
+    streaming: Streaming | None = None,
+    dtype: str = "auto",
 ) -> Analysis:
     """Analyse one model, or two side by side.
 
@@ -41,31 +81,54 @@ def analyze_folders(
         sequence_length: S; None is `SEQUENCE_LENGTH`, or the models' longest if that is less.
         device: as torch names it; None is a GPU if there is one.
         options: sizes of the samples.
+        streaming: where layer by layer keeps its files, and whether it is asked for; without it a model larger than
+            memory is loaded nevertheless.
+        dtype: that the last model is loaded in; "auto" is that of its files. Two of one model, the second in another
+            dtype, show how often its choice flips.
 
     Raises:
         RequestError: whatever is wrong with the models, the text or the options.
     """
     paths = [model_path(str(model_place(model))) for model in models]
     target = _device(device)
-    loaded = [rmoe.load(path, device=target) for path in paths]
+    in_parts = [streaming is not None and streaming.applies(Path(path), target) for path in paths]
+    streamed = [
+        StreamedModel(Path(p), target) if part else None for p, part in zip(paths, in_parts, strict=True)
+    ]
+    loaded = [
+        rmoe.load(path, device=target, dtype=dtype if i == len(paths) - 1 else "auto")
+        if part is None
+        else part.model
+        for i, (path, part) in enumerate(zip(paths, streamed, strict=True))
+    ]
     for path, model in zip(paths, loaded, strict=True):
-        if options.gradient_tokens and not model.can_generate():
+        if options.gradient_tokens and "gradients" in options.measures and not model.can_generate():
             allowed = (
                 f"a language model, not {type(model).__name__} (or --gradient-tokens 0: they need its loss)"
             )
             raise RequestError("MODEL", path, allowed)
-    layers = [find_moe_layers(model) for model in loaded]  # before anything slow
+    layers = [require_layers(model) for model in loaded]  # before anything slow
     vocabulary = [model.get_input_embeddings().weight.shape[0] for model in loaded]
     length = _sequence_length(sequence_length, loaded)
     readings = [
         read_text(path, size, data, part, tokens, length)
         for path, size in zip(paths, vocabulary, strict=True)
     ]
-    subjects = [
-        Subject(name, model, trained_steps(Path(path)))
-        for name, model, path in zip(_names(paths), loaded, paths, strict=True)
-    ]
     notes = [reading.note for reading in readings if reading.note]
+    routings: list[StreamedRouting | None] = []
+    for i, (path, layered, reading) in enumerate(zip(paths, streamed, readings, strict=True)):
+        if layered is None or streaming is None:
+            routings.append(None)
+            continue
+        routings.append(streaming.run(Path(path), layered, reading.blocks, options.batch_size, i))
+        needs: list[str] = [n for n in ("gradients", "predictability", "saliency") if n in options.measures]
+        needs += ["the check of the reading"] if options.check else []
+        skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
+        notes.append(f"{_names(paths)[i]} was read layer by layer{skipped}")
+    subjects = [
+        Subject(name, model, trained_steps(Path(path)), routing)
+        for name, model, path, routing in zip(_names(paths), loaded, paths, routings, strict=True)
+    ]
     together = len(readings) > 1 and np.array_equal(readings[0].blocks, readings[1].blocks)
     shapes = [(len(found), found[0].num_experts) for found in layers]
     stability = together and shapes[0] == shapes[1]
@@ -78,7 +141,79 @@ def analyze_folders(
         )
     else:
         analyses = _one_by_one(subjects, readings, options)
+    for routing in routings:
+        if routing is not None:
+            routing.close()
     return Analysis(text=readings[0].text, models=analyses, notes=notes)
+
+
+def analyze_trace_file(path: str, model: str | None, given: Given) -> Analysis:
+    """Analyse a trace of this package or of another program.
+
+    Args:
+        path: see `rmoe.results.engine_traces.read_any_trace`.
+        model: whose routing it is: its layers, k and vocabulary must fit, and its tokenizer shows the tokens.
+        given: what the trace does not say itself.
+
+    Raises:
+        RequestError: an unknown format, or a trace that does not fit.
+    """
+    place = None if model is None else Path(model_path(str(model_place(model))))
+    given = given if place is None else _of_model(given, place)
+    found, notes = read_any_trace(expand(path, "--trace"), given)
+    name = Path(path).name
+    token_text: Callable[[int], str] = "#{}".format
+    if place is not None:
+        config = require_fit(found, place)
+        name = display_name(place)
+        tokenizer, note = choose_tokenizer(str(place), config.get_text_config().vocab_size)
+        notes += [note] if note else []
+        token_text = TokenText((ByteEncoder() if tokenizer == "bytes" else load_encoder(tokenizer)).tokenizer)
+    elif isinstance(found, Trace):
+        name = found.meta.model or name
+        if found.tokens is not None:
+            notes.append("tokens are shown by their ids: name the MODEL beside --trace to see their text")
+    analysis, more = analyze_trace(found, name, token_text)
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]:
+        digest.update(file.read_bytes())
+    text = Text(name=Path(path).name, sha256=digest.hexdigest(), tokens=analysis.frequency_n)
+    return Analysis(text=text, models=[analysis], notes=notes + more)
+
+
+def _of_model(given: Given, place: Path) -> Given:
+    """E and k by the model, where the user gave neither; both must be the same in all its layers."""
+    layers = layers_of(place)
+    experts, slots = {layer.num_experts for layer in layers}, {layer.top_k for layer in layers}
+    return replace(
+        given,
+        num_experts=given.num_experts or (max(experts) if len(experts) == 1 else None),
+        experts_per_token=given.experts_per_token or (max(slots) if len(slots) == 1 else None),
+        model=display_name(place),
+    )
+
+
+def trace_folder(
+    model: str,
+    data: str | None,
+    part: Part | None,
+    tokens: int,
+    sequence_length: int | None,
+    batch_size: int,
+    device: str | None,
+) -> Trace:
+    """Record the routing of one model on a text. Arguments as of `analyze_folders`.
+
+    Raises:
+        RequestError: whatever is wrong with the model or the text.
+    """
+    path = model_path(str(model_place(model)))
+    loaded = rmoe.load(path, device=_device(device))
+    require_layers(loaded)
+    vocabulary = loaded.get_input_embeddings().weight.shape[0]
+    length = _sequence_length(sequence_length, [loaded])
+    reading = read_text(path, vocabulary, data, part, tokens, length)
+    return record_trace(loaded, reading.blocks, _names([path])[0], batch_size)
 
 
 def _one_by_one(
@@ -88,7 +223,7 @@ def _one_by_one(
     analyses = []
     for index, (subject, reading) in enumerate(zip(subjects, readings, strict=True)):
         explored = options.explored_tokens if index == 0 else 0
-        own = AnalysisOptions(options.batch_size, options.gradient_tokens, explored)
+        own = replace(options, explored_tokens=explored)
         analyses += analyze_models([subject], reading.blocks, reading.token_text, own)
     return analyses
 

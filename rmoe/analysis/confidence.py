@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rmoe.analysis.histogram import StreamingHistogram
-from rmoe.analysis.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 from rmoe.routing.contract import gate_entropy
 
 ENTROPY_BINS = 100

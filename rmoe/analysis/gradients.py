@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmoe.analysis.families import MoELayer
 from rmoe.graft.modules import GraftedGate
 from rmoe.model.head import next_token_loss
 from rmoe.model.modeling_rmoe import RMoEPreTrainedModel
+from rmoe.moe import RoutedLayer
 
 _STATE_ARGUMENTS = ("state", "router_states")  # of our routers, of ZAYA1's
 
@@ -41,6 +41,14 @@ class RouterGradients:
     tokens: int
 
 
+def find_shared(model: nn.Module, layers: Sequence[RoutedLayer]) -> nn.Module | None:
+    """The module with what the routers of all layers share (the recurrent cell); None if they share nothing."""
+    if isinstance(model, RMoEPreTrainedModel):
+        return model.trunk.router_shared
+    gate = layers[0].gate
+    return gate.shared() if isinstance(gate, GraftedGate) else None
+
+
 def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
     """The balance loss of a forward pass with the weight it is added with; None if the model has none."""
     loss = getattr(output, "aux_loss", None)  # without its weight
@@ -60,7 +68,7 @@ def _asking_for_balance(model: nn.Module, input_ids: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def recurrence_cut(layers: Sequence[MoELayer]) -> Iterator[list[bool]]:
+def recurrence_cut(layers: Sequence[RoutedLayer]) -> Iterator[list[bool]]:
     """Detach the state that each router receives from the layer below; the forward values stay the same.
 
     Yields a list that gets an entry for each tensor of state that carried a gradient: if it is still empty after
@@ -84,8 +92,8 @@ def recurrence_cut(layers: Sequence[MoELayer]) -> Iterator[list[bool]]:
 
     handles = []
     for layer in layers:
-        hook = before_grafted if isinstance(layer.router, GraftedGate) else before
-        handles.append(layer.router.register_forward_pre_hook(hook, with_kwargs=True))
+        hook = before_grafted if isinstance(layer.gate, GraftedGate) else before
+        handles.append(layer.gate.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield found
     finally:
@@ -132,7 +140,7 @@ def _only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Ite
 
 
 def router_gradients(
-    model: nn.Module, layers: Sequence[MoELayer], shared: nn.Module | None, batches: Sequence[Tensor]
+    model: nn.Module, layers: Sequence[RoutedLayer], shared: nn.Module | None, batches: Sequence[Tensor]
 ) -> RouterGradients | None:
     """Measure the split on a sample; None if that is empty, or the routers have nothing to train.
 
@@ -146,7 +154,7 @@ def router_gradients(
         shared: the module with the routers' shared parameters; None if they share nothing.
         batches: [B, S] token ids each, all of one shape.
     """
-    owners = [layer.router for layer in layers] + ([shared] if shared is not None else [])
+    owners = [layer.gate for layer in layers] + ([shared] if shared is not None else [])
     owned = [[p for p in owner.parameters() if p.requires_grad] for owner in owners]
     parameters = [p for own in owned for p in own]
     whole, balance, cut = (_MeanGradient(parameters) for _ in range(3))

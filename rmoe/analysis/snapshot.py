@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rmoe.analysis.confidence import GateConfidence
 from rmoe.analysis.load import frequency, load_imbalance
-from rmoe.analysis.record import RoutingBatch, RoutingRecord
+from rmoe.moe.records import RoutingBatch, RoutingRecord
 from rmoe.results.analysis import OverTraining
 from rmoe.routing.contract import Routing, count_assignments
 

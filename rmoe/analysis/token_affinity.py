@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from rmoe.analysis.histogram import add_counts
-from rmoe.analysis.record import RoutingBatch
 
 MAX_TABLE = 1 << 25  # counters: 256 MiB
 
@@ -42,10 +41,10 @@ class TokenAffinity:
         self._column[torch.from_numpy(ids)] = torch.arange(len(ids))
         self._counts = torch.zeros(num_layers, num_experts + 1, len(ids) + 1, dtype=torch.int64)
 
-    def update(self, batch: RoutingBatch, token_ids: Tensor) -> None:
-        """Add tokens, [T] int64 ids beside their routing."""
-        layers, experts, columns = self._counts.shape
-        row = torch.arange(layers)[:, None, None] * experts + batch.experts  # [L, T, K]
+    def update(self, experts: Tensor, token_ids: Tensor) -> None:
+        """Add tokens, [L, T, K] experts (E in an empty slot) and [T] int64 ids."""
+        layers, rows, columns = self._counts.shape
+        row = torch.arange(layers)[:, None, None] * rows + experts  # [L, T, K]
         add_counts(self._counts, row * columns + self._column[token_ids][:, None])
 
     def top(self, k: int) -> list[list[list[tuple[int, int, float]]]]:

@@ -5,7 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rmoe.moe import RoutedLayer, expert_vectors, scorer_matrix
+from rmoe.records import Record
+
 RANDOM_DRAWS = 16
+
+
+class LayerWeights(Record, frozen=True, kw_only=True):
+    """What the weights of one routed layer say.
+
+    Attributes:
+        similarity: of its experts; None where they are not plain tensors.
+        vector_width: numbers per expert in that comparison.
+        router: norm and standard deviation of the scorer's matrix; None without one.
+    """
+
+    similarity: float | None
+    vector_width: int
+    router: tuple[float, float] | None
+
+
+def layer_weights(layer: RoutedLayer, shared: nn.Module | None) -> LayerWeights:
+    """Measure one layer. `shared` is what all routers share."""
+    vectors, matrix = expert_vectors(layer), scorer_matrix(layer, shared)
+    return LayerWeights(
+        similarity=None if vectors is None else mean_pairwise_cosine(vectors),
+        vector_width=0 if vectors is None else vectors.shape[1],
+        router=None if matrix is None else norm_and_std(matrix),
+    )
 
 
 def mean_pairwise_cosine(vectors: Tensor) -> float:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from rmoe.cli.models import Plugins, set_up
-from rmoe.errors import one_line
+from rmoe.errors import RequestError, one_line
+
+_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def run(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None,
     *,
     out: Path,
+    trace: str | None = None,
+    experts: int | None = None,
+    experts_per_token: int | None = None,
     data: str | None = None,
     compare_with: str | None = None,
     tokens: int = 131_072,
@@ -24,14 +31,22 @@ def run(
     gradient_tokens: int = 4096,
     explored_tokens: int = 256,
     device: str | None = None,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    measures: str | None = None,
+    stream: bool = False,
+    hidden_states: Literal["auto", "memory", "disk"] = "auto",
+    check: bool = True,
     single_file: bool = False,
     plugin: Plugins = (),
 ) -> None:
     """Measure the routing of a model, ours or any Hugging Face MoE.
 
     Args:
-        model: a model folder, a run folder, or hf:NAME of the Hugging Face Hub.
+        model: a model folder, a run folder, or hf:NAME of the Hugging Face Hub. Beside --trace: whose it is.
         out: where analysis.json and report/index.html are written.
+        trace: measure recorded routing instead: of `rmoe trace`, vLLM, SGLang, Megatron-LM or llama.cpp.
+        experts: E, for a trace that does not say it.
+        experts_per_token: k, for a trace that does not say it.
         data: a text, as for training; default the test split of the Python standard library's source.
         compare_with: a second model, shown beside the first; with equal tokenizer, layers and experts also how
             much of each token's routing the two share.
@@ -42,23 +57,60 @@ def run(
         gradient_tokens: tokens for the router's gradient split; 0 leaves it out.
         explored_tokens: tokens kept for the token explorer.
         device: as torch names it; default a GPU if there is one.
+        dtype: that the model is loaded in, with --compare-with the second model; default that of its files.
+            `--compare-with MODEL --dtype bf16` shows how often the choice flips.
+        measures: what is measured, separated by commas: load, coactivation, paths, mutual-information, confidence,
+            tokens, contexts, weights, gradients, predictability, saliency; default all but the last two.
+        stream: read the model layer by layer, with one layer in memory; done unasked for a checkpoint larger than the
+            free memory. A run that was killed is resumed by the same command.
+        hidden_states: where they are between two layers of a streamed model; default the disk if they take more than
+            a quarter of the free memory.
+        check: first silence a few experts of each layer, one at a time, on 128 tokens, and see that exactly the tokens
+            said to use them change; a model that is read wrongly is refused.
         single_file: put the plotting library inside the page, so that it can be sent alone.
         plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     from rmoe.analysis.analyze import AnalysisOptions
-    from rmoe.analysis.command import analyze_folders
+    from rmoe.analysis.command import Streaming, analyze_folders, analyze_trace_file
+    from rmoe.analysis.measures import DEFAULT_MEASURES
     from rmoe.places import require_writable
     from rmoe.report.page import write_report
     from rmoe.results.analysis import write_analysis
+    from rmoe.results.engine_traces import Given
 
     require_writable(out)
     set_up(plugin)
-    options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens)
-    models = [model] if compare_with is None else [model, compare_with]
-    analysis = analyze_folders(models, data, split, tokens, sequence_length, device, options)
+    if trace is not None:
+        for option, value in (("--data", data), ("--compare-with", compare_with)):
+            if value is not None:
+                raise RequestError(option, value, "nothing beside --trace: the trace has its own text")
+        analysis = analyze_trace_file(trace, model, Given(experts, experts_per_token))
+    else:
+        for option, number in (("--experts", experts), ("--experts-per-token", experts_per_token)):
+            if number is not None:
+                raise RequestError(option, number, "nothing without --trace: the model says it")
+        if model is None:
+            raise RequestError("MODEL", None, "a model folder, or --trace FILE")
+        chosen = DEFAULT_MEASURES if measures is None else tuple(filter(None, measures.split(",")))
+        options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, chosen, check)
+        streaming = Streaming(
+            out / "stream",
+            stream,
+            hidden_states,
+            lambda progress: print(one_line(str(progress)), file=sys.stderr),
+        )
+        models = [model] if compare_with is None else [model, compare_with]
+        analysis = analyze_folders(
+            models, data, split, tokens, sequence_length, device, options, streaming, _DTYPES[dtype]
+        )
     for note in analysis.notes:
         print(one_line(note))
+    for model_analysis in analysis.models:
+        if model_analysis.check is not None:
+            print(one_line(f"{model_analysis.name}: reading {model_analysis.check.summary}"))
     out.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        (out / "stream").rmdir()
     write_analysis(out / "analysis.json", analysis)
     page = write_report(out / "report", None, analysis, single_file)
     print(

@@ -23,8 +23,11 @@ from rmoe.places import expand
 
 Verb = Callable[..., int | None]
 
-# Short names for settings of a run, where the nested name says the same thing twice.
-_ALIASES = {"--data": "--data.path", "--seed": "--training.seed"}
+# Short names for nested settings, by the parameter of the verb that has them.
+_ALIASES = {
+    "config": {"--data": "--data.path", "--seed": "--training.seed"},
+    "engine": {"--engine": "--engine.kind", "--runs-per-gpu": "--engine.runs-per-gpu"},
+}
 
 _BOX_EDGES = "╭╮╰╯│─ "
 
@@ -87,6 +90,10 @@ def _parameters(run: Verb, argv: Sequence[str]) -> list[inspect.Parameter]:
             )
         } | parameters
         parameters["config"] = parameters["config"].replace(default=_defaults(config_type, argv, default))
+        if "engine" in parameters:  # the `[engine]` table of a preset of the user's own
+            preset = _value(argv, "--preset") or default
+            engine = hints["engine"].from_preset(preset)
+            parameters["engine"] = parameters["engine"].replace(default=engine)
     return list(parameters.values())
 
 
@@ -105,10 +112,11 @@ def _plain(argv: Sequence[str], run: Verb) -> list[str]:
 
     What follows an option that takes a value is that value, whatever it looks like, and stays.
     """
-    flags, has_run = (
-        _flags(get_type_hints(run, include_extras=True)),
-        "config" in inspect.signature(run).parameters,
-    )
+    flags = _flags(get_type_hints(run, include_extras=True))
+    parameters = inspect.signature(run).parameters
+    aliases = {
+        short: whole for name in _ALIASES if name in parameters for short, whole in _ALIASES[name].items()
+    }
     plain: list[str] = []
     is_value = False
     for token in argv:
@@ -124,7 +132,7 @@ def _plain(argv: Sequence[str], run: Verb) -> list[str]:
                 before, dot, last = name.removeprefix("--").rpartition(".")
                 token = name if said == "true" else f"--{before}{dot}no-{last}"
         else:
-            token = (_ALIASES.get(option, option) if has_run else option) + separator + value
+            token = aliases.get(option, option) + separator + value
             is_value = not separator and name.replace("no-", "") not in flags and option != "--help"
         plain.append(token)
     return plain

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError, RunError
 from rmoe.training.config import RunConfig
 
@@ -29,6 +30,7 @@ def run(
     timing_rounds: int = 3,
     analysis_tokens: int = 65_536,
     single_file: bool = False,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
     config: Annotated[RunConfig, tyro.conf.arg(name="")],
 ) -> None:
     """Train several routers with paired seeds and compare them; resumes what is missing.
@@ -52,11 +54,13 @@ def run(
             equal seconds and an effective speed-up beside bits at equal steps.
         gate: folder of a finished comparison at another size: a router is better when it is better at both, else it is
             not better.
-        jobs: runs at once. Results do not depend on it; the default fills the cores, one thread a run, at small sizes.
+        jobs: runs at once on this machine. Results do not depend on it; the default fills the cores, one thread a run,
+            at small sizes, and runs one on each GPU.
         margin: differences smaller than this, in bits, count as none.
         timing_rounds: turns each router gets in the phase that times it alone; 0 leaves time and memory blank.
         analysis_tokens: tokens of the validation split whose routing is measured; 0 leaves that out.
         single_file: put the plotting library into the report's page, so that it can be sent alone.
+        engine: where the runs are carried out: `--engine ray`. See the table below and docs/scale.md.
         config: see the tables below; `--router` and `--training.seed` (the first seed) aside, for every run.
     """
     from rmoe.compare.compare import Options, compare
@@ -83,6 +87,7 @@ def run(
             timing_rounds=timing_rounds,
             analysis_tokens=analysis_tokens,
             single_file=single_file,
+            engine=engine,
         ),
     )
     print(terminal(summary))

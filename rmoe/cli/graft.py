@@ -1,22 +1,15 @@
-"""`rmoe graft`: a recurrent router onto a pretrained MoE, off again, and which families take one."""
+"""`rmoe graft`: a recurrent router onto a pretrained MoE, and off again."""
 
 from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import tyro
 
 from rmoe.cli.models import Plugins
 from rmoe.errors import RequestError, one_line
-
-# Every MoE model type of one release of transformers, grafted and compared by tests/graft/tiny_families.py. Read as a
-# file: importing `rmoe.graft` would import torch.
-FAMILIES = Path(__file__).parents[1] / "graft" / "families.json"
-
-Rows: TypeAlias = list[dict[str, Any]]
 
 
 def run(
@@ -35,7 +28,6 @@ def run(
     undo: bool = False,
     keep_trained: bool = False,
     plugin: Plugins = (),
-    list: bool = False,
     json: bool = False,
 ) -> None:
     """Put a recurrent router onto a pretrained MoE, or an MoE in the place of a dense model, function unchanged.
@@ -59,14 +51,10 @@ def run(
         undo: write the model that MODEL was grafted from, and check that it is that, bit for bit.
         keep_trained: with --undo, the base as training has changed it.
         plugin: modules or files (`my_router.py`) that register the routers of MODEL.
-        list: print which MoE model types of transformers take a graft.
         json: print JSON.
     """
-    if list:
-        _list(json)
-        return
     if model is None:
-        raise RequestError("model", None, "a model folder, or --list")
+        raise RequestError("model", None, "a model folder")
     if out is None:
         raise RequestError("--out", None, "a folder that is new or empty")
 
@@ -101,24 +89,3 @@ def run(
         f"{out}: {report.model_type}, {len(report.gates)} gates, {report.added_parameters:,} parameters added"
     )
     print(jsonlib.dumps(asdict(report)) if json else one_line(said))
-
-
-def _list(json: bool) -> None:
-    table = jsonlib.loads(FAMILIES.read_text())
-    if json:
-        print(jsonlib.dumps(table["families"], indent=2))
-    else:
-        print(
-            f"Tried with transformers {table['transformers']}; the first {table['promised']} are promised.\n"
-        )
-        print(markdown_table(table["families"]), end="")
-
-
-def markdown_table(rows: Rows) -> str:
-    """The rows as docs/graft.md has them, ending in a newline."""
-    lines = ["| model type | takes a graft | why not, or how far |", "|---|---|---|"]
-    lines += [
-        f"| `{row['model_type']}` | {'yes' if row['works'] else 'no'} | {row['reason'].replace('|', '/')} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"

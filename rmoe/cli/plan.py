@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError
 from rmoe.training.config import RunConfig
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from rmoe.planning.plan import Plan
 
 ASSUMED_VOCABULARY = 32_000
+START_SECONDS = 6.0  # until a process trains: benchmarks/engines.py, two cores of 2.1 GHz
 
 
 def run(
@@ -23,16 +26,23 @@ def run(
     accelerator: str = "h100",
     efficiency: float = 0.4,
     vocab_size: int | None = None,
-    tune: bool = False,
+    as_set: bool = False,
+    grid: bool = False,
+    routers: str = "smoe,rmoe",
+    seeds: int = 3,
+    pilot: Path | None = None,
+    jobs: int | None = None,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
     json: bool = False,
 ) -> None:
     """Parameters, FLOPs, memory, traffic and step time of a run on a cluster, and its layouts, best first.
 
-    Nothing is allocated and no data is read: the model is built without weights and traced.
+    Nothing is allocated and no data is read: the model is built without weights and traced. With --grid: hours,
+    device-hours and disk of a comparison, from the measured rate of one pilot run.
 
     Args:
-        config: see the tables below. A micro-batch size and gradient checkpointing that are set there are kept;
-            what is left open is chosen for each layout.
+        config: see the tables below. Micro-batch size and gradient checkpointing are chosen for each layout, unless
+            they are given: values of the preset's own bind only with --as-set.
         devices: accelerators in all.
         devices_per_node: of which so many are joined by the fast link.
         accelerator: a100-40, a100-80, h100, h200 or b200.
@@ -40,7 +50,13 @@ def run(
             0.91B run on 8 A100s reached 0.14.
         vocab_size: rows of the embedding; 256 for --data.tokenizer bytes, else, and for the pretrain presets, which
             leave the tokenizer open, 32,000 is assumed.
-        tune: choose micro-batch and gradient checkpointing for each layout, whatever the settings say.
+        as_set: keep the preset's micro-batch size and gradient checkpointing.
+        grid: plan a comparison.
+        routers: of the grid.
+        seeds: of the grid, per router.
+        pilot: of the grid: a finished run, or a comparison with one; every router's own is taken where there is one.
+        jobs: of the grid: runs at once; default as `rmoe compare` has it.
+        engine: of the grid: `--engine slurm`.
         json: one JSON object on stdout instead of a table.
     """
     import sys
@@ -53,6 +69,10 @@ def run(
     from rmoe.training.build import load_plugins, model_config
 
     load_plugins(config.plugin)
+    if grid:
+        _print_grid(config, routers, seeds, pilot, jobs, engine, json)
+        return
+    micro, checkpointing = _told(config, as_set)
     cluster = Cluster(devices, devices_per_node, named(accelerator), efficiency)
     if vocab_size is not None and vocab_size < 1:
         raise RequestError("--vocab-size", vocab_size, "1 or more")
@@ -62,8 +82,8 @@ def run(
         cluster,
         sequence_length=config.training.sequence_length,
         batch_size=config.training.batch_size,
-        micro_batch_size=None if tune else config.training.micro_batch_size,
-        gradient_checkpointing=True if config.training.gradient_checkpointing and not tune else None,
+        micro_batch_size=micro,
+        gradient_checkpointing=checkpointing,
         bf16=config.training.precision != "fp32",
         router=config.router,
         assumptions={
@@ -77,6 +97,64 @@ def run(
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
     else:
         print(_table(plan))
+
+
+def _told(config: RunConfig, as_set: bool) -> tuple[int | None, bool | None]:
+    """Micro-batch size and gradient checkpointing that somebody asked for; None chooses."""
+    training, preset = config.training, RunConfig.from_preset(config.preset).training
+    micro, checkpointing = training.micro_batch_size, training.gradient_checkpointing
+    asked_micro = as_set or micro != preset.micro_batch_size
+    asked_checkpointing = as_set or checkpointing != preset.gradient_checkpointing
+    return micro if asked_micro else None, checkpointing if asked_checkpointing else None
+
+
+def _print_grid(
+    config: RunConfig,
+    routers: str,
+    seeds: int,
+    pilot: Path | None,
+    jobs: int | None,
+    engine: EngineConfig,
+    json: bool,
+) -> None:
+    import sys
+
+    import msgspec
+    import torch
+
+    from rmoe.compare.engines.local import slots_of
+    from rmoe.compare.sharing import place
+    from rmoe.planning.grid import pilots_in, plan_grid
+    from rmoe.routing.zoo import select
+
+    if pilot is None:
+        raise RequestError("--pilot", None, "the folder of a finished run, with --grid")
+    if seeds < 1:
+        raise RequestError("--seeds", seeds, "1 or more")
+    wants, sharing = place(
+        config, engine, jobs, torch.cuda.is_available() and config.training.device != "cpu"
+    )
+    at_once = jobs or engine.at_once or sharing.jobs or len(slots_of(None, wants.gpus, engine.runs_per_gpu))
+    plan = plan_grid(
+        config,
+        select([name.strip() for name in routers.split(",") if name.strip()]),
+        seeds,
+        pilots_in(pilot),
+        at_once,
+        wants.processes,
+        START_SECONDS,
+        starts_once=engine.kind == "local",
+    )
+    if json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
+        return
+    print(f"{plan.runs} runs, {plan.at_once} at once on {engine.kind}")
+    for name, seconds in plan.run_seconds.items():
+        print(f"  {name:<20} {seconds:>10,.1f} s a run")
+    print(f"hours {plan.hours:,.3f}  device-hours {plan.device_hours:,.3f}  disk {plan.disk_gib:,.3f} GiB")
+    print("on " + ", ".join(f"{n} device(s): {hours:,.3f} h" for n, hours in plan.hours_on.items()))
+    for line in plan.assumptions:
+        print(f"assumed: {line}")
 
 
 def _vocabulary(config: RunConfig, asked: int | None) -> tuple[int, str]:

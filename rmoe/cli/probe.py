@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rmoe.errors import RequestError
+from rmoe.compare.engines.config import EngineConfig
+from rmoe.errors import RequestError, RunError
 
 if TYPE_CHECKING:
-    from rmoe.results.probes import Knobs
+    from collections.abc import Iterator, Sequence
+
+    from rmoe.probes.runner import Unit
+    from rmoe.results.probes import Knobs, ProbeRow
 
 
 def run(
@@ -29,6 +34,7 @@ def run(
     plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     jobs: int | None = None,
     single_file: bool = False,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> None:
     """Train routers on tasks built so that routing is everything, and compare them with the optimum; resumes.
 
@@ -49,6 +55,7 @@ def run(
         plugin: a module or .py file that registers routers. May be given several times.
         jobs: processes at once; the default fills the cores. Results do not depend on it.
         single_file: put the plotting library into the report's page, so that it can be sent alone.
+        engine: where they are carried out: `--engine ray`. See the table below and docs/scale.md.
     """
     from rmoe.compare.probes import summarise
     from rmoe.compare.sharing import cores
@@ -83,7 +90,7 @@ def run(
         out,
         knobs=settings,
         plugins=plugin,
-        jobs=jobs or cores(),
+        carried_out=lambda units: _on_engine(engine, units, out, jobs or cores()),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     found = summarise(rows, baseline, margin, swept)
@@ -93,6 +100,27 @@ def run(
         (out / "summary.md").write_text(table.markdown(found), encoding="utf-8")
         page = write_page(out / "report", found, single_file)
         print(f"report: {page.resolve()}")
+
+
+def _on_engine(
+    config: EngineConfig, units: Sequence[Unit], out: Path | None, jobs: int
+) -> Iterator[list[ProbeRow]]:
+    """Every unit's rows, as they come; few units need no processes of their own."""
+    from rmoe.compare.engines import Wants, engine_of
+    from rmoe.probes.runner import one_by_one
+
+    if config.kind == "local" and min(jobs, len(units)) < 2:
+        yield from one_by_one(units)
+        return
+    wants = Wants(cpus=config.cpus or 1, memory_gib=config.memory_gib)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        engine_of(config, out or Path(scratch), wants, min(jobs, len(units)), threads=1) as engine,
+    ):
+        for _, answer in engine.answers({f"unit-{n}": unit for n, unit in enumerate(units)}, wants):
+            if answer.error is not None:
+                raise RunError(answer.error, "every other unit", "run the same command again")
+            yield answer.value
 
 
 def _names(text: str) -> tuple[str, ...]:

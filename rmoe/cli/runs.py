@@ -3,35 +3,80 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
-from rmoe.errors import one_line
+from rmoe.errors import RequestError, one_line
+
+if TYPE_CHECKING:
+    from rmoe.training.listing import RunStatus
 
 
-def run(root: tyro.conf.Positional[Path] = Path("."), *, json: bool = False) -> None:
-    """List the runs below a folder: state, step, last loss, rate, time left, and which died.
+SECONDS_BETWEEN = 2.0
 
-    A run that died (its process is gone and its last steps were not saved) goes on with `rmoe train --resume`.
+
+def run(root: tyro.conf.Positional[Path] = Path("."), *, json: bool = False, watch: bool = False) -> None:
+    """List the runs below a folder: state, step, last loss, rate, time left; those of a grid on any engine, too.
+
+    A run that died (its process is gone and its last steps were not saved) goes on with `rmoe train --resume`; one
+    of a grid that is lost (nothing carries it out any more) when its `rmoe compare` is called again.
 
     Args:
-        root: where to look, four levels deep.
+        root: where to look, four levels deep, through links too.
         json: one JSON list on stdout instead of a table.
+        watch: refresh the table until nothing runs or waits, or Ctrl-C.
     """
     import sys
 
     import msgspec
 
-    from rmoe.training.listing import RunStatus, find_runs
+    from rmoe.compare.engines.listing import grid_runs
 
-    runs = find_runs(root)
+    if json and watch:
+        raise RequestError("--watch", True, "left out with --json")
+    if watch:
+        _watch(root)
+        return
+    runs = grid_runs(root)
     if json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(runs), indent=1) + b"\n")
         return
-    if not runs:
-        print(f"no runs in {root}")
-        return
+    print(_table(runs) if runs else f"no runs in {root}")
 
+
+def _watch(root: Path) -> None:
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from rmoe.compare.engines.listing import grid_runs
+
+    with Live(console=Console(), auto_refresh=False) as live:
+        while True:
+            runs = grid_runs(root)
+            live.update(
+                Text(
+                    _table([_below(root, run) for run in runs]) if runs else f"no runs in {root}",
+                    no_wrap=True,
+                ),
+                refresh=True,
+            )
+            if not any(run.state in ("running", "queued") for run in runs):
+                return
+            time.sleep(SECONDS_BETWEEN)
+
+
+def _below(root: Path, run: RunStatus) -> RunStatus:
+    """Named from the root on: a terminal is narrow."""
+    import msgspec
+
+    return msgspec.structs.replace(run, folder=str(Path(run.folder).relative_to(root)))
+
+
+def _table(runs: list[RunStatus]) -> str:
     def line(item: RunStatus) -> list[str]:
         return [
             one_line(item.folder),
@@ -62,8 +107,9 @@ def run(root: tyro.conf.Positional[Path] = Path("."), *, json: bool = False) -> 
     ]
     rows = [heads, *map(line, runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _number(value: float | None, form: str) -> str:

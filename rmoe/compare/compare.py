@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from rmoe.compare import plan as plans
+from rmoe.compare.engines import Engine, engine_of
+from rmoe.compare.engines.local import LocalEngine
 from rmoe.compare.equal_time import with_branch_points
 from rmoe.compare.gate import gated, read_other
 from rmoe.compare.phases import Options as Options
@@ -20,8 +22,7 @@ from rmoe.compare.phases import (
     train_until_decided,
 )
 from rmoe.compare.plan import Plan
-from rmoe.compare.pool import Pool
-from rmoe.compare.sharing import share
+from rmoe.compare.sharing import place
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError, RunError
 from rmoe.places import require_writable
@@ -86,14 +87,15 @@ def compare(
         _plan(config, routers, seeds, baseline, sweep, max_seeds), lengths=tuple(sorted(set(lengths)))
     )
     other = None if gate is None else read_other(gate, plan)
-    setting, notes = _set_up(plan, out, match_params, options)
+    setting, engine, notes = _set_up(plan, out, match_params, options)
     try:
-        with Pool(setting.sharing.jobs, setting.sharing.threads, out / "logs") as pool:
-            setting = train_until_decided(setting, pool)
-            judge_chosen(setting, pool)
-            train_branches(setting, pool)
-            time_each_alone(setting)
-            analysis = analyse(setting, pool)
+        with engine:
+            setting = train_until_decided(setting, engine)
+            near = _near(setting, engine)
+            judge_chosen(setting, near)
+            train_branches(setting, engine)
+            time_each_alone(setting, engine)
+            analysis = analyse(setting, near)
     except KeyboardInterrupt:
         runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
         saved = f"{runs}, and checkpoints of those under way, in {out}"
@@ -118,6 +120,13 @@ def compare(
     (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
     write_report(out / "report", summary, analysis, single_file=options.single_file)
     return summary
+
+
+def _near(setting: Setting, engine: Engine) -> Engine:
+    """Where finished models are: with the engine, or, once fetched, on this machine."""
+    if setting.options.engine.fetch == "no":
+        return engine
+    return LocalEngine([[]], setting.sharing.threads, setting.out / "logs")
 
 
 # --- before anything is trained ------------------------------------------------------------------
@@ -163,18 +172,27 @@ def _plan(
     )
 
 
-def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tuple[Setting, list[str]]:
+def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tuple[Setting, Engine, list[str]]:
     """Prepare the text once for all workers, refuse what cannot work, take the folder."""
     import torch
 
     from rmoe.data import prepare
+    from rmoe.training.build import load_plugins
     from rmoe.training.environment import hardware, versions
 
     training = plan.config.training
     on_gpu = torch.cuda.is_available() and training.device != "cpu"
     if options.jobs is not None and options.jobs < 1:
         raise RequestError("--jobs", options.jobs, "1 or more")
-    sharing = share(plan.config.model, training, options.jobs, on_gpu)
+    if options.engine.fetch != "no" and plan.lengths:
+        raise RequestError(
+            "--lengths", ",".join(map(str, plan.lengths)), "given with a shared folder, not engine.fetch"
+        )
+    if options.engine.fetch == "result" and plan.sweep:
+        raise RequestError(
+            "engine.fetch", "result", "model with --sweep: the chosen models are evaluated here"
+        )
+    wants, sharing = place(plan.config, options.engine, options.jobs, on_gpu)
     plan = plans.with_threads(plan, sharing.threads)
     prepared = prepare(plan.config.data, training.sequence_length)
     for split in ("train", "valid", "test"):
@@ -186,6 +204,10 @@ def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tupl
         "defined for: it is no like-for-like comparison."
         for name, change in plan.changes.items()
     ]
+    if options.engine.fetch != "no":
+        notes.append(
+            "Runs travelled without a shared folder: one whose machine died began anew, and no checkpoints are here."
+        )
     plan, said = _buildable(plan, prepared.vocab_size)
     notes += said
     if match_params:
@@ -195,10 +217,15 @@ def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tupl
         notes.append(
             "At the size of the quick preset no router is expected to win; the paper's small model saw none."
         )
-    plans.enter(out, plan, corpus.sha256)
-    setting = Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads))
-    setting.rows()  # a results.jsonl of another version is refused before anything is trained
-    return setting, notes
+    engine = engine_of(options.engine, out, wants, sharing.jobs, sharing.threads)
+    try:
+        notes += plans.enter(out, plan, corpus.sha256, load_plugins(plan.config.plugin), options.engine.kind)
+        setting = Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads), wants)
+        setting.rows()  # a results.jsonl of another version is refused before anything is trained
+    except RequestError:
+        engine.close(interrupted=False)
+        raise
+    return setting, engine, notes
 
 
 def _count(config: RunConfig, vocab_size: int) -> int:

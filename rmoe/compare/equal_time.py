@@ -20,7 +20,7 @@ import msgspec
 from scipy import optimize
 
 from rmoe.compare.sequential import Looks
-from rmoe.compare.statistics import CONFIDENCE, compare_to_baseline, t_interval
+from rmoe.compare.statistics import CONFIDENCE, compare_to_baseline, t_test
 from rmoe.errors import RequestError
 from rmoe.results.comparison import Difference, EqualTime, Interval, LossLaw, Split
 from rmoe.training.config import RunConfig
@@ -90,7 +90,7 @@ def equal_time(
     # Already in bits, whatever the corpus's unit.
     found = compare_to_baseline(moved, baseline, "bits_per_byte", split, margin, confidence, looks)
     return {
-        name: _equal_time(difference, bits[name], bits[baseline], law, ratios[name], confidence)
+        name: _equal_time(difference, bits[name], bits[baseline], law, ratios[name], confidence, looks)
         for name, difference in found.items()
     }
 
@@ -102,9 +102,10 @@ def _equal_time(
     law: LossLaw,
     ratio: float,
     confidence: float,
+    looks: Looks | None,
 ) -> EqualTime:
     logs = [math.log(speedup(theirs[seed], mine[seed], law, ratio)) for seed in difference.seeds]
-    interval = t_interval(logs, confidence)[0] if len(logs) > 1 else None
+    interval = t_test(logs, confidence, looks)[0] if len(logs) > 1 else None
     return EqualTime(
         seconds_ratio=ratio,
         difference=difference,

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from rmoe.compare import plan as plans
-from rmoe.compare.jobs import Answer, Judge, Measure, Train
+from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
+from rmoe.compare.engines.fetch import Fetched, unpack
+from rmoe.compare.jobs import EvaluateTest, MeasureRouting, Train
 from rmoe.compare.plan import Plan, Run
-from rmoe.compare.pool import Pool
 from rmoe.compare.progress import Progress
 from rmoe.compare.sharing import Sharing
 from rmoe.compare.statistics import MARGIN_BITS
 from rmoe.compare.summary import chosen_sweep, summarise, sweep_points
-from rmoe.compare.timing import time_alone
+from rmoe.compare.timing import TimeAlone
 from rmoe.errors import RunError
 from rmoe.report.charts.chart import counted
 from rmoe.results.analysis import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
 from rmoe.results.rows import Failure, ResultRow, append_row, finished, read_rows
-from rmoe.results.run import Corpus, Hardware, RunResult, Versions
+from rmoe.results.run import Corpus, Hardware, Versions
 from rmoe.routing.zoo import ZOO
+from rmoe.training.run_folder import MODEL
 
 ANALYSED_AT_MOST = 8  # models in one report: the baseline and those with the lowest loss
 
@@ -38,6 +40,7 @@ class Options:
         timing_rounds: turns each router gets in the phase that times it alone; 0 leaves it out.
         analysis_tokens: tokens of the validation split whose routing is measured; 0 leaves that out.
         single_file: inline the plotting library into the report.
+        engine: where the runs are carried out.
     """
 
     jobs: int | None = None
@@ -45,6 +48,7 @@ class Options:
     timing_rounds: int = 3
     analysis_tokens: int = 65_536
     single_file: bool = False
+    engine: EngineConfig = EngineConfig()  # noqa: RUF009  frozen
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class Setting:
     corpus: Corpus
     versions: Versions
     hardware: Hardware
+    wants: Wants
+
+    @property
+    def one(self) -> Wants:
+        """What a job of one process needs."""
+        return replace(self.wants, gpus=min(self.wants.gpus, 1), processes=1)
 
     @property
     def results(self) -> Path:
@@ -70,7 +80,7 @@ class Setting:
         return {row.key: row for row in read_rows(self.results)[0]} if self.results.exists() else {}
 
 
-def train_until_decided(setting: Setting, pool: Pool) -> Setting:
+def train_until_decided(setting: Setting, engine: Engine) -> Setting:
     """Train what is missing; with looks, one pair more of every undecided router at each.
 
     Which router stops when follows from the rows alone, so an interrupted comparison comes to the same runs.
@@ -80,11 +90,11 @@ def train_until_decided(setting: Setting, pool: Pool) -> Setting:
     """
     looks = setting.plan.looks
     if looks is None:
-        _train_missing(setting, pool)
+        _train_missing(setting, engine)
         return setting
     for pairs in looks:
         setting = replace(setting, plan=replace(setting.plan, seeds=pairs))
-        _train_missing(setting, pool)
+        _train_missing(setting, engine)
         decided = _decided(setting, pairs)
         setting = replace(setting, plan=replace(setting.plan, decided=decided | setting.plan.decided))
         undecided = set(setting.plan.routers) - {setting.plan.baseline} - set(setting.plan.decided)
@@ -118,34 +128,63 @@ def planned_rows(setting: Setting) -> tuple[list[ResultRow], list[str]]:
     return rows, problems
 
 
-def _train_missing(setting: Setting, pool: Pool) -> None:
+def _train_missing(setting: Setting, engine: Engine) -> None:
     """Train every run that has no finished row, several at once."""
     known = finished(setting.rows().values())
     missing = [run for run in setting.plan.runs() if run.key not in known]
     if not missing:
         return
 
-    def note(run: Run, answer: Answer) -> None:
-        if answer.stopped:
-            raise RunError(f"{run.key}: {answer.error}", "every finished run", "run the same command again")
-        append_row(setting.results, _row(setting, run, answer))
-        progress.finished(run.key, answer.error)
-
-    def job(run: Run) -> Train:
-        return Train(config=run.config.to_dict(), folder=str(setting.folder(run)))
-
-    steps, sharing = setting.plan.config.training.max_steps, setting.sharing
+    jobs = {
+        run.key: Train(
+            config=run.config.to_dict(),
+            folder=str(setting.folder(run)),
+            data_sha256=setting.corpus.sha256,
+        )
+        for run in missing
+    }
+    runs = {run.key: run for run in missing}
+    steps = setting.plan.config.training.max_steps
     print(
-        f"training {counted([len(missing)], 'run')}, {sharing.jobs} at once with "
-        f"{counted([sharing.threads], 'thread')} each; logs in {setting.out / 'logs'}",
+        f"training {counted([len(missing)], 'run')}, {engine.at_once} with "
+        f"{counted([setting.sharing.threads], 'thread')} each; logs in {setting.out / 'logs'}",
         file=sys.stderr,
         flush=True,
     )
     with Progress({run.key: setting.folder(run) for run in missing}, steps) as progress:
-        pool.map(missing, job, note)
+        for key, answer in _trained(setting, engine, jobs):
+            append_row(setting.results, _row(setting, runs[key], _unless_stopped(key, answer)))
+            progress.finished(key, answer.error)
 
 
-def train_branches(setting: Setting, pool: Pool) -> None:
+def _trained(setting: Setting, engine: Engine, jobs: Mapping[str, Train]) -> Iterator[tuple[str, Answer]]:
+    """Answers of training jobs; without a shared folder the runs' own come with them."""
+    what = setting.options.engine.fetch
+    if what == "no":
+        yield from engine.answers(jobs, setting.wants)
+        return
+    fetched = {name: Fetched(job=job, what=what) for name, job in jobs.items()}
+    for name, answer in engine.answers(fetched, setting.wants):
+        if answer.error is None:
+            result, files = answer.value
+            unpack(files, Path(jobs[name].folder))
+            place = {"folder": jobs[name].folder, "model": str(Path(jobs[name].folder, MODEL))}
+            answer = msgspec.structs.replace(answer, value=msgspec.structs.replace(result, **place))
+        yield name, answer
+
+
+def _unless_stopped(key: str, answer: Answer) -> Answer:
+    """The answer of a run that came to its end.
+
+    Raises:
+        RunError: somebody told it to stop.
+    """
+    if answer.stopped:
+        raise RunError(f"{key}: {answer.error}", "every finished run", "run the same command again")
+    return answer
+
+
+def train_branches(setting: Setting, engine: Engine) -> None:
     """Train the baseline's shorter runs that are missing, each from its longer run's checkpoint."""
     path = setting.out / plans.BRANCHES
     known = finished(read_rows(path)[0]) if path.exists() else {}
@@ -158,36 +197,32 @@ def train_branches(setting: Setting, pool: Pool) -> None:
     if not missing:
         return
 
-    def note(pair: tuple[Run, Run], answer: Answer) -> None:
-        if answer.stopped:
-            raise RunError(
-                f"{pair[0].key}: {answer.error}", "every finished run", "run the same command again"
-            )
-        append_row(path, _row(setting, pair[0], answer))
-        state = f"failed: {answer.error}" if answer.error else "finished"
-        print(f"{pair[0].key} {state}", file=sys.stderr, flush=True)
-
-    def job(pair: tuple[Run, Run]) -> Train:
-        branch, run = pair
-        return Train(
-            config=branch.config.to_dict(),
-            folder=str(setting.out / "branches" / branch.key),
-            branch_of=str(setting.folder(run)),
-        )
-
     print(
         f"training {counted([len(missing)], 'branch')} of {setting.plan.baseline} ...",
         file=sys.stderr,
         flush=True,
     )
-    pool.map(missing, job, note)
+    branches = {branch.key: branch for branch, _ in missing}
+    jobs = {
+        branch.key: Train(
+            config=branch.config.to_dict(),
+            folder=str(setting.out / "branches" / branch.key),
+            data_sha256=setting.corpus.sha256,
+            branch_of=str(setting.folder(run)),
+        )
+        for branch, run in missing
+    }
+    for key, answer in engine.answers(jobs, setting.wants):
+        append_row(path, _row(setting, branches[key], _unless_stopped(key, answer)))
+        state = f"failed: {answer.error}" if answer.error else "finished"
+        print(f"{key} {state}", file=sys.stderr, flush=True)
 
 
 def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
     """The line of results.jsonl that an answer makes."""
     result = failure = None
     if answer.error is None:
-        result = msgspec.convert(answer.value, RunResult)
+        result = answer.value
     else:
         failure = Failure(
             error=answer.error,
@@ -200,30 +235,25 @@ def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
     return ResultRow(router=run.router, seed=run.seed, sweep=run.sweep, result=result, failure=failure)
 
 
-def judge_chosen(setting: Setting, pool: Pool) -> None:
+def judge_chosen(setting: Setting, engine: Engine) -> None:
     """With a sweep: the test split, once, for the point each router does best at on validation."""
     rows = setting.rows()
     results = finished(rows.values())
     chosen = chosen_sweep(sweep_points(list(rows.values())))
-    runs = [
-        run
+    jobs = {
+        run.key: EvaluateTest(config=run.config.to_dict(), folder=str(setting.folder(run)))
         for run in setting.plan.runs()
         if run.sweep == chosen.get(run.router) and run.key in results and results[run.key].test is None
-    ]
-    if not runs:
-        return
-
-    def note(run: Run, answer: Answer) -> None:
+    }
+    for key, answer in engine.answers(jobs, setting.one):
         if answer.error is not None:
             raise RunError(
-                f"judging {run.key} on the test split failed: {answer.error}",
+                f"evaluating {key} on the test split failed: {answer.error}",
                 "every run",
                 "run the same command again",
             )
-        result = msgspec.structs.replace(results[run.key], test=answer.value)
-        append_row(setting.results, msgspec.structs.replace(rows[run.key], result=result))
-
-    pool.map(runs, lambda run: Judge(config=run.config.to_dict(), folder=str(setting.folder(run))), note)
+        result = msgspec.structs.replace(results[key], test=answer.value)
+        append_row(setting.results, msgspec.structs.replace(rows[key], result=result))
 
 
 def _first_runs(setting: Setting) -> dict[str, Run]:
@@ -237,25 +267,34 @@ def _first_runs(setting: Setting) -> dict[str, Run]:
     return found
 
 
-def time_each_alone(setting: Setting) -> None:
-    """Time and memory of every router, one at a time, in turns; kept with the router's first run.
+def time_each_alone(setting: Setting, engine: Engine) -> None:
+    """Time and memory of every router, one at a time, in turns, on one machine; kept with the router's first run.
 
-    Routers that were timed in another session are timed again with the new ones: figures of one table come from
-    one phase.
+    Routers that were timed in another session are timed again with the new ones: values of one table come from
+    one phase and one machine.
     """
     rows, runs = setting.rows(), _first_runs(setting)
     if not setting.options.timing_rounds or all(rows[run.key].timing for run in runs.values()):
         return
     print("timing each router alone ...", file=sys.stderr, flush=True)
-    configs = {router: run.config for router, run in runs.items()}
-    found = time_alone(configs, setting.sharing.threads, setting.options.timing_rounds, setting.out / "logs")
-    for router, timing in found.items():
-        append_row(setting.results, msgspec.structs.replace(rows[runs[router].key], timing=timing))
+    job = TimeAlone(
+        configs={router: run.config.to_dict() for router, run in runs.items()},
+        threads=setting.sharing.threads,
+        processes=setting.wants.processes,
+        rounds=setting.options.timing_rounds,
+        logs=str(setting.out / "logs"),
+    )
+    wants = replace(setting.wants, processes=1, node=setting.options.engine.node, alone=True)
+    for _, answer in engine.answers({"timing": job}, wants):
+        if answer.error is not None:
+            raise RunError(answer.error, "every run", "run the same command again")
+        for router, timing in answer.value.items():
+            append_row(setting.results, msgspec.structs.replace(rows[runs[router].key], timing=timing))
 
 
-def analyse(setting: Setting, pool: Pool) -> Analysis | None:
+def analyse(setting: Setting, engine: Engine) -> Analysis | None:
     """Measure the routing of each router's first run; `analysis.json`."""
-    if not setting.options.analysis_tokens:
+    if not setting.options.analysis_tokens or setting.options.engine.fetch == "result":
         return None
     path = setting.out / plans.ANALYSIS
     results, runs = finished(setting.rows().values()), _first_runs(setting)
@@ -271,22 +310,20 @@ def analyse(setting: Setting, pool: Pool) -> Analysis | None:
             f"Analysed: {setting.plan.baseline} and the {len(wanted) - 1} routers with the lowest loss."
         )
 
-    def note(name: str, answer: Answer) -> None:
-        if answer.error is not None:
-            notes.append(f"{name} could not be analysed: {answer.error}")
-        else:
-            found[name] = msgspec.convert(answer.value, ModelAnalysis)
-
-    def job(name: str) -> Any:
-        run = runs[name]
-        return Measure(
-            config=run.config.to_dict(),
-            folder=str(setting.folder(run)),
+    jobs = {
+        name: MeasureRouting(
+            config=runs[name].config.to_dict(),
+            folder=str(setting.folder(runs[name])),
             name=name,
             tokens=setting.options.analysis_tokens,
         )
-
-    pool.map(wanted, job, note)
+        for name in wanted
+    }
+    for name, answer in engine.answers(jobs, setting.one):
+        if answer.error is not None:
+            notes.append(f"{name} could not be analysed: {answer.error}")
+        else:
+            found[name] = answer.value
     if not found:
         return None
     analysis = Analysis(

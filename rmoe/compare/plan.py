@@ -169,10 +169,21 @@ class ComparisonRecord(Record, frozen=True, kw_only=True):
     changes: dict[str, dict[str, Any]]
     data_sha256: str
     looks: list[int] | None = None
+    plugins: dict[str, str] | None = None
+    engine: str = "local"
 
 
-def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
+def enter(
+    folder: Path, plan: Plan, data_sha256: str, plugins: dict[str, str] | None = None, engine: str = "local"
+) -> list[str]:
     """Begin a comparison in a folder, or make sure that the one there is this one.
+
+    Args:
+        plugins: plugin -> sha256 of its source, as `load_plugins` gives it.
+        engine: what carries its runs out; it may change.
+
+    Returns:
+        What a change of the engine does, as notes.
 
     Raises:
         RequestError: the folder holds something else, or another comparison; the first difference is named.
@@ -183,6 +194,8 @@ def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
         changes=plan.changes,
         data_sha256=data_sha256,
         looks=None if plan.looks is None else list(plan.looks),
+        plugins=plugins,
+        engine=engine,
     )
     if folder.exists() and not folder.is_dir():
         raise RequestError("--out", str(folder), "a folder")
@@ -191,18 +204,30 @@ def enter(folder: Path, plan: Plan, data_sha256: str) -> None:
         _require_same(folder, stored, record)
         changes = stored.changes | record.changes
         write_record(folder / COMPARISON, msgspec.structs.replace(record, changes=changes))
-        return
+        if stored.engine == engine:
+            return []
+        return [
+            f"The grid was begun on {stored.engine} and is continued on {engine}: finished runs stay, the others "
+            "resume from their checkpoints. Rounding may differ between machines, so a run's bits may, too."
+        ]
     if folder.exists() and any(folder.iterdir()):
         raise RequestError(
             "--out", str(folder), "a new or empty folder, or one with a comparison to go on with"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / COMPARISON, record)
+    return []
 
 
 def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord) -> None:
     # The text's hash covers the tokenizer's content, wherever that lies now.
     may_differ = MAY_DIFFER | ({"data.tokenizer"} if stored.data_sha256 == now.data_sha256 else frozenset())
+    # Of plugins the content decides, not where they lie; earlier releases did not keep it.
+    if stored.plugins is not None and now.plugins is not None:
+        if sorted(stored.plugins.values()) != sorted(now.plugins.values()):
+            allowed = f"of the content (sha256) that the comparison in {folder} was started with"
+            raise RequestError("plugin", ", ".join(now.plugins) or None, allowed)
+        may_differ |= {"plugin"}
     was, new = (
         flat(each.config) | {"looks": each.looks, "sweep": each.sweep, "text (sha256)": each.data_sha256}
         for each in (stored, now)

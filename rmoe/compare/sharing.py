@@ -9,7 +9,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from rmoe.training.config import ModelConfig, TrainingConfig
+from rmoe.compare.engines.config import EngineConfig
+from rmoe.compare.engines.engine import Wants
+from rmoe.compare.engines.local import SIMULATED
+from rmoe.errors import RequestError
+from rmoe.training.config import ModelConfig, RunConfig, TrainingConfig
 
 # Multiply-adds of one layer's matrix products on one micro-batch, below which runs share the machine with one thread
 # each. Measured on two cores by benchmarks/sharing.py (its dated results, part `steps`): two runs with one thread each
@@ -21,7 +25,9 @@ SMALL_STEP = 2**34
 
 @dataclass(frozen=True)
 class Sharing:
-    jobs: int
+    """Runs at once on this machine (None: as many as its GPUs take), and threads of each."""
+
+    jobs: int | None
     threads: int
 
 
@@ -30,17 +36,47 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share(model: ModelConfig, training: TrainingConfig, jobs: int | None, on_gpu: bool) -> Sharing:
-    """Threads a run, and runs at once.
+def place(config: RunConfig, engine: EngineConfig, jobs: int | None, on_gpu: bool) -> tuple[Wants, Sharing]:
+    """What each run of a grid gets, and how many share this machine.
 
     Args:
         jobs: asked for; None takes the default for the size.
-        on_gpu: the runs compute on a GPU.
+        on_gpu: this machine has GPUs, and the runs may use them.
+
+    Raises:
+        RequestError: the layout is none for so many GPUs, or the batch cannot be shared out.
+    """
+    parallel, training = config.parallel, config.training
+    gpus_here = on_gpu or (engine.kind == "local" and SIMULATED in os.environ)
+    processes = parallel.processes
+    if engine.gpus is not None and engine.gpus > 0:
+        parallel.require_processes(engine.gpus)
+        processes = engine.gpus
+    gpus = engine.gpus if engine.gpus is not None else processes if gpus_here else 0
+    data = processes // parallel.same_data
+    if training.batch_size % data:
+        raise RequestError(
+            "training.batch_size", training.batch_size, f"a multiple of {data}, the processes of a run"
+        )
+    sharing = share(config.model, training, jobs, gpus > 0, processes)
+    cpus = engine.cpus or sharing.threads * processes
+    return Wants(cpus=cpus, gpus=gpus, processes=processes, memory_gib=engine.memory_gib), sharing
+
+
+def share(
+    model: ModelConfig, training: TrainingConfig, jobs: int | None, on_gpu: bool, processes: int = 1
+) -> Sharing:
+    """Threads a run, and runs at once.
+
+    Args:
+        jobs: asked for; None takes the default for the size, on GPUs as many as they take.
+        on_gpu: the runs compute on GPUs, which are then what they share.
+        processes: of each run.
     """
     small = step_work(model, training) < SMALL_STEP
-    threads = training.threads or (1 if small or on_gpu else cores())
-    if jobs is None:
-        jobs = max(1, cores() // threads) if small or not on_gpu else 1
+    threads = training.threads or (1 if small or on_gpu or processes > 1 else cores())
+    if jobs is None and not on_gpu:
+        jobs = max(1, cores() // (threads * processes))
     return Sharing(jobs=jobs, threads=threads)
 
 

@@ -221,7 +221,7 @@ def decide(
 ) -> dict[str, Decision]:
     """Test every router's differences, of which there are two or more; the others are skipped."""
     values = {name: list(by_seed.values()) for name, by_seed in differences.items() if len(by_seed) > 1}
-    tests = {name: _t_test(found, confidence, looks) for name, found in values.items()}
+    tests = {name: t_test(found, confidence, looks) for name, found in values.items()}
     p_equal = {name: equivalence_p(found, margin) for name, found in values.items()}
     p_differs, p_same = {name: p for name, (_, p) in tests.items()}, p_equal
     if looks is not None:
@@ -319,7 +319,7 @@ def _at_looks(
     return [p_of(differences[:pairs]) for pairs in looks if pairs <= len(differences)]
 
 
-def _t_test(differences: Sequence[float], confidence: float, looks: Looks | None) -> tuple[Interval, float]:
+def t_test(differences: Sequence[float], confidence: float, looks: Looks | None) -> tuple[Interval, float]:
     """`t_interval`; with looks, one that holds the mean at every look so far with this confidence."""
     if (
         looks is not None

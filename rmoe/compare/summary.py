@@ -108,6 +108,7 @@ def summarise(
         RequestError: no row finished, two corpora, or no run of the baseline.
     """
     check_comparable(list(rows), "results")
+    rows, other_machines = one_timing_machine(rows, baseline)
     points = sweep_points(rows)
     chosen = chosen_sweep(points)
     if not chosen:
@@ -159,6 +160,7 @@ def summarise(
         notes=[
             *_scale_notes(routers),
             *_look_notes(differences, looks),
+            *other_machines,
             *_notes(rows, differences, confidence),
             *said,
             *notes,
@@ -372,6 +374,35 @@ def _look_notes(differences: Mapping[str, Difference], looks: Looks | None) -> l
         f"their level over all looks (O'Brien-Fleming spending). Pairs not needed: {saved} of "
         f"{looks[-1] * len(differences)}."
     ]
+
+
+def one_timing_machine(rows: Sequence[ResultRow], baseline: str) -> tuple[list[ResultRow], list[str]]:
+    """The rows with the times of one machine alone, the baseline's: times of unlike hardware share no column.
+
+    Returns:
+        The rows, and one note for what lost its times.
+    """
+
+    def machine(row: ResultRow) -> tuple[str | None, str]:
+        assert row.timing is not None
+        hardware = row.timing.hardware or row.run.hardware
+        return row.timing.machine, hardware.accelerator or f"{hardware.cpu}, {hardware.cores} cores"
+
+    def alike(one: tuple[str | None, str], two: tuple[str | None, str]) -> bool:
+        return one[1] == two[1] and (one[0] == two[0] or None in (one[0], two[0]))
+
+    timed = [row for row in rows if row.timing is not None]
+    kept = next((machine(row) for row in timed if row.router == baseline), timed and machine(timed[0]))
+    other = {row.key for row in timed if kept and not alike(machine(row), kept)}
+    if not other:
+        return list(rows), []
+    names = ", ".join(sorted({row.router for row in timed if row.key in other}))
+    note = (
+        f"No time and memory for {names}: timed on another machine than {baseline}. "
+        "Call `rmoe compare` again with --engine.node to time all on one."
+    )
+    blank = [msgspec.structs.replace(row, timing=None) if row.key in other else row for row in rows]
+    return blank, [note]
 
 
 def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], confidence: float) -> list[str]:

@@ -47,7 +47,7 @@ def graft(
     classes read. `save_adapter` writes an adapter.
 
     Args:
-        model: any transformers MoE whose layers pass hidden states on one by one; see `rmoe graft --list`.
+        model: any transformers MoE whose layers pass hidden states on one by one; see `rmoe families`.
         router: a zoo row, whose recurrence is taken, or the whole graft.
         width: `p`, if it is to differ from the row's.
         pure: the gate reads `B_i h_i` alone.

@@ -1,20 +1,13 @@
-"""Where a model routes, found by looking at it: a gate beside experts, in a stack of layers.
-
-No family is named here. A module routes if it has a child `experts` and, beside it, a child called as gates are
-called. Its layer is the element of the outermost `ModuleList` above it; the module that owns that list is the
-backbone, whose forward passes each layer's result to the next.
-"""
+"""Where a graft goes: the one stack of routed layers of a model, and the module whose forward runs through it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError
-
-GATE_NAMES = ("gate", "router", "wg")
+from rmoe.moe.layers import RoutedLayer, routed_layers, routed_stacks
 
 
 @dataclass(frozen=True)
@@ -47,39 +40,29 @@ def find_routed_stack(model: PreTrainedModel) -> RoutedStack:
         RequestError: no experts (a dense model), experts without a gate beside them, or more than one stack.
     """
     kind = model.config.model_type
-    blocks = {path: block for path, block in model.named_modules() if _child(block, "experts") is not None}
-    if not blocks:
+    stacks = routed_stacks(routed_layers(model))
+    if not stacks:
         raise RequestError("model", kind, "a Mixture-of-Experts model; this one has no experts")
-    stacks: dict[str, dict[int, str]] = {}
-    for path, block in blocks.items():
-        gate = next((name for name in GATE_NAMES if _child(block, name) is not None), None)
-        if gate is None:
-            raise RequestError("model", kind, f"a gate beside the experts of {path}: {', '.join(GATE_NAMES)}")
-        layers, index, within = _outermost_list(model, f"{path}.{gate}" if path else gate, kind)
-        if index in stacks.setdefault(layers, {}):
-            raise RequestError("model", kind, f"one gate per layer; {layers}.{index} has two")
-        stacks[layers][index] = within
     if len(stacks) > 1:
         raise RequestError("model", kind, f"one stack of routed layers; this one has {sorted(stacks)}")
-    ((layers, gates),) = stacks.items()
+    ((path, layers),) = stacks.items()
     config = model.config.get_text_config()
     return RoutedStack(
-        backbone=layers.rpartition(".")[0],
-        layers=layers,
-        gates=dict(sorted(gates.items())),
+        backbone=path.rpartition(".")[0],
+        layers=path,
+        gates=_gates(kind, path, layers),
         hidden_size=config.hidden_size,
         initializer_range=getattr(config, "initializer_range", None) or 0.02,
     )
 
 
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    return module._modules.get(name)
-
-
-def _outermost_list(model: nn.Module, path: str, kind: str) -> tuple[str, int, str]:
-    """Split a gate's path at the outermost `ModuleList`: its path, the element's index, the rest."""
-    parts = path.split(".")
-    for depth in range(1, len(parts) - 1):
-        if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
-            return ".".join(parts[:depth]), int(parts[depth]), ".".join(parts[depth + 1 :])
-    raise RequestError("model", kind, f"layers in a ModuleList; {path} is in none")
+def _gates(kind: str, path: str, layers: list[RoutedLayer]) -> dict[int, str]:
+    """Layer index -> path of its gate from the layer, in layer order."""
+    gates: dict[int, str] = {}
+    for layer in layers:
+        if not path:
+            raise RequestError("model", kind, f"layers in a ModuleList; {layer.gate_name} is in none")
+        if layer.index in gates:
+            raise RequestError("model", kind, f"one gate per layer; {path}.{layer.index} has two")
+        gates[layer.index] = layer.gate_name.removeprefix(f"{path}.{layer.index}.")
+    return dict(sorted(gates.items()))

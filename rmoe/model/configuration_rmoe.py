@@ -62,6 +62,9 @@ class RMoEConfig(PreTrainedConfig):
         norm_topk_prob: whether the k weights are divided by their sum. None lets the router decide; a value is
             written into the router's gate, where that gate has the option, so the two cannot disagree.
         router_aux_loss_coef: weight of those balance losses that name none (the load-balance loss).
+        dense_gradients: how experts that a token did not choose teach the router: None, not at all; "densemixer", as
+            if all had been computed; "default", by a moving average of their outputs, which is also added to the
+            layer's (Default MoE). Not with tensor or expert parallelism.
         output_router_logits: return each layer's raw logits. The balance loss does not depend on it.
 
     Raises:
@@ -125,6 +128,7 @@ class RMoEConfig(PreTrainedConfig):
     num_shared_experts: int = 0
     router: str | dict | RouterSpec | None = "rmoe"
     norm_topk_prob: bool | None = None
+    dense_gradients: str | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.01
 
@@ -164,6 +168,8 @@ class RMoEConfig(PreTrainedConfig):
         for name, allowed in (("norm_position", ("pre", "post")), ("norm_type", ("rmsnorm", "layernorm"))):
             if getattr(self, name) not in allowed:
                 raise RequestError(name, getattr(self, name), " or ".join(map(repr, allowed)))
+        if self.dense_gradients not in (None, "densemixer", "default"):
+            raise RequestError("dense_gradients", self.dense_gradients, "null, 'densemixer' or 'default'")
         if self.hidden_act not in ACT2FN:
             raise RequestError("hidden_act", self.hidden_act, f"one of {', '.join(ACT2FN)}")
         for name in ("hidden_dropout", "attention_dropout"):
@@ -178,6 +184,10 @@ class RMoEConfig(PreTrainedConfig):
         if router["gate"] is not None:
             self.norm_topk_prob = router["gate"].get("renormalize", self.norm_topk_prob)
         spec.check_geometry(self.router_geometry(0))
+        mixes = spec.router.uses_gate and not spec.router.weighs_inputs
+        if self.dense_gradients is not None and not mixes:
+            allowed = f"null with router {spec.router.kind}, which does not weigh what experts give"
+            raise RequestError("dense_gradients", self.dense_gradients, allowed)
         weighed = spec.router.shared_classes
         if weighed and self.num_shared_experts not in (0, weighed):
             allowed = f"0 or {weighed}, with router {spec.router.kind}"
@@ -197,6 +207,11 @@ class RMoEConfig(PreTrainedConfig):
     def num_moe_layers(self) -> int:
         """`L`: layers that route."""
         return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def num_built_experts(self) -> int:
+        """Experts that each routing layer really has: `num_experts`, but for the dense baseline."""
+        return self.router_spec.router.built_experts(self.router_geometry(0))
 
     def router_geometry(self, layer_index: int) -> Geometry:
         """The sizes that the router of the `layer_index`-th routing layer is built for."""

@@ -65,5 +65,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
             counts["total"] += size
             counts["non_embedding"] += 0 if "embed_tokens" in path or "lm_head" in path else size
             counts["router"] += size if ".mlp.gate." in path or "router_shared." in path else 0
-            counts["active"] += size * config.num_experts_per_tok // config.num_experts if is_expert else size
+            counts["active"] += (
+                size * config.num_experts_per_tok // config.num_built_experts if is_expert else size
+            )
     return counts

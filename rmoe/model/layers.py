@@ -14,9 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rmoe.compat import accept_empty_slots
 from rmoe.model.configuration_rmoe import RMoEConfig
+from rmoe.model.dense_gradients import DefaultOutputs, densemixer
 from rmoe.model.experts import EXPERTS
 from rmoe.model.norm import RMSNorm
-from rmoe.routing.contract import RouterContext, Routing, State, dispatched_experts
+from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, dispatched_experts
 from rmoe.routing.initial import Initialized, Initializer, normal
 from rmoe.routing.router import SharedRouter, build_router
 
@@ -39,7 +40,7 @@ class _Experts(Initialized):
 
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = config.num_built_experts
         self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
         self.initializer_range = config.initializer_range
         first = 2 * self.intermediate_dim if self.gated else self.intermediate_dim
@@ -54,17 +55,21 @@ class _Experts(Initialized):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`sum_n g_n E_n(x)`: `[T, d]`, `[T, K]` int64, `[T, K]` -> `[T, d]`; index `E` is an empty slot."""
-        first = self.get_parameter("gate_up_proj" if self.gated else "up_proj")
         out = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:
                 continue
             token, slot = torch.where(top_k_index == expert)
-            inner = nn.functional.linear(hidden_states[token], first[expert])
-            inner = self._apply_gate(inner) if self.gated else self.act_fn(inner)
-            inner = nn.functional.linear(inner, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            inner = self.one(expert, hidden_states[token]) * top_k_weights[token, slot, None]
             out.index_add_(0, token, inner.to(out.dtype))
         return out
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """`E_n(x)` of one expert, unweighted: `[*, d]` -> `[*, d]`."""
+        first = self.get_parameter("gate_up_proj" if self.gated else "up_proj")[expert]
+        inner = nn.functional.linear(x, first.to(x.dtype))
+        inner = self._apply_gate(inner) if self.gated else self.act_fn(inner)
+        return nn.functional.linear(inner, self.down_proj[expert].to(x.dtype))
 
 
 @use_experts_implementation(experts_interface=EXPERTS, has_gate=True)
@@ -117,24 +122,59 @@ class RMoESparseMoeBlock(nn.Module):
         self.experts: Any = (GatedExperts if config.mlp_gated else UngatedExperts)(config)
         if spec.leaves_empty_slots:
             accept_empty_slots(self.experts)
+        self.densemixer = config.dense_gradients == "densemixer"
+        sizes = self.experts.num_experts, config.hidden_size
+        self.default_outputs = DefaultOutputs(*sizes) if config.dense_gradients == "default" else None
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = DenseMLP(config, width) if width else None
         self.weighs_inputs = spec.router.weighs_inputs
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """`[B, S, d]` and the decision for its tokens -> `[B, S, d]` (Eq. 1, 6: experts read `x`, not the state)."""
+        return self.mix(hidden_states, routing, None)[0]
+
+    def mix(self, hidden_states: Tensor, routing: Routing, mask: Tensor | None) -> tuple[Tensor, Routing]:
+        """As `forward`, and the decision with what the experts' default outputs are made of."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, d]
         experts = dispatched_experts(routing, self.experts.num_experts)
         weights = routing.weights.to(flat.dtype)
-        mix = self._weighed_inputs if self.weighs_inputs else self.experts
-        out = mix(flat, experts, weights)
+        if self.default_outputs is None:
+            mix = self._weighed_inputs if self.weighs_inputs else self.experts
+            out = mix(flat, experts, weights)
+        else:
+            out, routing = self._with_defaults(flat, experts, weights, routing, mask)
+        if self.densemixer and torch.is_grad_enabled():
+            out = out + densemixer(self.experts, flat, routing)
         if routing.passthrough is not None:
             out = out + routing.passthrough[:, None].to(flat.dtype) * flat
         if routing.added is not None:
             out = out + routing.added.to(flat.dtype)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat, routing.shared_weights)
-        return out.view_as(hidden_states)
+        return out.view_as(hidden_states), routing
+
+    def _with_defaults(
+        self, x: Tensor, experts: Tensor, weights: Tensor, routing: Routing, mask: Tensor | None
+    ) -> tuple[Tensor, Routing]:
+        assert self.default_outputs is not None
+        added = self.default_outputs(x, routing)
+        if not self.training:
+            return self.experts(x, experts, weights) + added, routing
+        # Each choice as a token of its own: its output is needed by itself.
+        ones, slots = torch.ones_like(weights).view(-1, 1), experts.reshape(-1, 1)
+        each = self.experts(x.repeat_interleave(experts.shape[1], 0), slots, ones).view(*experts.shape, -1)
+        observed = self.default_outputs.observe(each.detach(), experts, mask)
+        if routing.observed is not None:
+            observed = torch.cat((routing.observed.to(observed.dtype), observed))
+        mixed = torch.einsum("tkd,tk->td", each, weights.to(each.dtype)).to(x.dtype)
+        return mixed + added, routing._replace(observed=observed)
+
+    @torch.no_grad()
+    def update(self, stats: RouterStats, step: int, total_steps: int) -> None:
+        """Move the layer's training-time state, once per optimizer step."""
+        self.gate.update_all(stats, step, total_steps)
+        if self.default_outputs is not None:
+            self.default_outputs.update(self.gate.layer_index, stats, step, total_steps)
 
     def _weighed_inputs(self, flat: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """`sum_n E_n(g_n x)`: every assignment is a row of its own."""
@@ -184,7 +224,10 @@ class RMoEDecoderLayer(GradientCheckpointingLayer):
         else:
             flat = x.reshape(-1, x.shape[-1])
             routing, router_state = self.mlp.gate(flat, router_state, shared=shared, context=context)
-            mixed = self.mlp(x, routing)
+            if self.mlp.default_outputs is None:
+                mixed = self.mlp(x, routing)
+            else:
+                mixed, routing = self.mlp.mix(x, routing, None if context is None else context.mask)
         hidden_states = hidden_states + self.dropout(mixed)
         hidden_states = hidden_states if self.pre_norm else self.post_attention_layernorm(hidden_states)
         return hidden_states, router_state, routing, attention

@@ -60,15 +60,15 @@ def load(
         raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from error
     computed = {name: changes.pop(name) for name in _IMPLEMENTATIONS if name in changes}
     config = _changed(config, changes)
-    model_class = _model_class(config)
+    chosen = model_class(config)
     if base is not None or verify:
-        if not hasattr(model_class, "graft_base"):
+        if not hasattr(chosen, "graft_base"):
             raise RequestError(
                 "base", base and str(base), f"nothing: a {config.model_type} model has no base"
             )
         computed |= {"base": base, "verify": verify}
     try:
-        model, report = model_class.from_pretrained(
+        model, report = chosen.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -108,8 +108,15 @@ def _changed(config: Any, changes: dict[str, Any]) -> Any:
         ) from error
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class whose name was saved, among those any Auto class has for this configuration."""
     name = (config.architectures or [None])[0]
-    found = (model_class for _, model_class in model_classes(type(config)))
-    return next((model_class for model_class in found if model_class.__name__ == name), AutoModelForCausalLM)
+    found = (candidate for _, candidate in model_classes(type(config)))
+    return next((candidate for candidate in found if candidate.__name__ == name), AutoModelForCausalLM)
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """A model of this configuration on the meta device: its modules and shapes, no weights."""
+    chosen = model_class(config)
+    with torch.device("meta"):
+        return chosen.from_config(config) if chosen is AutoModelForCausalLM else chosen(config)

@@ -20,7 +20,7 @@ from rmoe.errors import RequestError
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.head import IGNORED, LMHead, next_tokens
 from rmoe.model.initialize import initialize_missing
-from rmoe.model.layers import RMoEDecoderLayer, build_norm
+from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock, build_norm
 from rmoe.model.outputs import (
     RMoECausalLMOutputWithPast,
     RMoEModelOutputWithPast,
@@ -94,8 +94,12 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
     @property
     def routers(self) -> list[BaseRouter]:
         """The routing layers' routers, lowest first."""
+        return [block.gate for block in self._blocks]
+
+    @property
+    def _blocks(self) -> list[RMoESparseMoeBlock]:
         layers: list[Any] = list(self.trunk.layers[: self.config.num_hidden_layers])
-        return [layer.mlp.gate for layer in layers if not layer.is_dense]
+        return [layer.mlp for layer in layers if not layer.is_dense]
 
     @torch.no_grad()
     def update_routers(self, stats: RouterStats, step: int, total_steps: int) -> None:
@@ -108,8 +112,8 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
             step: optimizer steps done, from 1.
             total_steps: of the whole training.
         """
-        for router in self.routers:
-            router.update_all(stats, step, total_steps)
+        for block in self._blocks:
+            block.update(stats, step, total_steps)
 
     def set_routing_noise(self, seed: int, step: int) -> None:
         """Set the key of the routing noise; each training forward pass advances it by one from there.
@@ -155,6 +159,7 @@ class RMoEModel(RMoEPreTrainedModel):
 
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__(config)
+        _check_parallelism(config)
         spec = config.router_spec
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -163,13 +168,15 @@ class RMoEModel(RMoEPreTrainedModel):
         # A post-norm model ends in a norm already.
         self.norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
-        self.uses_noise = spec.uses_noise
+        self.uses_noise, self.reads_sequence = spec.uses_noise, spec.router.reads_sequence
         self.register_buffer("routing_noise_key", torch.zeros((), dtype=torch.int64), persistent=False)
         self.gradient_checkpointing = False
         # Counts and biases stay float32 in a model loaded in bfloat16.
         buffers = [name for name, _ in self.named_buffers()]
         self._keep_in_fp32_modules_strict = {
-            part for part in ("selection_bias", "temperature", "l1_weight") if any(part in b for b in buffers)
+            part
+            for part in ("selection_bias", "temperature", "l1_weight", "default_outputs", "threshold")
+            if any(part in b for b in buffers)
         }
         self.post_init()
 
@@ -230,6 +237,11 @@ class RMoEModel(RMoEPreTrainedModel):
             # Up to transformers 5.23 attention reads such a cache by a keyword of its own.
             kwargs["cache"], cache = cache, None
         seen = 0 if cache is None or packed else cache.get_seq_length()
+        if self.reads_sequence and (packed or (isinstance(seen, int) and seen > 0)):
+            kind = config.router_spec.router.kind
+            raise ValueError(
+                f"router {kind!r} reads a token's earlier tokens: call the model without a cache"
+            )
         own_mask = attention_mask
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
@@ -287,6 +299,16 @@ class RMoEModel(RMoEPreTrainedModel):
         )
 
 
+def _check_parallelism(config: RMoEConfig) -> None:
+    """Refuse dense gradients where no device has an expert's whole output."""
+    groups = getattr(config, "distributed_config", None)
+    sizes = [getattr(groups, name, None) or 1 for name in ("tp_size", "ep_size")]
+    cut = max(sizes) > 1 or bool(getattr(groups, "enable_expert_parallel", False))
+    if config.dense_gradients is not None and cut:
+        allowed = "null with tensor or expert parallelism"
+        raise RequestError("dense_gradients", config.dense_gradients, allowed)
+
+
 def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor | None:
     """`[T]` bool, False at padding: what the last `length` columns of the mask say of the tokens of this call.
 
@@ -324,12 +346,15 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         """As in transformers.
 
         Raises:
-            RequestError: the router is not causal (expert choice): which experts a token gets would depend on
-                tokens not yet generated.
+            RequestError: which experts a token gets depends on later tokens (expert choice), or on earlier ones that
+                a cache does not hold.
         """
-        if not self.config.router_spec.is_causal:
-            gate = self.config.router_spec.gate
-            raise RequestError("gate.kind", gate.kind if gate else None, "a causal gate, to generate text")
+        spec = self.config.router_spec
+        if spec.gate is not None and not spec.gate.is_causal:
+            raise RequestError("gate.kind", spec.gate.kind, "a causal gate, to generate text")
+        if not spec.generates:
+            allowed = "a router that needs no other tokens, to generate text"
+            raise RequestError("router.kind", spec.router.kind, allowed)
         return super().generate(*args, **kwargs)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature `generate` reads

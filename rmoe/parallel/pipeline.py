@@ -160,6 +160,8 @@ def _check(model: RMoEForCausalLM, count: int) -> None:
         raise RequestError("router.kind", spec.router.kind, "a router that needs no token ids")
     if spec.balance.scope != "micro_batch":
         raise RequestError("balance.scope", spec.balance.scope, "micro_batch, in a pipeline")
+    if config.dense_gradients == "default":
+        raise RequestError("dense_gradients", "default", "null or densemixer, in a pipeline")
 
 
 class StepLoss(NamedTuple):
@@ -314,10 +316,13 @@ class Pipeline:
         assert self.stats is not None
         stats = self.stats
         if self.replicas > 1:
-            stats = RouterStats(*(tensor.clone() for tensor in stats))
-            for tensor in stats:
-                dist.all_reduce(tensor, group=self.copies)
+            stats = stats.map(self._over_copies)
         self.part.update_routers(stats, step, total_steps)
+
+    def _over_copies(self, part: Tensor) -> Tensor:
+        part = part.clone()
+        dist.all_reduce(part, group=self.copies)
+        return part
 
     def _gathered_stats(self) -> RouterStats | None:
         every: list[Any] = [None] * self.count
@@ -325,12 +330,14 @@ class Pipeline:
         present = [stats for stats in every if stats is not None]
         if not present:
             return None
+        observed = [stats.observed for stats in present if stats.observed is not None]
         return RouterStats(
             counts=torch.cat([stats.counts for stats in present]),
             tokens=present[0].tokens,
             entropy=torch.cat([stats.entropy for stats in present]),
             dropped=torch.cat([stats.dropped for stats in present]),
             logit_variance=torch.cat([stats.logit_variance for stats in present]),
+            observed=torch.cat(observed) if observed else None,
         )
 
     def state_dict(self) -> dict[str, Tensor] | None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +37,26 @@ class Asked(Record, frozen=True, kw_only=True):
 
 
 class Unit(Record, frozen=True, kw_only=True):
-    """What is trained in one pass: some routers on the same (probe, seed) lanes."""
+    """What is trained in one pass: some routers on the same (probe, seed) lanes.
+
+    Attributes:
+        plugins: modules or files that register the routers' parts, for a process that has not loaded them.
+    """
 
     routers: list[Asked]
     lanes: list[tuple[str, int]]
     knobs: Knobs
+    plugins: tuple[str, ...] = ()
+
+    def carry_out(self) -> list[ProbeRow]:
+        """Train and measure it, in any process."""
+        load_plugins(self.plugins)
+        return carry_out(self)
+
+
+def one_by_one(units: Sequence[Unit]) -> Iterator[list[ProbeRow]]:
+    """Every unit's rows, trained in this process."""
+    return (unit.carry_out() for unit in units)
 
 
 def run(
@@ -54,7 +67,7 @@ def run(
     *,
     knobs: Knobs | Sequence[Knobs] = Knobs(),  # noqa: B008  frozen
     plugins: Sequence[str] = (),
-    jobs: int = 1,
+    carried_out: Callable[[Sequence[Unit]], Iterator[list[ProbeRow]]] = one_by_one,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[ProbeRow]:
     """Run probes; with `out`, resume what is there.
@@ -66,7 +79,7 @@ def run(
         out: folder of `results.jsonl`; None keeps results in memory only.
         knobs: one setting, or several for a sweep.
         plugins: modules or files that register routers, for worker processes too.
-        jobs: processes. Results do not depend on it.
+        carried_out: gives the units' rows in any order; results do not depend on where they come from.
         progress: is given a line per finished unit.
 
     Returns:
@@ -84,10 +97,10 @@ def run(
     asked = _asked(routers, settings)
     lanes = [(probe, seed) for probe in named_probes(tuple(probes)) for seed in chosen]
     done = _finished(Path(out) / RESULTS if out is not None else None, asked)
-    units = list(_units(asked, lanes, done))
+    units = list(_units(asked, lanes, done, tuple(plugins)))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    for number, rows in enumerate(_carried_out(units, tuple(plugins), jobs), start=1):
+    for number, rows in enumerate(carried_out(units), start=1):
         if out is not None:
             append_rows(Path(out) / RESULTS, rows)
         done.update({row.key: row for row in rows})
@@ -134,7 +147,10 @@ def _finished(path: Path | None, asked: Mapping[tuple[str, Knobs], Asked]) -> di
 
 
 def _units(
-    asked: Mapping[tuple[str, Knobs], Asked], lanes: list[tuple[str, int]], done: Mapping[tuple, ProbeRow]
+    asked: Mapping[tuple[str, Knobs], Asked],
+    lanes: list[tuple[str, int]],
+    done: Mapping[tuple, ProbeRow],
+    plugins: tuple[str, ...],
 ) -> Iterator[Unit]:
     """Routers that miss the same lanes, a few at a time."""
     missing: dict[tuple, list[Asked]] = {}
@@ -144,23 +160,9 @@ def _units(
             missing.setdefault((knobs, lacking), []).append(router)
     for (knobs, lacking), routers in missing.items():
         for first in range(0, len(routers), AT_ONCE):
-            yield Unit(routers=routers[first : first + AT_ONCE], lanes=list(lacking), knobs=knobs)
-
-
-def _carried_out(units: Sequence[Unit], plugins: tuple[str, ...], jobs: int) -> Iterator[list[ProbeRow]]:
-    if jobs == 1 or len(units) < 2:
-        for unit in units:
-            yield carry_out(unit)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(units)), context, load_plugins, (plugins,)) as pool:
-        futures = [pool.submit(carry_out, unit) for unit in units]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            yield Unit(
+                routers=routers[first : first + AT_ONCE], lanes=list(lacking), knobs=knobs, plugins=plugins
+            )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
@@ -51,6 +52,7 @@ class Routed(NamedTuple):
             floats are zero for a router that has none.
         probs: `[L, T, C]`.
         states: `[L, T, p]`, what each layer hands to the next; `p` is 0 without memory.
+        observed: `[L, O]`, as of `RouterStats`; `O` is 0 where there is nothing.
         added: `[L, T, d_u]`, what constant experts add to the output.
     """
 
@@ -63,6 +65,7 @@ class Routed(NamedTuple):
     logit_variance: Tensor
     probs: Tensor
     states: Tensor
+    observed: Tensor
     added: Tensor
 
 
@@ -136,7 +139,10 @@ class RouterStack(nn.Module):
             else torch.stack([r.dropped.sum() for r in routings]),  # type: ignore[union-attr]
             logit_variance=logit_variance(logits).sum(-1).float() if self.moves else zero,
             probs=probs if measured else probs[:, :0],
-            states=torch.stack(states) if measured else nothing[:, :0],
+            states=_stacked(states) if measured else nothing[:, :0],
+            observed=zero[:, None][:, :0]
+            if routings[0].observed is None
+            else torch.stack([r.observed for r in routings]),  # type: ignore[misc]
             added=nothing[..., None].expand(-1, -1, CONTENT)
             if routings[0].added is None
             else torch.stack([r.added[..., -CONTENT:] for r in routings]),  # type: ignore[index]
@@ -145,7 +151,9 @@ class RouterStack(nn.Module):
     def _context(self, inputs: Tensor, noise_key: Tensor | None) -> RouterContext:
         tokens = inputs.shape[1]
         noise = None if noise_key is None else CounterNoise(noise_key)
-        return RouterContext(1, tokens, None, torch.zeros(tokens, dtype=torch.int64), noise)
+        # The tokens of a probe have nothing to do with each other: for who reads neighbours, each is a sequence.
+        batch = tokens if self.routers[0].options.reads_sequence else 1  # type: ignore[union-attr]
+        return RouterContext(batch, tokens // batch, None, torch.zeros(tokens, dtype=torch.int64), noise)
 
     def _routings(
         self, inputs: Tensor, noise_key: Tensor | None, cut: bool
@@ -160,6 +168,12 @@ class RouterStack(nn.Module):
             routings.append(routing)
             states.append(torch.cat(state, -1) if state else x[:, :0])
         return routings, states
+
+
+def _stacked(states: list[Tensor]) -> Tensor:
+    """`[L, T, p]` of `[T, *]`: a state that grows over the layers has zeros where it has not grown yet."""
+    width = max(state.shape[-1] for state in states)
+    return torch.stack([F.pad(state, (0, width - state.shape[-1])) for state in states])
 
 
 def _dense(routing: Routing, experts: int) -> Tensor:
@@ -190,10 +204,13 @@ class _Update(nn.Module):
         entropy: Tensor,
         dropped: Tensor,
         variance: Tensor,
+        observed: Tensor,
         step: int,
         total: int,
     ) -> Tensor:
-        stats = RouterStats(counts, tokens, entropy, dropped, variance)
+        stats = RouterStats(
+            counts, tokens, entropy, dropped, variance, observed if observed.numel() else None
+        )
         for router in self.stack.routers:
             router.update_all(stats, step, total)  # type: ignore[operator]
         return tokens
@@ -274,7 +291,7 @@ class Ensemble:
             return functional_call(module, state, (*sums, step, self.knobs.steps))
 
         with torch.no_grad():
-            self._for_each(one, state, routed.counts, tokens, *routed[4:7])
+            self._for_each(one, state, routed.counts, tokens, *routed[4:7], routed.observed)
 
     def _for_each(self, one: Callable[..., Any], state: dict[str, Tensor], *stacked: Any) -> Any:
         """`one` for every seed: by vmap, or in turn."""

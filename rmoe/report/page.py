@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -24,12 +23,16 @@ from rmoe.report.charts.chart import Chart, counted, styles
 from rmoe.report.charts.comparison import comparison_charts
 from rmoe.report.charts.routing import routing_charts
 from rmoe.report.explorer import explorer_data
+from rmoe.report.overview import overview
 from rmoe.results.analysis import Analysis
 from rmoe.results.comparison import UNITS, Summary
+from rmoe.results.packed import pack
 
 PLOTLY = "plotly.min.js"
 EXPLORER = "Token explorer"
 VERDICT = "Verdict"
+PACKED_FROM = 256
+"""Entries of a list that the page holds packed; `unpack.js` gives them back."""
 
 
 def write_report(
@@ -77,6 +80,8 @@ def render(summary: Summary | None, analysis: Analysis | None, plotly: str | Non
         "summary": summary,
         "columns": table.columns(summary) if summary else [],
         "table": table.rows(summary) if summary else [],
+        "overview": overview(analysis),
+        "choosers": any(chart.choice and len(chart.choice.options) > 1 for chart in charts),
         "explorer_name": EXPLORER if explorer else None,
         "about": _about(summary, analysis),
     }
@@ -101,16 +106,21 @@ def laid_out(
         section: [c for c in charts if c.section == section] for section in (c.section for c in charts)
     }
     verdict = sections.pop(VERDICT, [])
-    drawn = {chart.id: {"data": chart.data, "layout": chart.layout} for chart in charts}
+    drawn = {chart.id: _packed(chart.for_page(), ("data", "table", "choice")) for chart in charts}
     return template(name).render(
         **parts,
         verdict_charts=_in_lines(verdict),
         sections=[(section, _in_lines(found)) for section, found in sections.items()],
-        data=json_for_script({"charts": drawn, **(data or {})}),
+        data=json_for_script({"charts": drawn, **_packed(data or {}, ("explorer",))}),
         plotly_file=PLOTLY,
         # Markup is for our own and our dependencies' files, never for input.
         plotly_source=Markup(plotly) if plotly else None,  # nosec B704
     )
+
+
+def _packed(parts: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The parts that the page's script unpacks when it needs them, packed; the others as they are."""
+    return {name: pack(part, PACKED_FROM) if name in names else part for name, part in parts.items()}
 
 
 def template(name: str) -> jinja2.Template:
@@ -123,7 +133,6 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["anchor"] = lambda name: name.lower().replace(" ", "-")
-    environment.filters["csv_uri"] = lambda chart: "data:text/csv;charset=utf-8," + quote(chart.csv())
     environment.globals["asset"] = lambda name: Markup(  # nosec B704
         (files("rmoe.report") / "assets" / name).read_text(encoding="utf-8")
     )
@@ -184,7 +193,14 @@ def _facts(summary: Summary | None, analysis: Analysis | None) -> Facts:
             ("seeds", str(max(router.finished for router in summary.routers))),
             ("unit", f"{UNITS[summary.corpus.unit]}, lower is better"),
         ]
-    return [("text", analysis.text.name), ("tokens", f"{analysis.text.tokens:,}")] if analysis else []
+    if not analysis:
+        return []
+    facts = [("text", analysis.text.name), ("tokens", f"{analysis.text.tokens:,}")]
+    many = len(analysis.models) > 1
+    for model in analysis.models:
+        name = f"check of {model.name}" if many else "check"
+        facts.append((name, model.check.summary if model.check else "not made"))
+    return facts
 
 
 def _about(summary: Summary | None, analysis: Analysis | None) -> Facts:

@@ -5,6 +5,9 @@ the report shows a chart only when its data exist. `L` layers with a router, `E`
 token. Layers are numbered from 0, by position among the layers that have a router. Definitions stand in each
 field's comment; the tables and figures named are those of arXiv:2408.06793.
 
+In the file, nested lists of `PACKED_FROM` entries or more are packed (`rmoe.results.packed`), without loss:
+`read_analysis` gives the numbers that were measured. Version 1 had no packed lists; it is read too.
+
 Imports no torch.
 """
 
@@ -15,9 +18,13 @@ from typing import TypeAlias
 
 import msgspec
 
-from rmoe.records import Record, read_record, write_record
+from rmoe.errors import RequestError
+from rmoe.records import NOT_JSON, Record, atomic_write, version_of
+from rmoe.results.packed import pack, unpack
 
-ANALYSIS_VERSION = 1
+ANALYSIS_VERSION = 2
+PACKED_FROM = 4096
+"""Entries; shorter lists stay as they are, to be read by anybody."""
 
 Matrix: TypeAlias = list[list[float]]
 
@@ -51,6 +58,52 @@ class LayerMeasure(Record, frozen=True, kw_only=True):
 
     values: list[float]  # [L]
     overall: float
+    n: int
+
+
+class LoadSummary(Record, frozen=True, kw_only=True):
+    """How loads spread over a layer's experts, as multiples of the mean load, from `n` tokens."""
+
+    quantiles: Matrix  # [L][5]: smallest, 5th percentile, median, 95th percentile, largest
+    dead: list[int]  # [L] experts that no token chose
+    max_violation: list[float]  # [L] MaxVio: (largest load - mean load) / mean load
+    n: int
+
+
+class Coverage(Record, frozen=True, kw_only=True):
+    """Share of a layer's assignments that its m most chosen experts take, from `n` tokens."""
+
+    hottest: list[int]  # [M] m
+    values: Matrix  # [L][M]
+    n: int
+
+
+class Contexts(Record, frozen=True, kw_only=True):
+    """Where in the text each expert has its largest weights. A context is the text around a position."""
+
+    vocabulary: list[str]  # text of each different token
+    text: list[int]  # [n] the whole text as indices into `vocabulary`
+    positions: list[list[list[int]]]  # [L][E][C] largest weight first, -1 beyond an expert's last
+    weights: list[Matrix]  # [L][E][C]
+
+
+class Flips(Record, frozen=True, kw_only=True):
+    """How often two models, or one in two precisions, choose different experts for the same tokens."""
+
+    other: str  # the second model's name
+    values: list[float]  # [L] share of tokens whose set of experts differs
+    any_layer: float  # share of tokens with a difference in at least one layer
+    n: int
+
+
+class Predictability(Record, frozen=True, kw_only=True):
+    """Recall of layer l + 1's choice from what layer l's router reads: mean over tokens of |predicted & chosen| / k."""
+
+    own_router: list[float | None]  # [L - 1] layer l + 1's scorer matrix on the input of layer l's router
+    at_its_own_input: list[
+        float | None
+    ]  # [L - 1] the same matrix on its own input: what it can reach at most
+    chance: list[float]  # [L - 1] k / E
     n: int
 
 
@@ -146,6 +199,26 @@ class TopToken(Record, frozen=True, kw_only=True):
     share: float
 
 
+class ExpertCheck(Record, frozen=True, kw_only=True):
+    """One expert was silenced: what changed."""
+
+    layer: str
+    expert: int
+    said: int  # tokens said to use it
+    missed: int  # of those, how many did not change
+    extra: int  # tokens that changed, but should not
+    change: float  # mean over its tokens of |y - y'| / |y| of the block's output (largest entries)
+
+
+class ReadingCheck(Record, frozen=True, kw_only=True):
+    """Whether the routing was read correctly: experts silenced one at a time on a short text."""
+
+    passed: bool
+    summary: str  # the verdict in a sentence
+    tokens: int
+    experts: list[ExpertCheck]
+
+
 class OverTraining(Record, frozen=True, kw_only=True):
     """A per-layer measure recorded on a schedule while training."""
 
@@ -165,6 +238,7 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     experts: int
     experts_per_token: int
     layer_names: list[str]  # [L], as in the model
+    check: ReadingCheck | None = None  # None: not asked for
     mi_digitised: PairMeasure | None = (
         None  # the paper's: 100 equal bins on [0, 1], per token, averaged (Fig. 3)
     )
@@ -176,6 +250,13 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     frequency: Matrix | None = None  # [L][E] share of assignments (Fig. 12)
     frequency_n: int = 0  # tokens behind `frequency`
     load_imbalance: LayerMeasure | None = None  # largest share over mean share: E * max_n f_n
+    load: LoadSummary | None = None
+    coverage: Coverage | None = None
+    contexts: Contexts | None = None
+    flips: Flips | None = None
+    predictability: Predictability | None = None
+    # [L][E] REAP's mean of weight times norm of output; None without tokens
+    saliency: list[list[float | None]] | None = None
     drop_ratio: DropRatio | None = None
     similarity: Similarity | None = None
     router_weights: RouterWeights | None = None
@@ -199,13 +280,23 @@ class Analysis(Record, frozen=True, kw_only=True):
 
 def write_analysis(path: Path, analysis: Analysis) -> None:
     """Write `analysis.json`, whole or not at all."""
-    write_record(path, analysis)
+    tree = pack(msgspec.to_builtins(analysis), PACKED_FROM)
+    with atomic_write(path) as staged:
+        staged.write_bytes(msgspec.json.format(msgspec.json.encode(tree), indent=1) + b"\n")
 
 
 def read_analysis(path: Path) -> Analysis:
-    """Read `analysis.json`.
+    """Read `analysis.json`, of this version or the one before.
 
     Raises:
         RequestError: it is absent, of another version, or not such a file.
     """
-    return read_record(path, Analysis, ANALYSIS_VERSION)
+    try:
+        data = path.read_bytes()
+        version_of(data, str(path), 1, ANALYSIS_VERSION)
+        found = unpack(msgspec.json.decode(data))
+        return msgspec.convert(found | {"schema_version": ANALYSIS_VERSION}, Analysis)
+    except RequestError:
+        raise
+    except (OSError, ValueError, *NOT_JSON) as error:
+        raise RequestError(str(path), str(error), f"a {path.name} written by rmoe") from error

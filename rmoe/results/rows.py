@@ -30,12 +30,17 @@ SweepValue: TypeAlias = float | int | str | bool
 
 
 class Timing(Record, frozen=True, kw_only=True):
-    """Cost of training with nothing else running: medians over `rounds`, interleaved with other routers."""
+    """Cost of training with nothing else running: medians over `rounds`, interleaved with other routers.
+
+    `machine` and `hardware` are None in rows of earlier releases, which were timed where they were trained.
+    """
 
     seconds_per_1k_steps: float
     peak_mib: float
     steps: int
     rounds: int
+    machine: str | None = None
+    hardware: Hardware | None = None
 
 
 class Failure(Record, frozen=True, kw_only=True):

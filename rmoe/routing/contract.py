@@ -6,7 +6,7 @@ them without knowing what they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ class Routing(NamedTuple):
         passthrough: `[T]`, what the layer's input is multiplied by and added to its output; None is nothing.
         penalty: scalar, the mechanism's own loss with its weight; None is nothing.
         dropped: `[T, K]` bool, choices lost to the capacity limit (their weight is 0); None is none.
+        observed: `[O]`, in training: sums over the real tokens that training-time state is made of; None is none.
         added: `[T, d]`, what constant experts add to the layer's output; None is nothing.
         shared_weights: `[T, S]`, what each shared expert's output is multiplied by; None is 1.
     """
@@ -58,6 +59,7 @@ class Routing(NamedTuple):
     passthrough: Tensor | None = None
     penalty: Tensor | None = None
     dropped: Tensor | None = None
+    observed: Tensor | None = None
     added: Tensor | None = None
     shared_weights: Tensor | None = None
 
@@ -71,6 +73,7 @@ class RouterStats(NamedTuple):
         entropy: `[L]` float32, sum over tokens of the gate entropy in nats.
         dropped: `[L]` int64, assignments lost to the capacity limit.
         logit_variance: `[L]` float32, sum over tokens of the sample variance of the raw logits over experts.
+        observed: `[L, O]`, what the routers' training-time state is made of beyond these; None where nothing is.
     """
 
     counts: Tensor
@@ -78,10 +81,16 @@ class RouterStats(NamedTuple):
     entropy: Tensor
     dropped: Tensor
     logit_variance: Tensor
+    observed: Tensor | None = None
 
     def add(self, other: RouterStats) -> RouterStats:
         """The sums over both."""
-        return RouterStats(*(a + b for a, b in zip(self, other, strict=True)))
+        pairs = zip(self, other, strict=True)
+        return RouterStats(*(a if b is None else b if a is None else a + b for a, b in pairs))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RouterStats:
+        """Each of the sums through a function."""
+        return RouterStats(*(None if part is None else function(part) for part in self))
 
 
 def count_assignments(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
@@ -155,4 +164,6 @@ def router_stats(routings: tuple[Routing, ...], num_experts: int, mask: Tensor |
         else:
             tokens = mask.sum()
             entropies, variances = entropies * mask, variances * mask
-        return RouterStats(counts, tokens, entropies.sum(-1), dropped, variances.sum(-1))
+        seen = [r.observed for r in routings if r.observed is not None]
+        observed = torch.stack(seen) if len(seen) == len(routings) else None
+        return RouterStats(counts, tokens, entropies.sum(-1), dropped, variances.sum(-1), observed)

@@ -31,8 +31,8 @@ class RouterCost(NamedTuple):
 def router_cost(spec: RouterSpec, geometry: Geometry = MEDIUM) -> RouterCost:
     """Parameters and FLOPs of a model's routers, on the meta device.
 
-    FLOPs are counted on real calls at two numbers of tokens; the difference leaves out what does not depend on
-    them (a hypernetwork runs once per forward pass).
+    FLOPs are counted on real calls with one and with two sequences of 64 tokens; the difference leaves out what does
+    not depend on them (a hypernetwork runs once per forward pass).
 
     >>> from rmoe.routing.zoo import resolve
     >>> router_cost(resolve("rmoe")).parameters
@@ -48,7 +48,7 @@ def router_cost(spec: RouterSpec, geometry: Geometry = MEDIUM) -> RouterCost:
             state: State = ()
             with FlopCounterMode(display=False) as counter:
                 for router in routers:
-                    _, state = router(hidden, state, shared, RouterContext(1, tokens, None, ids))
+                    _, state = router(hidden, state, shared, RouterContext(tokens // 64, 64, None, ids))
             return counter.get_total_flops()
 
         per_token = (flops(128) - flops(64)) // 64

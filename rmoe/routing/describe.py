@@ -50,6 +50,7 @@ def needs(row: ZooRow) -> str:
         f"k = {row.top_k}": row.top_k is not None,
         "token ids": spec.router.needs_token_ids,
         "whole batch: cannot generate": not spec.is_causal,
+        "earlier tokens: cannot generate": spec.is_causal and not spec.generates,
         "noise in training": spec.uses_noise,
         "update after each step": any(stage.moves for stage in spec.stages()),
     }

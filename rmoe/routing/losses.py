@@ -137,6 +137,17 @@ class MutualInformation(Loss):
         return masked_mean(torch.special.entr(probs).sum(-1), mask) - marginal
 
 
+class GateEntropy(Loss):
+    """`mean_t H(p_t)` in nats: keeps a top-p gate from asking many experts (2403.07652)."""
+
+    kind = "gate_entropy"
+
+    weight: NotNegative | None = 1e-4
+
+    def __call__(self, view: LossView) -> Tensor:
+        return masked_mean(torch.special.entr(view.probs).sum(-1), view.context.mask)
+
+
 class SimilarityPreserving(Loss):
     """`|| R R^T - I ||_1 / E^2`, `R` `[E, f]` the scorer's expert vectors (2506.14038); over `E^2` is our scaling."""
 

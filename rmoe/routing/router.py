@@ -80,6 +80,20 @@ class BaseRouter(StepState, Mechanism):
             return False
 
         @property
+        def is_causal(self) -> bool:
+            """Whether no token's routing depends on a later token's."""
+            return True
+
+        @property
+        def reads_sequence(self) -> bool:
+            """Whether it needs a token's earlier tokens in the same call: it cannot work behind a cache."""
+            return False
+
+        def built_experts(self, geometry: Geometry) -> int:
+            """How many experts the model builds per layer; a router that never leaves the first few needs no more."""
+            return geometry.num_experts
+
+        @property
         def has_zero_experts(self) -> bool:
             """Whether a token may choose experts that compute nothing."""
             return False
@@ -153,8 +167,7 @@ class BaseRouter(StepState, Mechanism):
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Router arithmetic stays in float32 under autocast too; the meta device, which plans are made on, has none."""
-    available = torch.amp.is_autocast_available(device_type)
-    if available and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

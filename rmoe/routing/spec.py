@@ -93,7 +93,12 @@ class RouterSpec:
     @property
     def is_causal(self) -> bool:
         """Whether no token's routing depends on a later token's."""
-        return self.gate is None or self.gate.is_causal
+        return self.router.is_causal and (self.gate is None or self.gate.is_causal)
+
+    @property
+    def generates(self) -> bool:
+        """Whether text can be generated token by token: no token's routing needs another token."""
+        return self.is_causal and not self.router.reads_sequence
 
     def stages(self) -> list[Options]:
         """Every mechanism in use, in the order a token meets them."""

@@ -12,17 +12,28 @@ from typing import Any
 from rmoe.errors import RequestError
 from rmoe.routing.balance import BalanceSpec
 from rmoe.routing.cosine import Cosine, HalfCosine
+from rmoe.routing.cross_layer import AdaptiveClustering, GatingResidual, MultiLevelContext, Previous
+from rmoe.routing.fixed_routers import Dense, RoundRobin
 from rmoe.routing.gate import Sigmoid, Softmax, TopK
-from rmoe.routing.losses import LoadBalance, MutualInformation, SequenceBalance, SimilarityPreserving, ZLoss
+from rmoe.routing.losses import (
+    GateEntropy,
+    LoadBalance,
+    MutualInformation,
+    SequenceBalance,
+    SimilarityPreserving,
+    ZLoss,
+)
 from rmoe.routing.model_routers import SharedInSoftmax, TableTopK
 from rmoe.routing.model_scorers import NormedLinear, ProductKeys
 from rmoe.routing.other_gates import ExpertChoice, ReLU, SecondExpert, SparseMixer
+from rmoe.routing.quantile_balance import QuantileBalanced
 from rmoe.routing.recurrence import Recurrence
 from rmoe.routing.router import Router
 from rmoe.routing.score_routers import NoisyTopK, ResidualScores
 from rmoe.routing.scorer import MLP, EdaHead, Hypernetwork, Linear
 from rmoe.routing.spec import RouterSpec, vary
 from rmoe.routing.temperature import Temperature
+from rmoe.routing.threshold_gates import ExpertThreshold, TopP
 from rmoe.routing.token_routers import Hash, Stable
 
 
@@ -112,10 +123,14 @@ XMOE = vary(SMOE, scorer=Cosine.Config(width=16))
 UNBALANCED = BalanceSpec()
 BIAS = BalanceSpec(bias_update_rate=1e-3)
 DEEPSEEK = vary(SMOE, gate=Sigmoid.Config(), balance=replace(BIAS, losses=(SequenceBalance(),)))
+QUANTILE = vary(
+    SMOE, router=QuantileBalanced.Config(), gate=TopK.Config(choose_by="logits"), balance=UNBALANCED
+)
 
 UNUSED_HIDDEN = (r".*cell\.weight_hh",)
 UNUSED_GATE = (r".*cell\.(weight|bias)",)
 IN_ORDER = "no: experts fill up in token order"
+READS_SEQUENCE = "no: a token's earlier neighbours count"
 
 
 def _xmoe(width: int, recurrence: Recurrence.Config | None = None) -> RouterSpec:
@@ -199,6 +214,18 @@ _ROWS: dict[str, ZooRow] = {
     "smoe-sequence": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(SequenceBalance(weight=1e-2),))), "2412.19437", "balance within each sequence"),
     "smoe-similarity": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(SimilarityPreserving(),))), "2506.14038", "router kept near orthogonal"),
     "smoe-capacity": ZooRow(vary(SMOE, balance=replace(BALANCED, capacity_factor=1.0)), "Table 11", "capacity factor 1.0, the rest dropped", permutes=IN_ORDER),
+    # ---- RMoE's rivals across layers, and baselines ----
+    "moepp-residual": ZooRow(vary(SMOE, router=GatingResidual.Config()), "MoE++, 2410.07348", "a learned map of the last layer's scores is added; scores accumulate"),
+    "moepp": ZooRow(vary(SMOE, router=GatingResidual.Config(identity_experts=1, zero_experts=1, constant_experts=2), gate=TopK.Config(renormalize=False)), "MoE++, 2410.07348", "all of MoE++: the gating residual, and experts that compute nothing"),
+    "acmoe": ZooRow(vary(SMOE, router=AdaptiveClustering.Config()), "ACMoE, 2502.15315", "features weighted by how tightly the last layer's expert clusters them"),
+    "mcf-moe": ZooRow(vary(SMOE, router=MultiLevelContext.Config()), "MCF-MoE, 2026 (anonymous code)", "scores from similar earlier tokens and attention to three layers below", permutes=READS_SEQUENCE),
+    "pre-gated": ZooRow(vary(SMOE, recurrence=Previous.Config()), "Pre-gated MoE, 2308.12066", "the input of the layer below decides, so that experts can be fetched early"),
+    "top-p": ZooRow(vary(SMOE, gate=TopP.Config(), balance=BalanceSpec(losses=(LoadBalance(), GateEntropy()))), "2403.07652", "the fewest experts with 0.4 of the mass"),
+    "expert-threshold": ZooRow(vary(SMOE, gate=ExpertThreshold.Config(), balance=UNBALANCED), "Expert Threshold, 2603.11535", "an expert takes every token above its moving quantile; causal"),
+    "quantile-balance": ZooRow(QUANTILE, "kexue.fm/archives/11619; marin #3406", "the bias that would have balanced the last step, no rate"),
+    "rmoe-quantile": ZooRow(vary(RMOE, router=QUANTILE.router, gate=QUANTILE.gate, balance=UNBALANCED), "marin #3406 on Eq. 4 to 6", "RMoE balanced by quantiles"),
+    "dense": ZooRow(RouterSpec(router=Dense.Config(), scorer=None, gate=None), "baseline", "no routing: the dense model of equal active parameters"),
+    "uniform": ZooRow(RouterSpec(router=RoundRobin.Config(), scorer=None, gate=None), "baseline", "forced balance: experts dealt out in turn, nothing learned", permutes=IN_ORDER),
 }  # fmt: skip
 
 OF_CHOSEN = Softmax.Config(order="topk_softmax", renormalize=False)

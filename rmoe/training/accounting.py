@@ -53,7 +53,7 @@ class StepSums:
         if self.ranks.world > 1:
             total = self._summed(total)
             if self.stats is not None:
-                self.stats = RouterStats(*(self._summed(t * self.ranks.speaks) for t in self.stats))
+                self.stats = self.stats.map(lambda part: self._summed(part * self.ranks.speaks))
         lm_loss, balance_loss, bad, asked = total.tolist()
         return lm_loss, balance_loss, bad == 0 and bool(np.isfinite(lm_loss + balance_loss)), asked > 0
 

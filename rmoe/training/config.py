@@ -53,6 +53,7 @@ class ModelConfig:
         tie_word_embeddings: output layer and embedding are one matrix.
         router_aux_loss_coef: weight of the balance losses that do not name their own.
         initializer_range: standard deviation of the normal initialisation.
+        dense_gradients: how experts that a token did not choose teach the router; None is not at all.
     """
 
     hidden_size: int = 128
@@ -75,6 +76,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     router_aux_loss_coef: float = 0.01
     initializer_range: float = 0.02
+    dense_gradients: Literal["densemixer", "default"] | None = None
 
 
 @dataclass(frozen=True)
@@ -285,13 +287,18 @@ class ParallelConfig:
         """Processes that work together on the same sequences."""
         return self.tensor * self.pipeline
 
+    @property
+    def processes(self) -> int:
+        """Processes of the layout; 1 also stands for any number of copies (DDP)."""
+        return self.replicate * self.fsdp * self.tensor * self.pipeline
+
     def require_processes(self, count: int) -> None:
         """Check that the layout is one for `count` processes; with all sizes 1 it is for any number.
 
         Raises:
             RequestError: it is not.
         """
-        product = self.replicate * self.fsdp * self.tensor * self.pipeline
+        product = self.processes
         said = f"replicate x fsdp x tensor x pipeline = {product}"
         require(product in (1, count), "parallel", said, f"the number of processes ({count})")
 
@@ -390,6 +397,7 @@ class RunConfig:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise RequestError("--preset", name, f"TOML ({error})") from None
+        data.pop("engine", None)  # where a grid of such runs is carried out: `rmoe.compare.engines`
         return cls.from_dict({**data, "preset": name})
 
     @classmethod

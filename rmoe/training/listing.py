@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,14 +19,15 @@ from rmoe.training.config import RunConfig
 from rmoe.training.metrics import Row, read_metrics
 from rmoe.training.run_folder import CONFIG, LOCK, METRICS, RESULT, read_run
 
-State = Literal["running", "finished", "stopped", "died", "not begun"]
+State = Literal["running", "finished", "stopped", "died", "not begun", "queued", "lost"]
 
 
 class RunStatus(Record, frozen=True, kw_only=True):
     """One run.
 
     Attributes:
-        state: running; finished; stopped, with a checkpoint of its last step; died, without one; not begun.
+        state: running; finished; stopped, with a checkpoint of its last step; died, without one; not begun. Of a grid
+            also queued, and lost: nothing carries it out any more.
         step, steps: done, and to do in all.
         loss: of the last training row, nats per token. validation: of the last evaluation.
         tokens_per_s: of the last training row.
@@ -67,14 +68,32 @@ def find_runs(root: Path, depth: int = 4) -> list[RunStatus]:
 
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:
-    """Folders with both a configuration and a lock, without going into runs or through links."""
-    if (root / CONFIG).is_file() and (root / LOCK).exists():
-        yield root
-        return
-    if depth:
-        for entry in sorted(root.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
-                yield from _folders(entry, depth - 1)
+    """Folders with both a configuration and a lock, without going into runs."""
+    for folder in folders_below(root, depth, lambda folder: (folder / CONFIG).is_file()):
+        if (folder / CONFIG).is_file() and (folder / LOCK).exists():
+            yield folder
+
+
+def folders_below(root: Path, depth: int, is_leaf: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder and those below it, through links too, each once; nothing below a leaf."""
+    seen: set[Path] = set()
+
+    def walk(folder: Path, left: int) -> Iterator[Path]:
+        place = folder.resolve()
+        if place in seen:
+            return
+        seen.add(place)
+        yield folder
+        if left and not is_leaf(folder):
+            try:
+                entries = sorted(folder.iterdir())
+            except OSError:  # not ours to read
+                return
+            for entry in entries:
+                if entry.is_dir():
+                    yield from walk(entry, left - 1)
+
+    return walk(root, depth)
 
 
 def status_of(folder: Path) -> RunStatus:

@@ -43,9 +43,12 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     parallel.require_processes(world_size)
     if not parallel.shards:
         return model
-    experts = model.config.num_experts
+    experts = model.config.num_built_experts
     if experts % parallel.expert:
         raise RequestError("parallel.expert", parallel.expert, f"a divisor of num_experts ({experts})")
+    if model.config.dense_gradients and parallel.expert * parallel.tensor > 1:
+        allowed = "null with tensor or expert parallelism: no device has an expert's whole output"
+        raise RequestError("dense_gradients", model.config.dense_gradients, allowed)
     prune_expert_plan(model, model.config.without_absent)
     settings = _distributed_config(parallel)
     settings, _, mesh = type(model).prepare_distribute_model(settings)

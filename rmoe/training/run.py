@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from accelerate import Accelerator, PartialState
@@ -17,6 +18,7 @@ from rmoe.compat import enable_checkpointing
 from rmoe.data import Corpus, prepare
 from rmoe.data.config import SplitName
 from rmoe.errors import RequestError, RunError
+from rmoe.errors import Stopped as Stopped
 from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.parallel import Pipeline
 from rmoe.places import require_writable
@@ -47,8 +49,9 @@ from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, layer_curves, publish_model
 from rmoe.training.resume import newest
 from rmoe.training.run_folder import RunRecord
-from rmoe.training.stopping import Stopped as Stopped
 from rmoe.training.stopping import raise_unless_finished, signals
+
+T = TypeVar("T")
 
 MAY_DIFFER = frozenset(
     {
@@ -139,22 +142,20 @@ def train(
             started_in=str(Path.cwd()),
         )
         branch = None if branch_of is None else require_branch(config, record, branch_of, MAY_DIFFER)
+        if resume and (out / run_folder.RESULT).exists():
+            _enter(stack, out, record, resume)
+            say(f"{out} is finished already: nothing to do")
+            return read_result(out)
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
-        initial = start_at(model, fixed_batch(corpus.train), config.training.initial_logit_std)
-        if not resume:
+        initial = _initial_logits(out if resume else None, model, corpus, config.training.initial_logit_std)
+        record = msgspec.structs.replace(record, initial_logits=initial)
+        if not (out / run_folder.CONFIG).exists():
             require_space(out, model, config.checkpoints.keep + len(config.training.branch_points))
         if config.training.gradient_checkpointing:
             enable_checkpointing(model)
-        if place.ranks.staged:
-            spread: RMoEForCausalLM | Pipeline = build_pipeline(model, config, place)
-        else:
-            spread = distribute(model, config.parallel, place.ranks.world)
+        spread = spread_model(model, config, place)
         _enter(stack, out, record, resume)
-        if (out / run_folder.RESULT).exists():
-            say(f"{out} is finished already: nothing to do")
-            return read_result(out)
-        if branch is not None and not CheckpointStore(out, "").found():
-            _begin_branch(branch, out, record)
+        if branch is not None and _begin_branch(branch, out, record):
             resume = True
         try:
             return _run(config, out, corpus, spread, record, initial, place, resume, progress, profile)
@@ -194,20 +195,46 @@ def _enter(stack: ExitStack, out: Path, record: RunRecord, resume: bool) -> None
 
     The first rank does it; what it finds wrong is raised on every rank.
     """
-    wrong: list[Any] = [None]
+
+    def enter() -> None:
+        stack.enter_context(run_folder.locked(out))
+        if resume and (out / run_folder.CONFIG).exists():
+            run_folder.require_same(out, record, MAY_DIFFER)
+        else:
+            run_folder.refuse_used(out)
+            run_folder.begin(out, record)
+
+    on_first_rank(enter)
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Do something on the first rank alone; what it returns, or finds wrong, every rank gets. Collective.
+
+    Raises:
+        RequestError: the action's, on every rank.
+    """
+    said: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
-            stack.enter_context(run_folder.locked(out))
-            if resume and (out / run_folder.CONFIG).exists():
-                run_folder.require_same(out, record, MAY_DIFFER)
-            else:
-                run_folder.refuse_used(out)
-                run_folder.begin(out, record)
+            said = [action(), None]
         except RequestError as error:
-            wrong = [(error.field, error.value, error.allowed)]
-    broadcast_object_list(wrong)
-    if wrong[0] is not None:
-        raise RequestError(*wrong[0])
+            said = [None, (error.field, error.value, error.allowed)]
+    broadcast_object_list(said)
+    if said[1] is not None:
+        raise RequestError(*said[1])
+    found: T = said[0]
+    return found
+
+
+def _initial_logits(
+    resumed: Path | None, model: RMoEForCausalLM, corpus: Corpus, target: float | None
+) -> InitialLogits | None:
+    """Set and measure the scale of the logits; where nothing is set, a resumed run has measured it already."""
+    if target is None and resumed is not None and (resumed / run_folder.CONFIG).exists():
+        stored = run_folder.read_run(resumed).initial_logits
+        if stored is not None:
+            return stored
+    return start_at(model, fixed_batch(corpus.train), target)
 
 
 def _sealed_as(out: Path, record: RunRecord) -> str:
@@ -226,17 +253,26 @@ def fingerprint(record: RunRecord) -> str:
     return hashlib.sha256(identity).hexdigest()
 
 
-def _begin_branch(branch: Path, out: Path, record: RunRecord) -> None:
-    """By the first rank; on a wrong request the folder is as empty as it was."""
-    if PartialState().is_main_process:
+def _begin_branch(branch: Path, out: Path, record: RunRecord) -> bool:
+    """Begin at the longer run's checkpoint, if this one has none; a wrong request leaves the folder empty. Collective.
+
+    Returns:
+        Whether it did.
+    """
+
+    def begin() -> bool:
+        if CheckpointStore(out, "").found():
+            return False
         source_run = fingerprint(run_folder.read_run(branch.parents[1]))
         try:
             begin_branch(branch, source_run, CheckpointStore(out, fingerprint(record)))
         except RequestError:
-            (out / run_folder.CONFIG).unlink(missing_ok=True)
-            (out / run_folder.METRICS).unlink(missing_ok=True)
+            for name in (run_folder.CONFIG, run_folder.METRICS):
+                (out / name).unlink(missing_ok=True)
             raise
-    PartialState().wait_for_everyone()
+        return True
+
+    return on_first_rank(begin)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -346,6 +382,13 @@ def _run(
         store.clear_staging()
     accelerator.wait_for_everyone()
     return read_result(out)
+
+
+def spread_model(model: RMoEForCausalLM, config: RunConfig, place: Place) -> RMoEForCausalLM | Pipeline:
+    """The model as its layout (`config.parallel`) spreads it over the ranks."""
+    if place.ranks.staged:
+        return build_pipeline(model, config, place)
+    return distribute(model, config.parallel, place.ranks.world)
 
 
 def make_learner(

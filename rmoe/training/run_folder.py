@@ -26,7 +26,7 @@ import msgspec
 from rmoe.errors import RequestError
 from rmoe.places import expand
 from rmoe.records import Record, read_record, write_record
-from rmoe.results.run import Hardware, Versions
+from rmoe.results.run import Hardware, InitialLogits, Versions
 
 CONFIG_VERSION = 1
 CONFIG, LOCK, METRICS, MODEL, RESULT = "config.json", "run.lock", "metrics.jsonl", "model", "result.json"
@@ -42,6 +42,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
         plugins: plugin -> sha256 of its source.
         data_sha256: identity of the encoded corpus.
         started_in: the working folder, in which relative paths of the configuration were meant.
+        initial_logits: their scale before step 0; None for a router without a scorer, or of an earlier release.
     """
 
     schema_version: int = CONFIG_VERSION
@@ -53,6 +54,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     versions: Versions
     hardware: Hardware
     started_in: str = ""
+    initial_logits: InitialLogits | None = None
 
 
 def read_run(folder: Path) -> RunRecord:

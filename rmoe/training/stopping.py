@@ -8,14 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rmoe.errors import RunError
+from rmoe.errors import RunError, Stopped
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.loop import Loop
 from rmoe.training.place import say
-
-
-class Stopped(Exception):
-    """The run was asked to stop, has saved everything, and can go on; the text says so."""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rmoe.analysis.record import RoutingBatch
+from rmoe.moe.records import RoutingBatch
 
 
 def random_routing(

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from rmoe.analysis import measures, mutual_information
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.command import _sequence_length
-from rmoe.analysis.families import Family, MoELayer, expert_vectors
-from rmoe.analysis.gradients import _only_trainable, balance_loss, recurrence_cut, router_gradients
+from rmoe.analysis.gradients import (
+    _only_trainable,
+    balance_loss,
+    find_shared,
+    recurrence_cut,
+    router_gradients,
+)
 from rmoe.analysis.load import Load
 from rmoe.analysis.measures import RoutingMeasures, Sizes
 from rmoe.analysis.mutual_information import (
@@ -24,10 +29,11 @@ from rmoe.analysis.mutual_information import (
     mutual_information_of_counts,
 )
 from rmoe.analysis.paths import FrequentPaths
-from rmoe.analysis.record import RoutingBatch
-from rmoe.analysis.recorder import Recorder, find_moe_layers, find_shared
 from rmoe.analysis.weights import random_similarity
 from rmoe.errors import RequestError
+from rmoe.moe import Recorder, RoutedLayer, expert_vectors, require_layers
+from rmoe.moe.reading import ExpertsReader
+from rmoe.moe.records import RoutingBatch
 from tests.analysis.random_routing import random_routing
 from tests.analysis.tiny_rmoe import tiny_rmoe
 
@@ -143,21 +149,21 @@ def test_explorer_puts_empty_slots_nowhere() -> None:
 
 
 def test_records_carry_no_gradient() -> None:
-    layer = MoELayer("mlp", nn.Identity(), nn.Identity(), 4, 2, Family("softmax"))
+    reader = ExpertsReader("mlp", 4, 2)
     logits = torch.randn(5, 4, requires_grad=True)
     weights, experts = logits.softmax(-1).topk(2)
-    record = layer.family.record((logits, weights, experts), (torch.zeros(5, 3), experts, weights), layer)
+    record = reader.read((logits, weights, experts), (torch.zeros(5, 3), experts, weights), {})
     assert not any(part.requires_grad for part in record[:4])
     assert (record.probs - logits.detach().softmax(-1)).abs().max() < 1e-6
     with pytest.raises(RuntimeError, match="mlp: 2 of the router's results look like logits"):
-        layer.family.record((logits, logits * 2), (torch.zeros(5, 3), experts, weights), layer)
+        reader.read((logits, logits * 2), (torch.zeros(5, 3), experts, weights), {})
     with pytest.raises(RuntimeError, match="mlp: 0 of the router's results look like logits"):
-        layer.family.record((weights, logits.long()), (torch.zeros(5, 3), experts, weights), layer)
+        reader.read((weights, logits.long()), (torch.zeros(5, 3), experts, weights), {})
 
 
 def test_expert_vectors_of_bfloat16_are_means_in_float32() -> None:
     model = tiny_rmoe().bfloat16()
-    for layer in find_moe_layers(model):
+    for layer in require_layers(model):
         gate_up, down = (getattr(layer.experts, name).float() for name in ("gate_up_proj", "down_proj"))
         parts = [gate_up[:, :16].mean(1), gate_up[:, 16:].mean(1), down.mean(2)]
         wanted = torch.cat([nn.functional.normalize(p, dim=-1) for p in parts], -1)
@@ -204,7 +210,7 @@ def test_a_batch_leaves_padding_out() -> None:
 @pytest.mark.parametrize("batches", [1, 3])
 def test_gradients_are_the_mean_over_the_batches(batches: int) -> None:
     model = tiny_rmoe("smoe")
-    layers = find_moe_layers(model)
+    layers = require_layers(model)
     ids = [torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(i)) for i in range(batches)]
     found = router_gradients(model, layers, find_shared(model, layers), ids)
     for index, layer in enumerate(layers):
@@ -212,7 +218,7 @@ def test_gradients_are_the_mean_over_the_batches(batches: int) -> None:
         for one in ids:
             logits = model(one).logits
             loss = nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 256), one[:, 1:].reshape(-1))
-            total = total + torch.autograd.grad(loss, layer.router.scorer.linear.weight)[0]
+            total = total + torch.autograd.grad(loss, layer.gate.scorer.linear.weight)[0]
         assert found.language_model[index] == pytest.approx(float((total / batches).norm()), rel=1e-4)
     assert found.tokens == 18 * batches
     assert (found.cut, found.recurrent, found.shared) == (None, None, None)
@@ -222,7 +228,7 @@ def test_only_the_routers_parameters_are_differentiated() -> None:
     """For the length of the measurement; afterwards each is as trainable as it was."""
     model = tiny_rmoe("smoe")
     frozen = model.lm_head.weight.requires_grad_(False)
-    routers = [layer.router.scorer.linear.weight for layer in find_moe_layers(model)]
+    routers = [layer.gate.scorer.linear.weight for layer in require_layers(model)]
     before = [p.requires_grad for p in model.parameters()]
     with _only_trainable(model, routers):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -256,7 +262,7 @@ def test_the_cut_takes_the_state_and_nothing_else() -> None:
             ]
 
     router = Router()
-    layer = MoELayer("mlp", router, nn.Identity(), 4, 2, None)
+    layer = RoutedLayer("mlp", "", 0, router, "mlp.gate", nn.Identity(), 4, 2, ExpertsReader("mlp", 4, 2))
     x = torch.ones(2, requires_grad=True)
     with recurrence_cut([layer]) as found:
         assert router(x, (x, x), x, other=x) == [True, False, False, True, True]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmoe.analysis.gradients import recurrence_cut, router_gradients
-from rmoe.analysis.recorder import Recorder
+from rmoe.analysis.gradients import find_shared, recurrence_cut, router_gradients
+from rmoe.moe.recorder import Recorder
 from tests.analysis.tiny_families import TINY
 from tests.analysis.tiny_rmoe import LAYERS, tiny_rmoe
 
@@ -29,7 +29,7 @@ def _layer_norms(model: torch.nn.Module) -> list[float]:
 def test_each_part_is_what_backward_gives_for_that_loss_alone(batches: list[Tensor]) -> None:
     model = tiny_rmoe("rmoe")
     recorder = Recorder(model)
-    measured = router_gradients(model, recorder.layers, recorder.shared, batches)
+    measured = router_gradients(model, recorder.layers, find_shared(recorder.model, recorder.layers), batches)
     assert measured is not None
     assert measured.tokens == 96
     for part, loss_of in (
@@ -43,14 +43,17 @@ def test_each_part_is_what_backward_gives_for_that_loss_alone(batches: list[Tens
     model.zero_grad()
     for ids in batches:
         (model(input_ids=ids, labels=ids).loss / len(batches)).backward()
-    assert measured.shared == pytest.approx(_norm(recorder.shared.parameters()), rel=1e-4)
+    assert measured.shared == pytest.approx(
+        _norm(find_shared(recorder.model, recorder.layers).parameters()), rel=1e-4
+    )
 
 
 def test_the_cut_gradient_is_that_of_the_detached_router_with_the_same_weights(batches: list[Tensor]) -> None:
     model, detached = tiny_rmoe("rmoe"), tiny_rmoe("rmoe-detach")
     detached.load_state_dict(model.state_dict())
     whole, own = (
-        router_gradients(m, Recorder(m).layers, Recorder(m).shared, batches) for m in (model, detached)
+        router_gradients(m, Recorder(m).layers, find_shared(m, Recorder(m).layers), batches)
+        for m in (model, detached)
     )
     assert whole is not None
     assert own is not None
@@ -74,7 +77,7 @@ def test_the_cut_does_not_change_the_forward_pass(batches: list[Tensor]) -> None
 def test_a_router_without_memory_has_no_recurrent_part(batches: list[Tensor]) -> None:
     model = tiny_rmoe("smoe")
     recorder = Recorder(model)
-    measured = router_gradients(model, recorder.layers, recorder.shared, batches)
+    measured = router_gradients(model, recorder.layers, find_shared(recorder.model, recorder.layers), batches)
     assert measured is not None
     assert measured.cut is measured.recurrent is measured.shared is None
 
@@ -88,7 +91,7 @@ def test_a_frozen_router_has_nothing_to_measure(batches: list[Tensor]) -> None:
 def test_the_model_is_left_as_it_was(batches: list[Tensor]) -> None:
     model = tiny_rmoe("rmoe")
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    router_gradients(model, Recorder(model).layers, Recorder(model).shared, batches)
+    router_gradients(model, Recorder(model).layers, find_shared(model, Recorder(model).layers), batches)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
     assert all(p.grad is None for p in model.parameters())
 
@@ -99,26 +102,30 @@ def test_the_model_is_left_as_it_was(batches: list[Tensor]) -> None:
 def test_transformers_balance_loss_is_taken_with_its_weight(family: str, batches: list[Tensor]) -> None:
     model = TINY[family].build()
     recorder = Recorder(model)
-    measured = router_gradients(model, recorder.layers, recorder.shared, batches[:1])
+    measured = router_gradients(
+        model, recorder.layers, find_shared(recorder.model, recorder.layers), batches[:1]
+    )
     assert measured is not None
     ids = batches[0]
     balance = model(input_ids=ids, output_router_logits=True).aux_loss
     if isinstance(balance, Tensor):
         (balance * model.config.router_aux_loss_coef).backward()
-        norms = [_norm(layer.router.parameters()) for layer in recorder.layers]
+        norms = [_norm(layer.gate.parameters()) for layer in recorder.layers]
         assert measured.balance == pytest.approx(norms, rel=1e-4)
     else:  # Granite in transformers 5.17 returns the number 0
         assert measured.balance is None
     model.zero_grad()
     model(input_ids=ids, labels=ids, output_router_logits=False).loss.backward()
     assert measured.language_model == pytest.approx(
-        [_norm(x.router.parameters()) for x in recorder.layers], rel=1e-3
+        [_norm(x.gate.parameters()) for x in recorder.layers], rel=1e-3
     )
 
 
 def test_zayas_own_recurrence_is_cut_too(batches: list[Tensor]) -> None:
     recorder = Recorder(TINY["zaya"].build())
-    measured = router_gradients(recorder.model, recorder.layers, recorder.shared, batches)
+    measured = router_gradients(
+        recorder.model, recorder.layers, find_shared(recorder.model, recorder.layers), batches
+    )
     assert measured is not None
     assert measured.balance is None
     assert measured.recurrent is not None

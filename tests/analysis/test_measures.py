@@ -17,10 +17,10 @@ from rmoe.analysis.histogram import StreamingHistogram
 from rmoe.analysis.load import Load, capacity, frequency, load_imbalance
 from rmoe.analysis.measures import RoutingMeasures, Sizes
 from rmoe.analysis.paths import FrequentPaths
-from rmoe.analysis.record import RoutingBatch
 from rmoe.analysis.saturation import Saturation, shared_choice
 from rmoe.analysis.token_affinity import TokenAffinity, tracked_tokens
 from rmoe.analysis.weights import mean_pairwise_cosine, norm_and_std, random_similarity
+from rmoe.moe.records import RoutingBatch
 from rmoe.routing.contract import gate_entropy
 from tests.analysis.random_routing import random_routing, split
 
@@ -101,7 +101,7 @@ class TestConfidence:
         )
         assert confidence.outer.medians()[1] == pytest.approx(0.6, abs=1e-4)
         load = Load(1, 3, 1, 1)
-        load.update(skipping)
+        load.update(skipping.experts)
         assert load.total_counts().sum() == 0
         assert skipping.first_choice().item() == 3
 
@@ -117,7 +117,7 @@ class TestLoad:
         window, factors = 64, (1.0, 1.3)
         load = Load(L, E, K, T, factors, window)
         for part in split(batch, [10, 200, 290]):
-            load.update(part)
+            load.update(part.experts)
         experts = batch.experts.numpy()
         counts = np.stack([np.bincount(layer.reshape(-1), minlength=E) for layer in experts])
         assert np.array_equal(load.total_counts(), counts)
@@ -138,7 +138,7 @@ class TestLoad:
 
     def test_a_text_shorter_than_a_window_is_one_window(self, batch: RoutingBatch) -> None:
         load = Load(L, E, K, T, window_tokens=4096)
-        load.update(batch)
+        load.update(batch.experts)
         assert load.window_tokens == T
         counts = load.total_counts()
         expected = np.clip(counts - capacity(1.0, T, K, E), 0, None).sum(-1) / (T * K)
@@ -147,7 +147,7 @@ class TestLoad:
     def test_one_expert_doing_everything_drops_all_beyond_its_share(self) -> None:
         experts = torch.zeros(1, 100, 1, dtype=torch.int64)
         load = Load(1, 4, 1, 100, (1.0,))
-        load.update(RoutingBatch(torch.full((1, 100, 4), 0.25), experts, torch.ones(1, 100, 1), 4))
+        load.update(experts)
         assert load.drop_ratio()[1][0] == pytest.approx(0.75)
 
 
@@ -157,7 +157,7 @@ def test_coactivation_against_a_loop(batch: RoutingBatch) -> None:
     batch = batch._replace(experts=empty)
     measure = Coactivation(L, E)
     for part in split(batch, [123, 377]):
-        measure.update(part)
+        measure.update(part.experts)
     within, across = np.zeros((L, E, E)), np.zeros((L - 1, E, E))
     for token in range(T):
         for layer in range(L):
@@ -218,7 +218,7 @@ class TestTokenAffinity:
         ids = torch.randint(0, 40, (T,), generator=torch.Generator().manual_seed(5))
         affinity = TokenAffinity(L, E, 40, tracked_tokens(np.bincount(ids, minlength=40), L, E))
         for part, part_ids in zip(split(batch, [50, 450]), ids.split([50, 450]), strict=True):
-            affinity.update(part, part_ids)
+            affinity.update(part.experts, part_ids)
         top = affinity.top(4)
         for layer in range(L):
             for expert in range(E):
@@ -244,7 +244,7 @@ class TestTokenAffinity:
             torch.ones(2, 5, 1),
             2,
         )
-        affinity.update(routing, text)
+        affinity.update(routing.experts, text)
         assert affinity.top(3)[0] == [[(1, 2, 0.4), (3, 1, 0.2)], []]  # shares of all 5, the uncounted too
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
-from rmoe.analysis.recorder import Recorder
 from rmoe.analysis.snapshot import MEASURES, RoutingSnapshot, over_training
 from rmoe.errors import RequestError
+from rmoe.moe.recorder import Recorder
 from rmoe.results.analysis import ModelAnalysis
 from rmoe.routing.contract import gate_entropy
 from tests.analysis.tiny_families import TINY

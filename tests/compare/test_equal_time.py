@@ -152,3 +152,15 @@ def test_lengths_that_cannot_be_branched_are_refused(lengths, schedule, said):
 def test_branch_points_are_where_the_decay_begins():
     config = RunConfig(training=TrainingConfig(schedule="wsd", max_steps=2000, branch_points=(100,)))
     assert with_branch_points(config, (1000, 500)).training.branch_points == (100, 400, 800)
+
+
+def test_with_looks_the_speedup_has_the_interval_of_the_look():
+    """Its 1 is the difference's 0: either both intervals hold it or neither does, at a look's level too."""
+    law = fit_law((500, 1000, 2000), [loss(n) for n in (500, 1000, 2000)])
+    bits = {"a": {s: 2.0 + 0.01 * s for s in range(4)}, "b": {s: 1.99 + 0.011 * s for s in range(4)}}
+    once, looked = (
+        equal_time(bits, {"a": 1.0, "b": 1.0}, "a", law, "test", 0.01, looks=looks)["b"]
+        for looks in (None, (2, 4, 8))
+    )
+    assert looked.speedup_interval.low < once.speedup_interval.low
+    assert looked.speedup_interval.high > once.speedup_interval.high

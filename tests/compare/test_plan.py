@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rmoe.compare import plan as plans
@@ -87,6 +89,23 @@ def test_more_seeds_and_routers_go_on_with_a_comparison(tmp_path):
     plans.enter(tmp_path / "out", plan(routers=("smoe", "rmoe", "xmoe")), "a" * 64)
 
 
+def test_plugins_are_compared_by_content(tmp_path):
+    """Where they lie does not matter, what they say does."""
+    mine = plan(config=replace(CONFIG, plugin=("a/mine.py",)))
+    moved = plan(config=replace(CONFIG, plugin=("b/mine.py",)))
+    plans.enter(tmp_path / "out", mine, "a" * 64, {"a/mine.py": "1" * 64})
+    plans.enter(tmp_path / "out", moved, "a" * 64, {"b/mine.py": "1" * 64})
+    with pytest.raises(RequestError, match=r"plugin is 'a/mine.py'; allowed: of the content \(sha256\)"):
+        plans.enter(tmp_path / "out", mine, "a" * 64, {"a/mine.py": "2" * 64})
+
+
+def test_another_engine_is_allowed_and_said(tmp_path):
+    assert plans.enter(tmp_path / "out", plan(), "a" * 64, {}, "slurm") == []
+    (note,) = plans.enter(tmp_path / "out", plan(), "a" * 64, {}, "local")
+    assert note.startswith("The grid was begun on slurm and is continued on local: finished runs stay")
+    assert plans.enter(tmp_path / "out", plan(), "a" * 64, {}, "local") == []
+
+
 @pytest.mark.parametrize(
     ("other", "data", "said"),
     [
@@ -128,4 +147,4 @@ def test_threads_do_not_follow_from_jobs():
     assert threads == {1}
     assert share(model, training, 5, on_gpu=False).jobs == 5
     large = RunConfig.from_preset("pretrain-0.9b")
-    assert share(large.model, large.training, None, on_gpu=True).jobs == 1
+    assert share(large.model, large.training, None, on_gpu=True).jobs is None  # as many as the GPUs take

@@ -6,8 +6,8 @@ import pytest
 
 from rmoe.compare.summary import band, chosen_sweep, summarise, sweep_points
 from rmoe.errors import RequestError
-from rmoe.results.rows import Timing
-from rmoe.results.run import Curve
+from rmoe.results.rows import ResultRow, Timing
+from rmoe.results.run import Curve, Hardware
 from tests.compare.rows import changed, row
 
 
@@ -165,3 +165,31 @@ def test_runs_of_two_versions_of_the_code_are_said():
     assert not any(
         "versions of the code" in n for n in summarise(grid(-0.03), preset="", baseline="smoe").notes
     )
+
+
+@pytest.mark.parametrize(
+    ("machines", "cpus", "kept"),
+    [
+        (("a", "a"), ("x", "x"), ["smoe", "rmoe"]),
+        (("a", "b"), ("x", "x"), ["smoe"]),
+        (("a", "a"), ("x", "y"), ["smoe"]),
+        ((None, "a"), ("test", "test"), ["smoe", "rmoe"]),  # an earlier release said no machine
+    ],
+)
+def test_times_of_unlike_machines_share_no_column(machines, cpus, kept):
+    def timed(router: str, machine: str | None, cpu: str) -> ResultRow:
+        hardware = Hardware(cpu=cpu, cores=2, threads=1, memory_gib=4.0)
+        own = {} if machine is None else {"machine": machine, "hardware": hardware}
+        return row(
+            router, 0, 1.7, timing=Timing(seconds_per_1k_steps=1.0, peak_mib=1.0, steps=8, rounds=1, **own)
+        )
+
+    rows = [timed("smoe", machines[0], cpus[0]), timed("rmoe", machines[1], cpus[1])]
+    summary = summarise(rows, preset="small", baseline="smoe")
+    assert sorted(r.router for r in summary.routers if r.timing) == sorted(kept)
+    said = [
+        note
+        for note in summary.notes
+        if note.startswith("No time and memory for rmoe: timed on another machine")
+    ]
+    assert len(said) == 2 - len(kept)

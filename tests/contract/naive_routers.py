@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import naive
+from tests.contract import naive_cross_layer
 
 Tensors = dict[str, Tensor]
 
@@ -42,7 +43,7 @@ class NaiveLayer:
         self, x: Tensor, state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         r = self.spec["recurrence"]
-        if r["kind"] == "none":
+        if r["kind"] in ("none", "previous"):
             return x, None
         table, at = (self.shared, "") if r["projector"] == "shared" else (self.own, "")
         projected = table[at + "recurrence.projector.weight"] @ x
@@ -133,11 +134,22 @@ class NaiveLayer:
                 weights / weights.sum().clamp(min=1e-300),
                 [n for n in range(self.experts) if weights[n] > 0],
             )
+        if gate["kind"] == "expert_threshold":
+            scores = 1 / (1 + torch.exp(-logits))
+            chosen = [n for n in range(self.experts) if logits[n] >= self.own["gate.threshold"][n]]
+            return self._dense([(n, scores[n]) for n in chosen], logits), scores / scores.sum(), chosen
+        if gate["kind"] == "top_p":
+            probs, chosen = naive.softmax(logits), []
+            for n in sorted(range(self.experts), key=lambda n: -float(probs[n])):
+                if sum(float(probs[m]) for m in chosen) < gate["threshold"]:
+                    chosen.append(n)
+            return self._dense([(n, probs[n]) for n in chosen], logits), probs, chosen
         if gate["kind"] == "sparsemixer":
             return self._sparsemixer(logits, gate["jitter"])
         probs = naive.softmax(logits)
         k = self.top_k if gate.get("start_k") is None else int(self.own["gate.current_k"])
-        ranked = sorted(range(len(logits)), key=lambda n: -float(probs[n] + bias[n]))[:k]
+        choice = logits if gate.get("choose_by") == "logits" else probs
+        ranked = sorted(range(len(logits)), key=lambda n: -float(choice[n] + bias[n]))[:k]
         raw = naive.softmax(logits[ranked]) if gate.get("order") == "topk_softmax" else probs[ranked]
         kept = [(n, w) for n, w in zip(ranked, raw, strict=True) if n < self.experts]
         if gate.get("renormalize", True) and kept:
@@ -256,8 +268,10 @@ def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: i
     tokens = len(ids)
     states: list[Any] = [None] * tokens
     below: list[Any] = [None] * tokens
+    memory: dict[str, Any] = {}
     loss = inputs[0].new_zeros(())
-    for layer, x in zip(layers, inputs, strict=True):
+    for layer, hidden in zip(layers, inputs, strict=True):
+        x = naive_cross_layer.read(layer, hidden, memory, batch)
         rows: dict[str, list] = {"logits": [], "weights": [], "probs": [], "chosen": []}
         besides: list[Tensor] = []
         for t in range(tokens):
@@ -269,6 +283,7 @@ def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: i
                 ("chosen", chosen),
             ):
                 rows[name].append(value)
+        memory["best"] = [int(probs[: layer.experts].argmax()) for probs in rows["probs"]]
         if spec["gate"] and spec["gate"]["kind"] == "expert_choice":
             _expert_choice(layer, rows, tokens)
         loss = loss + _losses(
@@ -294,6 +309,13 @@ def _token(
         logits[chosen] = 0.0
         kept = [(n, x.new_tensor(1 / len(chosen))) for n in chosen]
         return logits, layer._dense(kept, x), naive.softmax(logits), chosen
+    if kind in ("dense", "round_robin"):
+        k, experts = layer.top_k, layer.experts
+        start = t * k + layer.layer if kind == "round_robin" else 0
+        chosen = [(start + j) % experts for j in range(k)]
+        logits = x.new_tensor([0.0 if n in chosen else -1e4 for n in range(experts)])
+        kept = [(n, x.new_tensor(1.0 if kind == "dense" else 1 / k)) for n in chosen]
+        return logits, layer._dense(kept, x), naive.softmax(logits), chosen
     if kind == "stable":
         logits = own["centroids"] @ x
         best = int(logits.argmax())
@@ -308,6 +330,10 @@ def _token(
             previous = below[t].detach() if layer.spec["router"]["detach"] else below[t]
             logits = logits + layer.spec["router"]["scale"] * previous
         below[t] = raw
+    if kind == "gating_residual":
+        if below[t] is not None:
+            logits = logits + own["residual.weight"] @ below[t]
+        below[t] = logits
     temperature = (
         torch.exp(own["temperature.log_value"].to(x.dtype)) if "temperature.log_value" in own else 1.0
     )
@@ -370,6 +396,8 @@ def _losses(layer: NaiveLayer, rows: dict[str, list], batch: int) -> Any:
             value = _product(rows["probs"], rows["chosen"], experts)
         elif kind == "z":
             value = sum(torch.log(torch.exp(logits).sum()) ** 2 for logits in rows["logits"]) / tokens
+        elif kind == "gate_entropy":
+            value = sum(-(p * torch.log(p)).sum() for p in rows["probs"]) / tokens
         elif kind == "sequence_balance":
             length = tokens // batch
             parts = [slice(b * length, (b + 1) * length) for b in range(batch)]

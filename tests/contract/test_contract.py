@@ -178,6 +178,7 @@ def test_permuting_tokens_permutes_the_routing(name: str) -> None:
 def test_rows_that_do_not_permute_say_why() -> None:
     for name, row in ZOO.items():
         drops = row.spec.balance.capacity_factor is not None
+        drops = drops or row.spec.router.kind in ("round_robin", "multi_level_context")
         assert drops == (row.permutes != "yes"), name
 
 
@@ -216,6 +217,8 @@ def test_equals_the_naive_reference(name: str) -> None:
     for buffer_name, buffer in routers.named_buffers():  # move training-time state off its start
         if buffer_name.endswith("selection_bias.bias"):
             buffer.copy_(torch.linspace(-0.1, 0.1, buffer.numel()))
+        elif buffer_name.endswith("threshold"):
+            buffer.copy_(torch.linspace(-1, 1.5, buffer.numel()))
         elif buffer_name.endswith("l1_weight"):
             buffer.fill_(0.3)
     with torch.no_grad():
@@ -300,9 +303,10 @@ def test_bfloat16_inputs_choose_as_float32_does(name: str) -> None:
     for a, b in zip(exact, rounded, strict=True):
         assert b.logits.dtype == torch.float32
         same = (dense(a, 16) > 0) == (dense(b, 16) > 0)
-        if name != "remoe":  # a ReLU router has no top-k: its 16 signs are 16 decisions of their own
+        if name not in ("remoe", "expert-threshold"):  # no top-k: 16 comparisons are 16 decisions
             same = same.all(-1)
-        assert same.double().mean() >= 0.99
+        # A choice that hangs on another choice, an expert one layer below or the nearest neighbours, flips with it.
+        assert same.double().mean() >= (0.97 if name in ("acmoe", "mcf-moe") else 0.99)
 
 
 @pytest.mark.parametrize("name", ROWS)

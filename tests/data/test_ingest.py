@@ -16,6 +16,7 @@ from rmoe.data.encode import words
 from rmoe.data.text import SEPARATOR
 from rmoe.errors import RequestError, RunError
 from tests.data.texts import LINES, TEXT, everything, files_below, read
+from tests.versions import since
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
@@ -324,6 +325,7 @@ def test_text_that_changes_while_it_is_read(
     assert files_below(cache) == []
 
 
+@since("transformers", "5.23", "transformers.utils imports torch")
 def test_prepare_needs_no_torch(request_for) -> None:
     config = request_for()
     code = (

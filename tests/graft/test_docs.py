@@ -1,4 +1,4 @@
-"""The table of families in the guide is the packaged one, which `rmoe graft --list` prints."""
+"""The table of families in the guide is the packaged one, which `rmoe families` prints."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from rmoe.cli.graft import FAMILIES, markdown_table
+from rmoe.cli.families import FAMILIES, markdown_table
 from rmoe.cli.main import main
 from tests.graft.tiny_families import PROMISED, moe_model_types, try_families
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "graft.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
 TABLE = GUIDE[GUIDE.index("| model type |") :].splitlines()
 PACKAGED = json.loads(FAMILIES.read_text())
 
@@ -28,7 +28,7 @@ def test_the_guide_has_the_packaged_table() -> None:
 
 def test_every_model_type_has_a_row_and_the_promised_ones_work() -> None:
     assert PACKAGED["promised"] == len(PROMISED)
-    assert [row for row in TABLE[2:] if row.endswith("| yes |  |")][: len(PROMISED)] == TABLE[
+    assert [row for row in TABLE[2:] if row.endswith("| yes | yes |  |")][: len(PROMISED)] == TABLE[
         2 : 2 + len(PROMISED)
     ]
     if transformers.__version__ != PACKAGED["transformers"]:
@@ -37,12 +37,19 @@ def test_every_model_type_has_a_row_and_the_promised_ones_work() -> None:
 
 
 def test_the_list_prints_it_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["graft", "--list"]) == 0
+    assert main(["families"]) == 0
     assert capsys.readouterr().out.endswith("\n".join(TABLE) + "\n")
-    assert main(["graft", "--list", "--json"]) == 0
+    assert main(["families", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == PACKAGED["families"]
-    program = "import sys; from rmoe.cli.main import main; main(['graft', '--list']); sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys; from rmoe.cli.main import main; main(['families']); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_at_least_sixty_families_are_read_and_the_others_say_why_not() -> None:
+    assert sum(row["read"] for row in PACKAGED["families"]) >= 60
+    assert all(row["note"] for row in PACKAGED["families"] if not (row["read"] and row["graft"]))
 
 
 @pytest.mark.slow

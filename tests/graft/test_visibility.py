@@ -15,6 +15,7 @@ from rmoe.graft.attach import OFFSET
 from tests.graft.conftest import SPEC, at_work, grafted
 from tests.graft.tiny_families import PROMISED, TOKENS, tiny_model
 from tests.reload import assert_reloaded, assert_same_logits
+from tests.versions import older
 
 
 @pytest.mark.parametrize("model_type", PROMISED)
@@ -22,7 +23,10 @@ def test_router_logits_are_captured_as_before(model_type: str) -> None:
     plain = tiny_model(model_type)
     model = graft(copy.deepcopy(plain), SPEC)
     with torch.no_grad():
-        before, start = (m(TOKENS, output_router_logits=True).router_logits for m in (plain, model))
+        outputs = [m(TOKENS, output_router_logits=True) for m in (plain, model)]
+        if older("transformers", "5.23") and "router_logits" not in outputs[0]:
+            pytest.skip("this release of transformers has no router logits for the family")
+        before, start = (out.router_logits for out in outputs)
         assert len(before) > 0
         assert len(before) == len(start)
         assert all(torch.equal(a, b) for a, b in zip(before, start, strict=True))

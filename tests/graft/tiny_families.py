@@ -1,7 +1,7 @@
-"""Which of transformers' MoE model types take a graft, tried on tiny random models.
+"""Which of transformers' MoE model types can be read and grafted, tried on tiny random models.
 
-`python -m tests.graft.tiny_families` tries all of them and writes the table that `rmoe graft --list` prints. Run it
-after a new release of transformers, and copy the printed table into docs/graft.md.
+`python -m tests.graft.tiny_families` tries all of them and writes the table that `rmoe families` prints. Run it
+after a new release of transformers, and copy the printed table into docs/families.md.
 
 A tiny configuration comes from the family's own configuration class. Sizes are set by the names of its fields,
 the same for every family; a field that a family does not have is skipped.
@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+import importlib.util
 import inspect
 import json
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,15 +33,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rmoe.cli.graft import FAMILIES as TABLE
-from rmoe.cli.graft import markdown_table
+from rmoe.cli.families import FAMILIES as TABLE
+from rmoe.cli.families import markdown_table
 from rmoe.errors import RequestError, one_line
 from rmoe.graft.attach import OFFSET
 from rmoe.graft.auto import graft
 from rmoe.graft.base import GRAFT_MODEL_TYPE
 from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
+from rmoe.moe import check_reading, routed_layers
 from rmoe.routing.recurrence import Recurrence
+from tests.versions import older
 
 # The families the graft is promised for; the others are tried too.
 PROMISED = (
@@ -56,7 +63,8 @@ PROMISED = (
     "minimax",
     "jamba",
     "llama4_text",
-    "lfm2_moe",
+    # transformers 5.17 renames its kinds of layers when it saves a configuration of another model type
+    *([] if older("transformers", "5.23") else ["lfm2_moe"]),
     "dots1",
 )
 
@@ -78,6 +86,8 @@ _TINY: dict[str, Any] = {
     "shared_expert_intermediate_size": 16,
     "shared_intermediate_size": 16,
     "num_hidden_layers": 4,
+    "num_layers": 4,
+    "num_decoder_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "kv_channels": 8,
@@ -122,6 +132,18 @@ _TINY: dict[str, Any] = {
     "use_mamba_kernels": False,
     "block_size": 8,
     "enable_moe_block": True,
+    # experts that return their input, layers that run more than once, a sliding window
+    "zero_expert_num": 4,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 3,
+    "loop_num_passes": 2,
+    "n_layers_per_attn_res_block": 1,
+    "sliding_window": 64,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 4,
+    "d_ff": 48,
+    "ffn_hidden_size": 48,
     # token ids have to lie in the tiny vocabulary
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -151,18 +173,41 @@ class NotTried(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class FamilyResult:
-    """One row of `rmoe graft --list`. `reason` is why it does not work, or what it is limited to."""
+    """One row of `rmoe families`. `note` is why it does not work, or what it is limited to."""
 
     model_type: str
-    works: bool
-    reason: str
+    read: bool
+    graft: bool
+    note: str
 
 
 def moe_model_types() -> list[str]:
-    """Every model type of the installed transformers whose configuration counts experts, promised ones first."""
+    """Every MoE model type of the installed transformers, promised ones first; found by walking its models.
+
+    A model type is one if its configuration, or a part of it, counts experts and its models speak of experts. One whose
+    text model is a model type of its own has its row there.
+    """
     own = {"rmoe", GRAFT_MODEL_TYPE}
-    others = [t for t in CONFIG_MAPPING if t not in own.union(PROMISED) and _expert_fields(CONFIG_MAPPING[t])]
+    others = [t for t in CONFIG_MAPPING if t not in own.union(PROMISED) and _is_moe(CONFIG_MAPPING[t])]
     return [*PROMISED, *sorted(others)]
+
+
+def _is_moe(config_class: type[PreTrainedConfig]) -> bool:
+    parts = _parts(config_class)
+    if any(part in CONFIG_MAPPING.values() and _expert_fields(part) for part in parts.values()):
+        return False
+    if not any(_expert_fields(part) for part in (config_class, *parts.values())):
+        return False
+    found = importlib.util.find_spec(modeling_module(config_class))
+    return found is not None and "expert" in Path(str(found.origin)).read_text().lower()
+
+
+def _parts(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
+    """The configurations nested in one, but those of any type (`AutoConfig`)."""
+    found = config_class.sub_configs.items()
+    return {
+        name: part for name, part in found if isinstance(part, type) and issubclass(part, PreTrainedConfig)
+    }
 
 
 def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -200,51 +245,107 @@ def tiny_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"input_ids": TOKENS} | ({"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {})
 
 
+def model_class_of(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
+    """The language model of a configuration; without one in the Auto classes, whichever its module builds from it."""
+    for mapping in _TASKS:
+        if config_class in mapping:
+            found = mapping[config_class]
+            return found[0] if isinstance(found, tuple) else found
+    try:
+        module = importlib.import_module(modeling_module(config_class))
+    except ImportError:
+        return None
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, PreTrainedModel)
+        and value.__module__ == module.__name__
+        and inspect.signature(value.__init__).parameters["config"].annotation
+        in (config_class, config_class.__name__)
+        and "input_ids" in inspect.signature(value.forward).parameters
+    ]
+    return min(own, key=lambda value: len(value.__mro__), default=None)
+
+
+def modeling_module(config_class: type) -> str:
+    """Name of the module with the models of a configuration."""
+    return config_class.__module__.replace(".configuration_", ".modeling_")
+
+
 def _tiny_config(model_type: str, variant: dict[str, Any]) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**{k: v for k, v in (_TINY | variant).items() if k in _fields(config_class)})
+    return _tiny(config_class, _TINY | variant)
+
+
+def _tiny(config_class: type[PreTrainedConfig], sizes: dict[str, Any]) -> PreTrainedConfig:
+    own = {name: value for name, value in sizes.items() if name in _fields(config_class)}
+    parts = {name: _tiny(part, sizes) for name, part in _parts(config_class).items() if _expert_fields(part)}
+    return config_class(**own | parts)
 
 
 def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    model_class = next((mapping[type(config)] for mapping in _TASKS if type(config) in mapping), None)
+    model_class = model_class_of(type(config))
     if model_class is None:
         raise NotTried("not tried: a part of another model type, without a model of its own in transformers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
+        model = model_class(config)
         with (
             torch.no_grad()
-        ):  # some families leave their gates at zero, where every token takes the same experts
-            for path in find_routed_stack(model).gate_paths():
-                for tensor in model.get_submodule(path).state_dict(keep_vars=True).values():
+        ):  # some families leave gates, or everything, at zero: all tokens take the same experts
+            for parameter in model.parameters():
+                if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
+                    parameter.normal_(0.0, 0.02)
+            for layer in routed_layers(model):
+                for tensor in layer.gate.state_dict(keep_vars=True).values():
                     if tensor.is_floating_point():
                         tensor.normal_(0.0, 0.5)
     return model
 
 
 def try_family(model_type: str) -> FamilyResult:
-    """Graft a tiny random model of a family and compare: outputs bit for bit in float32 and bfloat16, and the
-    gradient at `B`."""
+    """Read and graft tiny random models of a family, in float32 and bfloat16."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for dtype in (torch.float32, torch.bfloat16):
-                model = tiny_model(model_type, dtype=dtype)
-                reason = _differs(model)
-                if reason:
-                    return FamilyResult(model_type, False, f"{reason} ({dtype})")
-            limit = _limit(model)
-    except NotTried as error:
-        return FamilyResult(model_type, False, str(error))
-    except RequestError as error:
-        return FamilyResult(model_type, False, f"needs {error.allowed}")
-    except Exception as error:  # a family may fail in any way of its own; the list goes on and says how
-        return FamilyResult(model_type, False, one_line(f"{type(error).__name__}: {error}")[:200])
+            try:
+                models = [tiny_model(model_type)]
+                with suppress(NotTried):  # some keep weights in float32 whatever the rest is
+                    models.append(tiny_model(model_type, dtype=torch.bfloat16))
+            except (
+                Exception
+            ) as error:  # a family may fail in any way of its own; the list goes on and says how
+                why = f"needs {error.allowed}" if isinstance(error, RequestError) else str(error)
+                return FamilyResult(model_type, False, False, one_line(why)[:200])
+            read, grafted = (
+                next((why for model in models if (why := _reason(trial, model))), "")
+                for trial in (unread, _differs)
+            )
+            if read == grafted:
+                return FamilyResult(model_type, not read, not grafted, read or _limit(models[0]))
+            notes = [f"{verb}: {why}" for verb, why in (("read", read), ("graft", grafted)) if why]
+            return FamilyResult(model_type, not read, not grafted, "; ".join(notes))
     finally:
         logging.set_verbosity(verbosity)
-    return FamilyResult(model_type, True, limit)
+
+
+def _reason(trial: Callable[[PreTrainedModel], str], model: PreTrainedModel) -> str:
+    try:
+        return trial(model)
+    except RequestError as error:
+        return f"needs {error.allowed}"
+    except Exception as error:
+        return one_line(f"{type(error).__name__}: {error}")[:200]
+
+
+def unread(model: PreTrainedModel) -> str:
+    """Read a tiny model and silence every expert; what was wrong, empty if nothing."""
+    ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    check = check_reading(model, ids, per_layer=1000)
+    return "" if check.passed and check.experts else check.summary()
 
 
 def _limit(model: PreTrainedModel) -> str:
@@ -278,7 +379,7 @@ def try_families() -> list[FamilyResult]:
 
 
 def main() -> None:
-    """Write `rmoe/graft/families.json` and print its table."""
+    """Write `rmoe/moe/families.json` and print its table."""
     rows = [dataclasses.asdict(row) for row in try_families()]
     table = {"transformers": transformers.__version__, "promised": len(PROMISED), "families": rows}
     TABLE.write_text(json.dumps(table, indent=1) + "\n")

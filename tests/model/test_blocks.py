@@ -21,6 +21,7 @@ from rmoe.routing.losses import SimilarityPreserving
 from rmoe.routing.scorer import Linear
 from tests import naive
 from tests.model.small import POST, PRE, config, model, tokens
+from tests.versions import since
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -452,6 +453,7 @@ def test_packed_examples_are_told_to_attention_by_positions(
     assert all(a is b for a, b in zip(split_packed(mask, positions, None), (mask, positions), strict=True))
 
 
+@since("transformers", "5.24", "the attention function updates a paged cache, not the layer")
 def test_a_cache_without_a_length_is_one_of_packed_requests() -> None:
     """Continuous batching: one row, whose mask says which keys a token sees and not which tokens are real."""
     net, seen = model(router="smoe", num_hidden_layers=2).eval(), []

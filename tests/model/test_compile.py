@@ -8,9 +8,19 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from tests.model.small import model, tokens
+from tests.versions import since
 
 
-@pytest.mark.parametrize("experts", ["auto", "grouped_mm"])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        "auto",
+        pytest.param(
+            "grouped_mm",
+            marks=since("transformers", "5.23", "its grouped product in Python cannot be traced"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("router", ["rmoe", "smoe-capacity"])
 def test_no_recompilation_when_loads_change(router: str, experts: str) -> None:
     torch._dynamo.reset()

@@ -91,17 +91,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/analysis/": (_EDGES, "tests/analysis/test_measures.py", *_ANALYSES),
     "rmoe/analysis/analyze.py": (_EDGES, *_ANALYSES),
     "rmoe/analysis/command.py": (_EDGES, "tests/analysis/test_command.py"),
-    "rmoe/analysis/families.py": (
-        _EDGES,
-        "tests/analysis/test_families.py",
-        "tests/analysis/test_recorder.py",
-        *_ANALYSES,
-    ),
     "rmoe/analysis/gradients.py": (_EDGES, "tests/analysis/test_gradients.py"),
     "rmoe/analysis/mutual_information.py": (_EDGES, "tests/analysis/test_mutual_information.py"),
     "rmoe/analysis/reading.py": _ANALYSES[1:],
-    "rmoe/analysis/recorder.py": (_EDGES, "tests/analysis/test_recorder.py", *_ANALYSES),
     "rmoe/analysis/token_text.py": _ANALYSES,
+    "rmoe/moe/": (_EDGES, "tests/moe/test_families.py", "tests/moe/test_recorder.py", *_ANALYSES),
     "rmoe/compare/statistics.py": (
         "tests/compare/test_definitions.py",
         "rmoe/compare/statistics.py",

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.versions import since
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,7 +28,15 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "case", ["ddp rmoe", "fsdp2 rmoe", "fsdp2+ep rmoe", "tp rmoe", "pp rmoe", "pp rmoe-lstm"]
+    "case",
+    [
+        "ddp rmoe",
+        "fsdp2 rmoe",
+        pytest.param("fsdp2+ep rmoe", marks=since("transformers", "5.23", "it has no `ep_size`")),
+        pytest.param("tp rmoe", marks=since("torch", "2.13", "its DTensor cannot gather packed experts")),
+        "pp rmoe",
+        "pp rmoe-lstm",
+    ],
 )
 def test_equal_to_one_process(report, case, note):
     found = report[case]

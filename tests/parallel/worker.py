@@ -15,6 +15,7 @@ from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.parallel import Pipeline
 from rmoe.training.config import ParallelConfig
 from rmoe.training.parallel import distribute, whole
+from tests.versions import older
 
 IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
@@ -80,6 +81,10 @@ def main(out: str) -> None:
     report = {}
     # The LSTM's state has two parts, which matters where it is sent from stage to stage.
     for layout, router in [*((layout, "rmoe") for layout in LAYOUTS), ("pp", "rmoe-lstm")]:
+        if (layout == "fsdp2+ep" and older("transformers", "5.23")) or (
+            layout == "tp" and older("torch", "2.13")
+        ):
+            continue
         run = LAYOUTS[layout]
         loss, expected = one_process(router, 1 if layout == "tp" else 2)
         found_loss, found = run(router)

@@ -17,6 +17,7 @@ from rmoe.planning.hardware import ACCELERATORS, Cluster
 from rmoe.planning.layouts import Layout, layouts_for, memory_of, parameters_per_device, traffic_of
 from rmoe.planning.plan import plan_of
 from rmoe.planning.trace import flops_of, needs_of, parameters_of
+from tests.versions import older
 
 POST = {"norm_position": "post", "norm_type": "layernorm", "mlp_gated": False, "hidden_act": "relu"}
 DENSE = {"first_k_dense_replace": 1, "num_shared_experts": 1, "num_key_value_heads": 2}
@@ -99,7 +100,10 @@ def test_flops_by_hand():
     attention = 4 * d * d + 2 * length * d
     experts, router = 2 * 3 * d * 96, d * 8
     by_hand = 2 * (layers * (attention + experts + router) + d * 512)
-    assert flops_of(config(router="smoe"), length).forward == by_hand
+    settings = config(router="smoe")
+    if older("transformers", "5.23"):  # the rotary angles are a matrix product there
+        by_hand += settings.head_dim
+    assert flops_of(settings, length).forward == by_hand
 
 
 @pytest.mark.parametrize(

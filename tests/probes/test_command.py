@@ -103,16 +103,17 @@ def test_same_seed_same_numbers_whatever_is_trained_beside() -> None:
 
 
 @pytest.mark.slow
-def test_processes_give_the_same_rows() -> None:
-    one = run(["smoe"], ["lookup"], 1, knobs=[FEW, Knobs(steps=4, tokens=16, layers=2, experts=4, noise=1.0)])
-    two = run(
-        ["smoe"],
-        ["lookup"],
-        1,
-        knobs=[FEW, Knobs(steps=4, tokens=16, layers=2, experts=4, noise=1.0)],
-        jobs=2,
+def test_processes_give_the_same_rows(tmp_path: Path) -> None:
+    arguments = ["probe", "--routers", "smoe", "--probes", "lookup", "--seeds", "1", "--sweep", "noise=0.5,1"]
+    for jobs in ("1", "2"):
+        assert main([*arguments, *TINY, "--jobs", jobs, "--out", str(tmp_path / jobs)]) == 0
+    one, two = (
+        {row.key: row.loss for row in read_rows(tmp_path / jobs / "results.jsonl")[0]} for jobs in "12"
     )
-    assert [row.loss for row in one] == [row.loss for row in two]
+    assert len(one) == 2
+    assert one == two
+    assert (tmp_path / "2" / "logs" / "worker-1.log").exists()
+    assert not (tmp_path / "1" / "logs").exists()
 
 
 def test_sweep_and_options(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -56,3 +56,12 @@ def ready(driver: Any) -> None:
         "const done = arguments[0]; reportReady.then(() => done('ok'), (error) => done(String(error)))"
     )
     assert said == "ok", said
+
+
+def resize(driver: Any, width: int) -> None:
+    """Give the page a screen of that width; `ready` waits until the charts fit."""
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -73,6 +74,7 @@ def sample_model(name: str, seed: int, sharp: float) -> schema.ModelAnalysis:
     load = rng.dirichlet(np.full(EXPERTS, 20 / sharp), LAYERS)
     tokens = [*TEXT, HOSTILE, "\\xff", "é"]
     return schema.ModelAnalysis(
+        **insights(np.random.default_rng(seed), LAYERS, EXPERTS, [HOSTILE, " ", "\n", "def", "é"], n),
         name=name,
         summary="an invented model",
         layers=LAYERS,
@@ -149,6 +151,126 @@ def sample_model(name: str, seed: int, sharp: float) -> schema.ModelAnalysis:
     )
 
 
+def large_model(
+    layers: int = 48, experts: int = 128, chosen: int = 8, n: int = 30_000
+) -> schema.ModelAnalysis:
+    """A model of Qwen3-30B-A3B's shape with a random router: nothing is sparse, as hard to pack as it gets."""
+    rng = np.random.default_rng(7)
+    edges = np.linspace(0, math.log(experts), 101)
+    entropies = rng.normal(np.linspace(3.2, 4.4, layers)[:, None], 0.1, (layers, n))
+    mi = rng.uniform(0.01, 0.05, (layers, layers)) + np.eye(layers)
+    mi = (mi + mi.T) / 2
+    load = rng.dirichlet(np.full(experts, 5.0), layers)
+    pairs = rng.poisson(load[:-1, :, None] * load[1:, None, :] * n * chosen**2) / n
+    within = rng.poisson(load[:, :, None] * load[:, None, :] * n * chosen**2)
+    within = (np.triu(within, 1) + np.triu(within, 1).transpose(0, 2, 1)) / n
+    weights = -np.sort(-rng.dirichlet(np.ones(chosen), (256, layers)).astype(np.float32))
+    choices = rng.permuted(np.tile(np.arange(experts), (256, layers, 1)), axis=-1)[..., :chosen]
+    vocabulary = [f"t{i:03d}" for i in range(256)]
+    counts = -np.sort(-rng.integers(5, 200, (layers, experts, 12)))
+    totals = rng.integers(1500, 2300, (layers, experts))
+    top = rng.permuted(np.tile(np.arange(256), (layers, experts, 1)), axis=-1)[..., :12]
+    return schema.ModelAnalysis(
+        **insights(rng, layers, experts, vocabulary, n),
+        name="large",
+        summary="an invented large model",
+        layers=layers,
+        experts=experts,
+        experts_per_token=chosen,
+        layer_names=[f"model.layers.{i}.mlp" for i in range(layers)],
+        mi_digitised=schema.PairMeasure(values=(0.6 * mi).tolist(), chance=(0.1 * mi).tolist(), n=n),
+        mi_chosen=schema.PairMeasure(values=mi.tolist(), n=n),
+        entropy=schema.LayerHistogram(
+            edges=edges.tolist(), counts=[np.histogram(e, edges)[0].tolist() for e in entropies], n=n
+        ),
+        entropy_mean=_measure(entropies.mean(1), n),
+        inner_balance=_measure(rng.uniform(1.1, 3.0, layers), n),
+        outer_balance=_measure(rng.uniform(0.5, 0.9, layers), n),
+        frequency=load.tolist(),
+        frequency_n=n,
+        load_imbalance=_measure(load.max(1) * experts, n),
+        drop_ratio=schema.DropRatio(
+            capacity_factor=[1.0, 1.25, 1.5, 2.0],
+            values=(
+                0.1 / np.array([[1.0], [1.25], [1.5], [2.0]]) ** 3 * rng.uniform(0.5, 1.5, layers)
+            ).tolist(),
+            overall=[0.1 / f**3 for f in (1.0, 1.25, 1.5, 2.0)],
+            window_tokens=4096,
+        ),
+        similarity=schema.Similarity(
+            values=rng.uniform(0.1, 0.2, layers).tolist(), random_init=[0.02] * layers
+        ),
+        router_weights=schema.RouterWeights(
+            norm=rng.uniform(1, 2, layers).tolist(), std=rng.uniform(0.02, 0.05, layers).tolist()
+        ),
+        gradient_split=schema.GradientSplit(
+            step=[0],
+            language_model=rng.uniform(0.01, 0.02, (1, layers)).tolist(),
+            balance=rng.uniform(0.001, 0.002, (1, layers)).tolist(),
+            language_model_cut=None,
+            tokens=4096,
+        ),
+        coactivation=schema.Coactivation(within=within.tolist(), across=pairs.tolist(), n=n),
+        paths=schema.Paths(
+            top=[
+                schema.ExpertPath(experts=rng.integers(0, experts, layers).tolist(), share=1 / n)
+                for _ in range(20)
+            ],
+            distinct=n,
+            n=n,
+        ),
+        tokens=[
+            schema.Token(text=vocabulary[t], experts=choices[t].tolist(), weights=weights[t].tolist())
+            for t in range(256)
+        ],
+        top_tokens=[
+            [
+                [
+                    schema.TopToken(text=vocabulary[t], count=c, share=float(c / totals[layer, expert]))
+                    for t, c in zip(top[layer, expert], counts[layer, expert].tolist(), strict=True)
+                ]
+                for expert in range(experts)
+            ]
+            for layer in range(layers)
+        ],
+    )
+
+
+def insights(rng: np.random.Generator, layers: int, experts: int, words: list[str], n: int) -> dict:
+    """Measures of load, prediction and place, of one model."""
+    load = np.sort(rng.dirichlet(np.full(experts, 5.0), layers))[:, ::-1] * experts
+    hottest = [m for m in (1, 2, 4, 8, 16, 32, 64, 128) if m <= experts]
+    positions = rng.integers(0, n, (layers, experts, 8))
+    positions[0, 0] = -1
+    return {
+        "load": schema.LoadSummary(
+            quantiles=np.quantile(load, [0, 0.05, 0.5, 0.95, 1], axis=1).T.tolist(),
+            dead=[0] * layers,
+            max_violation=(load.max(1) - 1).tolist(),
+            n=n,
+        ),
+        "coverage": schema.Coverage(
+            hottest=hottest, values=[[float(row[:m].sum() / experts) for m in hottest] for row in load], n=n
+        ),
+        "contexts": schema.Contexts(
+            vocabulary=words,
+            text=rng.integers(0, len(words), n).tolist(),
+            positions=positions.tolist(),
+            weights=(-np.sort(-rng.uniform(0.1, 1, positions.shape))).astype(np.float32).tolist(),
+        ),
+        "flips": schema.Flips(
+            other="in bf16", values=rng.uniform(0, 0.05, layers).tolist(), any_layer=0.3, n=n
+        ),
+        "predictability": schema.Predictability(
+            own_router=rng.uniform(0.3, 0.8, layers - 1).tolist(),
+            at_its_own_input=[None, *[1.0] * (layers - 2)],
+            chance=[8 / experts] * (layers - 1),
+            n=n,
+        ),
+        "saliency": [[None, *rng.uniform(0, 2, experts - 1).tolist()] for _ in range(layers)],
+    }
+
+
 def _measure(values, n: int) -> schema.LayerMeasure:
     return schema.LayerMeasure(values=[float(v) for v in values], overall=float(np.mean(values)), n=n)
 
@@ -165,3 +287,9 @@ def sample_analysis() -> schema.Analysis:
         models=[sample_model("smoe", 1, 4.0), sample_model("rmoe", 2, 2.0), sample_model("rmoe-np", 3, 3.0)],
         notes=["Mutual information on 20,000 evenly spaced tokens."],
     )
+
+
+@functools.cache
+def large_analysis() -> schema.Analysis:
+    text = schema.Text(name="some text", sha256="a" * 64, tokens=30_000)
+    return schema.Analysis(text=text, models=[large_model()])

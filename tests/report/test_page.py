@@ -10,10 +10,12 @@ import msgspec
 import plotly.graph_objects as go
 import pytest
 
+from rmoe.errors import RequestError
 from rmoe.report import table
+from rmoe.report.overview import overview
 from rmoe.report.page import all_charts, json_for_script, render, write_report
 from rmoe.results.analysis import Analysis, ModelAnalysis, read_analysis, write_analysis
-from tests.report.sample import HOSTILE, sample_analysis, sample_summary
+from tests.report.sample import HOSTILE, large_analysis, sample_analysis, sample_summary
 
 
 def test_no_address_outside_and_no_hostile_markup():
@@ -23,7 +25,7 @@ def test_no_address_outside_and_no_hostile_markup():
     assert "//cdn" not in page
     assert "<script>window.hacked" not in page
     assert "<img" not in page
-    assert page.count("</script>") == 4  # data, plotly, page, explorer
+    assert page.count("</script>") == 6  # data, plotly, unpack, explorer, sort, page
     assert "&lt;/script&gt;" in page
 
 
@@ -83,6 +85,51 @@ def test_time_and_memory_are_blank_when_no_run_was_timed_alone():
     )
     assert {cell.text for row in table.rows(untimed) for cell in row[-2:]} == {"–"}
     assert {row[9].text for row in table.rows(untimed)} == {"–"}
+
+
+@pytest.mark.slow
+def test_a_large_models_files_are_small(tmp_path):
+    write_analysis(tmp_path / "analysis.json", large_analysis())
+    analysis = read_analysis(tmp_path / "analysis.json")
+    assert analysis == large_analysis()
+    page = write_report(tmp_path / "report", None, analysis)
+    assert (tmp_path / "analysis.json").stat().st_size < 5e6
+    assert page.stat().st_size < 3e6
+
+
+def test_version_1_is_read_and_damage_is_named(tmp_path):
+    path = tmp_path / "analysis.json"
+    tree = msgspec.to_builtins(sample_analysis())
+    path.write_bytes(msgspec.json.encode(tree | {"schema_version": 1}))
+    assert read_analysis(path) == sample_analysis()
+    for change in (
+        {"schema_version": 3},
+        {"models": {"packed": "uint8", "n": 1, "bytes": "?"}},
+        {"models": 1},
+    ):
+        path.write_bytes(msgspec.json.encode(tree | change))
+        with pytest.raises(RequestError, match=r"schema_version|packed|models"):
+            read_analysis(path)
+
+
+def test_the_overview_has_every_layer_and_statistic():
+    analysis = sample_analysis()
+    found = overview(analysis)
+    titles = [column.title for column in found.columns]
+    assert titles[:3] == ["layer", "model", "gate entropy"]
+    assert "flips" in titles
+    assert len(found.rows) == 3 * 6
+    for row in found.rows:
+        model = next(m for m in analysis.models if m.name == row.model)
+        shown = dict(zip(titles[2:], row.cells, strict=True))
+        assert shown["gate entropy"].value == model.entropy_mean.values[row.layer]
+        assert shown["drop ratio"].value == model.drop_ratio.values[1][row.layer]
+        assert shown["unused experts"].value == 0
+        assert shown["stability"].value == model.saturation.values[-1][row.layer]
+        assert all(0 <= cell.shade <= 1 for cell in row.cells)
+    shades = [row.cells[0].shade for row in found.rows]
+    assert min(shades) == 0
+    assert max(shades) == 1
 
 
 @pytest.mark.parametrize("single", [False, True])

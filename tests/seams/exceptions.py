@@ -7,6 +7,7 @@ import transformers
 from packaging.version import Version
 
 from tests.seams.families import CONTROL, FAMILIES, olmoe_classifier_known
+from tests.versions import older
 
 TRANSFORMERS = Version(transformers.__version__)
 ALL = tuple(FAMILIES)
@@ -38,6 +39,9 @@ _KNOWN: list[tuple[str, tuple[str, ...], str]] = [
     # ---- objects ----
     ("double_precision", FAMILY_CODE, "`grouped_mm`, transformers' default for experts, knows no float64"),
 ]
+if older("accelerate", "1.15"):
+    _KNOWN.append(("auto_device_map", ALL, "accelerate refuses a device map that is all disk"))
+
 if Version("5.24") <= TRANSFORMERS:
     _KNOWN += [
         ("prompt_tuning", ALL, _OLD_NAME),

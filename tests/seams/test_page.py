@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
+import transformers
+
 from tests.seams.exceptions import EXCEPTIONS
 from tests.seams.families import CONTROL, FAMILIES
 from tests.seams.jobs import GROUPS, JOBS
 from tests.seams.table import CONTROL_FAILS, FAILS, PAGE, PASSES, SKIPPED, TITLES
 
 
+@pytest.mark.skipif(
+    f"transformers {transformers.__version__}," not in PAGE.read_text(encoding="utf-8"),
+    reason="the page is of another release of transformers",
+)
 def test_the_page_has_every_job_and_every_exception() -> None:
     assert list(TITLES) == list(FAMILIES)
     page = PAGE.read_text(encoding="utf-8")

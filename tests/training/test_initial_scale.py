@@ -11,6 +11,7 @@ from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.routing.zoo import find
 from rmoe.training.initial_scale import measure, require_scale, start_at
+from tests.training import tiny
 
 IDS = torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(0))
 SCALED = [
@@ -122,3 +123,23 @@ def test_the_scale_of_a_zoo_row_is_what_its_initialisation_says():
     for router, expected in (("smoe", 0.02 * 352**0.5), ("rmoe-norm", 1.0), ("xmoe", 2 / 16**0.5)):
         assert initial_logit_std(find(router).spec, MEDIUM) == pytest.approx(expected, rel=0.05)
     assert initial_logit_std(find("hash").spec, MEDIUM) is None
+
+
+def test_a_resumed_run_has_its_scale_measured_once(text, tmp_path, monkeypatch):
+    """It stands in config.json; a finished run is not even built again."""
+    from rmoe.training import run as module
+
+    calls = []
+    real = module.start_at
+    monkeypatch.setattr(module, "start_at", lambda *given: calls.append(given) or real(*given))
+    config = tiny.config(text, max_steps=4)
+    first = module.train(config, tmp_path / "run", progress=False)
+    assert len(calls) == 1
+    monkeypatch.setattr(module, "build_model", lambda *given: pytest.fail("built again"))
+    assert module.train(config, tmp_path / "run", resume=True, progress=False) == first
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "start_at", lambda *given: calls.append(given) or real(*given))
+    (tmp_path / "run" / "result.json").unlink()
+    again = module.train(config, tmp_path / "run", resume=True, progress=False)
+    assert len(calls) == 1
+    assert again.initial_logits == first.initial_logits

@@ -15,6 +15,7 @@ from rmoe.training.profile import STAGES, by_stage, mark_stages
 from rmoe.training.run import train
 from tests.model.small import model, tokens
 from tests.training import tiny
+from tests.versions import older
 
 
 def test_flops_of_each_stage_are_counted_where_they_belong() -> None:
@@ -31,7 +32,11 @@ def test_flops_of_each_stage_are_counted_where_they_belong() -> None:
     attention = 2 * count * (d * d * 2 + 2 * d * 18)
     assert spent["attention"].flops > 3 * 3 * attention
     assert spent["router"].flops > 0
-    assert spent["optimizer"].flops == spent["dispatch"].flops == spent["other"].flops == 0
+    assert spent["optimizer"].flops == spent["dispatch"].flops == 0
+    # below transformers 5.23 the rotary angles are a matrix product
+    assert spent["other"].flops == (
+        net.config.head_dim * ids.shape[1] if older("transformers", "5.23") else 0
+    )
     assert all(spent[stage].seconds > 0 for stage in STAGES if stage != "optimizer")
     for handle in handles:
         handle.remove()

@@ -64,3 +64,37 @@ def test_resume(text, two, tmp_path, ranks):
     assert losses(out) == pytest.approx(losses(two), abs=1e-6)
     if ranks == 2:
         assert tiny.weights(out) == tiny.weights(two)
+
+
+def test_branch_of_on_two_ranks(text, settings, tmp_path):
+    """Both ranks begin at the checkpoint; where it is missing both end, and neither waits for the other."""
+    wsd = [*settings, "--training.schedule", "wsd", "--training.warmup-steps", "2"]
+    steps = wsd.index("--training.max-steps")
+    shorter = [*wsd[:steps], *wsd[steps + 2 :], "--training.max-steps"]
+    run(text, tmp_path / "long", 2, *wsd, "--training.branch-points", "4")
+    run(text, tmp_path / "whole", 2, *shorter, "5")
+    run(text, tmp_path / "branch", 2, *shorter, "5", "--branch-of", str(tmp_path / "long"))
+    assert tiny.weights(tmp_path / "branch") == tiny.weights(tmp_path / "whole")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        *launch,
+        "-m",
+        "rmoe.cli.main",
+        "train",
+        "--data",
+        str(text),
+        "--out",
+        str(tmp_path / "no"),
+        *shorter,
+    ]
+    done = subprocess.run(
+        [*command, "7", "--branch-of", str(tmp_path / "long")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "a run that kept checkpoint-6 (training.branch_points)" in done.stderr
+    assert [path.name for path in (tmp_path / "no").iterdir()] == ["run.lock"]

@@ -1,7 +1,11 @@
 "use strict";
 // The token explorer: a text whose tokens and experts can be chosen. All text goes in through textContent.
-(function explorer(data, host) {
+function explorer(data, host) {
   if (!data || !host) return;
+  const PAIRS = 8; // lines from a layer to the next
+  const AROUND = 12; // tokens shown before and after one of an expert's contexts
+  const NAMED = 64; // experts of a token that its line of text names
+  let patterns = 0;
   const SVG = "http://www.w3.org/2000/svg";
   const make = (tag, attributes = {}, text = null) => {
     const node = document.createElement(tag);
@@ -87,50 +91,86 @@
       return `layer ${layer}, expert ${expert}` + (slot < 0 ? "" : `, weight ${model().weights[state.token][layer][slot].toFixed(3)}`);
     };
 
+    // Cells are drawn where something is: a chosen expert, the one looked at. The rest is a pattern of dots.
+    const grid = () => {
+      const { experts, layers } = model();
+      const cell = Math.max(5, Math.min(26, Math.floor(640 / experts))), gap = Math.max(20, Math.min(86, 500 / layers));
+      const left = 30, top = 22;
+      return { cell, gap, left, top, experts, layers, width: left + gap * layers, height: top + cell * experts + 4,
+        x: (layer) => left + gap * (layer + 0.5), y: (expert) => top + cell * (expert + 0.5) };
+    };
+    const dot = (cell) => Math.max(1, cell * 0.2);
+    const background = ({ cell, gap, left, top, experts, layers }) => {
+      const id = `dots-${++patterns}`;
+      const pattern = draw("pattern", { id, x: left, y: top, width: gap, height: cell, patternUnits: "userSpaceOnUse" });
+      pattern.append(draw("circle", { cx: gap / 2, cy: cell / 2, r: dot(cell), class: "cell" }));
+      const area = draw("rect", { x: left, y: top, width: gap * layers, height: cell * experts, fill: `url(#${id})`, class: "area" });
+      area.append(draw("title"));
+      return [pattern, area];
+    };
+    const drawCell = (layer, expert) => {
+      const { cell, x, y } = grid(), path = model().chosen[state.token], weight = model().weights[state.token];
+      const slot = path[layer].indexOf(expert), share = slot < 0 ? 0 : weight[layer][slot];
+      const at = { cx: x(layer), cy: y(expert) };
+      const node = draw("g", { role: "gridcell", tabindex: -1, "data-layer": layer, "data-expert": expert, "aria-label": label(layer, expert) });
+      node.append(draw("circle", { ...at, r: dot(cell), class: "cell" }));
+      const radius = Math.max(2.5, cell * (0.22 + 0.26 * share));
+      if (slot >= 0) node.append(draw("circle", { ...at, r: radius, class: "on", "fill-opacity": 0.35 + 0.65 * share }));
+      if (self.picked && self.picked[0] === layer && self.picked[1] === expert)
+        node.append(draw("circle", { ...at, r: Math.max(5, cell * 0.48), class: "halo picked" }));
+      node.append(draw("rect", { x: at.cx - cell / 2, y: at.cy - cell / 2, width: cell, height: cell, rx: 4, class: "halo", "pointer-events": "all" }));
+      node.append(draw("title", {}, label(layer, expert)));
+      map.querySelectorAll("g[role=row]")[layer].append(node);
+      return node;
+    };
+    // Pairs of choices, as thick as both weights allow: all of them, or the largest where they would cover the map.
+    const pairs = (weight, layer) => {
+      const found = weight[layer].flatMap((a, i) => weight[layer + 1].map((b, j) => [a * b, i, j]));
+      return found.length <= PAIRS ? found : found.sort(([a], [b]) => b - a).slice(0, PAIRS);
+    };
+
     self.show = () => {
-      const { chosen, weights, experts, layers } = model();
-      const cell = Math.max(7, Math.min(26, Math.floor(400 / experts))), gap = Math.max(28, Math.min(86, 500 / layers));
-      const left = 26, top = 22, width = left + gap * layers, height = top + cell * experts + 4;
-      const x = (layer) => left + gap * (layer + 0.5), y = (expert) => top + cell * (expert + 0.5);
+      const { chosen, weights, experts, layers } = model(), scrolled = map.scrollLeft;
+      const { cell, left, width, height, x, y } = grid();
       const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "grid",
         "aria-label": `Experts of ${model().name}: layers across, experts down` });
       for (let layer = 0; layer < layers; layer++) svg.append(draw("text", { x: x(layer), y: 12, "text-anchor": "middle" }, layer));
       const every = Math.ceil(13 / cell);
       for (let expert = 0; expert < experts; expert += every)
         svg.append(draw("text", { x: left - 8, y: y(expert) + 4, "text-anchor": "end" }, expert));
+      svg.append(...background(grid()));
       const path = chosen[state.token], weight = weights[state.token];
-      for (let layer = 0; layer + 1 < layers; layer++) // every pair of choices, as thick as both weights allow
-        path[layer].forEach((a, i) => path[layer + 1].forEach((b, j) => {
-          const share = weight[layer][i] * weight[layer + 1][j];
-          const middle = (x(layer) + x(layer + 1)) / 2;
+      for (let layer = 0; layer + 1 < layers; layer++)
+        for (const [share, i, j] of pairs(weight, layer)) {
+          const middle = (x(layer) + x(layer + 1)) / 2, a = y(path[layer][i]), b = y(path[layer + 1][j]);
           svg.append(draw("path", { class: "path", "stroke-width": (0.6 + 5 * share).toFixed(2), opacity: (0.18 + 0.6 * share).toFixed(2),
-            d: `M${x(layer)},${y(a)} C${middle},${y(a)} ${middle},${y(b)} ${x(layer + 1)},${y(b)}` }));
-        }));
-      for (let layer = 0; layer < layers; layer++) {
-        const column = draw("g", { role: "row" });
-        for (let expert = 0; expert < experts; expert++) {
-          const slot = path[layer].indexOf(expert), share = slot < 0 ? 0 : weight[layer][slot];
-          const at = { cx: x(layer), cy: y(expert) };
-          const node = draw("g", { role: "gridcell", tabindex: -1, "data-layer": layer, "data-expert": expert, "aria-label": label(layer, expert) });
-          node.append(draw("circle", { ...at, r: Math.max(2, cell * 0.2), class: "cell" }));
-          const radius = Math.max(2.5, cell * (0.22 + 0.26 * share));
-          if (slot >= 0) node.append(draw("circle", { ...at, r: radius, class: "on", "fill-opacity": 0.35 + 0.65 * share }));
-          if (self.picked && self.picked[0] === layer && self.picked[1] === expert)
-            node.append(draw("circle", { ...at, r: cell * 0.48, class: "halo picked" }));
-          node.append(draw("rect", { x: at.cx - cell / 2, y: at.cy - cell / 2, width: cell, height: cell, rx: 4, class: "halo", "pointer-events": "all" }));
-          node.append(draw("title", {}, label(layer, expert)));
-          column.append(node);
+            d: `M${x(layer)},${a} C${middle},${a} ${middle},${b} ${x(layer + 1)},${b}` }));
         }
-        svg.append(column);
-      }
+      for (let layer = 0; layer < layers; layer++) svg.append(draw("g", { role: "row" }));
       map.replaceChildren(svg);
+      path.forEach((row, layer) => row.forEach((expert) => drawCell(layer, expert)));
       const start = self.picked || [0, path[0][0] ?? 0];
-      const first = at(Math.min(start[0], layers - 1), Math.min(start[1], experts - 1));
-      if (first) first.setAttribute("tabindex", 0);
+      at(Math.min(start[0], layers - 1), Math.min(start[1], experts - 1))?.setAttribute("tabindex", 0);
+      map.scrollLeft = scrolled;
+      const few = path.flat().length <= NAMED;
       said.textContent = `“${visible(data.tokens[state.token])}” (token ${state.token}) goes to ` +
-        path.map((row) => row.join(" + ")).join(" → ");
+        (few ? path.map((row) => row.join(" + ")) : path.map((row) => row[0] ?? "none")).join(" → ") +
+        (few ? "" : " (the expert of largest weight in each layer)");
     };
-    const at = (layer, expert) => map.querySelector(`g[data-layer="${layer}"][data-expert="${expert}"]`);
+    // The cell of an expert, drawn if it is not there yet; null outside the map.
+    const at = (layer, expert) => {
+      const { experts, layers } = model();
+      if (layer < 0 || expert < 0 || layer >= layers || expert >= experts) return null;
+      return map.querySelector(`g[data-layer="${layer}"][data-expert="${expert}"]`) || drawCell(layer, expert);
+    };
+    const under = (event) => { // what is chosen by a click, on a cell or between them
+      const node = event.target.closest("g[data-expert]");
+      if (node) return where(node);
+      const area = map.querySelector(".area").getBoundingClientRect(), { experts, layers } = model();
+      const layer = Math.floor(((event.clientX - area.left) / area.width) * layers);
+      const expert = Math.floor(((event.clientY - area.top) / area.height) * experts);
+      return layer >= 0 && layer < layers && expert >= 0 && expert < experts ? [layer, expert] : null;
+    };
     const where = (node) => [Number(node.dataset.layer), Number(node.dataset.expert)];
 
     self.pick = (layer, expert) => {
@@ -139,7 +179,8 @@
       self.show();
       tokens.forEach((node, i) => node.classList.toggle("hit", model().chosen[i][layer].includes(expert)));
       const hits = model().chosen.filter((rows) => rows[layer].includes(expert)).length;
-      const rows = model().top[layer]?.[expert] || [];
+      const top = model().top, rows = (top.text[layer]?.[expert] || []).map((text, i) =>
+        [text, top.count[layer][expert][i], top.count[layer][expert][i] / top.total[layer][expert]]);
       const table = make("table");
       table.append(make("caption", {}, `${model().name}, layer ${layer}, expert ${expert}: chosen for ${hits} of ${tokens.length} tokens here (marked above). ` +
         (rows.length ? "Over the whole text it takes most:" : "")));
@@ -154,12 +195,31 @@
         const header = make("tr");
         for (const [title, kind] of [["token", "text"], ["times", ""], ["share of its tokens", ""], ["", "text"]])
           header.append(make("th", { scope: "col", class: kind }, title));
-        const top = make("thead");
-        top.append(header);
-        table.append(top);
+        const head = make("thead");
+        head.append(header);
+        table.append(head);
       }
       table.append(body);
       detail.replaceChildren(table);
+      const list = contexts(layer, expert);
+      if (list) detail.append(list);
+    };
+    // Where in the whole text the expert has its largest weights, the token marked.
+    const contexts = (layer, expert) => {
+      const found = model().contexts;
+      const positions = (found?.positions[layer]?.[expert] || []).filter((position) => position >= 0);
+      if (!positions.length) return null;
+      const list = make("ol", { class: "contexts" });
+      const part = (from, to) => found.text.slice(Math.max(0, from), to).map((id) => visible(found.vocabulary[id])).join("");
+      positions.forEach((position, i) => {
+        const item = make("li"), text = make("span", { class: "context" });
+        text.append(part(position - AROUND, position), make("mark", {}, part(position, position + 1)), part(position + 1, position + AROUND + 1));
+        item.append(make("span", { class: "weight" }, found.weights[layer][expert][i].toFixed(3)), text);
+        list.append(item);
+      });
+      const box = make("div");
+      box.append(make("p", { class: "said" }, "Where its weight is largest:"), list);
+      return box;
     };
     self.clear = () => {
       self.picked = null;
@@ -167,11 +227,14 @@
       self.show();
     };
     map.addEventListener("click", (event) => {
-      const node = event.target.closest("g[data-expert]");
-      if (!node) return;
-      const [layer, expert] = where(node);
-      self.pick(layer, expert);
-      at(layer, expert).focus();
+      const found = under(event);
+      if (!found) return;
+      self.pick(...found);
+      at(...found).focus({ preventScroll: true });
+    });
+    map.addEventListener("pointermove", (event) => {
+      const found = event.target.classList.contains("area") && under(event);
+      if (found) event.target.firstChild.textContent = label(...found);
     });
     map.addEventListener("keydown", (event) => {
       const node = event.target.closest("g[data-expert]");
@@ -198,7 +261,8 @@
     return self;
   }
 
-  const sides = make("div", { class: "sides" });
+  const broad = data.models.some((model) => model.layers > 22);
+  const sides = make("div", { class: broad ? "sides broad" : "sides" });
   const count = Math.min(2, data.models.length);
   for (let i = 0; i < count; i++) {
     const one = side(i);
@@ -209,4 +273,4 @@
   frame.append(text, sides);
   host.append(frame);
   chooseToken(0, false);
-})(report.explorer, document.getElementById("explorer"));
+}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 # Okabe and Ito (2008), told apart under the common colour deficiencies; yellow left out, it fades on white.
@@ -18,6 +18,60 @@ BASELINE_COLOUR = "#8A8F98"
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SEQUENTIAL = "Cividis"
 SHOWN_AT_FIRST = 8  # lines in one chart; the others wait in its legend
+TITLE, TICKS, AXIS_TITLE, LEGEND = 26, 24, 24, 34  # pixels around a panel
+
+
+@dataclass(frozen=True)
+class Cube:
+    """A chart's data where they are nested lists, too many to be written row by row in the page.
+
+    Attributes:
+        header: of the table they stand for: what the names are, a column per level of nesting, the value.
+        values: name -> nested lists of numbers, all of one depth.
+    """
+
+    header: list[str]
+    values: dict[str, list[Any]]
+
+    def rows(self) -> list[list[Any]]:
+        """The table: one row per number."""
+
+        def below(place: list[Any], value: Any) -> Iterator[list[Any]]:
+            if isinstance(value, list):
+                for index, item in enumerate(value):
+                    yield from below([*place, index], item)
+            else:
+                yield [*place, value]
+
+        return [self.header, *(row for name, value in self.values.items() for row in below([name], value))]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a chart shows one at a time: its reader chooses, in the page.
+
+    Attributes:
+        name: what is chosen (`layer`).
+        options: as they are called, in order.
+        start: index of the one shown first.
+        key: of each trace, what the choice changes (`z`).
+        values: per trace, in order, `key` for each option; None: those of the chart's cube, times `scale`.
+    """
+
+    name: str
+    options: list[str]
+    start: int
+    key: str
+    values: list[list[Any]] | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """How a chart of several panels is laid out on a narrow screen."""
+
+    layout: dict[str, Any]
+    height: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +86,8 @@ class Chart:
         rows: the data as a table, first row the header.
         height: pixels.
         wide: it needs the page's whole width.
+        choice: what is shown one at a time.
+        narrow: another layout for narrow screens.
     """
 
     id: str
@@ -42,17 +98,34 @@ class Chart:
     sample: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
-    rows: list[list[Any]]
+    rows: list[list[Any]] | Cube
     height: int = 380
     wide: bool = False
+    choice: Choice | None = None
+    narrow: Narrow | None = None
 
     def csv(self) -> str:
-        """The chart's data."""
+        """The chart's data, as the page's CSV link gives them."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [[spreadsheet_safe(v) for v in row] for row in self.rows]
-        )
+        rows = self.rows.rows() if isinstance(self.rows, Cube) else self.rows
+        csv.writer(text, lineterminator="\n").writerows([[spreadsheet_safe(v) for v in row] for row in rows])
         return text.getvalue()
+
+    def for_page(self) -> dict[str, Any]:
+        """What the page's script draws it from, and makes its CSV from."""
+        table: dict[str, Any]
+        if isinstance(self.rows, Cube):
+            values = {spreadsheet_safe(name): value for name, value in self.rows.values.items()}
+            table = {"header": self.rows.header, "names": list(values), "cube": list(values.values())}
+        else:
+            header, *rows = [[spreadsheet_safe(value) for value in row] for row in self.rows]
+            table = {"header": header, "columns": [list(column) for column in zip(*rows, strict=True)]}
+        found = {"data": self.data, "layout": self.layout, "height": self.height, "table": table}
+        if self.choice:
+            found["choice"] = asdict(self.choice)
+        if self.narrow:
+            found["narrow"] = asdict(self.narrow)
+        return found
 
 
 def spreadsheet_safe(value: Any) -> Any:
@@ -120,13 +193,14 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 class Panels:
-    """A chart of several panels side by side, row by row: their traces and layout.
+    """A chart of several panels side by side, row by row: their traces and layouts.
 
     Args:
         titles: of the panels.
-        columns: panels in a row, at most.
+        columns: panels in a row, at most; on a narrow screen `narrow_columns`.
         across, down: every panel's axes; the title of `down` stands at the first column alone.
         bottom: the title of `across` stands at the last row alone.
+        row_height: of a panel, in pixels.
     """
 
     def __init__(
@@ -136,29 +210,39 @@ class Panels:
         across: dict[str, Any],
         down: dict[str, Any],
         gap_x: float = 0.06,
-        gap_y: float = 0.16,
         bottom: bool = False,
+        row_height: int = 210,
+        narrow_columns: int = 1,
     ) -> None:
-        columns = min(columns, len(titles))
-        self.rows = -(-len(titles) // columns)
+        self.titles, self.across, self.down = titles, across, down
+        self.gap_x, self.bottom, self.row_height = gap_x, bottom, row_height
         self.data: list[dict[str, Any]] = []
-        self.layout: dict[str, Any] = {"annotations": [], "margin": {"t": 36}}
+        self.layout, self.height = self._laid_out(columns)
+        self.narrow = Narrow(*self._laid_out(narrow_columns))
+
+    def _laid_out(self, columns: int) -> tuple[dict[str, Any], int]:
+        """The layout with so many panels in a row, and the chart's height in pixels."""
+        columns = min(columns, len(self.titles))
+        rows = -(-len(self.titles) // columns)
+        above = TITLE + (TICKS if self.bottom else TICKS + AXIS_TITLE)  # between two rows
+        inside = rows * self.row_height + (rows - 1) * above
+        gap, height = above / inside, self.row_height / inside
+        layout: dict[str, Any] = {"annotations": [], "margin": {"t": 36}}
         untitled = {"title": {"text": ""}}
-        width = (1 - gap_x * (columns - 1)) / columns
-        gap = gap_y / max(self.rows - 1, 1) if self.rows > 2 else gap_y
-        height = (1 - gap * (self.rows - 1)) / self.rows
-        for index, title in enumerate(titles):
+        width = (1 - self.gap_x * (columns - 1)) / columns
+        for index, title in enumerate(self.titles):
             row, column = divmod(index, columns)
-            left, top = column * (width + gap_x), 1 - row * (height + gap)
+            left, top = column * (width + self.gap_x), 1 - row * (height + gap)
             x, y = [left, min(left + width, 1.0)], [max(top - height, 0.0), top]
-            place, hidden = self._suffix(index), bottom and row + 1 < self.rows
-            self.layout[f"xaxis{place}"] = {
-                **across, **(untitled if hidden else {}), "domain": x, "anchor": f"y{place}",
+            place, hidden = self._suffix(index), self.bottom and index + columns < len(self.titles)
+            layout[f"xaxis{place}"] = {
+                **self.across, **(untitled if hidden else {}), "domain": x, "anchor": f"y{place}",
             }  # fmt: skip
-            self.layout[f"yaxis{place}"] = {
-                **down, **(untitled if column else {}), "domain": y, "anchor": f"x{place}",
+            layout[f"yaxis{place}"] = {
+                **self.down, **(untitled if column else {}), "domain": y, "anchor": f"x{place}",
             }  # fmt: skip
-            self.layout["annotations"].append(_panel_title(title, x, y))
+            layout["annotations"].append(_panel_title(title, x, y))
+        return layout, inside + 36 + AXIS_TITLE + TICKS + LEGEND
 
     @staticmethod
     def _suffix(panel: int) -> str:

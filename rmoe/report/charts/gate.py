@@ -4,58 +4,144 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
 
-from rmoe.report.charts.chart import Chart, Panels, Style, axis
-from rmoe.report.charts.shared import line, measure_chart, token_count
+from rmoe.report.charts.chart import Chart, Choice, Panels, Style, axis, layer_axis
+from rmoe.report.charts.shared import heat_maps, line, measure_chart, token_count
 from rmoe.results.analysis import LayerHistogram, ModelAnalysis
 
 SECTION = "The gate"
+ENTROPY = "Gate entropy, token by token"
+PANELS_UP_TO = 16  # layers
 
 
 def entropy(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """A panel per layer; for many layers a map of all of them, and one layer of the reader's choice."""
     having = [(m.name, m.entropy) for m in models if m.entropy]
     if not having:
         return []
     layers = max(len(histogram.counts) for _, histogram in having)
+    no_preference = f"ln E = {math.log(models[0].experts):.2f}"
+    definition = (
+        "−Σ g ln g of a token's gate probabilities g over all experts, as a distribution over "
+        f"tokens (Fig. 4). 0: all on one expert; {no_preference}: no preference."
+    )
+    sample = token_count([histogram.n for _, histogram in having])
+    span = _span([histogram for _, histogram in having])
+    if layers <= PANELS_UP_TO:
+        return [_entropy_panels(having, looks, layers, span, definition, sample)]
+    return [
+        _entropy_map(having, layers, span, definition, sample),
+        _entropy_of_one(having, looks, layers, span, sample),
+    ]
+
+
+Having: TypeAlias = Sequence[tuple[str, LayerHistogram]]
+
+
+def _entropy_panels(
+    having: Having, looks: dict[str, Style], layers: int, span: list[float], definition: str, sample: str
+) -> Chart:
     panels = Panels(
         [f"layer {layer}" for layer in range(layers)],
         columns=4,
-        across=axis("nats", range=_span([histogram for _, histogram in having])),
+        across=axis("nats", range=span),
         down=axis("density", showticklabels=False, rangemode="tozero"),
         gap_x=0.035,
         bottom=True,
+        row_height=130,
+        narrow_columns=2,
     )
     for layer in range(layers):
         for index, (name, histogram) in enumerate(having):
             if layer < len(histogram.counts):
-                middles = [(a + b) / 2 for a, b in zip(histogram.edges, histogram.edges[1:], strict=False)]
                 shares = _density(histogram.edges, histogram.counts[layer])
-                drawn = line(name, middles, shares, looks[name], index)
+                drawn = line(name, _middles(histogram.edges), shares, looks[name], index)
                 panels.add_line(layer, {**drawn, "mode": "lines"})
+    return Chart(
+        id="entropy",
+        section=SECTION,
+        title=ENTROPY,
+        definition=definition,
+        unit="nats; each curve encloses area 1",
+        sample=sample,
+        data=panels.data,
+        layout=panels.layout,
+        rows=_entropy_rows(having),
+        height=panels.height,
+        wide=True,
+        narrow=panels.narrow,
+    )
+
+
+def _entropy_map(having: Having, layers: int, span: list[float], definition: str, sample: str) -> Chart:
+    panels = heat_maps(
+        [(name, [_density(h.edges, counts) for counts in h.counts]) for name, h in having],
+        columns=2,
+        across=axis("nats", range=span),
+        down=layer_axis(layers, autorange="reversed"),
+        colour={"cmin": 0, "colorbar": {"title": {"text": "density"}}},
+        hover="layer %{y}, %{x:.3f} nats: density %{z:.3g}",
+        places_across=[_middles(h.edges) for _, h in having],
+    )
+    return Chart(
+        id="entropy",
+        section=SECTION,
+        title=ENTROPY,
+        definition=definition,
+        unit="density; each layer encloses area 1",
+        sample=sample,
+        data=panels.data,
+        layout=panels.layout,
+        rows=_entropy_rows(having),
+        height=panels.height,
+        wide=True,
+        narrow=panels.narrow,
+    )
+
+
+def _entropy_of_one(
+    having: Having, looks: dict[str, Style], layers: int, span: list[float], sample: str
+) -> Chart:
+    curves = [[_density(h.edges, counts) for counts in h.counts] for _, h in having]
+    start = layers // 2
+    return Chart(
+        id="entropy-layer",
+        section=SECTION,
+        title="Gate entropy in one layer",
+        definition="The same, for a layer of your choice.",
+        unit="nats; each curve encloses area 1",
+        sample=sample,
+        data=[
+            {
+                **line(
+                    name, _middles(h.edges), of_layer[start] if start < len(of_layer) else [], looks[name], i
+                ),
+                "mode": "lines",
+            }
+            for i, ((name, h), of_layer) in enumerate(zip(having, curves, strict=True))
+        ],
+        layout={"xaxis": axis("nats", range=span), "yaxis": axis("density", rangemode="tozero")},
+        rows=_entropy_rows(having),
+        choice=Choice("layer", [f"layer {layer}" for layer in range(layers)], start, "y", curves),
+    )
+
+
+def _entropy_rows(having: Having) -> list[list[Any]]:
     return [
-        Chart(
-            id="entropy",
-            section=SECTION,
-            title="Gate entropy, token by token",
-            definition="−Σ g ln g of a token's gate probabilities g over all experts, as a distribution over "
-            f"tokens (Fig. 4). 0: all on one expert; ln E = {math.log(models[0].experts):.2f}: no preference.",
-            unit="nats; each curve encloses area 1",
-            sample=token_count([histogram.n for _, histogram in having]),
-            data=panels.data,
-            layout=panels.layout,
-            rows=[
-                ["model", "layer", "from", "to", "tokens"],
-                *[
-                    [name, layer, histogram.edges[j], histogram.edges[j + 1], count]
-                    for name, histogram in having
-                    for layer, counts in enumerate(histogram.counts)
-                    for j, count in enumerate(counts)
-                ],
-            ],
-            height=100 + 190 * panels.rows,
-            wide=True,
-        )
+        ["model", "layer", "from", "to", "tokens"],
+        *[
+            [name, layer, histogram.edges[j], histogram.edges[j + 1], count]
+            for name, histogram in having
+            for layer, counts in enumerate(histogram.counts)
+            for j, count in enumerate(counts)
+        ],
     ]
+
+
+def _middles(edges: Sequence[float]) -> list[float]:
+    return [(a + b) / 2 for a, b in pairwise(edges)]
 
 
 def _span(histograms: Sequence[LayerHistogram], rest: float = 0.001) -> list[float]:

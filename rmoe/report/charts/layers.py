@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmoe.report.charts.chart import Chart, Style, axis, layer_axis
-from rmoe.report.charts.shared import heat_maps, line, token_count
+from rmoe.report.charts.chart import Chart, Choice, Cube, Style, axis, layer_axis
+from rmoe.report.charts.shared import heat_maps, layer_lines, line, token_count
 from rmoe.results.analysis import Matrix, ModelAnalysis, PairMeasure
 
 SECTION = "Across layers"
@@ -42,9 +42,11 @@ def mutual_information(models: Sequence[ModelAnalysis], looks: dict[str, Style])
         if not off:  # one layer: no pair
             continue
         top = max(len(values) for _, values in shown)
-        data, layout, height = heat_maps(
+        panels = heat_maps(
             shown,
-            columns=min(len(having), 3),
+            columns=min(len(having), 3)
+            if len(having) > 1
+            else len(shown),  # by chance stands below, or beside
             across=layer_axis(top, constrain="domain"),
             down=layer_axis(top, autorange="reversed"),
             colour={"cmin": min(0.0, *off), "cmax": max(off), "colorbar": {"title": {"text": "nats"}}},
@@ -64,8 +66,8 @@ def mutual_information(models: Sequence[ModelAnalysis], looks: dict[str, Style])
                 + " The diagonal is left blank.",
                 unit="nats",
                 sample=token_count([measure.n for _, measure in having]),
-                data=data,
-                layout=layout,
+                data=panels.data,
+                layout=panels.layout,
                 rows=[
                     ["model", "layer", "other layer", "nats", "by chance"],
                     *[
@@ -75,8 +77,9 @@ def mutual_information(models: Sequence[ModelAnalysis], looks: dict[str, Style])
                         for b, value in enumerate(row)
                     ],
                 ],
-                height=height,
+                height=panels.height,
                 wide=True,
+                narrow=panels.narrow,
             )
         )
     return charts
@@ -87,47 +90,48 @@ def _without_diagonal(values: Matrix) -> list[list[float | None]]:
 
 
 def coactivation(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
-    """First layer pair of every model side by side; all pairs are in the CSV."""
-    having = [(m.name, m.coactivation) for m in models if m.coactivation and m.coactivation.across]
-    if not having:
+    """One pair of neighbouring layers of every model side by side; the reader chooses which."""
+    having = [(m.name, m.coactivation.across, m.coactivation.n) for m in models if m.coactivation]
+    maps = [(name, across, n) for name, across, n in having if across]
+    if not maps:
         return []
-    middle = (min(len(c.across or []) for _, c in having) - 1) // 2
-    shown = [(name, [[100 * v for v in row] for row in (c.across or [])[middle]]) for name, c in having]
-    experts = max(len(values) for _, values in shown)
+    pairs = min(len(across) for _, across, _ in maps)
+    middle = (pairs - 1) // 2
+    experts = max(len(across[middle]) for _, across, _ in maps)
     ticks = {"tickmode": "linear", "tick0": 0, "dtick": max(1, experts // 8)}
-    data, layout, height = heat_maps(
-        shown,
+    panels = heat_maps(
+        [(name, [[100 * v for v in row] for row in across[middle]]) for name, across, _ in maps],
         columns=3,
-        across=axis(f"expert in layer {middle + 1}", **ticks),
-        down=axis(f"expert in layer {middle}", autorange="reversed", **ticks),
+        across=axis("expert in the next layer", **ticks),
+        down=axis("expert", autorange="reversed", **ticks),
         colour={"cmin": 0, "colorbar": {"title": {"text": "%"}, "ticksuffix": "%"}},
-        hover="expert %{y}, then %{x}: %{z:.2f}% of tokens",
+        hover="expert %{y}, then %{x}: %{z:.3g}% of tokens",
     )
     return [
         Chart(
             id="coactivation",
             section=SECTION,
             title="Experts chosen one after the other",
-            definition=f"Share of tokens sent to expert a in layer {middle} and expert b in layer "
-            f"{middle + 1}. A few bright cells: experts of the two layers work in pairs. The CSV has every "
-            "pair "
-            "of neighbouring layers.",
+            definition="Share of tokens sent to one expert in a layer and to another in the next. A few bright cells: "
+            "experts of the two layers work in pairs. The CSV has every pair of neighbouring layers.",
             unit="% of tokens",
-            sample=token_count([c.n for _, c in having]),
-            data=data,
-            layout=layout,
-            rows=[
+            sample=token_count([n for _, _, n in maps]),
+            data=panels.data,
+            layout=panels.layout,
+            rows=Cube(
                 ["model", "layer", "expert", "expert in next layer", "share of tokens"],
-                *[
-                    [name, layer, a, b, value]
-                    for name, c in having
-                    for layer, matrix in enumerate(c.across or [])
-                    for a, row in enumerate(matrix)
-                    for b, value in enumerate(row)
-                ],
-            ],
-            height=height,
+                {name: across for name, across, _ in maps},
+            ),
+            height=panels.height,
             wide=True,
+            choice=Choice(
+                "layers",
+                [f"layer {layer} to {layer + 1}" for layer in range(pairs)],
+                middle,
+                "z",
+                scale=100.0,
+            ),
+            narrow=panels.narrow,
         )
     ]
 
@@ -143,7 +147,7 @@ def paths(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Char
             total += path.share
             sums.append(total)
         drawn = line(name, range(1, len(sums) + 1), sums, looks[name], index)
-        drawn["text"] = ["→".join(map(str, path.experts)) for path in paths.top]
+        drawn["text"] = [_in_lines(path.experts) for path in paths.top]
         drawn["hovertemplate"] = "%{y:.1%} of tokens in the %{x} commonest paths, the last %{text}"
         data.append(drawn)
     distinct = "; ".join(f"{name} {paths.distinct:,}" for name, paths in having)
@@ -159,7 +163,7 @@ def paths(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Char
             data=data,
             layout={
                 "xaxis": axis("number of commonest paths"),
-                "yaxis": axis("share of tokens", tickformat=".0%", rangemode="tozero"),
+                "yaxis": axis("share of tokens", tickformat=".2~p", rangemode="tozero"),
             },
             rows=[
                 ["model", "rank", "path", "share"],
@@ -169,5 +173,70 @@ def paths(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Char
                     for rank, path in enumerate(paths.top, start=1)
                 ],
             ],
+        )
+    ]
+
+
+def _in_lines(path: Sequence[int], at_most: int = 16) -> str:
+    """A path for a label, broken where it is long."""
+    parts = [path[i : i + at_most] for i in range(0, len(path), at_most)]
+    return "<br>→".join("→".join(map(str, part)) for part in parts)
+
+
+def predictability(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """What one layer's input says of the next layer's choice."""
+    having = [(m.name, m.predictability) for m in models if m.predictability]
+    if not having:
+        return []
+    lines = {
+        "own_router": ("", "solid"),
+        "at_its_own_input": (", at its own input", "dash"),
+        "chance": (", by chance", "dot"),
+    }
+    data, rows = [], []
+    for index, (name, p) in enumerate(having):
+        for field, (said, dash) in lines.items():
+            values = getattr(p, field)
+            look = Style(looks[name].colour, dash)
+            data.append(line(f"{name}{said}", range(1, len(values) + 1), values, look, index))
+        known = zip(p.own_router, p.at_its_own_input, p.chance, strict=True)
+        rows += [[name, layer, *row] for layer, row in enumerate(known, start=1)]
+    return [
+        Chart(
+            id="predictability",
+            section=SECTION,
+            title="How much of a layer's choice is known one layer earlier",
+            definition="Recall of the chosen experts, when the layer's own router matrix reads the input of the router "
+            "below: mean over tokens of |predicted and chosen| / k. At its own input: what the matrix alone can reach.",
+            unit="share of chosen experts",
+            sample=token_count([p.n for _, p in having]),
+            data=data,
+            layout={
+                "xaxis": layer_axis(max(len(p.chance) for _, p in having)),
+                "yaxis": axis("recall", range=[0, 1.03]),
+                "hovermode": "x unified",
+            },
+            rows=[["model", "layer", "from the layer below", "at its own input", "by chance"], *rows],
+            height=420,
+            wide=True,
+        )
+    ]
+
+
+def flips(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    having = [(m.name, m.flips) for m in models if m.flips]
+    if not having:
+        return []
+    anywhere = "; ".join(f"{name} and {f.other} {f.any_layer:.2%}" for name, f in having)
+    return [
+        layer_lines(
+            "flips",
+            SECTION,
+            "Flips: tokens routed otherwise by a second model",
+            "Share of tokens whose set of chosen experts differs between the two models, or the two precisions. In at "
+            f"least one layer: {anywhere}.",
+            "share of tokens",
+            token_count([f.n for _, f in having]),
+            [(f"{name} and {f.other}", f.values, looks[name], {}) for name, f in having],
         )
     ]

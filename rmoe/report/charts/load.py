@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmoe.report.charts.chart import Chart, Style, axis, layer_axis
+from rmoe.report.charts.chart import Chart, Choice, Cube, Style, axis, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, measure_chart, token_count
 from rmoe.results.analysis import ModelAnalysis
 
@@ -29,7 +29,7 @@ def frequency(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[
         return []
     experts = max(len(row) for _, values, _ in having for row in values)
     layers = max(len(values) for _, values, _ in having)
-    data, layout, height = heat_maps(
+    panels = heat_maps(
         [(name, [[100 * v for v in row] for row in values]) for name, values, _ in having],
         columns=2,
         across=axis("expert", tickmode="linear", tick0=0, dtick=max(1, experts // 8)),
@@ -46,19 +46,12 @@ def frequency(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[
             f"Even use of {experts} experts would be {100 / experts:.2f}% each.",
             unit="% of assignments",
             sample=token_count([n for _, _, n in having]),
-            data=data,
-            layout=layout,
-            rows=[
-                ["model", "layer", "expert", "share"],
-                *[
-                    [name, layer, expert, share]
-                    for name, values, _ in having
-                    for layer, row in enumerate(values)
-                    for expert, share in enumerate(row)
-                ],
-            ],
-            height=height,
+            data=panels.data,
+            layout=panels.layout,
+            rows=Cube(["model", "layer", "expert", "share"], {name: values for name, values, _ in having}),
+            height=panels.height,
             wide=True,
+            narrow=panels.narrow,
         )
     ]
 
@@ -95,5 +88,96 @@ def drop_ratio(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list
                     for layer, value in enumerate(values)
                 ],
             ],
+        )
+    ]
+
+
+def spread(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """Lines of one colour per model: from the least to the most used expert."""
+    having = [(m.name, m.load) for m in models if m.load]
+    if not having:
+        return []
+    data = []
+    for index, (name, load) in enumerate(having):
+        for place, (said, dash) in enumerate(_QUANTILES.items()):
+            values = [row[place] for row in load.quantiles]
+            look = Style(looks[name].colour, dash)
+            data.append({**line(f"{name}, {said}", range(len(values)), values, look, index), "mode": "lines"})
+    return [
+        Chart(
+            id="load-spread",
+            section=SECTION,
+            title="Load of the least and the most used experts",
+            definition="An expert's assignments over the mean of its layer's experts; 1 is even. MaxVio is the largest "
+            "minus 1.",
+            unit="multiple of the mean load",
+            sample=token_count([load.n for _, load in having]),
+            data=data,
+            layout={
+                "xaxis": layer_axis(max(len(load.quantiles) for _, load in having)),
+                "yaxis": axis("multiple of the mean", rangemode="tozero"),
+                "hovermode": "x unified",
+            },
+            rows=[
+                ["model", "layer", *_QUANTILES, "unused experts", "MaxVio"],
+                *[
+                    [name, layer, *row, load.dead[layer], load.max_violation[layer]]
+                    for name, load in having
+                    for layer, row in enumerate(load.quantiles)
+                ],
+            ],
+            height=420,
+            wide=True,
+        )
+    ]
+
+
+_QUANTILES = {
+    "smallest": "dot",
+    "5th percentile": "dash",
+    "median": "solid",
+    "95th percentile": "dash",
+    "largest": "dot",
+}
+
+
+def coverage(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """A layer of the reader's choice beside the mean of all."""
+    having = [(m.name, m.coverage) for m in models if m.coverage]
+    if not having:
+        return []
+    layers = max(len(c.values) for _, c in having)
+    start = layers // 2
+    data, values = [], []
+    for index, (name, c) in enumerate(having):
+        mean = [sum(column) / len(c.values) for column in zip(*c.values, strict=True)]
+        of_layer = c.values[start] if start < len(c.values) else []
+        data.append(line(name, c.hottest, of_layer, looks[name], index))
+        data.append(line(f"{name}, mean of layers", c.hottest, mean, Style(looks[name].colour, "dot"), index))
+        values += [c.values, [mean] * layers]
+    return [
+        Chart(
+            id="coverage",
+            section=SECTION,
+            title="Coverage of the most used experts",
+            definition="Share of a layer's assignments that its m most used experts take: what is served when only "
+            "they are in fast memory.",
+            unit="share of assignments",
+            sample=token_count([c.n for _, c in having]),
+            data=data,
+            layout={
+                "xaxis": axis("m most used experts"),
+                "yaxis": axis("share of assignments", tickformat=".0%", range=[0, 1.03]),
+            },
+            rows=[
+                ["model", "layer", "most used experts", "share"],
+                *[
+                    [name, layer, m, share]
+                    for name, c in having
+                    for layer, row in enumerate(c.values)
+                    for m, share in zip(c.hottest, row, strict=True)
+                ],
+            ],
+            choice=Choice("layer", [f"layer {layer}" for layer in range(layers)], start, "y", values),
         )
     ]

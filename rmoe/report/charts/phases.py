@@ -60,7 +60,7 @@ def gradient_split(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> 
                 "xaxis": axis("optimizer step")
                 if over_steps
                 else layer_axis(max(len(split.language_model[0]) for _, split in having)),
-                "yaxis": axis("gradient norm", type="log", exponentformat="power"),
+                "yaxis": axis("gradient norm", type="log", dtick="D2", exponentformat="power"),
             },
             rows=rows,
             height=440,
@@ -128,7 +128,7 @@ def over_training(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> l
         if not having:
             continue
         layers = max(len(o.values[0]) for _, o in having)
-        data, layout, height = heat_maps(
+        panels = heat_maps(
             [(model, [list(layer) for layer in zip(*o.values, strict=True)]) for model, o in having],
             columns=3,
             across=axis("optimizer step"),
@@ -145,8 +145,8 @@ def over_training(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> l
                 definition=measure.definition,
                 unit=measure.unit,
                 sample=counted([len(o.step) for _, o in having], "measurement"),
-                data=data,
-                layout=layout,
+                data=panels.data,
+                layout=panels.layout,
                 rows=[
                     ["model", "step", "layer", measure.unit],
                     *[
@@ -156,8 +156,9 @@ def over_training(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> l
                         for layer, value in enumerate(row)
                     ],
                 ],
-                height=height,
+                height=panels.height,
                 wide=True,
+                narrow=panels.narrow,
             )
         )
     return charts

@@ -18,6 +18,8 @@ from rmoe.report.charts.chart import (
 )
 from rmoe.results.analysis import LayerMeasure, ModelAnalysis
 
+GAPS_UP_TO = 40  # cells in a line, over all maps in it
+
 
 def token_count(counts: Sequence[int]) -> str:
     """`12,000 tokens`, or a range when models differ."""
@@ -45,8 +47,8 @@ def heat_maps(
     down: dict[str, Any],
     colour: dict[str, Any],
     hover: str,
-    places_across: Sequence[Sequence[int]] | None = None,
-) -> tuple[list[dict], dict, int]:
+    places_across: Sequence[Sequence[float]] | None = None,
+) -> Panels:
     """Heat maps side by side on one colour scale.
 
     Args:
@@ -56,14 +58,16 @@ def heat_maps(
         colour: of the colour axis.
         hover: plotly template.
         places_across: where each map's columns stand; None counts them from 0.
-
-    Returns:
-        Traces, layout, height in pixels.
     """
     bare = {"showgrid": False}
     titles = [title for title, _ in titled]
-    panels = Panels(titles, columns, across | bare, down | bare, gap_y=0.2)
-    panels.layout["coloraxis"] = {"colorscale": SEQUENTIAL, **colour}
+    rows = max(len(values) for _, values in titled)
+    cells = max(len(row) for _, values in titled for row in values)
+    panels = Panels(titles, columns, across | bare, down | bare, row_height=_map_height(rows))
+    for layout in (panels.layout, panels.narrow.layout):
+        layout["coloraxis"] = {"colorscale": SEQUENTIAL, **colour}
+    # A gap between small cells would hide them.
+    gap = 1 if max(rows, cells * min(columns, len(titled))) <= GAPS_UP_TO else 0
     for index, (title, values) in enumerate(titled):
         panels.add(
             index,
@@ -74,11 +78,16 @@ def heat_maps(
                 "name": label(title),
                 "coloraxis": "coloraxis",
                 "hovertemplate": hover + "<extra></extra>",
-                "xgap": 1,
-                "ygap": 1,
+                "xgap": gap,
+                "ygap": gap,
             },
         )
-    return panels.data, panels.layout, 90 + 280 * panels.rows
+    return panels
+
+
+def _map_height(rows: int) -> int:
+    """Pixels for a map of so many rows: some for each, within what a screen shows."""
+    return max(220, min(520, 9 * rows))
 
 
 def layer_lines(
@@ -103,7 +112,12 @@ def layer_lines(
             {**line(name, range(len(values)), values, look, index), **more}
             for index, (name, values, look, more) in enumerate(series)
         ],
-        layout={"xaxis": layer_axis(layers), "yaxis": axis(unit), "hovermode": "x unified"},
+        layout={
+            "xaxis": layer_axis(layers),
+            "yaxis": axis(unit),
+            "hovermode": "x unified",
+            "showlegend": True,  # for one line too: its name has the value over all layers
+        },
         rows=[
             ["model", "layer", unit],
             *[[name, layer, value] for name, values, _, _ in series for layer, value in enumerate(values)],

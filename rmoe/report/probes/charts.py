@@ -108,8 +108,9 @@ def _figure(
         data=panels.data,
         layout=panels.layout,
         rows=rows,
-        height=110 + 270 * panels.rows,
+        height=panels.height,
         wide=True,
+        narrow=panels.narrow,
     )
 
 

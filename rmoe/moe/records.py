@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmoe.routing.contract import Routing
 
@@ -51,22 +51,32 @@ class RoutingBatch(NamedTuple):
         probs: [L, T, C] float32.
         experts: [L, T, K] int64, E without an expert.
         weights: [L, T, K] float32.
-        num_experts: E.
+        num_experts: E, the largest of all layers.
+        layer_experts: E of each layer; empty where all have the same.
     """
 
     probs: Tensor
     experts: Tensor
     weights: Tensor
     num_experts: int
+    layer_experts: tuple[int, ...] = ()
 
     @classmethod
     def stack(cls, records: Sequence[RoutingRecord]) -> RoutingBatch:
-        """Stack the layers' records, lowest layer first. All must have the same T, C, K and E."""
+        """Stack the layers' records, lowest layer first, all of the same T.
+
+        With layers of different sizes E, K and C are the largest: a smaller layer never chooses the experts it does not
+        have, and its further slots are empty.
+        """
+        most = max(record.num_experts for record in records)
+        slots = max(record.experts.shape[1] for record in records)
+        skip = max(record.probs.shape[1] - record.num_experts for record in records)
         return cls(
-            torch.stack([record.probs.detach().float() for record in records]).cpu(),
-            torch.stack([record.experts for record in records]).cpu(),
-            torch.stack([record.weights.detach().float() for record in records]).cpu(),
-            records[0].num_experts,
+            torch.stack([_padded_probs(record, most, skip) for record in records]).cpu(),
+            torch.stack([_more_slots(_empty_at(record, most), slots, most) for record in records]).cpu(),
+            torch.stack([_more_slots(record.weights.detach().float(), slots, 0) for record in records]).cpu(),
+            most,
+            tuple(record.num_experts for record in records),
         )
 
     @property
@@ -84,3 +94,19 @@ class RoutingBatch(NamedTuple):
         """[L, T] int64: the chosen expert of largest probability; E for a token that no expert takes."""
         ranked = self.chosen_probs().masked_fill(self.experts == self.num_experts, -1.0)
         return self.experts.gather(-1, ranked.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _empty_at(record: RoutingRecord, empty: int) -> Tensor:
+    return record.experts.masked_fill(record.experts >= record.num_experts, empty)
+
+
+def _more_slots(values: Tensor, slots: int, fill: float) -> Tensor:
+    return nn.functional.pad(values, (0, slots - values.shape[1]), value=fill)
+
+
+def _padded_probs(record: RoutingRecord, num_experts: int, skip: int) -> Tensor:
+    """`[T, E + skip]`: zero for experts that the layer does not have; its skip class stays the last."""
+    probs = record.probs.detach().float()
+    own, rest = probs[:, : record.num_experts], probs[:, record.num_experts :]
+    own = nn.functional.pad(own, (0, num_experts - record.num_experts))
+    return torch.cat([own, nn.functional.pad(rest, (0, skip - rest.shape[1]))], dim=-1)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmoe.analysis.families import SCORES, MoELayer, _score_of, scorer_matrix
-from rmoe.analysis.recorder import Recorder
 from rmoe.errors import RequestError
+from rmoe.moe import Recorder, scorer_matrix
+from rmoe.moe.reading import ExpertsReader
+from rmoe.moe.scores import SCORES
 from tests.graft.tiny_families import PROMISED, tiny_model
 
 IDS = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -64,7 +65,11 @@ def test_the_score_is_found_from_the_weights(name: str, top_k: int, dtype: torch
     scores = SCORES[name](given)
     chosen = scores.topk(top_k, -1)
     weights = chosen.values if top_k == 1 else 2.5 * chosen.values / chosen.values.sum(-1, keepdim=True)
-    layer = MoELayer("mlp", nn.Linear(2, 2), nn.Linear(2, 2), 8, top_k, None)
-    assert _score_of(given, chosen.indices, weights.to(dtype).float(), layer) == name
-    with pytest.raises(RequestError, match="MODEL is 'Linear'; allowed: a router whose weights follow"):
-        _score_of(given, chosen.indices, torch.rand(40, top_k, generator=generator), layer)
+    hidden = torch.zeros(40, 2)
+    reader = ExpertsReader("mlp", 8, top_k)
+    record = reader.read(given, (hidden, chosen.indices, weights.to(dtype)), {})
+    assert reader.scoring == name
+    torch.testing.assert_close(record.probs, scores / scores.sum(-1, keepdim=True))
+    arbitrary = torch.rand(40, top_k, generator=generator)
+    with pytest.raises(RequestError, match="MODEL is 'mlp'; allowed: a router whose weights follow"):
+        ExpertsReader("mlp", 8, top_k).read(given, (hidden, chosen.indices, arbitrary), {})

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rmoe.analysis.families import MoELayer, expert_matrices, scorer_matrix
-from rmoe.analysis.record import RoutingRecord
-from rmoe.analysis.recorder import Recorder, find_moe_layers
 from rmoe.errors import RequestError
+from rmoe.moe import Recorder, RoutedLayer, RoutingRecord, expert_matrices, require_layers, scorer_matrix
+from rmoe.moe.reading import DenseReader
 from tests.analysis.tiny_families import COMMON, TINY, TinyFamily
 
 
@@ -32,7 +31,7 @@ def input_ids() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def recorded(recorder: Recorder, input_ids: Tensor) -> list[tuple[RoutingRecord, MoELayer, tuple, dict]]:
+def recorded(recorder: Recorder, input_ids: Tensor) -> list[tuple[RoutingRecord, RoutedLayer, tuple, dict]]:
     """Record, layer, and the arguments its block was called with, for each layer."""
     calls: list[tuple[tuple, dict]] = []
     blocks = [recorder.model.get_submodule(layer.name) for layer in recorder.layers]
@@ -47,7 +46,7 @@ def recorded(recorder: Recorder, input_ids: Tensor) -> list[tuple[RoutingRecord,
     return [(r, layer, *call) for r, layer, call in zip(records, recorder.layers, calls, strict=True)]
 
 
-def _routed_output(recorder: Recorder, layer: MoELayer, args: tuple, kwargs: dict) -> Tensor:
+def _routed_output(recorder: Recorder, layer: RoutedLayer, args: tuple, kwargs: dict) -> Tensor:
     """The block's output, [T, d]."""
     with torch.no_grad():
         output = recorder.model.get_submodule(layer.name)(*args, **kwargs)
@@ -55,7 +54,7 @@ def _routed_output(recorder: Recorder, layer: MoELayer, args: tuple, kwargs: dic
     return output.reshape(-1, output.shape[-1])
 
 
-def _without_expert(recorder: Recorder, layer: MoELayer, expert: int, args: tuple, kwargs: dict) -> Tensor:
+def _without_expert(recorder: Recorder, layer: RoutedLayer, expert: int, args: tuple, kwargs: dict) -> Tensor:
     """The block's output with one expert's down projection (and its bias) set to zero."""
     parameters = [p for name, p in layer.experts.named_parameters() if name.startswith("down_proj")]
     saved = [p.detach()[expert].clone() for p in parameters]
@@ -90,19 +89,17 @@ def test_the_recorded_experts_are_those_that_ran_with_the_recorded_weights(
             ran = difference.abs().amax(-1) > 1e-9
             assert torch.equal(ran, is_chosen.any(-1))
             weight = (record.weights * is_chosen).sum(-1, keepdim=True)
-            if (
-                layer.family is not None and layer.family.scores_and_logits_at is not None
-            ):  # Llama 4 scales the input
+            if isinstance(layer.reader, DenseReader):  # Llama 4 scales the input
                 expected = _expert_alone(layer, expert, hidden * weight)
             else:
                 expected = _expert_alone(layer, expert, hidden) * weight
             torch.testing.assert_close(difference[ran], expected[ran], atol=1e-6, rtol=1e-3)
 
 
-def _expert_alone(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
+def _expert_alone(layer: RoutedLayer, expert: int, hidden: Tensor) -> Tensor:
     """f_e(x) of every token, [T, d], from the experts' weights alone."""
     with torch.no_grad():
-        if layer.family is not None and layer.family.scores_and_logits_at is not None:
+        if isinstance(layer.reader, DenseReader):
             everything = layer.experts(hidden.repeat(layer.num_experts, 1))
             return everything.view(layer.num_experts, -1, hidden.shape[-1])[expert]
         index = torch.full((len(hidden), 1), expert)
@@ -114,7 +111,7 @@ def test_probabilities_are_those_of_the_scores(recorded: Any, family: TinyFamily
         if family.name == "zaya":
             continue  # its logits depend on the layer below: see the test that follows
         hidden = args[0].reshape(-1, args[0].shape[-1]).detach()
-        bias = getattr(layer.router, "bias", None)
+        bias = getattr(layer.gate, "bias", None)
         logits = hidden @ scorer_matrix(layer, None).T + (0 if bias is None else bias.detach())
         torch.testing.assert_close(record.logits, logits, atol=1e-5, rtol=1e-4)
         scores = 1 / (1 + (-logits).exp()) if family.name in ("deepseek_v3", "llama4") else logits.exp()
@@ -125,12 +122,12 @@ def test_zaya_skips_are_shown_and_its_state_is_in_the_logits(input_ids: Tensor) 
     recorder = Recorder(TINY["zaya"].build())
     heads: list[Tensor] = []
     for layer in recorder.layers:
-        layer.router.get_submodule("router_mlp.out_proj").register_forward_hook(
+        layer.gate.get_submodule("router_mlp.out_proj").register_forward_hook(
             lambda module, args, output: heads.append(output.reshape(-1, output.shape[-1]))
         )
     for record, logits, layer in zip(recorder(input_ids), heads, recorder.layers, strict=True):
         assert torch.equal(record.logits, logits)
-        biased = logits.softmax(-1) + layer.router.balancing_biases
+        biased = logits.softmax(-1) + layer.gate.balancing_biases
         assert torch.equal(record.experts[:, 0], biased.argmax(-1))  # class E, the skip, is the empty slot
         skipped = record.experts == record.num_experts
         assert skipped.any()
@@ -146,7 +143,7 @@ def test_padding_is_left_out(recorder: Recorder, input_ids: Tensor) -> None:
 
 
 def test_recording_leaves_the_model_as_it_was(recorder: Recorder, recorded: Any) -> None:
-    assert all(not layer.router._forward_hooks for layer in recorder.layers)
+    assert all(not layer.gate._forward_hooks for layer in recorder.layers)
     assert all(not layer.experts._forward_pre_hooks for layer in recorder.layers)
 
 
@@ -171,5 +168,5 @@ def test_expert_matrices_are_aligned_by_hidden_unit(recorder: Recorder) -> None:
 def test_a_dense_model_is_refused_in_one_line() -> None:
     model = LlamaForCausalLM(LlamaConfig(**COMMON))
     with pytest.raises(RequestError, match="a model with MoE layers") as refusal:
-        find_moe_layers(model)
+        require_layers(model)
     assert "\n" not in str(refusal.value)

@@ -1,0 +1,142 @@
+"""What needs the hidden states of a live model: predictability of the next layer's choice, and REAP's saliency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmoe.moe import RoutedLayer, RoutingBatch, scorer_matrix
+
+
+class Predictability:
+    """Streams top-k recall of each layer's choice from the input of the router below, by its own scorer matrix.
+
+        predicted = top-k of G_{l+1} x_l;   recall = |predicted & chosen_{l+1}| / |chosen_{l+1}|
+
+    `G` alone: a selection bias, or what a router does to its input first, is not applied. What that costs is seen on
+    the router's own input `x_{l+1}`, which is measured too.
+
+    Args:
+        layers: in order.
+        shared: what the routers share, see `scorer_matrix`.
+
+    Source: Megatron-LM, tools/moe_routing/analyze_routing_predictability.py, which compares loads; here it is each
+    token's choice.
+    """
+
+    def __init__(self, layers: Sequence[RoutedLayer], shared: nn.Module | None) -> None:
+        self.layers, self._shared = layers, shared
+        self._sums = torch.zeros(2, len(layers) - 1, dtype=torch.float64)
+        self._counts = torch.zeros(2, len(layers) - 1, dtype=torch.int64)
+        self._inputs: list[Tensor] = []
+        self.n = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, a forward pass is heard."""
+        self._inputs = []
+
+        def keep(module: nn.Module, args: Any) -> None:
+            self._inputs.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+        handles = [layer.gate.register_forward_pre_hook(keep) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def update(self, batch: RoutingBatch) -> None:
+        """Add what was heard."""
+        inputs, self._inputs = self._inputs, []
+        if len(inputs) != len(self.layers) or len(batch.experts) != len(self.layers):
+            return  # a looped model: a layer has no one input
+        for above, layer in enumerate(self.layers[1:]):
+            matrix = scorer_matrix(layer, self._shared)
+            chosen = batch.experts[above + 1].to(inputs[0].device)
+            for which, x in enumerate((inputs[above], inputs[above + 1])):
+                if matrix is None or matrix.shape[1] != x.shape[-1] or len(x) != len(chosen):
+                    continue
+                scores = x.to(matrix.dtype) @ matrix.T
+                recall, count = top_k_recall(scores[:, : layer.num_experts], chosen, layer.top_k)
+                self._sums[which, above] += recall
+                self._counts[which, above] += count
+        self.n += batch.num_tokens
+
+    def result(self) -> tuple[list[float | None], list[float | None]]:
+        """[L - 1] recall from the input below, and from the router's own input; None where it cannot be measured."""
+        below, own = (
+            [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
+            for sums, counts in zip(self._sums, self._counts, strict=True)
+        )
+        return below, own
+
+
+def top_k_recall(scores: Tensor, chosen: Tensor, k: int) -> tuple[float, int]:
+    """Sum over tokens of the share of a token's experts that are among the k largest scores; and the tokens that count.
+
+    Args:
+        scores: [T, E]. chosen: [T, K] int64, E or more in empty slots; a token without experts does not count.
+    """
+    used = chosen < scores.shape[-1]
+    predicted = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(k, -1).indices, True)
+    hit = predicted.gather(-1, chosen.clamp(max=scores.shape[-1] - 1)) & used
+    counted = used.any(-1)
+    share = hit.sum(-1)[counted].double() / used.sum(-1)[counted]
+    return float(share.sum()), int(counted.sum())
+
+
+class Saliency:
+    """Streams REAP's saliency of each expert (arXiv:2510.13999, Eq. 9).
+
+        S_j = mean over the tokens sent to j of g_j(x) |f_j(x)|_2
+
+    `g_j` is the weight that the layer multiplies the expert's output by. Every expert runs once more on its tokens, one
+    slot at a time. NaN for an expert without tokens, and for layers whose experts are not told their choice.
+    """
+
+    def __init__(self, layers: Sequence[RoutedLayer]) -> None:
+        self.layers = layers
+        most = max(layer.num_experts for layer in layers)
+        self._sums = torch.zeros(len(layers), most, dtype=torch.float64)
+        self._counts = torch.zeros(len(layers), most, dtype=torch.int64)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, a forward pass is heard."""
+        handles = [
+            layer.experts.register_forward_pre_hook(self._hook(index, layer), with_kwargs=True)
+            for index, layer in enumerate(self.layers)
+            if layer.reader.at == "experts"
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, index: int, layer: RoutedLayer) -> Any:
+        def add(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if len(given) != 3 or given[1].dim() != 2 or given[1].is_floating_point():
+                return
+            hidden, chosen, weights = given
+            for slot in range(chosen.shape[1]):
+                one, weight = chosen[:, slot : slot + 1], weights[:, slot : slot + 1]
+                # `forward` and not a call: hooks, this one among them, are not for these runs.
+                output = layer.experts.forward(hidden, one, torch.ones_like(weight))
+                value = output.detach().reshape(len(one), -1).float().norm(dim=-1) * weight[:, 0].float()
+                used = (one[:, 0] < layer.num_experts) & (weight[:, 0] != 0)
+                ids = one[:, 0][used].cpu()
+                self._sums[index].index_add_(0, ids, value[used].double().cpu())
+                self._counts[index].index_add_(0, ids, torch.ones_like(ids))
+
+        return add
+
+    def result(self) -> Tensor:
+        """[L, E] float32."""
+        return (self._sums / self._counts).float()

@@ -1,0 +1,195 @@
+"""Traces: a model's routing written down, and the measures that need nothing but who was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from rmoe.analysis.measures import ChoiceMeasures, Sizes, load_fields
+from rmoe.errors import RequestError
+from rmoe.model.loading import empty_model
+from rmoe.moe import Recorder, RoutedLayer, RoutingRecord, require_layers
+from rmoe.results import analysis as schema
+from rmoe.results.engine_traces import ExpertCounts
+from rmoe.results.trace import MAX_EXPERTS, NO_EXPERT, Trace, TraceMeta
+
+_TOKENS_AT_ONCE = 8192
+
+
+def record_trace(model: nn.Module, blocks: np.ndarray, name: str, batch_size: int = 8) -> Trace:
+    """Run a model over a text and keep which experts each token was sent to, largest weight first.
+
+    Args:
+        model: any MoE that `rmoe.moe` reads, in evaluation mode.
+        blocks: [N, S] token ids; each block is a sequence of its own.
+        name: of the model, for the file.
+        batch_size: blocks per forward pass.
+
+    Raises:
+        RequestError: no MoE layers, or more experts than int16 can number.
+    """
+    recorder = Recorder(model)
+    if recorder.num_experts > MAX_EXPERTS:
+        raise RequestError(
+            "MODEL", f"{name} with {recorder.num_experts} experts", f"at most {MAX_EXPERTS} in a trace"
+        )
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    parts = []
+    records: list[RoutingRecord] = []
+    for start in range(0, len(blocks), batch_size):
+        ids = torch.from_numpy(blocks[start : start + batch_size].astype(np.int64)).to(embedding.device)
+        records = recorder(ids)
+        parts.append(_ranked(records))
+    meta = TraceMeta(
+        model=name,
+        source="rmoe",
+        layer_names=recorder.names,
+        num_experts=[record.num_experts for record in records],
+        experts_per_token=[record.experts.shape[1] for record in records],
+        vocab_size=len(embedding),
+        ranked=True,
+    )
+    sequences = np.full(len(blocks), blocks.shape[1], np.int64)
+    return Trace(np.concatenate(parts), blocks.reshape(-1).astype(np.int32), sequences, meta)
+
+
+def _ranked(records: list[RoutingRecord]) -> np.ndarray:
+    """[T, L, K] int16, each token's experts by the layer's score, largest first, empty slots last."""
+    slots = max(record.experts.shape[1] for record in records)
+    layers = []
+    for record in records:
+        classes = record.probs.shape[-1]
+        scores = record.probs.gather(-1, record.experts.clamp(max=classes - 1))
+        empty = record.experts >= record.num_experts
+        order = scores.masked_fill(empty, -1).argsort(stable=True, dim=-1, descending=True)
+        ids = record.experts.masked_fill(empty, NO_EXPERT).gather(-1, order).to(torch.int16).cpu()
+        layers.append(nn.functional.pad(ids, (0, slots - ids.shape[1]), value=NO_EXPERT))
+    return torch.stack(layers, dim=1).numpy()
+
+
+def analyze_trace(
+    found: Trace | ExpertCounts, name: str, token_text: Callable[[int], str] = str
+) -> tuple[schema.ModelAnalysis, list[str]]:
+    """Every measure that needs only who was chosen.
+
+    Args:
+        found: what was read.
+        name: how the model is called in the report.
+        token_text: how a token id is shown.
+
+    Returns:
+        The analysis, and notes about what the trace does not allow.
+    """
+    if isinstance(found, ExpertCounts):
+        return _of_counts(found, name), [
+            f"a {found.source} trace is summed over tokens: load alone can be measured from it"
+        ]
+    meta, notes = found.meta, []
+    num_experts, slots = max(meta.num_experts), max(meta.experts_per_token)
+    by_layer = tuple(meta.num_experts), tuple(meta.experts_per_token)
+    sizes = Sizes(len(meta.layer_names), num_experts, slots, num_experts, *by_layer)
+    counts = None if found.tokens is None else np.bincount(found.tokens)
+    if found.tokens is None:
+        notes.append(f"the {meta.source} trace has no token ids: no tokens per expert")
+    if not meta.ranked:
+        notes.append(
+            f"a {meta.source} trace does not rank a token's experts: no paths, no mutual information"
+        )
+    measures = ChoiceMeasures(sizes, len(found.experts), counts, meta.ranked)
+    for start in range(0, len(found.experts), _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        experts = torch.from_numpy(found.experts[part].astype(np.int64)).transpose(0, 1).contiguous()
+        experts = experts.masked_fill(experts == NO_EXPERT, num_experts)
+        ids = None if found.tokens is None else torch.from_numpy(found.tokens[part].astype(np.int64))
+        measures.update(experts, experts[..., 0], ids)
+    return (
+        schema.ModelAnalysis(
+            name=name,
+            summary=f"{meta.source} trace, {_of_sizes(sizes)}",
+            layers=sizes.num_layers,
+            experts=num_experts,
+            experts_per_token=slots,
+            layer_names=meta.layer_names,
+            **measures.fields(token_text),
+        ),
+        notes,
+    )
+
+
+def _of_counts(found: ExpertCounts, name: str) -> schema.ModelAnalysis:
+    layers, experts = found.counts.shape
+    slots = found.experts_per_token
+    if slots is None or slots < 1:
+        raise RequestError("--experts-per-token", slots, f"k, which a {found.source} trace does not say")
+    tokens = found.counts.sum(axis=-1) / slots
+    if (tokens != tokens.astype(int)).any() or len(set(tokens.tolist())) > 1:
+        allowed = f"assignments that are {slots} per token, equally many in every layer"
+        raise RequestError("--trace", f"{found.counts.sum(axis=-1).tolist()} assignments per layer", allowed)
+    n = int(tokens[0])
+    return schema.ModelAnalysis(
+        name=name,
+        summary=f"{found.source} trace, {_of_sizes(Sizes(layers, experts, slots, experts))}",
+        layers=layers,
+        experts=experts,
+        experts_per_token=slots,
+        layer_names=found.layer_names,
+        **load_fields(found.counts, n),
+    )
+
+
+def _of_sizes(sizes: Sizes) -> str:
+    return f"{sizes.num_layers} MoE layers, {sizes.num_experts} experts, {sizes.experts_per_token} per token"
+
+
+def require_fit(found: Trace | ExpertCounts, model: Path) -> PreTrainedConfig:
+    """Check that a trace can be of a model, whose weights are not read.
+
+    Raises:
+        RequestError: other layers, experts, k, or token ids beyond the vocabulary.
+    """
+    config = _config(model)
+    layers = layers_of(model)
+    if isinstance(found, ExpertCounts):
+        traced = [(found.counts.shape[1], found.experts_per_token)] * len(found.layer_names)
+    else:
+        traced = list(zip(found.meta.num_experts, found.meta.experts_per_token, strict=True))
+    has = [(layer.num_experts, layer.top_k) for layer in layers]
+    if len(traced) != len(has):
+        raise RequestError("--trace", f"a trace of {len(traced)} MoE layers", f"the model's {len(has)}")
+    for index, (of_trace, of_model) in enumerate(zip(traced, has, strict=True)):
+        if of_trace != of_model:
+            said = f"a trace with (experts, k) {of_trace} in layer {index}"
+            raise RequestError("--trace", said, f"the model's {of_model}")
+    vocabulary = config.get_text_config().vocab_size
+    if isinstance(found, Trace) and found.tokens is not None and int(found.tokens.max()) >= vocabulary:
+        said = f"a trace with token id {int(found.tokens.max())}"
+        raise RequestError("--trace", said, f"ids below the model's vocabulary size ({vocabulary})")
+    return config
+
+
+def layers_of(model: Path) -> list[RoutedLayer]:
+    """The MoE layers of a model folder, whose weights are not read.
+
+    Raises:
+        RequestError: not a model folder, or a model without MoE layers.
+    """
+    try:
+        return require_layers(empty_model(_config(model)))
+    except RequestError:
+        raise
+    except Exception as error:  # what a damaged configuration makes transformers raise is anyone's guess
+        raise RequestError("MODEL", str(model), f"a model folder ({error})") from error
+
+
+def _config(model: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError("MODEL", str(model), f"a model folder ({error})") from error

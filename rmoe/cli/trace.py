@@ -1,0 +1,60 @@
+"""`rmoe trace`: write down which experts a model sends each token to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from rmoe.cli.models import Plugins, set_up
+from rmoe.errors import RequestError, one_line
+
+
+def run(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    *,
+    out: Path,
+    data: str | None = None,
+    tokens: int = 131_072,
+    sequence_length: int | None = None,
+    split: Literal["whole", "train", "valid", "test"] | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    format: Literal["rmoe", "vllm"] = "rmoe",
+    plugin: Plugins = (),
+) -> None:
+    """Write down which experts a model sends each token to.
+
+    Args:
+        model: a model folder, a run folder, or hf:NAME of the Hugging Face Hub.
+        out: the file to write: expert ids [tokens, layers, k], token ids, and what they belong to.
+        data: a text, as for training; default the test split of the Python standard library's source.
+        tokens: at most so many tokens of the text, from its start.
+        sequence_length: tokens per block; default 512, or the model's longest if that is less.
+        split: which part of the text; default all of it.
+        batch_size: blocks per forward pass.
+        device: as torch names it; default a GPU if there is one.
+        format: rmoe, a safetensors file that `rmoe analyze --trace` reads; or vllm, JSON lines as vLLM's server
+            returns them.
+        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
+    """
+    from rmoe.analysis.command import trace_folder
+    from rmoe.places import require_writable
+    from rmoe.results.engine_traces import write_vllm
+    from rmoe.results.trace import write_trace
+
+    if out.is_dir():
+        raise RequestError("--out", str(out), "a file")
+    if batch_size < 1:
+        raise RequestError("--batch-size", batch_size, "at least 1")
+    require_writable(out.absolute().parent)
+    set_up(plugin)
+    trace = trace_folder(model, data, split, tokens, sequence_length, batch_size, device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if format == "vllm":
+        write_vllm(out, trace)
+    else:
+        write_trace(out, trace)
+    count, layers, slots = trace.experts.shape
+    print(one_line(f"{out}: {count:,} tokens x {layers} layers x {slots} experts"))

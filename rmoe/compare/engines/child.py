@@ -1,0 +1,69 @@
+"""A process that carries jobs out: pickled jobs come on stdin, pickled answers go to stdout.
+
+    python -m rmoe.compare.engines.child
+
+It imports torch once and then does job after job. When stdin closes, whoever started it is gone: a run in progress is
+saved and the process ends, so a killed comparison, Ray worker or Slurm job leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle  # nosec B403  what is read was written by the process that started this one
+import queue
+import signal
+import sys
+import threading
+import traceback
+from typing import BinaryIO
+
+from rmoe.compare.engines.engine import Answer, Job
+from rmoe.errors import RequestError, RunError, Stopped, one_line
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever a library prints goes to the log, not between the answers
+    jobs: queue.Queue[Job | None] = queue.Queue()
+    busy = threading.Event()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, jobs, busy), daemon=True).start()
+    while (job := jobs.get()) is not None:
+        busy.set()
+        answer = answer_to(job)
+        busy.clear()
+        _say(answers, answer)
+
+
+def _listen(stdin: BinaryIO, jobs: queue.Queue[Job | None], busy: threading.Event) -> None:
+    try:
+        while True:
+            jobs.put(pickle.load(stdin))  # nosec B301
+    except EOFError:
+        jobs.put(None)
+    if busy.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)  # `train` saves and stops
+
+
+def _say(answers: BinaryIO, answer: Answer) -> None:
+    try:
+        answers.write(pickle.dumps(answer))
+    except BrokenPipeError:  # nobody is left to hear it; the run is saved in its folder
+        os._exit(1)
+
+
+def answer_to(job: Job) -> Answer:
+    """Carry a job out; whatever goes wrong is the answer."""
+    try:
+        return Answer(value=job.carry_out())
+    except Stopped as stopped:
+        return Answer(error=str(stopped), stopped=True)
+    except (RequestError, RunError) as error:
+        return Answer(error=str(error))
+    except Exception as error:
+        traceback.print_exc()  # the log has all of it
+        return Answer(error=one_line(f"{type(error).__name__}: {error}"))
+
+
+if __name__ == "__main__":
+    main()

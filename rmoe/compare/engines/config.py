@@ -1,0 +1,92 @@
+"""`[engine]`: where the runs of a grid are carried out, and what each of them gets. Imports no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+import tyro
+
+from rmoe.errors import RequestError
+from rmoe.places import expand
+
+Kind = Literal["local", "ray", "slurm"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Where the runs are carried out. None of it changes a result.
+
+    Attributes:
+        kind: local: processes of this machine; ray: a Ray cluster; slurm: one job array.
+        cpus: cores of each run; default the threads of a run.
+        gpus: GPUs of each run; default as many as its layout (`parallel`) has processes, none without a GPU.
+        memory_gib: of each run; ray places by it, slurm enforces it.
+        runs_per_gpu: local: runs that share a GPU.
+        retries: how often a run whose process or machine died is started again, from its last checkpoint.
+        setup: shell lines before a run's process starts: `module load cuda`. May be given several times.
+        shared: a folder that every machine sees, with --out in it; default --out itself. Checked by a written token.
+        fetch: ray without a shared folder: bring each run's folder back when it ends, `result` or with the `model`.
+            What a lost machine has trained is then lost.
+        address: ray: of a running cluster, HOST:PORT; default is one of this machine, for this grid.
+        node: machine on which each router is timed alone; default is any.
+        partition: slurm.
+        hours: slurm: time limit of a run's job; one that reaches it saves and is queued again.
+        at_once: ray, slurm: runs at the same time, at most.
+        submitit: slurm: submitit's cluster; `local` runs the jobs as processes of this machine.
+    """
+
+    kind: Kind = "local"
+    cpus: int | None = None
+    gpus: int | None = None
+    memory_gib: float | None = None
+    runs_per_gpu: int = 1
+    retries: int = 2
+    setup: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    shared: str | None = None
+    fetch: Literal["no", "result", "model"] = "no"
+    address: str | None = None
+    node: str | None = None
+    partition: str | None = None
+    hours: float = 24.0
+    at_once: int | None = None
+    submitit: Literal["slurm", "local"] = "slurm"
+
+    def __post_init__(self) -> None:
+        for name, least in (("cpus", 1), ("gpus", 0), ("runs_per_gpu", 1), ("retries", 0), ("at_once", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RequestError(f"engine.{name}", value, f"{least} or more")
+        for name, amount in (("memory_gib", self.memory_gib), ("hours", self.hours)):
+            if amount is not None and amount <= 0:
+                raise RequestError(f"engine.{name}", amount, "above 0")
+        if self.fetch != "no" and (self.kind != "ray" or self.shared is not None):
+            raise RequestError("engine.fetch", self.fetch, "no, but with --engine ray and no engine.shared")
+
+    @classmethod
+    def from_preset(cls, name: str) -> EngineConfig:
+        """The `[engine]` table of a `.toml` preset; the default without one.
+
+        Raises:
+            RequestError: no such file, an unknown name in its table, or a value that is not allowed.
+        """
+        if not name.endswith(".toml"):
+            return cls()
+        try:
+            table: Any = tomllib.loads(expand(name, "--preset").read_text(encoding="utf-8")).get("engine", {})
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise RequestError("--preset", name, f"TOML ({error})") from None
+        known = cls.__dataclass_fields__
+        if not isinstance(table, dict):
+            raise RequestError("engine", table, "a table")
+        for key in table:
+            if key not in known:
+                raise RequestError(f"engine.{key}", table[key], f"one of {', '.join(sorted(known))}")
+        try:
+            return msgspec.convert(table, cls)
+        except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, RequestError):
+                raise error.__cause__ from None
+            raise RequestError("engine", table, str(error)) from None

@@ -1,0 +1,67 @@
+"""The training-time state of routers under a plain `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+
+from rmoe.errors import RequestError
+from rmoe.model.modeling_rmoe import RMoEModel
+from rmoe.routing.contract import RouterStats
+
+
+class RouterUpdates(TrainerCallback):
+    """Move an RMoE model's selection biases, schedules and stages after each optimizer step.
+
+    `rmoe train` does so itself; another training program does not know that it must, and biases then stay where they
+    were.
+
+        Trainer(model, args, train_dataset=..., callbacks=[rmoe.RouterUpdates()])
+
+    Counts are summed over the micro-batches of gradient accumulation and over all ranks; evaluation does not count.
+    """
+
+    def __init__(self) -> None:
+        self._trunk: RMoEModel | None = None
+        self._stats: RouterStats | None = None
+        self._handle: RemovableHandle | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Find the routers.
+
+        Raises:
+            RequestError: `model` holds no RMoE model.
+        """
+        found = next((module for module in model.modules() if isinstance(module, RMoEModel)), None)
+        if found is None:
+            raise RequestError(
+                "model", type(model).__name__, "an RMoE model: its routers have state to update"
+            )
+        self._trunk, self._stats = found, None
+        self._handle = found.register_forward_hook(self._add)
+
+    def _add(self, module: Any, args: Any, output: Any) -> None:
+        stats = getattr(output, "router_stats", None)
+        if stats is not None and module.training:
+            self._stats = stats if self._stats is None else self._stats.add(stats)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An optimizer step is done; `state.global_step` counts it."""
+        if self._trunk is None or self._stats is None:
+            return
+        stats, self._stats = self._stats, None
+        if dist.is_available() and dist.is_initialized():
+            for part in stats:
+                dist.all_reduce(part)
+        with torch.no_grad():
+            self._trunk.update_routers(stats, state.global_step, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

@@ -1,0 +1,34 @@
+"""Any Mixture-of-Experts model as stacks of routed layers: found, read, checked, recorded, replayed."""
+
+from rmoe.moe.callback import RoutingCallback
+from rmoe.moe.check import ReadingCheck, SilencedExpert, check_reading
+from rmoe.moe.layers import RoutedLayer, require_layers, routed_layers, routed_stacks
+from rmoe.moe.matrices import expert_matrices, expert_vectors, scorer_matrix
+from rmoe.moe.reading import Reader
+from rmoe.moe.recorder import Recorder, listen
+from rmoe.moe.records import RoutingBatch, RoutingRecord
+from rmoe.moe.replaying import record, replay
+from rmoe.moe.trace import Trace, TracedSequence
+
+__all__ = [
+    "Reader",
+    "ReadingCheck",
+    "Recorder",
+    "RoutedLayer",
+    "RoutingBatch",
+    "RoutingCallback",
+    "RoutingRecord",
+    "SilencedExpert",
+    "Trace",
+    "TracedSequence",
+    "check_reading",
+    "expert_matrices",
+    "expert_vectors",
+    "listen",
+    "record",
+    "replay",
+    "require_layers",
+    "routed_layers",
+    "routed_stacks",
+    "scorer_matrix",
+]

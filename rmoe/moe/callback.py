@@ -1,0 +1,134 @@
+"""The routing of any MoE in the logs of `transformers.Trainer`: load, dead experts, entropy."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from rmoe.moe.layers import RoutedLayer, require_layers
+from rmoe.moe.recorder import listen
+from rmoe.moe.records import RoutingRecord
+from rmoe.moe.replaying import Pass, passes
+from rmoe.routing.contract import count_assignments
+
+QUANTILES = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+
+
+class RoutingCallback(TrainerCallback):
+    """Log how any MoE routes, to whatever trackers a Trainer reports to.
+
+        trainer.add_callback(rmoe.moe.RoutingCallback(trainer))
+
+    Of the steps that are logged, over all their micro-batches and ranks, padding left out:
+
+        routing/load_min, _p05, _median, _p95, _max   an expert's assignments over its layer's mean; 1 is balance
+        routing/max_violation                         largest load over the mean, minus 1 (MaxVio); mean over layers
+        routing/dead_experts                          experts of all layers that no token went to
+        routing/entropy                               of the router's distribution in nats, mean over tokens and layers
+
+    Args:
+        trainer: its `log` is called. Its model may be RMoE, a graft, or any MoE that `rmoe analyze` reads.
+        per_layer: also the last three of each layer, as `routing/LAYER/...`.
+    """
+
+    def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
+        self.trainer, self.per_layer = trainer, per_layer
+        self._hooks = ExitStack()
+        self._layers: list[RoutedLayer] = []
+        self._counts: dict[str, Tensor] = {}
+        self._entropy: dict[str, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._heard: list[tuple[RoutedLayer, RoutingRecord]] = []
+        self._listening = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Start to listen.
+
+        Raises:
+            RequestError: the model is no MoE, or cannot be read.
+        """
+        self._layers = require_layers(model)
+        current = self._hooks.enter_context(passes(model, Pass, self._end))
+
+        def receive(layer: RoutedLayer, record: RoutingRecord) -> None:
+            if current() is not None:  # else a backward pass runs it again
+                self._heard.append((layer, record))
+
+        self._hearing = self._hooks.enter_context(listen(self._layers, receive))
+        self._hearing.paused = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listen in the steps that will be logged."""
+        by_step = str(args.logging_strategy.value) == "steps"
+        self._listening = not by_step or (state.global_step + 1) % max(int(state.logging_steps), 1) == 0
+        self._listening |= state.global_step == 0 and args.logging_first_step
+        self._hearing.paused = not self._listening
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log what was heard, if this step is logged."""
+        self._hearing.paused = True
+        if control.should_log and self._counts:
+            self.trainer.log(self.measures())
+            self._forget()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model as it was."""
+        if self._counts and str(args.logging_strategy.value) == "epoch":
+            self.trainer.log(self.measures())
+        self._forget()
+        self._hooks.close()
+
+    def _end(self, done: Pass) -> None:
+        """One forward pass: add up what its layers decided for real tokens."""
+        heard, self._heard = self._heard, []
+        if not heard or not self.trainer.model.training:
+            return
+        real = torch.cat(done.tokens.rows)
+        for layer, record in heard:
+            same = len(record.experts) == done.tokens.total  # an encoder's tokens are not the decoder's
+            one = record.select(real.to(record.experts.device)) if same else record
+            probs = one.probs.detach().float()
+            entropy = torch.special.entr(probs).sum()
+            for sums, value in (
+                (self._counts, count_assignments(one.experts, one.num_experts)),
+                (self._entropy, entropy),
+                (self._tokens, torch.tensor(len(one.experts), device=probs.device)),
+            ):
+                sums[layer.name] = sums[layer.name] + value if layer.name in sums else value
+
+    def measures(self) -> dict[str, float]:
+        """The values over what was heard since the last time, the same on every rank."""
+        names = list(self._counts)
+        for sums in (self._counts, self._entropy, self._tokens):
+            if dist.is_available() and dist.is_initialized():
+                for value in sums.values():
+                    dist.all_reduce(value)
+        load = {
+            name: self._counts[name].float() / self._counts[name].float().mean().clamp(min=1e-9)
+            for name in names
+        }
+        violation = {name: float(load[name].max()) - 1 for name in names}
+        dead = {name: int((self._counts[name] == 0).sum()) for name in names}
+        entropy = {name: float(self._entropy[name] / self._tokens[name].clamp(min=1)) for name in names}
+        every = torch.cat([load[name].cpu() for name in names])
+        logs = {f"routing/load_{name}": float(every.quantile(q)) for name, q in QUANTILES.items()}
+        logs["routing/max_violation"] = sum(violation.values()) / len(names)
+        logs["routing/dead_experts"] = float(sum(dead.values()))
+        logs["routing/entropy"] = sum(entropy.values()) / len(names)
+        if self.per_layer:
+            for name in names:
+                values = {
+                    "max_violation": violation[name],
+                    "dead_experts": float(dead[name]),
+                    "entropy": entropy[name],
+                }
+                logs |= {f"routing/{name}/{key}": value for key, value in values.items()}
+        return logs
+
+    def _forget(self) -> None:
+        self._counts, self._entropy, self._tokens = {}, {}, {}

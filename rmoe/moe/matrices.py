@@ -1,0 +1,74 @@
+"""The matrices of a routed layer: what its router compares tokens with, and its experts'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmoe.moe.layers import RoutedLayer
+from rmoe.routing.initial import Initialized
+from rmoe.routing.router import BaseRouter
+
+
+def scorer_matrix(layer: RoutedLayer, shared: Any) -> Tensor | None:
+    """G, what a router compares tokens with, [C, p], detached; None for a router without such a matrix.
+
+    Args:
+        layer: whose router.
+        shared: an RMoE model's shared router parameters, where some routers keep their matrix.
+    """
+    if isinstance(layer.gate, BaseRouter):
+        matrix = layer.gate.experts_matrix(shared)
+        return None if matrix is None else matrix.detach()
+    of_graft = {
+        id(parameter)
+        for module in layer.gate.modules()
+        if isinstance(module, Initialized)
+        for parameter in module.parameters()
+    }
+    matrices = [
+        parameter
+        for parameter in layer.gate.parameters()
+        if id(parameter) not in of_graft
+        and parameter.dim() == 2
+        and parameter.shape[0] in (layer.num_experts, layer.num_experts + 1)
+    ]
+    return matrices[-1].detach() if matrices else None
+
+
+def expert_matrices(layer: RoutedLayer) -> list[Tensor] | None:
+    """The matrices of all experts, each [E, hidden units, d]: gate and up (or up alone), and down.
+
+    None where they are not stored as plain floating-point tensors (quantised checkpoints).
+    """
+    parameters = dict(layer.experts.named_parameters(recurse=False))
+    inputs, down = parameters.get("gate_up_proj", parameters.get("up_proj")), parameters.get("down_proj")
+    if inputs is None or down is None or not (inputs.is_floating_point() and down.is_floating_point()):
+        return None
+    first, last = inputs.detach(), down.detach()
+    if getattr(layer.experts, "is_transposed", _is_transposed(last, first)):
+        first = first.transpose(1, 2)  # [E, 2 I, d]
+    else:
+        last = last.transpose(1, 2)  # [E, I, d]
+    if "gate_up_proj" not in parameters:
+        return [first, last]
+    if not getattr(layer.experts, "is_concatenated", True):  # gate and up projections alternate
+        return [first[:, 0::2], first[:, 1::2], last]
+    return [*first.chunk(2, dim=1), last]
+
+
+def _is_transposed(down: Tensor, first: Tensor) -> bool:
+    """Whether matrices are [E, in, out]: the first one's rows are then `d`, as the last one's columns."""
+    return first.shape[1] == down.shape[2]
+
+
+@torch.no_grad()
+def expert_vectors(layer: RoutedLayer) -> Tensor | None:
+    """Per matrix the mean over hidden units, L2-normalised, joined: [E, 3 d] float32, 2 d without a gate (Fig. 5)."""
+    matrices = expert_matrices(layer)
+    if matrices is None:
+        return None
+    means = [matrix.mean(dim=1, dtype=torch.float32) for matrix in matrices]
+    return torch.cat([nn.functional.normalize(mean, dim=-1) for mean in means], dim=-1)

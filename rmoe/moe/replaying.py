@@ -1,0 +1,364 @@
+"""Record a model's routing while it works, and have it route the same way again.
+
+    with rmoe.moe.record(model) as trace:
+        model.generate(prompts, ...)
+    with rmoe.moe.replay(model, trace):
+        model(sequences, labels=...).loss.backward()
+
+Expert ids are forced; weights come from the live scores of those experts, with their gradient, by the family's own
+code (`rmoe.moe.forcing`); a recurrent router's state advances as always. The contract is AReno's issue 522.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmoe.errors import RequestError, RunError
+from rmoe.moe.forcing import Forcing
+from rmoe.moe.layers import RoutedLayer, require_layers, routed_stacks
+from rmoe.moe.reading import DenseReader, ExpertsReader, RoutingReader
+from rmoe.moe.recorder import listen
+from rmoe.moe.records import RoutingRecord
+from rmoe.moe.tokens import Tokens, tokens_of
+from rmoe.moe.trace import UNKNOWN, Trace, TracedSequence
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of the model.
+
+    Attributes:
+        tokens: what it was called with.
+        ids: [T, L, K] int64 on the CPU, what to force; None while recording.
+        called, experts, num_experts: what was heard, in the order of the calls: layer, [T, k] choice, E.
+        times: how often each element of the stack was called.
+    """
+
+    tokens: Tokens
+    ids: Tensor | None = None
+    called: list[str] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)
+    num_experts: list[int] = field(default_factory=list)
+    times: Counter[Any] = field(default_factory=Counter)
+
+
+@contextmanager
+def passes(
+    model: nn.Module, begin: Callable[[Tokens], Pass], end: Callable[[Pass], None]
+) -> Iterator[Callable[[], Pass | None]]:
+    """Within, each forward pass of the model is one `Pass`; yields what gives the one in progress, None outside any."""
+    current: list[Pass] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        current[:] = [begin(tokens_of(module, args, kwargs))]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        done = current.pop() if current else None
+        if done is not None and output is not None:
+            end(done)
+
+    handles = (
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, always_call=True),
+    )
+    try:
+        yield lambda: current[0] if current else None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _one_text(model: nn.Module) -> list[RoutedLayer]:
+    """The routed layers of a model that reads one text.
+
+    Raises:
+        RequestError: an encoder-decoder, whose stacks route different tokens.
+    """
+    layers = require_layers(model)
+    if len(routed_stacks(layers)) > 1:
+        allowed = f"a model with one stack of routed layers, not {sorted(routed_stacks(layers))}"
+        raise RequestError("model", type(model).__name__, allowed)
+    return layers
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Within, the routing of every forward pass of `model` goes into the trace that this yields.
+
+    A pass without a cache, or with an empty one, begins a sequence for each row of its batch, and for each sequence
+    packed into a row (told by `position_ids` that begin anew, without a mask); a decode step continues them. Padding
+    is left out. What activation checkpointing runs again is not recorded again.
+
+    Args:
+        model: RMoE, a graft, or any MoE with one stack that can be read; beam search reorders rows and is not followed.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    layers = _one_text(model)
+    trace = Trace()
+    open_sequences: list[TracedSequence] = []
+
+    def end(done: Pass) -> None:
+        if not trace.layers:
+            seen: Counter[str] = Counter()
+            names = []
+            for name in done.called:
+                seen[name] += 1
+                names.append(name if seen[name] == 1 else f"{name} (pass {seen[name]})")
+            trace.layers = tuple(names)
+            trace.num_experts = tuple(done.num_experts)
+            trace.top_k = tuple(one.shape[1] for one in done.experts)
+        ids = _ids(done)
+        if not done.tokens.continues:
+            open_sequences[:] = [
+                TracedSequence(torch.empty(0, dtype=torch.int64), ids[:0]) for _ in done.tokens.rows
+            ]
+            trace.sequences.extend(open_sequences)
+        for sequence, rows in zip(open_sequences, done.tokens.rows, strict=True):
+            sequence.extend(done.tokens.ids[rows], ids[rows])
+
+    with ExitStack() as stack:
+        current = stack.enter_context(passes(model, Pass, end))
+
+        def receive(layer: RoutedLayer, found: RoutingRecord) -> None:
+            now = current()
+            if now is not None:  # else it is run again, by a backward pass
+                now.called.append(layer.name)
+                now.experts.append(found.experts)
+                now.num_experts.append(found.num_experts)
+
+        stack.enter_context(listen(layers, receive))
+        yield trace
+
+
+def _ids(done: Pass) -> Tensor:
+    """[T, L, K] int16 of a pass."""
+    width = max(one.shape[1] for one in done.experts)
+    padded = [nn.functional.pad(one, (0, width - one.shape[1]), value=UNKNOWN) for one in done.experts]
+    return torch.stack(padded, dim=1).to("cpu", torch.int16)
+
+
+@contextmanager
+def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Within, each token of `model`'s forward passes goes to the experts that the trace has for it.
+
+    The sequences of a pass are looked up by their token ids, in the trace's order first: batches may be padded on
+    either side, packed, micro-batched or generated anew. A sequence may be shorter than in the trace. Tokens beyond the
+    trace (a generation's last token was never read) and slots that it calls `UNKNOWN` are routed live.
+
+    Safe under non-reentrant activation checkpointing: a layer that a backward pass runs again is given the ids of its
+    own forward pass, known by the layer's saved input. Not for compiled models, whose code is fixed.
+
+    Args:
+        model: of the layers that the trace has.
+        trace: from `record`, or a file. Weights are not in it: they come from the live scores.
+
+    Raises:
+        RequestError: layers, E or k differ; a sequence that the trace has not.
+        RunError: a layer chose otherwise all the same; nothing was replayed correctly.
+    """
+    layers = _one_text(model)
+    _require_fit(layers, trace)
+    follower = _Follower(trace)
+    with ExitStack() as stack:
+        current = stack.enter_context(passes(model, follower.begin, lambda done: None))
+        where = _Where(current)
+        elements = {
+            (layer.stack, layer.index): model.get_submodule(f"{layer.stack}.{layer.index}")
+            for layer in layers
+            if layer.stack
+        }
+        for key, element in elements.items():
+            hook = partial(where.enter, key)
+            stack.callback(element.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for (
+                part
+            ) in element.children():  # from transformers 5.24 on checkpoints lie within an element's call
+                hook = partial(where.enter_part, key)
+                stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for layer in layers:
+            columns = [i for i, name in enumerate(trace.layers) if name.split(" (pass ")[0] == layer.name]
+            stack.enter_context(_forced(model, layer, columns, where))
+        yield
+
+
+def _require_fit(layers: list[RoutedLayer], trace: Trace) -> None:
+    by_name = {layer.name: layer for layer in layers}
+    names = [name.split(" (pass ")[0] for name in trace.layers]
+    if set(names) != set(by_name):
+        allowed = f"one of the layers {sorted(by_name)}"
+        raise RequestError("trace", sorted(set(names)), allowed)
+    for name, *sizes in zip(names, trace.num_experts, trace.top_k, strict=True):
+        own = [by_name[name].num_experts, by_name[name].top_k]
+        if sizes != own:
+            found, allowed = (f"{experts} experts, top-{k}" for experts, k in (sizes, own))
+            raise RequestError("trace", found, f"{allowed} in {name}")
+
+
+class _Follower:
+    """Finds the sequences of each pass in the trace."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.next = 0
+        self.open: list[tuple[TracedSequence, int]] = []
+
+    def begin(self, tokens: Tokens) -> Pass:
+        """The pass that these tokens begin, with what to force."""
+        width = max(self.trace.top_k, default=0)
+        ids = torch.full((tokens.total, len(self.trace.layers), width), UNKNOWN)
+        if not tokens.continues:
+            self.open = [(self._find(tokens.ids[rows]), 0) for rows in tokens.rows]
+        if len(self.open) != len(tokens.rows):
+            raise RequestError("batch", len(tokens.rows), f"the {len(self.open)} sequences being continued")
+        for at, rows in enumerate(tokens.rows):
+            sequence, start = self.open[at]
+            known = sequence.ids[start : start + len(rows)]
+            if not _agree(sequence.tokens[start : start + len(rows)], tokens.ids[rows][: len(known)]):
+                raise RequestError(
+                    "tokens", tokens.ids[rows].tolist()[:8], "those that the trace goes on with"
+                )
+            ids[rows[: len(known)]] = known.long()
+            self.open[at] = (sequence, start + len(rows))
+        return Pass(tokens, ids)
+
+    def _find(self, tokens: Tensor) -> TracedSequence:
+        """The first sequence from the last one found on, and around, that agrees as far as both go."""
+        count = len(self.trace.sequences)
+        for step in range(count):
+            at = (self.next + step) % count
+            sequence = self.trace.sequences[at]
+            if _agree(sequence.tokens[: len(tokens)], tokens[: len(sequence)]):
+                self.next = at + 1
+                return sequence
+        shown = ", ".join(map(str, tokens.tolist()[:8]))
+        raise RequestError(
+            "tokens", f"[{shown}{', ...' if len(tokens) > 8 else ''}]", "a sequence of the trace"
+        )
+
+
+def _agree(traced: Tensor, given: Tensor) -> bool:
+    return bool(((traced == given) | (traced == UNKNOWN) | (given == UNKNOWN)).all())
+
+
+class _Where:
+    """Which pass a layer is running for, and for which time in it: also when a backward pass runs it again.
+
+    A checkpoint saves a layer's input and gives it again to what the layer calls first: the memory it lies in tells
+    the passes apart, since inputs that are still to be run again are alive.
+    """
+
+    def __init__(self, current: Callable[[], Pass | None]) -> None:
+        self.current = current
+        self._inputs: dict[tuple[Any, int, tuple[int, ...]], tuple[Pass, int]] = {}
+        self._of: dict[Any, tuple[Pass, int]] = {}
+        self._again: dict[Any, tuple[nn.Module, tuple[Pass, int]]] = {}
+
+    def enter(self, key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """An element of the stack is called."""
+        now = self.current()
+        hidden = _first_tensor((args, tuple(kwargs.values())))
+        if now is None or hidden is None:
+            return self.enter_part(key, module, args, kwargs)
+        self._of[key] = self._inputs[key, hidden.data_ptr(), tuple(hidden.shape)] = (now, now.times[key])
+        now.times[key] += 1
+
+    def enter_part(self, key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A part of an element is called: outside a pass, perhaps on the element's saved input."""
+        if self.current() is not None or (hidden := _first_tensor((args, tuple(kwargs.values())))) is None:
+            return
+        found = self._inputs.get((key, hidden.data_ptr(), tuple(hidden.shape)))
+        if found is not None and (key not in self._again or self._again[key][0] is module):
+            self._again[key] = (module, found)
+
+    def of(self, layer: RoutedLayer) -> tuple[Pass, int]:
+        """The pass and time that a layer runs for."""
+        key = (layer.stack, layer.index)
+        if self.current() is not None and key in self._of:
+            return self._of[key]
+        if key not in self._again:
+            what = f"{layer.name} runs outside a forward pass of the model, on an input that it had in none"
+            raise RunError(what, "nothing", "call the model that is replayed; do not offload activations")
+        return self._again.pop(key)[1]
+
+
+def _device(*given: Any) -> torch.device | None:
+    hidden = _first_tensor(tuple(tuple(one.values()) if isinstance(one, dict) else one for one in given))
+    return None if hidden is None else hidden.device
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    stack = [value]
+    while stack:
+        one = stack.pop(0)
+        if isinstance(one, Tensor):
+            return one
+        if isinstance(one, tuple | list):
+            stack[:0] = one
+    return None
+
+
+@contextmanager
+def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Where) -> Iterator[None]:
+    """Within, the router of one layer chooses what is replayed, and it is checked that the experts are given that."""
+    own = isinstance(layer.reader, RoutingReader)
+    # Where the block is the element that is checkpointed, its call lies outside the checkpoint.
+    in_gate = own or layer.name == f"{layer.stack}.{layer.index}"
+    inside = layer.gate if in_gate else model.get_submodule(layer.name)
+    forward = inside.forward
+    expected: list[Tensor] = []
+    forcing: list[Forcing] = []
+
+    def forced(*args: Any, **kwargs: Any) -> Any:
+        now, time = where.of(layer)
+        assert now.ids is not None
+        ids = now.ids[:, columns[time], : layer.top_k].to(_device(args, kwargs))
+        expected[:] = [ids]
+        with Forcing(ids, layer.num_experts) as one:
+            forcing[:] = [one]
+            return forward(*args, **kwargs)
+
+    def verify_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for one in forcing:
+            one.active = False
+        if expected and isinstance(layer.reader, ExpertsReader):
+            _require_taken(layer, expected.pop(), layer.reader.choice(args, kwargs)[0])
+
+    def verify_gate(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(layer.reader, DenseReader):
+            scores = layer.reader.scores_and_logits(output)[0]
+            ids = expected.pop()
+            taken = torch.where(scores.gather(1, ids.clamp(min=0)) != 0, ids, UNKNOWN)
+            _require_taken(layer, ids, taken)
+        elif own:
+            _require_taken(layer, expected.pop(), output[0].experts)
+
+    inside.forward = forced
+    handles = (
+        layer.experts.register_forward_pre_hook(verify_experts, prepend=True, with_kwargs=True),
+        layer.gate.register_forward_hook(verify_gate),
+    )
+    try:
+        yield
+    finally:
+        del inside.forward  # the class's own is there again
+        for handle in handles:
+            handle.remove()
+
+
+def _require_taken(layer: RoutedLayer, ids: Tensor, taken: Tensor) -> None:
+    """Raise unless the experts got what was to be replayed; an empty slot may hold anything of weight 0."""
+    taken = taken.view(len(ids), -1)[:, : ids.shape[1]]
+    given = (ids >= 0) & (ids < layer.num_experts)
+    if taken.shape != ids.shape or not bool(((taken == ids) | ~given).all()):
+        what = f"{layer.name} did not take the choice that was to be replayed"
+        raise RunError(what, "nothing", "report the model type; its routing can be recorded, not replayed")

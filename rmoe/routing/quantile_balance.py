@@ -1,0 +1,85 @@
+"""Quantile balancing: the bias that would have balanced the last step's tokens, with no rate to tune."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rmoe.routing.contract import RouterContext, RouterStats, Routing, State
+from rmoe.routing.gate import TopK
+from rmoe.routing.options import Geometry
+from rmoe.routing.router import Router, SharedRouter
+from rmoe.routing.step_state import StepState
+from rmoe.routing.threshold_gates import quantile
+from rmoe.validation import require
+
+if TYPE_CHECKING:
+    from rmoe.routing.spec import RouterSpec
+
+
+class QuantileBias(StepState):
+    """`b`, float32, `[E]`, in the place of the selection bias."""
+
+    bias: Tensor
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.register_state()
+
+    def start_values(self) -> dict[str, Tensor | None]:
+        return {"bias": torch.zeros(self.experts, dtype=torch.float32)}
+
+    @torch.no_grad()
+    def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
+        if stats.observed is not None:
+            self.bias.copy_(-stats.observed[layer, : self.experts] / stats.tokens.clamp(min=1))
+
+
+class QuantileBalanced(Router):
+    """Top-k of `s + b`, `b` from one alternation of two quantiles per step (kexue.fm/archives/11619; marin #3406).
+
+    `a_t = quantile_{1 - k/E}` over experts of `s_t + b`; `beta_n = quantile_{1 - k/E}` over tokens of `s_n - a`;
+    `b <- -beta`. Weights are the scores' own, without b. Several micro-batches or ranks: the mean of their beta over
+    tokens, as Megatron-LM does it.
+    """
+
+    class Config(Router.Config):
+        kind = "quantile_balanced"
+        equation = "top_k(s + b); a = quantile over experts of s + b; b = -quantile over tokens of s - a"
+        moves = True
+
+        def check(self) -> None:
+            require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")
+
+    options: Config
+
+    def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
+        gate = spec.gate
+        by_logits = isinstance(gate, TopK.Config) and gate.choose_by == "logits" and gate.groups == 1
+        plain = by_logits and gate.softcap is None and gate.multiplier == 1  # type: ignore[union-attr]
+        allowed = "top_k by plain logits with router quantile_balanced"
+        require(plain, "router.gate", gate.described() if gate is not None else None, allowed)
+        one = spec.balance.bias_update_rate == 0 and not (spec.scorer is not None and spec.scorer.skip_class)
+        rate = spec.balance.bias_update_rate
+        require(
+            one, "balance.bias_update_rate", rate, "0, without a skip class, with router quantile_balanced"
+        )
+        super().__init__(options, spec, geometry)
+        self.selection_bias: QuantileBias = QuantileBias(geometry.num_experts)  # type: ignore[assignment]
+
+    def route(
+        self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
+    ) -> tuple[Routing, State]:
+        routing, state = super().route(hidden, state, shared, context)
+        if not self.training:
+            return routing, state
+        with torch.no_grad():
+            s = routing.logits if self.temperature is None else self.temperature(routing.logits)
+            share = 1 - self.geometry.top_k / self.num_experts
+            bar = quantile((s + self.selection_bias.bias).mT, share)  # [T]
+            beta = quantile(s - bar[:, None], share, context.mask)
+            tokens = torch.full((), s.shape[0]) if context.mask is None else context.mask.sum()
+            return routing._replace(observed=beta * tokens.to(beta.device)), state

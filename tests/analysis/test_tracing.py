@@ -1,0 +1,127 @@
+"""`rmoe trace` and `rmoe analyze --trace`: the same values as from the model, and every request they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rmoe.analysis.tracing import _ranked
+from rmoe.cli.main import main
+from rmoe.data.encode import byte_tokenizer
+from rmoe.moe import RoutingRecord
+from rmoe.results.analysis import read_analysis
+from rmoe.results.trace import NO_EXPERT, read_trace
+from tests.analysis.tiny_families import TINY
+
+TOKENS = ["--tokens", "600", "--sequence-length", "32"]
+OF_CHOICE = ("frequency", "load_imbalance", "drop_ratio", "coactivation", "paths", "mi_chosen", "top_tokens")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    return path
+
+
+def _saved(family: str, folder: Path) -> Path:
+    TINY[family].build().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "zaya"])
+def test_a_trace_gives_what_the_model_gives(family: str, text: Path, tmp_path: Path) -> None:
+    model = _saved(family, tmp_path / family)
+    direct, traced, file = tmp_path / "direct", tmp_path / "traced", tmp_path / "t.safetensors"
+    given = [str(model), "--data", str(text), *TOKENS]
+    assert main(["analyze", *given, "--out", str(direct), "--gradient-tokens", "0"]) == 0
+    assert main(["trace", *given, "--out", str(file)]) == 0
+    assert main(["analyze", str(model), "--trace", str(file), "--out", str(traced)]) == 0
+    (one,), (other,) = (read_analysis(p / "analysis.json").models for p in (direct, traced))
+    for name in OF_CHOICE:
+        assert getattr(one, name) == getattr(other, name), name
+    assert (one.layers, one.experts, one.layer_names) == (other.layers, other.experts, other.layer_names)
+    assert other.entropy is None
+
+
+def test_slots_are_ranked_and_layers_of_different_sizes_are_padded() -> None:
+    probs = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]])
+    narrow = RoutingRecord(
+        probs, probs, torch.tensor([[1], [3]]), torch.ones(2, 1), 3
+    )  # the second token: no expert
+    four = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    wide = RoutingRecord(four, four, torch.tensor([[1, 3], [3, 2]]), torch.ones(2, 2), 4)
+    expected = [[[1, NO_EXPERT], [3, 1]], [[NO_EXPERT, NO_EXPERT], [2, 3]]]
+    np.testing.assert_array_equal(_ranked([narrow, wide]), expected)
+
+
+def test_vllm_form_of_a_model_with_a_dense_layer(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = _saved("deepseek_v3", tmp_path / "m")
+    file, ours = tmp_path / "r.jsonl", tmp_path / "t.safetensors"
+    given = ["trace", str(model), "--data", str(text), *TOKENS]
+    assert main([*given, "--format", "vllm", "--out", str(file)]) == 0
+    assert main([*given, "--out", str(ours)]) == 0
+    assert main(["analyze", str(model), "--trace", str(file), "--out", str(tmp_path / "a")]) == 0
+    (read,) = read_analysis(tmp_path / "a" / "analysis.json").models
+    counts = [
+        np.bincount(layer.reshape(-1), minlength=read.experts)
+        for layer in read_trace(ours).experts.swapaxes(0, 1)
+    ]
+    np.testing.assert_allclose(read.frequency, [c / c.sum() for c in counts])
+    assert read.paths is None
+    assert "does not rank a token's experts" in capsys.readouterr().out
+
+
+def test_counts_alone(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("layer_id,expert_id,count\n0,0,3\n0,1,1\n1,2,4\n")
+    given = ["analyze", "--trace", str(tmp_path / "c.csv"), "--experts", "3", "--experts-per-token", "2"]
+    assert main([*given, "--out", str(tmp_path / "a")]) == 0
+    (read,) = read_analysis(tmp_path / "a" / "analysis.json").models
+    assert read.frequency == [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0]]
+    assert read.frequency_n == 2
+    assert read.load_imbalance is not None
+    assert read.load_imbalance.values == [2.25, 3.0]
+
+
+def test_refused_requests(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    olmoe = _saved("olmoe", tmp_path / "olmoe")
+    byte_tokenizer().save_pretrained(olmoe)
+    file = tmp_path / "t.safetensors"
+    assert main(["trace", str(olmoe), "--data", str(text), *TOKENS, "--out", str(file)]) == 0
+    for name, change in (
+        ("layers", {"num_hidden_layers": 5}),
+        ("k", {"num_experts_per_tok": 3}),
+        ("ids", {"vocab_size": 80}),
+    ):
+        other = tmp_path / name
+        other.mkdir()
+        config = json.loads((olmoe / "config.json").read_text()) | change
+        (other / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    for arguments, said in (
+        ([str(tmp_path / "layers"), "--trace", str(file)], "allowed: the model's 5"),
+        (
+            [str(tmp_path / "k"), "--trace", str(file)],
+            "--experts-per-token is 3; allowed: what the trace says",
+        ),
+        ([str(tmp_path / "ids"), "--trace", str(file)], "ids below the model's vocabulary size (80)"),
+        (["--trace", str(text)], "a file in a known format"),
+        (["--trace", str(tmp_path / "none")], "--trace is"),
+        (["--trace", str(file), "--data", str(text)], "--data is"),
+        ([str(olmoe), "--experts", "8"], "--experts is 8; allowed: nothing without --trace"),
+        ([], "MODEL is None"),
+    ):
+        assert main(["analyze", *arguments, "--out", str(out)]) == 2, arguments
+        line = capsys.readouterr().err
+        assert said in line, arguments
+        assert line.count("\n") == 1
+        assert not out.exists()
+    assert main(["trace", str(olmoe), "--data", str(text), *TOKENS, "--out", str(tmp_path)]) == 2
+    assert "--out is" in capsys.readouterr().err

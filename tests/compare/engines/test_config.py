@@ -1,0 +1,76 @@
+"""`[engine]`: from a preset's table and from options; what is wrong is one line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from rmoe.cli.arguments import parse
+from rmoe.cli.compare import run
+from rmoe.compare.engines import EngineConfig
+from rmoe.compare.sharing import place
+from rmoe.errors import RequestError
+from rmoe.training.config import RunConfig
+
+ASKED = ["--routers", "smoe", "--out", "out"]
+
+
+def parsed(*arguments: str) -> EngineConfig:
+    return parse(run, [*ASKED, *arguments], "rmoe compare").keywords["engine"]
+
+
+def test_a_presets_table_is_the_default_and_options_override_it(tmp_path):
+    preset = tmp_path / "mine.toml"
+    preset.write_text('[engine]\nkind = "slurm"\npartition = "gpu"\nsetup = ["module load cuda"]\n')
+    table = EngineConfig(kind="slurm", partition="gpu", setup=("module load cuda",))
+    assert parsed("--preset", str(preset)) == table
+    assert parsed("--preset", str(preset), "--engine", "ray", "--engine.partition", "None").kind == "ray"
+    assert parsed() == EngineConfig()
+    assert parsed("--engine=local", "--runs-per-gpu", "3") == EngineConfig(runs_per_gpu=3)
+    assert (
+        RunConfig.from_preset(str(preset)).model == RunConfig().model
+    )  # the run's own settings know nothing of it
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("kind = 'pbs'", "engine is {'kind': 'pbs'}; allowed: Invalid enum value"),
+        ("partitoin = 'x'", "engine.partitoin is 'x'; allowed: one of address, at_once, cpus"),
+        ("retries = -1", "engine.retries is -1; allowed: 0 or more"),
+        ("hours = 0.0", "engine.hours is 0.0; allowed: above 0"),
+        ("fetch = 'model'", "engine.fetch is 'model'; allowed: no, but with --engine ray"),
+    ],
+)
+def test_a_wrong_table_is_one_line(table, said, tmp_path):
+    preset = tmp_path / "mine.toml"
+    preset.write_text(f"[engine]\n{table}\n")
+    with pytest.raises(RequestError, match=re.escape(said)):
+        EngineConfig.from_preset(str(preset))
+    with pytest.raises(RequestError, match="--preset"):
+        EngineConfig.from_preset(str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "parallel", "gpus", "processes"),
+    [
+        (EngineConfig(), 1, 0, 1),
+        (EngineConfig(), 4, 0, 4),
+        (EngineConfig(gpus=4), 1, 4, 4),
+        (EngineConfig(gpus=4), 4, 4, 4),
+        (EngineConfig(gpus=0), 2, 0, 2),
+        (EngineConfig(kind="slurm", gpus=1, cpus=8), 1, 1, 1),
+    ],
+)
+def test_what_a_run_gets(engine, parallel, gpus, processes):
+    config = RunConfig.from_preset("quick").with_setting("parallel.fsdp", parallel)
+    wants, _ = place(config, engine, None, on_gpu=False)
+    assert (wants.gpus, wants.processes) == (gpus, processes)
+    assert wants.cpus == (engine.cpus or processes)
+
+
+def test_a_layout_for_other_gpus_is_refused():
+    config = RunConfig.from_preset("quick").with_setting("parallel.fsdp", 2)
+    with pytest.raises(RequestError, match="the number of processes \\(4\\)"):
+        place(config, EngineConfig(gpus=4), None, on_gpu=False)

@@ -1,0 +1,131 @@
+"""The local engine: answers, deaths, pinned devices, the end of whoever started it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rmoe.compare.engines import Wants
+from rmoe.compare.engines.local import LocalEngine, slots_of
+from rmoe.errors import RequestError
+from tests.compare.engines.jobs import Count, Crash, Environment, Fail, Rank
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_answers_come_by_name_and_a_failure_is_one_line(tmp_path):
+    with LocalEngine([[], []], 1, tmp_path) as engine:
+        jobs = {"a": Environment(names=["OMP_NUM_THREADS"]), "b": Fail()}
+        answers = dict(engine.answers(jobs, Wants()))
+        assert answers["a"].value["OMP_NUM_THREADS"] == "1"
+        assert answers["a"].value["pid"] != os.getpid()
+        assert answers["b"].error.startswith("the loss is NaN; saved: nothing")
+        assert not answers["b"].lost
+        again = dict(engine.answers(dict.fromkeys("xyz", Environment(names=[])), Wants()))
+        assert len({answer.value["pid"] for answer in again.values()}) <= 2  # the same processes
+    assert (tmp_path / "worker-0.log").exists()
+
+
+@pytest.mark.parametrize(("retries", "times", "value"), [(2, 2, 3), (1, 2, None), (0, 1, None), (0, 0, 1)])
+def test_a_job_whose_process_dies_is_started_again_so_often(retries, times, value, tmp_path):
+    with LocalEngine([[]], 1, tmp_path / "logs", retries) as engine:
+        jobs = {
+            "crash": Crash(attempts=str(tmp_path / "attempts"), times=times),
+            "next": Environment(names=[]),
+        }
+        answers = dict(engine.answers(jobs, Wants()))
+    assert answers["crash"].value == value
+    assert answers["crash"].lost == (value is None)
+    if value is None:
+        assert answers["crash"].error.startswith("the worker process ended by signal 9; see ")
+    assert answers["next"].error is None  # whoever comes next has a process
+
+
+def test_with_two_devices_each_run_sees_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("RMOE_SIMULATED_DEVICES", "2")
+    with LocalEngine(slots_of(None, 1, 1), 1, tmp_path) as engine:
+        job = Environment(names=["CUDA_VISIBLE_DEVICES"], seconds=0.3)
+        answers = dict(engine.answers({str(n): job for n in range(6)}, Wants(gpus=1)))
+        with pytest.raises(RequestError, match=r"engine.gpus is 2; allowed: at most 1"):
+            list(engine.answers({"0": job}, Wants(gpus=2)))
+    by_device: dict[str, set[int]] = {}
+    for answer in answers.values():
+        by_device.setdefault(answer.value["CUDA_VISIBLE_DEVICES"], set()).add(answer.value["pid"])
+    assert sorted(by_device) == ["0", "1"]
+    assert all(len(pids) == 1 for pids in by_device.values())
+
+
+@pytest.mark.parametrize(
+    ("visible", "jobs", "gpus", "per_gpu", "slots"),
+    [
+        ("0,1", None, 1, 1, [["0"], ["1"]]),
+        ("0,1", None, 1, 2, [["0"], ["1"], ["0"], ["1"]]),
+        ("4,5,6,7,9", None, 2, 1, [["4", "5"], ["6", "7"]]),
+        ("0,1", 1, 1, 1, [["0"]]),
+        ("GPU-a,GPU-b", None, 1, 1, [["GPU-a"], ["GPU-b"]]),
+        ("0", None, 2, 1, "engine.gpus is 2; allowed: at most 1, the GPUs of this machine"),
+    ],
+)
+def test_devices_are_dealt_out_in_blocks(visible, jobs, gpus, per_gpu, slots, monkeypatch):
+    monkeypatch.delenv("RMOE_SIMULATED_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if isinstance(slots, str):
+        with pytest.raises(RequestError, match=slots):
+            slots_of(jobs, gpus, per_gpu)
+    else:
+        assert slots_of(jobs, gpus, per_gpu) == slots
+
+
+def test_set_up_lines_come_first_and_their_failure_is_said(tmp_path):
+    with LocalEngine([[]], 1, tmp_path, setup=("export GREETING='a b'",)) as engine:
+        (answer,) = dict(engine.answers({"0": Environment(names=["GREETING"])}, Wants())).values()
+    assert answer.value["GREETING"] == "a b"
+    with LocalEngine([[]], 1, tmp_path, setup=("false", "true")) as engine:
+        (answer,) = dict(engine.answers({"0": Environment(names=[])}, Wants())).values()
+    assert answer.lost
+    assert "ended with status 1" in answer.error
+
+
+def test_leaving_early_lets_what_runs_save(tmp_path):
+    file = tmp_path / "count"
+    with LocalEngine([[]], 1, tmp_path / "logs", retries=5) as engine:
+        answers = engine.answers(
+            {"quick": Environment(names=[]), "long": Count(file=str(file), steps=10_000)}, Wants()
+        )
+        assert next(answers)[0] == "quick"
+        while not file.exists():
+            time.sleep(0.05)
+    assert 1 <= len(file.read_bytes().split()) < 10_000
+
+
+def test_a_killed_parent_leaves_no_process(tmp_path):
+    file = tmp_path / "count"
+    code = (
+        "import sys; from pathlib import Path; from rmoe.compare.engines import *;"
+        "from rmoe.compare.engines.local import LocalEngine; from tests.compare.engines.jobs import Count;"
+        f"engine = LocalEngine([[]], 1, Path({str(tmp_path)!r}));"
+        f"list(engine.answers({{'0': Count(file={str(file)!r}, steps=10_000)}}, Wants()))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not file.exists():
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    pid = int(file.read_text().split("-")[1])
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes(tmp_path):
+    with LocalEngine([[]], 1, tmp_path) as engine:
+        answers = dict(engine.answers({"sum": Rank(), "fail": Fail()}, Wants(processes=2)))
+    assert answers["sum"].value == (2, 1)
+    assert "the loss is NaN" in answers["fail"].error

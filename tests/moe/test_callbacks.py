@@ -1,0 +1,128 @@
+"""Both callbacks under a plain `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import OlmoeConfig, OlmoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import rmoe
+from rmoe.errors import RequestError
+from rmoe.moe import Recorder, RoutingCallback
+from rmoe.routing.zoo import resolve
+from tests.analysis.tiny_rmoe import tiny_rmoe
+from tests.graft.conftest import SPEC
+from tests.graft.tiny_families import tiny_model
+
+ROWS = torch.randint(3, 60, (24, 10), generator=torch.Generator().manual_seed(0))
+
+
+def trainer(model: Any, folder: Path, **settings: Any) -> Trainer:
+    arguments = {
+        "max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 2, "learning_rate": 1e-3, "report_to": [],
+        "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in ROWS]
+    return Trainer(model, TrainingArguments(str(folder), **{**arguments, **settings}), train_dataset=rows)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "rmoe", "graft"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_routing_is_logged_with_the_step(name: str, checkpointing: bool, tmp_path: Path) -> None:
+    """Without training (rate 0) the values are those of the model's own records of the step's batches."""
+    model = tiny_rmoe("rmoe") if name == "rmoe" else tiny_model("olmoe")
+    if name == "graft":
+        model = rmoe.graft.graft(model, SPEC)
+    settings = {
+        "learning_rate": 0.0,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": checkpointing,
+    }
+    job = trainer(model, tmp_path, max_steps=2, **settings)
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    job.add_callback(RoutingCallback(job, per_layer=True))
+    job.train()
+    (logged,) = [row for row in job.state.log_history if "routing/entropy" in row]
+    assert logged["step"] == 2
+    ids = torch.cat(seen[2:])  # of the second step's two micro-batches
+    records = Recorder(model.eval())(ids)
+    assert len(seen[2:]) - 1 == 2  # the recorder's own call is the last
+    counts = torch.stack(
+        [torch.bincount(r.experts.flatten(), minlength=r.num_experts) for r in records]
+    ).float()
+    load = counts / counts.mean(-1, keepdim=True)
+    assert logged["routing/load_max"] == pytest.approx(float(load.max()))
+    assert logged["routing/load_p05"] == pytest.approx(float(load.flatten().quantile(0.05)))
+    assert logged["routing/dead_experts"] == float((counts == 0).sum())
+    assert logged["routing/max_violation"] == pytest.approx(float((load.amax(-1) - 1).mean()))
+    entropy = torch.stack([-(r.probs * r.probs.log()).sum(-1).mean() for r in records])
+    assert logged["routing/entropy"] == pytest.approx(float(entropy.mean()), rel=1e-4)
+    first = Recorder(model).layers[0].name
+    assert logged[f"routing/{first}/entropy"] == pytest.approx(float(entropy[0]), rel=1e-4)
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+
+
+def test_routing_reaches_the_trackers(tmp_path: Path) -> None:
+    """Trackers are callbacks that are called before a user's."""
+    seen: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    job = trainer(tiny_model("mixtral"), tmp_path, logging_steps=1, max_steps=2)
+    job.add_callback(Tracker())
+    job.add_callback(RoutingCallback(job))
+    job.train()
+    assert [("routing/max_violation" in logs, "loss" in logs) for logs in seen[:4]].count((True, False)) == 2
+
+
+def test_a_dense_model_has_no_routing(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    job = trainer(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)), tmp_path)
+    job.add_callback(RoutingCallback(job))
+    with pytest.raises(RequestError, match="a model with MoE layers"):
+        job.train()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_biases_move_as_the_counts_of_the_step_say(accumulation: int, tmp_path: Path) -> None:
+    spec = resolve("deepseek-v3")
+    model = tiny_rmoe("deepseek-v3")
+    stats: list[Any] = []
+    model.model.register_forward_hook(lambda module, args, output: stats.append(output.router_stats))
+    callbacks = trainer(model, tmp_path, gradient_accumulation_steps=accumulation)
+    callbacks.add_callback(rmoe.RouterUpdates())
+    want = [torch.zeros(model.config.num_experts) for _ in model.routers]
+    callbacks.train()
+    rate = spec.balance.bias_update_rate
+    for step in range(4):
+        part = stats[step * accumulation : (step + 1) * accumulation]
+        counts = sum(one.counts for one in part)
+        for layer in range(len(want)):
+            load = counts[layer]
+            want[layer] += rate * torch.sign(load.sum() - len(load) * load).float()
+    assert torch.stack(want).any()
+    for router, bias in zip(model.routers, want, strict=True):
+        (found,) = [b for name, b in router.named_buffers() if name.endswith("bias")]
+        torch.testing.assert_close(found, bias)
+
+
+def test_router_updates_need_an_rmoe_model(tmp_path: Path) -> None:
+    config = OlmoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    job = trainer(OlmoeForCausalLM(config), tmp_path)
+    job.add_callback(rmoe.RouterUpdates())
+    with pytest.raises(RequestError, match="an RMoE model"):
+        job.train()

@@ -1,0 +1,284 @@
+"""A replayed pass takes the recorded experts, with weights and gradients of the live scores; all else stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rmoe.compat import enable_checkpointing
+from rmoe.errors import RequestError, RunError
+from rmoe.graft import graft
+from rmoe.moe import Recorder, Trace, listen, record, replay, routed_layers
+from tests.analysis.tiny_rmoe import tiny_rmoe
+from tests.graft.conftest import SPEC, at_work
+from tests.graft.tiny_families import tiny_model
+
+FAMILIES = (
+    "olmoe",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
+    "phimoe",
+    "llama4_text",
+    "jamba",
+    "zaya",
+    "longcat_flash",
+    "deepseek_v4",
+    "gemma4_text",
+    "inkling2_loop_text",
+)
+IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A family's tiny model, `rmoe`, or `graft`."""
+    if name == "rmoe":
+        return tiny_rmoe("rmoe").to(dtype).eval()
+    if name == "graft":
+        return at_work(graft(tiny_model("qwen3_moe", dtype=dtype), SPEC)).eval()
+    return tiny_model(name, dtype=dtype)
+
+
+def output_of(model: nn.Module, ids: Tensor = IDS, **given: Any) -> Tensor:
+    return model(input_ids=ids, use_cache=False, **given)[0]
+
+
+def loss_of(model: nn.Module, ids: Tensor = IDS, **given: Any) -> Tensor:
+    """Of a language model's logits; of another model's hidden states."""
+    return output_of(model, ids, **given).float().square().mean()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def chosen(model: nn.Module, **given: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    layers = routed_layers(model)
+    if layers[0].reader.at == "router":
+        with listen(layers, lambda layer, one: found.append(one.experts)), torch.no_grad():
+            output_of(model, **given)
+        return found
+    handles = [
+        layer.experts.register_forward_pre_hook(lambda module, args: found.append(args[1]))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        output_of(model, **given)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def shift_gates(model: nn.Module) -> None:
+    """Other router weights: other live choices."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for layer in routed_layers(model):
+            for parameter in layer.gate.parameters():
+                parameter += 0.5 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "rmoe", "graft"])
+def test_replay_is_the_recorded_pass_bit_for_bit(name: str) -> None:
+    model = made(name)
+    with record(model) as trace:
+        loss = loss_of(model)
+    want = gradients(model, loss)
+    assert trace.ids.shape[0] == IDS.numel()
+    assert torch.equal(trace.tokens, IDS.flatten())
+    with replay(model, trace):
+        again = loss_of(model)
+    got = gradients(model, again)
+    assert torch.equal(loss, again)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert all(not module._forward_hooks and "forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "rmoe", "graft"])
+def test_other_weights_take_the_replayed_choice(name: str) -> None:
+    exact = "inkling2_loop_text"  # some of its weights stay in float32
+    model = made(name, torch.float32 if name == exact else torch.bfloat16)
+    with record(model) as trace, torch.no_grad():
+        output_of(model)
+    shift_gates(model)
+    live = chosen(model)
+    with replay(model, trace):
+        forced = chosen(model)
+    assert any(not torch.equal(a, b) for a, b in zip(live, forced, strict=True))
+    for index, experts in enumerate(forced):
+        want = trace.ids[:, index, : experts.shape[1]].long()
+        if name == "zaya":
+            want = (
+                want % routed_layers(model)[index].num_experts
+            )  # it hands a skip on as expert 0 of weight 0
+        assert torch.equal(experts.sort(-1).values, want.sort(-1).values)
+    assert all(torch.equal(a, b) for a, b in zip(chosen(model), live, strict=True))
+
+
+def test_weights_follow_from_the_live_scores_with_their_gradient() -> None:
+    """Against a naive float64 mixture of Mixtral's experts with the ids given."""
+    model = made("mixtral")
+    with record(model) as trace, torch.no_grad():
+        output_of(model)
+    shift_gates(model)
+    layer = routed_layers(model)[0]
+    block = model.get_submodule(layer.name)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        inputs.append(args[0])
+        outputs.append(output)
+
+    block.register_forward_hook(keep)
+    with replay(model, trace):
+        output_of(model)
+    outputs[0].square().sum().backward()
+    x = inputs[0].detach().double().flatten(0, 1)
+    gate = layer.gate.weight.detach().double().requires_grad_()
+    ids = trace.ids[:, 0].long()
+    weights = (x @ gate.T).softmax(-1).gather(1, ids)
+    weights = weights / weights.sum(-1, keepdim=True)
+    first, down = (getattr(layer.experts, n).detach().double() for n in ("gate_up_proj", "down_proj"))
+    y = torch.zeros_like(x)
+    for slot in range(ids.shape[1]):
+        inner = torch.einsum("td,tid->ti", x, first[ids[:, slot]])
+        a, b = inner.chunk(2, -1)
+        y = y + weights[:, slot : slot + 1] * torch.einsum(
+            "ti,tdi->td", nn.functional.silu(a) * b, down[ids[:, slot]]
+        )
+    torch.testing.assert_close(outputs[0].flatten(0, 1).double(), y.detach(), atol=1e-6, rtol=1e-4)
+    y.square().sum().backward()
+    torch.testing.assert_close(layer.gate.weight.grad.double(), gate.grad, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "gemma4_text", "rmoe", "graft"])
+def test_checkpointing_and_accumulation(name: str) -> None:
+    """Two passes before one backward pass, whose layers run again: each with the ids of its own pass."""
+    model = made(name).train()
+    batches = IDS[:1], IDS[1:]
+    with record(model) as trace, torch.no_grad():
+        for batch in batches:
+            output_of(model, batch)
+    shift_gates(model)
+    with replay(model, trace):
+        want = gradients(model, sum(loss_of(model, batch) for batch in batches))
+    enable_checkpointing(model)
+    with replay(model, trace):
+        got = gradients(model, sum(loss_of(model, batch) for batch in batches))
+    with record(model) as again:
+        gradients(model, loss_of(model))
+    assert len(again.sequences) == 2  # what ran again was not recorded again
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "rmoe", "graft"])
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_and_packing(name: str, left: bool) -> None:
+    model = made(name)
+    short, long = IDS[0, :7], IDS[1]
+    with record(model) as trace, torch.no_grad():
+        output_of(model, short[None])
+        output_of(model, long[None])
+    shift_gates(model)
+    with replay(model, trace), torch.no_grad():
+        alone = [output_of(model, one[None])[0] for one in (short, long)]
+    pad = torch.zeros(5, dtype=torch.int64)
+    padded = torch.cat([pad, short] if left else [short, pad])
+    ids = torch.stack([long, padded])  # in another order than recorded, too
+    mask = torch.ones_like(ids)
+    mask[1, slice(0, 5) if left else slice(7, 12)] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with replay(model, trace), torch.no_grad():
+        together = output_of(model, ids, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(together[0], alone[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together[1][mask[1].bool()], alone[0], atol=1e-5, rtol=1e-4)
+    packed = torch.cat([short, long])[None]
+    at = torch.cat([torch.arange(7), torch.arange(12)])[None]
+    with replay(model, trace), torch.no_grad():
+        row = output_of(model, packed, position_ids=at)[0]
+    torch.testing.assert_close(row, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    with record(model) as again, torch.no_grad():
+        output_of(model, packed, position_ids=at)
+        output_of(model, ids, attention_mask=mask, position_ids=positions)
+    assert again.lengths == [7, 12, 12, 7]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "rmoe", "graft"])
+def test_a_generation_is_replayed_in_training_and_in_generation(name: str) -> None:
+    model = made(name)
+    prompt = torch.cat([torch.zeros(1, 2, dtype=torch.int64), IDS[:1, :4]], dim=1)
+    prompts = torch.cat([IDS[1:, :6], prompt])
+    mask = torch.ones_like(prompts)
+    mask[1, :2] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with record(model) as trace:
+        texts = model.generate(prompts, attention_mask=mask, **options)
+    assert trace.lengths == [10, 8]  # the last token was never read
+    assert torch.equal(trace.sequences[1].tokens, texts[1, 2:-1])
+    shift_gates(model)
+    whole = torch.cat([mask, torch.ones(2, 5, dtype=torch.int64)], dim=1)
+    positions = (whole.cumsum(-1) - 1).clamp(min=0)
+    with replay(model.train(), trace):
+        loss = model(input_ids=texts, attention_mask=whole, position_ids=positions, labels=texts).loss
+        loss.backward()
+        forced = chosen(model, ids=texts, attention_mask=whole, position_ids=positions)
+    real = whole.flatten().bool()
+    last = torch.zeros_like(whole)
+    last[:, -1] = 1
+    rows = real & ~last.flatten().bool()
+    for index, experts in enumerate(forced):
+        assert torch.equal(experts[rows], trace.ids[:, index].long())
+    gates = [layer.gate for layer in routed_layers(model)]
+    assert all(any(p.grad is not None and p.grad.any() for p in gate.parameters()) for gate in gates)
+    model = made(name)
+    with replay(model, trace), record(model) as again:
+        assert torch.equal(model.generate(prompts, attention_mask=mask, **options), texts)
+    assert torch.equal(again.ids, trace.ids)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = made("olmoe")
+    with record(model) as trace, torch.no_grad():
+        output_of(model)
+    with replay(model, trace), torch.no_grad(), pytest.raises(RequestError, match="a sequence of the trace"):
+        output_of(model, IDS + 1)
+    fewer = Trace(trace.layers, (4,) * 4, trace.top_k, trace.sequences)
+    other = Trace(("model.layers.9.mlp",), (8,), (2,), [])
+    for wrong in (fewer, other):
+        with pytest.raises(RequestError, match="trace is"), replay(model, wrong):
+            pass
+    with pytest.raises(RunError, match="outside a forward pass"), replay(model, trace):
+        model.model(input_ids=IDS)
+    with pytest.raises(RequestError, match="one stack of routed layers"), record(made("switch_transformers")):
+        pass
+    sampled = made("phimoe")
+    with record(sampled) as trace, torch.no_grad():
+        output_of(sampled)
+    with replay(sampled.train(), trace), pytest.raises(RunError, match="did not take the choice"):
+        output_of(sampled)
+
+
+def test_a_trace_is_its_arrays() -> None:
+    model = made("hunyuan_v1_moe")
+    with record(model) as trace, torch.no_grad():
+        output_of(model)
+        output_of(model, IDS[:, :5])
+    same = Trace.from_arrays(trace.ids, trace.tokens, trace.lengths, trace.layers, trace.num_experts)
+    assert torch.equal(same.ids, trace.ids)
+    assert same.top_k == trace.top_k
+    assert same.lengths == [12, 12, 5, 5]
+    part = same.select([3, 0])
+    assert torch.equal(part.tokens, torch.cat([IDS[1, :5], IDS[0]]))
+    want = Recorder(model)(IDS)
+    assert all(torch.equal(trace.ids[:24, i].long(), one.experts) for i, one in enumerate(want))

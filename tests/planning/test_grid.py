@@ -1,0 +1,120 @@
+"""A grid on paper: from a pilot's measured rate; the simulation against arithmetic; micro-batches chosen."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from rmoe.cli.main import main
+from rmoe.compare.compare import Options, compare
+from rmoe.planning.grid import pilots_in, plan_grid, simulate
+from rmoe.training.run import train
+from tests.compare.test_compare import config_of
+
+
+def test_simulated_without_failures_is_a_list_schedule():
+    assert simulate([5.0, 3.0, 3.0, 3.0], 2).seconds == 8.0
+    assert simulate([1.0] * 1000, 64).seconds == 16.0
+    assert simulate([1.0] * 3, 8).busy == pytest.approx(3 / 8)
+
+
+@pytest.mark.parametrize("interval", [60.0, 600.0])
+def test_failures_lose_half_an_interval_each(interval):
+    found = simulate(
+        [3600.0] * 2000,
+        64,
+        failures_per_hour=0.5,
+        checkpoint_seconds=interval,
+        restart_seconds=5.0,
+        away_seconds=60.0,
+    )
+    # Each failure ends an exponential time; what is past the last checkpoint is about half an interval.
+    assert found.failures == pytest.approx(0.5 * 2000, rel=0.15)
+    assert found.lost_seconds / found.failures == pytest.approx(interval / 2, rel=0.1)
+    assert found.seconds > simulate([3600.0] * 2000, 64).seconds
+
+
+def test_every_second_of_work_is_done():
+    found = simulate([100.0] * 50, 4, failures_per_hour=20.0, checkpoint_seconds=10.0, restart_seconds=2.0)
+    done = found.busy * found.seconds * 4
+    assert done == pytest.approx(50 * 100 + found.lost_seconds + 2.0 * found.failures, rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def pilot(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pilot")
+    train(config_of(folder, 20).with_setting("router", "smoe"), folder / "pilot", progress=False)
+    return folder
+
+
+def test_a_grid_from_its_pilot(pilot, capsys):
+    config = config_of(pilot, 40)
+    pilots = pilots_in(pilot / "pilot")
+    one = pilots["smoe"]
+    plan = plan_grid(config, ["smoe", "rmoe"], 4, pilots, 2, 1, 6.0, starts_once=True)
+    assert plan.runs == 8
+    assert plan.run_seconds["smoe"] == pytest.approx(40 * one.seconds_per_step + one.other_seconds)
+    assert plan.device_hours == pytest.approx(8 * plan.run_seconds["smoe"] / 3600)
+    assert plan.hours_on[1] == pytest.approx((8 * plan.run_seconds["smoe"] + 6) / 3600)
+    assert plan.hours_on[8] == plan.hours_on[64]
+    assert any("no pilot for rmoe" in line for line in plan.assumptions)
+    each = plan_grid(config, ["smoe"], 2, pilots, 1, 1, 6.0, starts_once=False)
+    assert each.hours == pytest.approx(2 * (plan.run_seconds["smoe"] + 6) / 3600)
+    arguments = [
+        "plan",
+        "--grid",
+        "--pilot",
+        str(pilot / "pilot"),
+        "--jobs",
+        "2",
+        "--routers",
+        "smoe",
+        "--seeds",
+        "2",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"] == 2
+    assert main(arguments) == 0
+    assert "device-hours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--grid"], ["--grid", "--pilot", "nowhere"], ["--grid", "--pilot", "nowhere", "--seeds", "0"]],
+)
+def test_wrong_requests(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--preset", "quick", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_real_grid(tmp_path):
+    """The pilot shares the machine as the grid's runs will: a first pair of seeds, both at once."""
+    config = config_of(tmp_path, 1500)
+    options = Options(jobs=2, timing_rounds=0, analysis_tokens=0)
+    compare(config, ["smoe", "rmoe"], 1, tmp_path / "pilot", options=options)
+    plan = plan_grid(config, ["smoe", "rmoe"], 3, pilots_in(tmp_path / "pilot"), 2, 1, 6.0, starts_once=True)
+    started = time.monotonic()
+    compare(config, ["smoe", "rmoe"], 3, tmp_path / "grid", options=options)
+    assert time.monotonic() - started == pytest.approx(plan.hours * 3600, rel=0.3)
+
+
+@pytest.mark.slow
+def test_the_preset_s_micro_batch_does_not_bind(capsys):
+    """The 70B preset's own micro-batch of 1 makes 64 devices network-bound, with most of their memory free."""
+    arguments = ["plan", "--preset", "pretrain-70b", "--devices", "64", "--json"]
+    best = {}
+    for name, more in {
+        "chosen": [],
+        "as set": ["--as-set"],
+        "told": ["--training.micro-batch-size", "2"],
+    }.items():
+        assert main([*arguments, *more]) == 0
+        best[name] = json.loads(capsys.readouterr().out)["layouts"][0]
+    assert best["as set"]["micro_batch_size"] == 1
+    assert best["told"]["micro_batch_size"] == 2
+    assert best["chosen"]["micro_batch_size"] > 2
+    assert best["chosen"]["tokens_per_second"] > 1.2 * best["as set"]["tokens_per_second"]

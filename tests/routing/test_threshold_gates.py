@@ -1,0 +1,122 @@
+"""Gates with thresholds and quantile balancing: what their state is made of, and that it balances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rmoe.errors import RequestError
+from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
+from rmoe.routing import Geometry, RouterContext, build_router, resolve, router_stats, vary
+from rmoe.routing.gate import Softmax
+from rmoe.routing.initial import fill
+from rmoe.routing.threshold_gates import quantile
+
+SIZES = Geometry(12, 8, 2, initializer_range=0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_quantile_is_torchs(share: float, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    values = torch.randn(rows, 5, dtype=torch.float64, generator=generator)
+    assert (quantile(values, share) - torch.quantile(values, share, 0)).abs().max() < 1e-12
+    padded = torch.cat((values, torch.randn(3, 5, dtype=torch.float64, generator=generator)))
+    mask = torch.tensor([True] * rows + [False] * 3)
+    assert (quantile(padded, share, mask) - torch.quantile(values, share, 0)).abs().max() < 1e-12
+    assert (quantile(values, share, torch.zeros(rows, dtype=torch.bool)) == 0).all()
+
+
+def tokens_and_router(name: str, skewed: float):  # type: ignore[no-untyped-def]
+    """2,000 tokens with a common direction, so that an unbalanced router prefers some experts."""
+    router = build_router(resolve(name), SIZES).train()
+    fill(router, 0, 0.5)
+    x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(1)) + skewed
+    return router, x
+
+
+def loads(router, x, step: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    routing, _ = router(x, (), None, RouterContext(1, len(x)))
+    stats = router_stats((routing,), 8, None)
+    router.update_all(stats, step, 100)
+    return stats.counts[0] / len(x)
+
+
+def test_quantile_bias_balances_within_a_few_steps() -> None:
+    router, x = tokens_and_router("quantile-balance", skewed=0.7)
+    first = loads(router, x, 1)
+    for step in range(2, 12):
+        last = loads(router, x, step)
+    assert first.max() > 0.5
+    assert (last - 0.25).abs().max() < 0.03
+
+
+def test_quantile_bias_from_its_definition() -> None:
+    router, x = tokens_and_router("quantile-balance", skewed=0.3)
+    router.selection_bias.bias.copy_(torch.linspace(-1, 1, 8))
+    routing, _ = router(x, (), None, RouterContext(1, len(x)))
+    bar = torch.quantile(routing.logits + router.selection_bias.bias, 0.75, dim=1)
+    want = -torch.quantile(routing.logits - bar[:, None], 0.75, dim=0)
+    router.update_all(router_stats((routing,), 8, None), 1, 10)
+    assert (router.selection_bias.bias - want).abs().max() < 1e-5
+
+
+def test_thresholds_let_every_expert_take_its_share() -> None:
+    router, x = tokens_and_router("expert-threshold", skewed=0.7)
+    for step in range(1, 700):
+        last = loads(router, x, step)
+    assert (last - 0.25).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["quantile-balance", "expert-threshold"])
+def test_micro_batches_and_padding_add_up(name: str) -> None:
+    """Two equal micro-batches move the state as their mean does; pads count nowhere; evaluation gives none."""
+    router, x = tokens_and_router(name, skewed=0.3)
+    parts = [router(part, (), None, RouterContext(1, 1000))[0] for part in x.split(1000)]
+    total = router_stats((parts[0],), 8, None).add(router_stats((parts[1],), 8, None))
+    assert torch.allclose(total.observed[0] / 2000, sum(p.observed for p in parts) / 2000)
+    mask = torch.arange(2000) < 1000
+    masked = router(x, (), None, RouterContext(1, 2000, mask))[0]
+    assert torch.allclose(masked.observed, parts[0].observed, atol=1e-4)
+    assert router.eval()(x, (), None, RouterContext(1, 2000))[0].observed is None
+
+
+@pytest.mark.parametrize("name", ["quantile-balance", "expert-threshold"])
+def test_recomputation_moves_nothing_twice(name: str) -> None:
+    states = []
+    for recompute in (False, True):
+        config = RMoEConfig(
+            vocab_size=30, hidden_size=16, num_attention_heads=2, num_hidden_layers=2, moe_intermediate_size=6,
+            num_experts=8, router=name,
+        )  # fmt: skip
+        net = RMoEForCausalLM(config).train()
+        initialize(net, 1)
+        if recompute:
+            net.gradient_checkpointing_enable()
+        ids = torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(0))
+        out = net(ids, labels=ids)
+        out.loss.backward()
+        net.update_routers(out.router_stats, 1, 10)
+        states.append([b.clone() for n, b in net.named_buffers() if n.endswith(("bias", "threshold"))])
+    assert any((state != 0).any() for state in states[0])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_top_p_asks_more_experts_when_in_doubt() -> None:
+    router = build_router(resolve("top-p"), SIZES)
+    gate = router.gate
+    sure, unsure = torch.tensor([[9.0] + [0.0] * 7]), torch.zeros(1, 8)
+    context = RouterContext(1, 1)
+    assert (gate(sure, None, context).experts < 8).sum() == 1
+    assert (gate(unsure, None, context).experts < 8).sum() == 4  # 4 / 8 >= 0.4 > 3 / 8
+    everything = build_router(vary(resolve("top-p"), gate={"threshold": 1.0}), SIZES).gate
+    assert (everything(unsure, None, context).experts < 8).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"gate": Softmax.Config()}, {"gate": {"softcap": 3.0}}, {"balance": {"bias_update_rate": 1e-3}}],
+)
+def test_quantile_balance_refuses_what_it_does_not_balance(changes: dict) -> None:
+    with pytest.raises(RequestError, match=r"gate|bias_update_rate"):
+        build_router(vary(resolve("quantile-balance"), **changes), SIZES)
