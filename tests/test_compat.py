@@ -33,6 +33,7 @@ from rmoe.compat import (
     plain_forward,
     storage_key,
     stream_error,
+    weights_later,
 )
 from rmoe.model import RMoEForSequenceClassification
 from tests.model.small import config, model, tokens
@@ -241,3 +242,34 @@ def test_an_error_ends_a_stream_of_transformers_server() -> None:
 
     assert isinstance(stream_error("why"), completion._StreamError)  # what the handler asks each item
     assert stream_error("why").msg == "why"
+
+
+def test_a_model_is_made_without_its_weights_and_filled_part_by_part(tmp_path: Path) -> None:
+    """Experts that are apart in the file are joined, buffers that are in no file are computed, nothing is drawn."""
+    small = OlmoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_experts=3,
+    )
+    OlmoeForCausalLM(small).save_pretrained(tmp_path)
+    whole = rmoe.load(tmp_path)
+    with weights_later() as later:
+        empty = rmoe.load(tmp_path)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(buffer, dict(empty.named_buffers())[name])
+    first = [key for key, name in later.target.items() if name.startswith("model.layers.0.")]
+    assert any(".experts.2.gate_proj" in key for key in first)
+    assert {later.target[k] for k in first if ".experts." in k} == {
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    }
+    later.load(first, torch.device("cpu"))
+    for name, parameter in empty.named_parameters():
+        assert parameter.is_meta != name.startswith("model.layers.0."), name
+    later.load([key for key in later.target if key not in first], torch.device("cpu"))
+    for name, parameter in empty.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name

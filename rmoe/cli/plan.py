@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rmoe.planning.plan import Plan
 
 ASSUMED_VOCABULARY = 32_000
-START_SECONDS = 6.0  # until a process trains: benchmarks/engines.py, two cores of 2.1 GHz
+START_SECONDS = 6.0  # until a process trains; assumed, `python -m benchmarks.engines` measures it
 
 
 def run(

@@ -81,9 +81,9 @@ class StreamedModel:
         self.loaded_bytes = 0
         self.total_bytes = sum(map(self.bytes_of, (*self.units, self.embedding, "rest")))
         for module in model.modules():  # buffers that no checkpoint holds were computed on the CPU
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(device)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(device))
 
     def load(self, part: str) -> None:
         """Read one unit, the embedding, or "rest", everything that is neither a layer nor the embedding nor the head.
@@ -141,7 +141,7 @@ class StreamedModel:
         for name, empty in self._empty.pop(part, {}).items():
             owner_name, _, own = name.rpartition(".")
             owner = module.get_submodule(owner_name)
-            (owner._parameters if own in owner._parameters else owner._buffers)[own] = empty  # type: ignore[assignment]
+            setattr(owner, own, empty)
         give_back_freed_memory()
 
     def layers_of(self, unit: str) -> list[RoutedLayer]:

@@ -218,7 +218,7 @@ function explorer(data, host) {
         list.append(item);
       });
       const box = make("div");
-      box.append(make("p", { class: "said" }, "Where its weight is largest:"), list);
+      box.append(make("p", { class: "where" }, "Where its weight is largest:"), list);
       return box;
     };
     self.clear = () => {

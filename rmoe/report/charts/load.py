@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmoe.report.charts.chart import Chart, Choice, Cube, Style, axis, layer_axis
+from rmoe.report.charts.chart import Chart, Choice, Cube, Style, axis, label, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, measure_chart, token_count
 from rmoe.results.analysis import ModelAnalysis
 
@@ -101,15 +101,18 @@ def spread(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Cha
     for index, (name, load) in enumerate(having):
         for place, (said, dash) in enumerate(_QUANTILES.items()):
             values = [row[place] for row in load.quantiles]
-            look = Style(looks[name].colour, dash)
-            data.append({**line(f"{name}, {said}", range(len(values)), values, look, index), "mode": "lines"})
+            drawn = line(
+                f"{name}, {said}", range(len(values)), values, Style(looks[name].colour, dash), index
+            )
+            more = {"mode": "lines", "legendgroup": label(name), "showlegend": said == "median"}
+            data.append({**drawn, **more})
     return [
         Chart(
             id="load-spread",
             section=SECTION,
             title="Load of the least and the most used experts",
-            definition="An expert's assignments over the mean of its layer's experts; 1 is even. MaxVio is the largest "
-            "minus 1.",
+            definition="An expert's assignments over the mean of its layer's experts; 1 is even. Solid: the median "
+            "expert; dashed: 5th and 95th percentile; dotted: smallest and largest. MaxVio is the largest minus 1.",
             unit="multiple of the mean load",
             sample=token_count([load.n for _, load in having]),
             data=data,

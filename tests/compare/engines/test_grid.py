@@ -116,7 +116,8 @@ def test_a_run_that_spans_two_devices(tmp_path, monkeypatch):
     pinned = {line.split()[0] for line in seen.read_text().splitlines()}
     assert {"0", "1"} <= pinned  # one run on each
     values = [[router.test.mean for router in summary.routers] for summary in (one, two)]
-    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    # Not closer: the balance loss is over each process's own micro-batch, so two of them take another one.
+    assert values[0] == pytest.approx(values[1], abs=2e-4)
     rows, _ = read_rows(tmp_path / "two" / plans.RESULTS)
     assert all(row.timing.steps == 8 for row in rows)
     with pytest.raises(RequestError, match=r"training\.batch_size is 2; allowed: a multiple of 4"):
