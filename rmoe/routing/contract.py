@@ -85,12 +85,17 @@ class RouterStats(NamedTuple):
 
     def add(self, other: RouterStats) -> RouterStats:
         """The sums over both."""
-        pairs = zip(self, other, strict=True)
-        return RouterStats(*(a if b is None else b if a is None else a + b for a, b in pairs))
+        mine, others = self.observed, other.observed
+        observed = (
+            mine + others if mine is not None and others is not None else mine if others is None else others
+        )
+        sums = [a + b for a, b in zip(self[:5], other[:5], strict=True)]
+        return RouterStats(*sums)._replace(observed=observed)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RouterStats:
         """Each of the sums through a function."""
-        return RouterStats(*(None if part is None else function(part) for part in self))
+        mapped = RouterStats(*[function(part) for part in self[:5]])
+        return mapped if self.observed is None else mapped._replace(observed=function(self.observed))
 
 
 def count_assignments(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:

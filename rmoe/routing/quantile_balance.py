@@ -48,7 +48,7 @@ class QuantileBalanced(Router):
 
     class Config(Router.Config):
         kind = "quantile_balanced"
-        equation = "top_k(s + b); a = quantile over experts of s + b; b = -quantile over tokens of s - a"
+        equation = "chosen by s + b, b = -quantile over tokens of (s - quantile over experts of (s + b))"
         moves = True
 
         def check(self) -> None:

@@ -37,8 +37,9 @@ def quantile(values: Tensor, share: float, mask: Tensor | None = None) -> Tensor
     last = (count - 1).clamp(min=0)
     place = share * last.to(values.dtype)
     low = place.floor().long()
-    ends = [ordered.gather(0, at.expand(1, *values.shape[1:])) for at in (low, torch.minimum(low + 1, last))]
-    between = torch.lerp(*ends, (place - low).expand_as(ends[0])).squeeze(0)
+    at, after = (i.expand(1, *values.shape[1:]) for i in (low, torch.minimum(low + 1, last)))
+    below, above = ordered.gather(0, at).squeeze(0), ordered.gather(0, after).squeeze(0)
+    between = below + (place - low) * (above - below)
     return torch.where(count > 0, between, 0.0)
 
 
@@ -106,4 +107,5 @@ class ExpertThreshold(Gate):
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
         if stats.observed is not None:
             seen = stats.observed[layer, : self.num_experts] / stats.tokens.clamp(min=1)
-            self.threshold.lerp_(seen.to(self.threshold), 1 - self.options.decay)
+            step_size = 1 - self.options.decay
+            self.threshold.add_(seen.to(self.threshold) - self.threshold, alpha=step_size)

@@ -25,6 +25,7 @@ from rmoe.routing.losses import (
 )
 from rmoe.routing.model_routers import SharedInSoftmax, TableTopK
 from rmoe.routing.model_scorers import NormedLinear, ProductKeys
+from rmoe.routing.null_experts import NullBalance, NullExperts
 from rmoe.routing.other_gates import ExpertChoice, ReLU, SecondExpert, SparseMixer
 from rmoe.routing.quantile_balance import QuantileBalanced
 from rmoe.routing.recurrence import Recurrence
@@ -221,6 +222,7 @@ _ROWS: dict[str, ZooRow] = {
     "mcf-moe": ZooRow(vary(SMOE, router=MultiLevelContext.Config()), "MCF-MoE, 2026 (anonymous code)", "scores from similar earlier tokens and attention to three layers below", permutes=READS_SEQUENCE),
     "pre-gated": ZooRow(vary(SMOE, recurrence=Previous.Config()), "Pre-gated MoE, 2308.12066", "the input of the layer below decides, so that experts can be fetched early"),
     "top-p": ZooRow(vary(SMOE, gate=TopP.Config(), balance=BalanceSpec(losses=(LoadBalance(), GateEntropy()))), "2403.07652", "the fewest experts with 0.4 of the mass"),
+    "adamoe": ZooRow(vary(SMOE, router=NullExperts.Config(), gate=TopK.Config(), balance=BalanceSpec(losses=(NullBalance(),))), "AdaMoE, 2406.13233", "4 choices among the experts and 8 null ones", top_k=4),
     "expert-threshold": ZooRow(vary(SMOE, gate=ExpertThreshold.Config(), balance=UNBALANCED), "Expert Threshold, 2603.11535", "an expert takes every token above its moving quantile; causal"),
     "quantile-balance": ZooRow(QUANTILE, "kexue.fm/archives/11619; marin #3406", "the bias that would have balanced the last step, no rate"),
     "rmoe-quantile": ZooRow(vary(RMOE, router=QUANTILE.router, gate=QUANTILE.gate, balance=UNBALANCED), "marin #3406 on Eq. 4 to 6", "RMoE balanced by quantiles"),

@@ -351,8 +351,11 @@ def _token(
         return logits, weights, probs, chosen
     weights, probs, chosen = layer.choose(logits / temperature)
     if len(weights) > layer.experts:
-        besides.append(torch.stack(layer.zero_experts(x, weights)))
+        if kind != "null_experts":
+            besides.append(torch.stack(layer.zero_experts(x, weights)))
         weights, chosen = weights[: layer.experts], [n for n in chosen if n < layer.experts]
+        if kind == "null_experts" and chosen:
+            weights = weights / sum(weights[n] for n in chosen)
     return logits, weights, probs, chosen
 
 
@@ -396,6 +399,12 @@ def _losses(layer: NaiveLayer, rows: dict[str, list], batch: int) -> Any:
             value = _product(rows["probs"], rows["chosen"], experts)
         elif kind == "z":
             value = sum(torch.log(torch.exp(logits).sum()) ** 2 for logits in rows["logits"]) / tokens
+        elif kind == "null_balance":
+            classes, slots = len(rows["probs"][0]), tokens * layer.top_k
+            shares = [sum(c.count(n) for c in rows["chosen"]) / slots for n in range(experts)]
+            shares += [(1 - sum(shares)) / (classes - experts)] * (classes - experts)
+            mean = sum(rows["probs"]) / tokens
+            value = classes * sum(f * p for f, p in zip(shares, mean, strict=True))
         elif kind == "gate_entropy":
             value = sum(-(p * torch.log(p)).sum() for p in rows["probs"]) / tokens
         elif kind == "sequence_balance":
