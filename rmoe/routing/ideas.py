@@ -36,26 +36,29 @@ STATE = Idea(
     """
     rmoe rmoe-std002 rmoe-np rmoe-detach rmoe-truncated-2 rmoe-truncated-3 rmoe-sproj rmoe-rnn rmoe-lstm rmoe-p256
     rmoe-p512 rmoe-rnn-p256 rmoe-residual rmoe-norm rmoe-bias rmoe-sigmoid xmoe-gru-8 xmoe-gru xmoe-gru-32
-    gated-linear gated-linear-np gated-linear-detach eda eda-linear eda-linear-detach
+    gated-linear gated-linear-np gated-linear-detach eda eda-linear eda-linear-detach rmoe-quantile
     """,
 )
 BETWEEN = Idea(
     "Other ties between layers",
     "Scores, choices or weights of one layer that another one uses: RMoE's rivals.",
-    "rmoe-np-r0.5 rmoe-np-r1.0 rmoe-np-r0.5-detach-r rmoe-np-r1.0-detach-r path-moe omni-router",
+    """
+    rmoe-np-r0.5 rmoe-np-r1.0 rmoe-np-r0.5-detach-r rmoe-np-r1.0-detach-r path-moe omni-router moepp-residual moepp
+    acmoe mcf-moe pre-gated
+    """,
 )
 CHOICE = Idea(
     "Choosing otherwise",
     "Not the k best scores of each token: noise, capacity, thresholds, tables, experts that choose.",
     """
     switch gshard gshard-sampled noisy-topk sparsemixer hash stable-moe smoe-dropout expert-choice remoe
-    smoe-capacity
+    smoe-capacity top-p expert-threshold
     """,
 )
 BALANCE = Idea(
     "Balance",
     "What keeps experts equally busy, on one and the same router.",
-    "smoe-bias smoe-global smoe-z smoe-sequence smoe-similarity",
+    "smoe-bias smoe-global smoe-z smoe-sequence smoe-similarity quantile-balance",
 )
 SHIPPED = Idea(
     "What ships",
@@ -66,7 +69,12 @@ SHIPPED = Idea(
     hunyuan moge
     """,
 )
-IDEAS = (SCORES, STATE, BETWEEN, CHOICE, BALANCE, SHIPPED)
+BASELINES = Idea(
+    "Baselines",
+    "What routing is measured against: none at all, and one that learns nothing.",
+    "dense uniform",
+)
+IDEAS = (SCORES, STATE, BETWEEN, CHOICE, BALANCE, SHIPPED, BASELINES)
 
 
 def of(name: str, row: ZooRow) -> Idea:

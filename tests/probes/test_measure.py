@@ -15,8 +15,18 @@ L, T, E = 2, 400, 3
 
 def routed(gates: torch.Tensor, probs: torch.Tensor, states: torch.Tensor) -> Routed:
     nothing = torch.zeros(L)
+    empty = states[..., :0]
+    sums = [nothing] * 3
     return Routed(
-        gates, torch.zeros(L, T), nothing.sum(), gates[:, 0], *[nothing] * 3, probs, states, nothing, states[..., :0]
+        gates,
+        torch.zeros(L, T),
+        nothing.sum(),
+        gates[:, 0],
+        *[nothing] * 3,
+        probs,
+        states,
+        nothing,
+        states[..., :0],
     )
 
 

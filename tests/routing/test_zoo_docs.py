@@ -96,7 +96,7 @@ def test_options_in_the_table_are_those_that_differ(name: str) -> None:
         default = getattr(resolve(name), stage).from_dict({"kind": data["kind"]}).to_dict()
         options = {k: v for k, v in data.items() if v != default[k]}
         kind = data["kind"]
-        if stage == "recurrence":
+        if stage == "recurrence" and "cell" in data:
             kind = data["cell"]
             options = {"p": data["width"]} | {k: v for k, v in options.items() if k not in ("cell", "width")}
             if kind == "identity":
