@@ -15,8 +15,6 @@ L, T, E = 2, 400, 3
 
 def routed(gates: torch.Tensor, probs: torch.Tensor, states: torch.Tensor) -> Routed:
     nothing = torch.zeros(L)
-    empty = states[..., :0]
-    sums = [nothing] * 3
     return Routed(
         gates,
         torch.zeros(L, T),
