@@ -50,6 +50,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) $(EXACT) -e ".[dev,data,serve,finetune]"
 	@touch $@
 
+# What the slow tests of grids need beside: Ray and submitit.
+$(VENV)/.installed-all: $(VENV)/.installed-dev
+	$(PIP) $(EXACT) -e ".[dev,data,serve,finetune,ray,slurm]"
+	@touch $@
+
 install: $(VENV)/.installed-dev
 
 # --- what it is for ------------------------------------------------------------------------------------------------
@@ -64,7 +69,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(PYTEST)
 
-test-all: $(VENV)/.installed-dev
+test-all: $(VENV)/.installed-all
 	$(PYTEST) -m ""
 
 # One process: the kills are timed, and the fuzzer takes a core for itself. TORTURE="-k kill" (damage, disk, malformed,
@@ -132,7 +137,7 @@ latest lowest:
 	$(PYTHON) tools/requirements.py $@ > .venv-$@/requirements.txt
 	.venv-$@/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --requirement .venv-$@/requirements.txt
 	.venv-$@/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
-	@touch .venv-$@/.installed .venv-$@/.installed-dev
+	@touch .venv-$@/.installed .venv-$@/.installed-dev .venv-$@/.installed-all
 	.venv-$@/bin/python -m pip freeze --exclude-editable | diff constraints.txt - || true
 	$(MAKE) VENV=.venv-$@ check
 
@@ -143,7 +148,7 @@ constraints:
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) torch==$(TORCH) \
-		-e ".[dev,data,serve,finetune,eval,track,docs]"
+		-e ".[dev,data,serve,finetune,eval,track,docs,ray,slurm]"
 	{ echo "# The exact versions that make demo and make test install. Made by make constraints."; \
 		.venv-constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 	rm -rf .venv-constraints
