@@ -133,7 +133,9 @@ class AdaptiveClustering(Router):
         clusters = present.sum().clamp(min=1)
         mean = weight.sum() / (clusters * x.shape[-1])
         weight = weight.minimum(self.options.cap * mean)
-        return weight / (weight.sum(0) / clusters).clamp(min=torch.finfo(x.dtype).tiny)  # 0 without a real token
+        return weight / (weight.sum(0) / clusters).clamp(
+            min=torch.finfo(x.dtype).tiny
+        )  # 0 without a real token
 
 
 class MultiLevelContext(Router):
