@@ -44,22 +44,28 @@ Values = Sequence[float] | None
 CAPACITY = 1.25
 
 STATISTICS: list[tuple[Column, Callable[[ModelAnalysis], Values]]] = [
-    (Column("gate entropy", "nats"), lambda m: m.entropy_mean and m.entropy_mean.values),
-    (Column("inner balance", "top 1 / top 2"), lambda m: m.inner_balance and m.inner_balance.values),
-    (Column("outer balance", "probability"), lambda m: m.outer_balance and m.outer_balance.values),
-    (Column("load imbalance", "largest / mean"), lambda m: m.load_imbalance and m.load_imbalance.values),
-    (Column("load, 5%", "of the mean"), lambda m: m.load and [row[1] for row in m.load.quantiles]),
-    (Column("load, 95%", "of the mean"), lambda m: m.load and [row[3] for row in m.load.quantiles]),
-    (Column("unused experts"), lambda m: m.frequency and [row.count(0.0) for row in m.frequency]),
-    (Column("drop ratio", f"at capacity {CAPACITY}"), lambda m: m.drop_ratio and _drop_ratio(m.drop_ratio)),
-    (Column("expert similarity", "cosine"), lambda m: m.similarity and m.similarity.values),
-    (Column("router norm"), lambda m: m.router_weights and m.router_weights.norm),
+    (Column("gate entropy", "nats"), lambda m: m.entropy_mean.values if m.entropy_mean else None),
+    (Column("inner balance", "top 1 / top 2"), lambda m: m.inner_balance.values if m.inner_balance else None),
+    (Column("outer balance", "probability"), lambda m: m.outer_balance.values if m.outer_balance else None),
+    (
+        Column("load imbalance", "largest / mean"),
+        lambda m: m.load_imbalance.values if m.load_imbalance else None,
+    ),
+    (Column("load, 5%", "of the mean"), lambda m: [row[1] for row in m.load.quantiles] if m.load else None),
+    (Column("load, 95%", "of the mean"), lambda m: [row[3] for row in m.load.quantiles] if m.load else None),
+    (Column("unused experts"), lambda m: [row.count(0.0) for row in m.frequency] if m.frequency else None),
+    (
+        Column("drop ratio", f"at capacity {CAPACITY}"),
+        lambda m: _drop_ratio(m.drop_ratio) if m.drop_ratio else None,
+    ),
+    (Column("expert similarity", "cosine"), lambda m: m.similarity.values if m.similarity else None),
+    (Column("router norm"), lambda m: m.router_weights.norm if m.router_weights else None),
     (
         Column("gradient", "language model"),
-        lambda m: m.gradient_split and m.gradient_split.language_model[-1],
+        lambda m: m.gradient_split.language_model[-1] if m.gradient_split else None,
     ),
-    (Column("flips", "share of tokens"), lambda m: m.flips and m.flips.values),
-    (Column("stability", "choices kept"), lambda m: m.saturation and m.saturation.values[-1]),
+    (Column("flips", "share of tokens"), lambda m: m.flips.values if m.flips else None),
+    (Column("stability", "choices kept"), lambda m: m.saturation.values[-1] if m.saturation else None),
 ]
 
 

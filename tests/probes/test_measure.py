@@ -22,11 +22,11 @@ def routed(gates: torch.Tensor, probs: torch.Tensor, states: torch.Tensor) -> Ro
         torch.zeros(L, T),
         nothing.sum(),
         gates[:, 0],
-        *sums,
+        *[nothing] * 3,
         probs,
         states,
-        nothing[:, None][:, :0],
-        empty,
+        nothing,
+        states[..., :0],
     )
 
 

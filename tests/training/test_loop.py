@@ -277,7 +277,7 @@ def test_hooks_are_called_in_step_and_ended_after_an_error(text, tmp_path, monke
 
 
 def test_nothing_of_trainer_is_imported():
-    """transformers' Trainer, its arguments, state, control and callbacks."""
+    """transformers' Trainer, its arguments, state and control; callbacks for users' own Trainer stand apart."""
     import rmoe
 
     for path in Path(rmoe.__file__).parent.rglob("*.py"):
@@ -287,6 +287,6 @@ def test_nothing_of_trainer_is_imported():
             )
             module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
             for name in (module, *names):
-                assert "Trainer" not in name, path
+                assert "Trainer" not in name or path.name in ("callback.py", "updates.py"), path
                 assert not name.startswith(("transformers.trainer", "transformers.training_args")), path
                 assert name != "TrainingArguments", path
