@@ -112,7 +112,7 @@ def test_a_killed_parent_leaves_no_process(tmp_path):
         f"list(engine.answers({{'0': Count(file={str(file)!r}, steps=10_000)}}, Wants()))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    while not file.exists():
+    while not (file.exists() and len(file.read_text().split("-")) > 1):  # there is the file before its text
         time.sleep(0.05)
     parent.kill()
     parent.wait()
