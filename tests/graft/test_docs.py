@@ -27,12 +27,12 @@ def test_the_guide_has_the_packaged_table() -> None:
 
 
 def test_every_model_type_has_a_row_and_the_promised_ones_work() -> None:
+    if transformers.__version__ != PACKAGED["transformers"]:
+        pytest.skip("the table was made with another transformers")
     assert PACKAGED["promised"] == len(PROMISED)
     assert [row for row in TABLE[2:] if row.endswith("| yes | yes |  |")][: len(PROMISED)] == TABLE[
         2 : 2 + len(PROMISED)
     ]
-    if transformers.__version__ != PACKAGED["transformers"]:
-        pytest.skip("the table was made with another transformers")
     assert [row.split("`")[1] for row in TABLE[2:]] == moe_model_types()
 
 

@@ -18,16 +18,18 @@ from rmoe.moe.reading import ExpertsReader
 from tests.analysis.tiny_rmoe import tiny_rmoe
 from tests.graft.conftest import SPEC, at_work
 from tests.graft.tiny_families import tiny_model
+from tests.versions import older, since
+
+OLD = older("transformers", "5.23")  # families it lacks, or whose routers give no logits there
 
 IDS = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0))
 CHECKED = (
     "olmoe",
     "llama4_text",
     "zaya",
-    "longcat_flash",
+    *([] if OLD else ["longcat_flash"]),
     "gemma4_text",
-    "switch_transformers",
-    "inkling2_loop_text",
+    *([] if OLD else ["switch_transformers", "inkling2_loop_text"]),
 )
 
 
@@ -101,6 +103,7 @@ def test_layers_of_different_sizes_are_measured_each_by_its_own() -> None:
     assert len(routed_layers(other)) == 4
 
 
+@since("transformers", "5.23", "its looped family is newer, and Switch's router gives no logits")
 def test_an_encoder_decoder_is_two_stacks_and_a_loop_counts_its_passes() -> None:
     switch = tiny_model("switch_transformers")
     assert list({layer.stack: 1 for layer in routed_layers(switch)}) == ["encoder.block", "decoder.block"]

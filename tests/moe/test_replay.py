@@ -15,6 +15,9 @@ from rmoe.moe import Recorder, Trace, listen, record, replay, routed_layers
 from tests.analysis.tiny_rmoe import tiny_rmoe
 from tests.graft.conftest import SPEC, at_work
 from tests.graft.tiny_families import tiny_model
+from tests.versions import older
+
+OLD = older("transformers", "5.23")  # families it lacks, or whose routers give no logits there
 
 FAMILIES = (
     "olmoe",
@@ -28,10 +31,10 @@ FAMILIES = (
     "llama4_text",
     "jamba",
     "zaya",
-    "longcat_flash",
+    *([] if OLD else ["longcat_flash"]),
     "deepseek_v4",
     "gemma4_text",
-    "inkling2_loop_text",
+    *([] if OLD else ["inkling2_loop_text"]),
 )
 IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 
