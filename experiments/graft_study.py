@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, get_wsd_schedule
 
+from experiments.status import exit_status
 from rmoe.compare.statistics import compare_to_baseline
 from rmoe.data import prepare
 from rmoe.data.config import DataConfig
@@ -29,6 +30,8 @@ from rmoe.data.order import block_number
 from rmoe.errors import RequestError, RunError
 from rmoe.graft.attach import attach
 from rmoe.graft.spec import GraftSpec
+from rmoe.records import Record, append_lines, durable_rename, read_lines
+from rmoe.results.run import Hardware, Versions
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import evaluate
 
@@ -55,7 +58,7 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
     evaluation_blocks: int = 4000
 
 
-class GraftRow(msgspec.Struct, frozen=True, kw_only=True):
+class GraftRow(Record, frozen=True, kw_only=True):
     """One continued run: bits per byte on the test part of both texts."""
 
     way: str
@@ -67,8 +70,12 @@ class GraftRow(msgspec.Struct, frozen=True, kw_only=True):
     trained_parameters: int
     seconds: float
     size: Size
-    versions: dict[str, str]
-    hardware: str
+    versions: Versions
+    hardware: Hardware
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.way, self.seed
 
 
 def base_model(size: Size, vocab: int, seed: int) -> OlmoeForCausalLM:
@@ -137,7 +144,9 @@ def train(model: nn.Module, corpus: Corpus, steps: int, rate: float, seed: int, 
         ids = torch.stack([blocks[number]["input_ids"] for number in numbers])
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         if not torch.isfinite(loss):
-            raise RunError(f"step {step}: the loss is {float(loss)}; finished runs are kept")
+            raise RunError(
+                f"the loss is {loss.item()} at step {step}", "the finished runs", "the same command"
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -158,63 +167,68 @@ def run(
     Raises:
         RequestError: `results` has runs of another size or another code.
     """
-    rows = read_rows(results)
-    code = versions()
-    here = {"code": code.code, "python": code.python, **code.libraries}
+    rows, here = read_rows(results), versions()
     for row in rows:
         for name, mine, found in (("size", size, row.size), ("versions", here, row.versions)):
             if mine != found:
                 raise RequestError(name, mine, f"those of the runs in {results}: {found}")
-    done = {(row.way, row.seed) for row in rows}
+    done = {row.key for row in rows}
     first, second = (prepare(DataConfig(path=str(data_dir / file)), size.length) for file in (FIRST, SECOND))
     for seed in range(seeds):
         missing = [way for way in ways if (way, seed) not in done]
         if not missing:
             continue
         folder = out / f"base-seed{seed}"
-        if not (folder / "model.safetensors").exists():
+        if not folder.exists():
             base = base_model(size, first.vocab_size, seed)
             train(base, first, size.base_steps, size.base_rate, seed, size)
-            base.save_pretrained(folder)
+            staged = folder.with_name(f"{folder.name}.part")
+            base.save_pretrained(staged)
+            durable_rename(staged, folder)
+        base = OlmoeForCausalLM.from_pretrained(folder)
+        before = bits(base, first, size), bits(base, second, size)
         for way in missing:
-            row = continued(folder, way, seed, first, second, size, here)
-            with results.open("ab") as file:
-                file.write(msgspec.json.encode(row) + b"\n")
+            row = continued(folder, way, seed, first, second, size, before, here)
+            append_lines(results, msgspec.json.encode(row) + b"\n")
             print(f"{way}, seed {seed}: {row.first:.4f} and {row.second:.4f} bits", flush=True)
 
 
 def continued(
-    folder: Path, way: str, seed: int, first: Corpus, second: Corpus, size: Size, here: dict[str, str]
+    folder: Path,
+    way: str,
+    seed: int,
+    first: Corpus,
+    second: Corpus,
+    size: Size,
+    before: tuple[float, float],
+    here: Versions,
 ) -> GraftRow:
-    """One way of learning the second text from the base in `folder`."""
+    """One way of learning the second text from the base in `folder`, which has `before` bits on the two."""
     model = OlmoeForCausalLM.from_pretrained(folder)
-    before = [bits(model, corpus, size) for corpus in (first, second)]
     WAYS[way](model, seed)
     start = time.perf_counter()
     train(model, second, size.steps, size.rate, seed + 1000, size)
     seconds = time.perf_counter() - start
-    after = [bits(model, corpus, size) for corpus in (first, second)]
-    machine = hardware(torch.get_num_threads())
     return GraftRow(
         way=way,
         seed=seed,
-        first=after[0],
-        second=after[1],
+        first=bits(model, first, size),
+        second=bits(model, second, size),
         base_first=before[0],
         base_second=before[1],
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         seconds=round(seconds, 1),
         size=size,
         versions=here,
-        hardware=f"{machine.cpu}, {machine.threads} thread",
+        hardware=hardware(torch.get_num_threads()),
     )
 
 
 def read_rows(path: Path) -> list[GraftRow]:
-    """Finished runs; none where there is no file."""
+    """Finished runs; none where there is no file. A line that a kill cut short is no finished run."""
     if not path.exists():
         return []
-    return [msgspec.json.decode(line, type=GraftRow) for line in path.read_bytes().splitlines()]
+    return read_lines(path, lambda line, _: msgspec.json.decode(line, type=GraftRow))[0]
 
 
 def markdown(rows: Sequence[GraftRow], baseline: str = "nothing new") -> str:
@@ -230,8 +244,8 @@ def markdown(rows: Sequence[GraftRow], baseline: str = "nothing new") -> str:
         f"Differences are to “{baseline}”, seed by seed, with 95% t intervals; verdicts with a "
         f"margin of {MARGIN:g} bits and Holm's correction. "
         f"Before: {start.base_first:.4f} on `{FIRST}`, {start.base_second:.4f} on `{SECOND}` (seed "
-        f"{start.seed}). {start.hardware}; "
-        + ", ".join(f"{name} {version}" for name, version in start.versions.items())
+        f"{start.seed}). {start.hardware.cpu}, {start.hardware.threads} thread; code {start.versions.code}, "
+        + ", ".join(f"{name} {version}" for name, version in start.versions.libraries.items())
         + ".",
         "",
         "| way | pairs | parameters trained | text | bits | difference | interval | verdict |",
@@ -269,17 +283,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, default=5)
     asked = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         if asked.verb == "run":
             run(asked.data_dir, asked.out, asked.seeds, Size(), asked.results)
         else:
             table = markdown(read_rows(asked.results))
             asked.results.with_suffix(".md").write_text(table, encoding="utf-8")
             print(table)
-    except (RequestError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

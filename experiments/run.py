@@ -19,10 +19,11 @@ from typing import Any, Literal
 import msgspec
 
 from experiments.figures import Figures, Finished, figures_of
+from experiments.status import exit_status
 from rmoe.compare import statistics
 from rmoe.compare.compare import Options, compare
 from rmoe.compare.engines import EngineConfig
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RequestError
 from rmoe.results.comparison import Interval
 from rmoe.results.rows import finished, read_rows, run_key
 from rmoe.routing.zoo import select
@@ -322,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--engine", default="", help="a .toml file with an [engine] table; default: this machine"
     )
     asked = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         engine = EngineConfig.from_preset(asked.engine)
         place = Workplace(
             asked.size, asked.data_dir / asked.text, asked.data_dir, asked.out, asked.jobs, engine
@@ -333,10 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_whole(name, read(name, place.size))
         for name in asked.names:
             carry_out(name, place, asked.results)
-    except (RequestError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
-    return 0
+
+    return exit_status(work)
 
 
 def carry_out(name: str, place: Workplace, results: Path) -> None:

@@ -23,13 +23,13 @@ from typing import Any
 
 import msgspec
 
+from experiments.status import exit_status
 from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
 from experiments.study_table import markdown
 from rmoe.compare.compare import Options, compare
 from rmoe.compare.engines import EngineConfig
 from rmoe.compare.plan import RESULTS
-from rmoe.errors import RequestError, RunError
 from rmoe.results.rows import ResultRow, read_rows
 from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
@@ -172,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--most", type=int, help="stop after so many (grid, seed) steps")
     asked = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         study = read_study()
         if asked.verb == "run":
             run(
@@ -194,10 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             table = markdown(read_study_rows(asked.results), study.baseline, study.margin)
             asked.results.with_suffix(".md").write_text(table, encoding="utf-8")
             print(table)
-    except (RequestError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import torch
 
 from experiments import graft_study
 from experiments.graft_study import GraftRow, Size, markdown, read_rows
-from rmoe.errors import RequestError
+from rmoe.data import prepare
+from rmoe.data.config import DataConfig
+from rmoe.errors import RequestError, RunError
+from rmoe.results.run import Hardware, Versions
 
 TINY = Size(
     layers=2, hidden=16, experts=4, length=32, batch=2, base_steps=4, steps=3, warmup=1, evaluation_blocks=4
@@ -57,12 +60,32 @@ def test_a_stopped_study_resumes_to_the_same_rows(texts):
     assert "baseline" in table
 
 
+def test_a_loss_that_is_not_finite_ends_in_one_line(texts):
+    corpus = prepare(DataConfig(path=str(texts / "one.txt")), TINY.length)
+    model = graft_study.base_model(TINY, corpus.vocab_size, 0)
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(RunError, match="the loss is nan at step 0; saved: the finished runs"):
+        graft_study.train(model, corpus, 2, 0.1, 0, TINY)
+
+
+def test_a_line_that_a_kill_cut_short_is_run_again(texts):
+    results = texts / "results.jsonl"
+    graft_study.run(texts, texts / "out", 2, TINY, results, ("nothing new",))
+    whole = read_rows(results)
+    results.write_bytes(results.read_bytes()[:-40])
+    assert [row.key for row in read_rows(results)] == [("nothing new", 0)]
+    graft_study.run(texts, texts / "out", 2, TINY, results, ("nothing new",))
+    values = [[(row.key, row.first, row.second) for row in rows] for rows in (whole, read_rows(results))]
+    assert values[0] == values[1]
+
+
 def test_runs_of_another_size_are_refused(texts):
     results = texts / "results.jsonl"
     graft_study.run(texts, texts / "out", 1, TINY, results, ("nothing new",))
     with pytest.raises(RequestError, match="size"):
         graft_study.run(texts, texts / "out", 1, msgspec.structs.replace(TINY, steps=4), results)
-    row = msgspec.structs.replace(read_rows(results)[0], versions={"code": "another"})
+    row = read_rows(results)[0]
+    row = msgspec.structs.replace(row, versions=msgspec.structs.replace(row.versions, code="another"))
     results.write_bytes(msgspec.json.encode(row) + b"\n")
     with pytest.raises(RequestError, match="versions"):
         graft_study.run(texts, texts / "out", 1, TINY, results)
@@ -80,8 +103,8 @@ def test_the_table_is_its_rows():
             trained_parameters=10,
             seconds=1.0,
             size=TINY,
-            versions={},
-            hardware="none",
+            versions=Versions(code="none", python="3", libraries={}),
+            hardware=Hardware(cpu="none", cores=1, threads=1, memory_gib=1.0, accelerator=None),
         )
 
     rows = [row("nothing new", seed, 2.0 + seed / 100) for seed in range(3)]
