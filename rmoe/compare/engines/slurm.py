@@ -187,6 +187,7 @@ class SlurmEngine(Engine):
 
     def _answer_of(self, submitted: Any, ask_state: bool) -> Answer | None:
         """None while it waits or runs."""
+        ended = ask_state and self._ended(submitted)  # asked first: a job that ends in between has its answer
         if submitted.paths.result_pickle.exists():
             error = submitted.exception()
             if error is None:
@@ -194,7 +195,7 @@ class SlurmEngine(Engine):
                 return answer
             said = one_line((str(error).strip().splitlines() or ["no reason given"])[-1])
             return Answer(error=f"job {submitted.job_id}: {said}", lost=True)
-        if not ask_state or not self._ended(submitted):
+        if not ended:
             return None
         state = self._state(submitted)
         if state.startswith("CANCELLED"):

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,13 @@ PARTITIONS, MOST_GPUS = ("cpu", "gpu"), 4
 def option(arguments: list[str], name: str) -> str | None:
     found = [a.partition("=")[2].strip("'") for a in arguments if a.startswith(f"--{name}=")]
     return found[-1] if found else None
+
+
+def put(path: Path, text: str) -> None:
+    """In one piece: others read it at any moment."""
+    staged = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+    staged.write_text(text)
+    staged.rename(path)
 
 
 def refuse(arguments: list[str]) -> None:
@@ -42,7 +50,7 @@ def sbatch(arguments: list[str]) -> None:
     (STATE / f"{job}.sh").write_text(script)
     last, _, at_once = (option(options, "array") or "0-0%1").removeprefix("0-").partition("%")
     for index in range(int(last) + 1):
-        (STATE / f"{job}_{index}").write_text("PENDING 0")
+        put(STATE / f"{job}_{index}", "PENDING 0")
     command = [sys.executable, __file__, "daemon", str(job), last, at_once, str("--array" in script)]
     quiet = subprocess.DEVNULL
     subprocess.Popen(command, start_new_session=True, stdin=quiet, stdout=quiet, stderr=quiet)
@@ -60,10 +68,10 @@ def daemon(job: str, last: str, at_once: str, is_array: str) -> None:
             process = subprocess.Popen(
                 ["bash", str(STATE / f"{job}.sh")], env=environment, start_new_session=True
             )
-            state.write_text(f"RUNNING {process.pid}")
+            put(state, f"RUNNING {process.pid}")
             status = process.wait()
             if not requeue.exists() and not state.read_text().startswith("CANCELLED"):
-                state.write_text("COMPLETED 0" if status == 0 else "FAILED 0")
+                put(state, "COMPLETED 0" if status == 0 else "FAILED 0")
                 return
 
     with ThreadPoolExecutor(int(at_once)) as pool:
@@ -118,7 +126,7 @@ def _names(ids: list[str]) -> list[str]:
 def scancel(arguments: list[str]) -> None:
     for name in _names(arguments):
         pid = (STATE / name).read_text().split()[1]
-        (STATE / name).write_text(f"CANCELLED {pid}")
+        put(STATE / name, f"CANCELLED {pid}")
     _tell(_names(arguments), signal.SIGTERM)
 
 

@@ -75,6 +75,19 @@ def test_submitit_local_answers_and_failures(tmp_path):
     }
 
 
+def test_a_job_that_ends_while_slurm_is_asked_has_its_answer(tmp_path, monkeypatch):
+    def ends_now(engine, submitted):
+        submitted.wait()
+        return True
+
+    monkeypatch.setattr(SlurmEngine, "_ended", ends_now)
+    config = EngineConfig(kind="slurm", submitit="local", retries=0)
+    with SlurmEngine(config, tmp_path, Wants(), threads=1) as engine:
+        (answer,) = dict(engine.answers({"a": Environment(names=["OMP_NUM_THREADS"])}, Wants())).values()
+    assert (answer.error, answer.lost) == (None, False)
+    assert answer.value["OMP_NUM_THREADS"] == "1"
+
+
 def test_one_array_with_what_a_run_wants(slurm, tmp_path):
     out = tmp_path / "out"
     with SlurmEngine(ON_SLURM, out, Wants(cpus=2), threads=2) as engine:
