@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from rmoe.errors import RequestError
 from rmoe.model.modeling_rmoe import RMoEModel
+from rmoe.routing.balance import summed_over_ranks
 from rmoe.routing.contract import RouterStats
 
 
@@ -54,11 +54,8 @@ class RouterUpdates(TrainerCallback):
         if self._trunk is None or self._stats is None:
             return
         stats, self._stats = self._stats, None
-        if dist.is_available() and dist.is_initialized():
-            for part in stats:
-                dist.all_reduce(part)
         with torch.no_grad():
-            self._trunk.update_routers(stats, state.global_step, state.max_steps)
+            self._trunk.update_routers(stats.map(summed_over_ranks), state.global_step, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was."""

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
@@ -14,6 +13,7 @@ from rmoe.moe.layers import RoutedLayer, require_layers
 from rmoe.moe.recorder import listen
 from rmoe.moe.records import RoutingRecord
 from rmoe.moe.replaying import Pass, passes
+from rmoe.routing.balance import summed_over_ranks
 from rmoe.routing.contract import count_assignments
 
 QUANTILES = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
@@ -104,17 +104,14 @@ class RoutingCallback(TrainerCallback):
     def measures(self) -> dict[str, float]:
         """The values over what was heard since the last time, the same on every rank."""
         names = list(self._counts)
-        for sums in (self._counts, self._entropy, self._tokens):
-            if dist.is_available() and dist.is_initialized():
-                for value in sums.values():
-                    dist.all_reduce(value)
-        load = {
-            name: self._counts[name].float() / self._counts[name].float().mean().clamp(min=1e-9)
-            for name in names
-        }
+        counts, entropies, tokens = (
+            {name: summed_over_ranks(value) for name, value in sums.items()}
+            for sums in (self._counts, self._entropy, self._tokens)
+        )
+        load = {name: counts[name].float() / counts[name].float().mean().clamp(min=1e-9) for name in names}
         violation = {name: float(load[name].max()) - 1 for name in names}
-        dead = {name: int((self._counts[name] == 0).sum()) for name in names}
-        entropy = {name: float(self._entropy[name] / self._tokens[name].clamp(min=1)) for name in names}
+        dead = {name: int((counts[name] == 0).sum()) for name in names}
+        entropy = {name: float(entropies[name] / tokens[name].clamp(min=1)) for name in names}
         every = torch.cat([load[name].cpu() for name in names])
         logs = {f"routing/load_{name}": float(every.quantile(q)) for name, q in QUANTILES.items()}
         logs["routing/max_violation"] = sum(violation.values()) / len(names)

@@ -137,10 +137,17 @@ def counts_in_scope(spec: BalanceSpec, own: Tensor, earlier: Tensor | None, trai
     """
     if spec.scope == "micro_batch":
         return own
-    counts = own.clone() if earlier is None else own + earlier
-    if training and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts)
-    return counts
+    counts = own if earlier is None else own + earlier
+    return summed_over_ranks(counts) if training else counts
+
+
+def summed_over_ranks(own: Tensor) -> Tensor:
+    """The sum of every rank's tensor, the same on all; a process alone has its own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    total = own.clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
 def balance_loss(

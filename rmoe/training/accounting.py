@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rmoe.analysis.load import load_imbalance
+from rmoe.routing.balance import summed_over_ranks
 from rmoe.routing.contract import RouterStats
 from rmoe.training.place import Ranks
 
@@ -51,17 +52,11 @@ class StepSums:
         flags = torch.tensor([not finite, stop], dtype=torch.float64, device=self._losses.device)
         total = torch.cat([self._losses * self.ranks.speaks, flags])
         if self.ranks.world > 1:
-            total = self._summed(total)
+            total = summed_over_ranks(total)
             if self.stats is not None:
-                self.stats = self.stats.map(lambda part: self._summed(part * self.ranks.speaks))
+                self.stats = self.stats.map(lambda part: summed_over_ranks(part * self.ranks.speaks))
         lm_loss, balance_loss, bad, asked = total.tolist()
         return lm_loss, balance_loss, bad == 0 and bool(np.isfinite(lm_loss + balance_loss)), asked > 0
-
-    @staticmethod
-    def _summed(tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        torch.distributed.all_reduce(tensor)
-        return tensor
 
 
 class Window:

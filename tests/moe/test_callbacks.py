@@ -118,6 +118,28 @@ def test_biases_move_as_the_counts_of_the_step_say(accumulation: int, tmp_path: 
         torch.testing.assert_close(found, bias)
 
 
+@pytest.mark.parametrize("router", ["deepseek-v3", "quantile-balance"])  # without and with sums of their own
+def test_updates_take_the_sums_of_all_ranks(
+    router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen, given = tiny_rmoe(router), [], []
+    model.model.register_forward_hook(lambda module, args, output: seen.append(output.router_stats))
+    job = trainer(model, tmp_path, max_steps=1)
+    job.add_callback(rmoe.RouterUpdates())
+    monkeypatch.setattr(model.model, "update_routers", lambda stats, step, steps: given.append(stats))
+
+    def as_on_two_ranks(*_: Any) -> None:
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.mul_(2))
+
+    monkeypatch.setattr(job.optimizer or job.create_optimizer(), "step", as_on_two_ranks)
+    job.train()
+    ((own,), (both,)) = seen, given
+    assert (own.observed is None) == (router == "deepseek-v3")
+    for mine, total in zip(own, both, strict=True):
+        assert mine is total is None or torch.equal(total, 2 * mine)
+
+
 def test_router_updates_need_an_rmoe_model(tmp_path: Path) -> None:
     config = OlmoeConfig(
         vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
