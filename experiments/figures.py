@@ -25,7 +25,7 @@ from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import evaluate
 from rmoe.training.metrics import read_metrics
-from rmoe.training.run import read_result
+from rmoe.training.run_folder import read_result
 
 Figures = dict[str, float]
 

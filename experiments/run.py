@@ -155,7 +155,7 @@ def train(grid: Grid, place: Workplace) -> dict[str, dict[int, Path]]:
         for router in grid.routers
     }
     results = folder / "results.jsonl"
-    rows = read_rows(results)[0] if results.exists() else []
+    rows = read_rows(results)[0]
     if not finished(rows).keys() >= {path.name for by_seed in runs.values() for path in by_seed.values()}:
         options = Options(jobs=place.jobs, timing_rounds=0, analysis_tokens=0, engine=place.engine)
         compare(config, grid.routers, grid.seeds, folder, options=options)

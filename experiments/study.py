@@ -149,7 +149,7 @@ def last_constant_step(result: Path) -> int:
 
 def rows_of(folder: Path) -> list[ResultRow]:
     path = folder / RESULTS
-    return read_rows(path)[0] if path.exists() else []
+    return read_rows(path)[0]
 
 
 def finished(study: Study, out: Path) -> list[StudyRow]:

@@ -12,7 +12,7 @@ import rmoe.model  # noqa: F401  registers the model's classes
 from rmoe.data import prepare
 from rmoe.data.config import DataConfig
 from rmoe.training.evaluation import evaluate
-from rmoe.training.run import read_result
+from rmoe.training.run_folder import read_result
 
 FILE = "domains.json"
 BLOCKS = 400

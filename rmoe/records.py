@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -128,10 +128,15 @@ def version_of(line: bytes, name: str, lowest: int, newest: int) -> int:
     return found
 
 
+def indented(value: Any) -> bytes:
+    """JSON that people read too: one space a level, a line's end."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+
+
 def write_record(path: Path, record: Record) -> None:
     """Write a record as indented JSON, by `atomic_write`."""
     with atomic_write(path) as staged:
-        staged.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+        staged.write_bytes(indented(record))
 
 
 def read_record(path: Path, kind: type[R], version: int) -> R:

@@ -61,11 +61,10 @@ def run(
     """
     import sys
 
-    import msgspec
-
     from rmoe.planning.hardware import Cluster
     from rmoe.planning.hardware import accelerator as named
     from rmoe.planning.plan import plan_of
+    from rmoe.records import indented
     from rmoe.training.build import load_plugins, model_config
 
     load_plugins(config.plugin)
@@ -94,7 +93,7 @@ def run(
         },
     )
     if json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
+        sys.stdout.buffer.write(indented(plan))
     else:
         print(_table(plan))
 
@@ -119,12 +118,12 @@ def _print_grid(
 ) -> None:
     import sys
 
-    import msgspec
     import torch
 
     from rmoe.compare.engines.local import slots_of
     from rmoe.compare.sharing import place
     from rmoe.planning.grid import pilots_in, plan_grid
+    from rmoe.records import indented
     from rmoe.routing.zoo import select
 
     if pilot is None:
@@ -146,7 +145,7 @@ def _print_grid(
         starts_once=engine.kind == "local",
     )
     if json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
+        sys.stdout.buffer.write(indented(plan))
         return
     print(f"{plan.runs} runs, {plan.at_once} at once on {engine.kind}")
     for name, seconds in plan.run_seconds.items():

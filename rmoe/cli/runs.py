@@ -29,9 +29,8 @@ def run(root: tyro.conf.Positional[Path] = Path("."), *, json: bool = False, wat
     """
     import sys
 
-    import msgspec
-
     from rmoe.compare.engines.listing import grid_runs
+    from rmoe.records import indented
 
     if json and watch:
         raise RequestError("--watch", True, "left out with --json")
@@ -40,7 +39,7 @@ def run(root: tyro.conf.Positional[Path] = Path("."), *, json: bool = False, wat
         return
     runs = grid_runs(root)
     if json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(runs), indent=1) + b"\n")
+        sys.stdout.buffer.write(indented(runs))
         return
     print(_table(runs) if runs else f"no runs in {root}")
 

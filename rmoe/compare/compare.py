@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rmoe.compare.phases import Options as Options
 from rmoe.compare.phases import (
     Setting,
     analyse,
-    judge_chosen,
+    evaluate_chosen,
     planned_rows,
     time_each_alone,
     train_branches,
@@ -91,11 +92,11 @@ def compare(
     try:
         with engine:
             setting = train_until_decided(setting, engine)
-            near = _near(setting, engine)
-            judge_chosen(setting, near)
-            train_branches(setting, engine)
-            time_each_alone(setting, engine)
-            analysis = analyse(setting, near)
+            with _near(setting, engine) as near:
+                evaluate_chosen(setting, near)
+                train_branches(setting, engine)
+                time_each_alone(setting, engine)
+                analysis = analyse(setting, near)
     except KeyboardInterrupt:
         runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
         saved = f"{runs}, and checkpoints of those under way, in {out}"
@@ -112,7 +113,7 @@ def compare(
         notes=[*notes, *problems],
         margin=options.margin,
         looks=setting.plan.looks,
-        branches=read_rows(out / plans.BRANCHES)[0] if (out / plans.BRANCHES).exists() else [],
+        branches=read_rows(out / plans.BRANCHES)[0],
     )
     if other is not None:
         summary = gated(summary, other)
@@ -122,10 +123,10 @@ def compare(
     return summary
 
 
-def _near(setting: Setting, engine: Engine) -> Engine:
+def _near(setting: Setting, engine: Engine) -> AbstractContextManager[Engine]:
     """Where finished models are: with the engine, or, once fetched, on this machine."""
     if setting.options.engine.fetch == "no":
-        return engine
+        return nullcontext(engine)  # its own `with` ends it
     return LocalEngine([[]], setting.sharing.threads, setting.out / "logs")
 
 

@@ -77,7 +77,7 @@ class Setting:
         return self.out / "runs" / run.key
 
     def rows(self) -> dict[str, ResultRow]:
-        return {row.key: row for row in read_rows(self.results)[0]} if self.results.exists() else {}
+        return {row.key: row for row in read_rows(self.results)[0]}
 
 
 def train_until_decided(setting: Setting, engine: Engine) -> Setting:
@@ -186,8 +186,10 @@ def _unless_stopped(key: str, answer: Answer) -> Answer:
 
 def train_branches(setting: Setting, engine: Engine) -> None:
     """Train the baseline's shorter runs that are missing, each from its longer run's checkpoint."""
+    if not setting.plan.lengths:
+        return
     path = setting.out / plans.BRANCHES
-    known = finished(read_rows(path)[0]) if path.exists() else {}
+    known = finished(read_rows(path)[0])
     whole = finished(setting.rows().values())
     missing = [
         (branch, run)
@@ -235,8 +237,10 @@ def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
     return ResultRow(router=run.router, seed=run.seed, sweep=run.sweep, result=result, failure=failure)
 
 
-def judge_chosen(setting: Setting, engine: Engine) -> None:
+def evaluate_chosen(setting: Setting, engine: Engine) -> None:
     """With a sweep: the test split, once, for the point each router does best at on validation."""
+    if not setting.plan.sweep:
+        return
     rows = setting.rows()
     results = finished(rows.values())
     chosen = chosen_sweep(sweep_points(list(rows.values())))
@@ -256,12 +260,11 @@ def judge_chosen(setting: Setting, engine: Engine) -> None:
         append_row(setting.results, msgspec.structs.replace(rows[key], result=result))
 
 
-def _first_runs(setting: Setting) -> dict[str, Run]:
+def _first_runs(plan: Plan, rows: Mapping[str, ResultRow]) -> dict[str, Run]:
     """Router -> its first finished run at its chosen sweep point."""
-    rows = setting.rows()
     chosen = chosen_sweep(sweep_points(list(rows.values())))
     results, found = finished(rows.values()), dict[str, Run]()
-    for run in setting.plan.runs():
+    for run in plan.runs():
         if run.key in results and run.sweep == chosen.get(run.router):
             found.setdefault(run.router, run)
     return found
@@ -273,8 +276,11 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
     Routers that were timed in another session are timed again with the new ones: values of one table come from
     one phase and one machine.
     """
-    rows, runs = setting.rows(), _first_runs(setting)
-    if not setting.options.timing_rounds or all(rows[run.key].timing for run in runs.values()):
+    if not setting.options.timing_rounds:
+        return
+    rows = setting.rows()
+    runs = _first_runs(setting.plan, rows)
+    if all(rows[run.key].timing for run in runs.values()):
         return
     print("timing each router alone ...", file=sys.stderr, flush=True)
     job = TimeAlone(
@@ -297,7 +303,8 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
     if not setting.options.analysis_tokens or setting.options.engine.fetch == "result":
         return None
     path = setting.out / plans.ANALYSIS
-    results, runs = finished(setting.rows().values()), _first_runs(setting)
+    rows = setting.rows()
+    results, runs = finished(rows.values()), _first_runs(setting.plan, rows)
     ranked = sorted(runs, key=lambda name: (name != setting.plan.baseline, results[runs[name].key].val))
     wanted = ranked[:ANALYSED_AT_MOST]
     if path.exists() and [m.name for m in read_analysis(path).models] == wanted:

@@ -68,10 +68,9 @@ def chosen_sweep(points: Sequence[SweepPoint]) -> dict[str, dict[str, SweepValue
 
 def band(curves: Sequence[Curve]) -> Band | None:
     """Mean and range over seeds, at the steps that all curves have; None when they share no step."""
-    shared = sorted(set.intersection(*(set(curve.step) for curve in curves)))
+    shared, values = _at_shared_steps(curves)
     if not shared:
         return None
-    values = np.array([[dict(zip(c.step, c.value, strict=True))[step] for step in shared] for c in curves])
     return Band(
         unit=curves[0].unit,
         n=len(curves),
@@ -80,6 +79,13 @@ def band(curves: Sequence[Curve]) -> Band | None:
         low=values.min(axis=0).tolist(),
         high=values.max(axis=0).tolist(),
     )
+
+
+def _at_shared_steps(curves: Sequence[Curve] | Sequence[LayerCurve]) -> tuple[list[int], np.ndarray]:
+    """The steps that all curves have, and every curve's values there: `[curves, steps]`, or with layers last."""
+    by_step = [dict(zip(curve.step, curve.value, strict=True)) for curve in curves]
+    shared = sorted(set.intersection(*map(set, by_step)))
+    return shared, np.array([[one[step] for step in shared] for one in by_step])
 
 
 def summarise(
@@ -276,11 +282,9 @@ def _layer_curves(runs: Sequence[RunResult]) -> dict[str, LayerCurve]:
     found = {}
     for name in sorted(set.intersection(*(set(run.layer_curves) for run in runs)) if runs else ()):
         curves = [run.layer_curves[name] for run in runs]
-        by_step = [dict(zip(curve.step, curve.value, strict=True)) for curve in curves]
-        shared = sorted(set.intersection(*(set(one) for one in by_step)))
+        shared, values = _at_shared_steps(curves)
         if shared:
-            value = np.mean([[one[step] for step in shared] for one in by_step], axis=0)
-            found[name] = LayerCurve(unit=curves[0].unit, step=shared, value=value.tolist())
+            found[name] = LayerCurve(unit=curves[0].unit, step=shared, value=values.mean(axis=0).tolist())
     return found
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rmoe.compare.engines.engine import Wants
+from rmoe.compare.engines.engine import Failed, Wants
 from rmoe.compare.engines.process import Process, threads_of
-from rmoe.errors import RunError
 from rmoe.records import Record
 from rmoe.results.rows import Timing
 from rmoe.results.run import Hardware
@@ -90,7 +89,7 @@ class TimeAlone(Record, frozen=True, kw_only=True):
     def _turn(self, worker: Process, name: str) -> Measured:
         answer = worker.do(TimeSteps(config=self.configs[name], steps=STEPS), Wants(processes=self.processes))
         if answer.error is not None:
-            raise RunError(f"timing {name} failed: {answer.error}", "every run", "run the same command again")
+            raise Failed(f"timing {name} failed: {answer.error}")
         measured: Measured = answer.value
         return measured
 

@@ -65,7 +65,7 @@ def run_benchmarks(
     batch_size: int = 8,
     samples: bool = False,
 ) -> dict[str, Any]:
-    """Judge a model.
+    """Evaluate a model on benchmark tasks.
 
     Args:
         limit: only so many items of each task.

@@ -14,8 +14,7 @@ from pathlib import Path
 from rmoe.errors import RequestError
 from rmoe.records import Record
 from rmoe.training.config import RunConfig
-from rmoe.training.run import read_result
-from rmoe.training.run_folder import CONFIG, RESULT, read_run
+from rmoe.training.run_folder import CONFIG, RESULT, read_result
 
 DEVICES = (1, 8, 64)
 
@@ -30,7 +29,6 @@ class Pilot:
         other_seconds: evaluation, checkpoints, the final model: of a whole run.
         tokens_per_step: of its batch.
         disk_bytes: of its folder.
-        checkpoint_steps: between two checkpoints.
     """
 
     router: str
@@ -38,7 +36,6 @@ class Pilot:
     other_seconds: float
     tokens_per_step: int
     disk_bytes: int
-    checkpoint_steps: int
 
     def seconds(self, steps: int, tokens_per_step: int) -> float:
         """Of a run with so many steps of such a batch."""
@@ -63,7 +60,7 @@ def pilots_in(folder: Path) -> dict[str, Pilot]:
 
 
 def _pilot(folder: Path) -> Pilot:
-    result, config = read_result(folder), RunConfig.from_dict(read_run(folder).config)
+    result = read_result(folder)
     if result.seconds_per_1k_steps is None:
         raise RequestError("--pilot", str(folder), "a run that was timed as it trained")
     wall = (folder / RESULT).stat().st_mtime - (folder / CONFIG).stat().st_mtime
@@ -74,7 +71,6 @@ def _pilot(folder: Path) -> Pilot:
         other_seconds=max(0.0, wall - per_step * result.steps),
         tokens_per_step=result.tokens // result.steps,
         disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        checkpoint_steps=config.checkpoint_interval,
     )
 
 

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import msgspec
 
 from rmoe.errors import RequestError
-from rmoe.records import NOT_JSON, Record, atomic_write, version_of
+from rmoe.records import NOT_JSON, Record, atomic_write, indented, version_of
 from rmoe.results.packed import pack, unpack
 
 ANALYSIS_VERSION = 2
@@ -282,7 +282,7 @@ def write_analysis(path: Path, analysis: Analysis) -> None:
     """Write `analysis.json`, whole or not at all."""
     tree = pack(msgspec.to_builtins(analysis), PACKED_FROM)
     with atomic_write(path) as staged:
-        staged.write_bytes(msgspec.json.format(msgspec.json.encode(tree), indent=1) + b"\n")
+        staged.write_bytes(indented(tree))
 
 
 def read_analysis(path: Path) -> Analysis:

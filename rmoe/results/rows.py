@@ -105,7 +105,7 @@ def append_row(path: Path, row: ResultRow) -> None:
 
 
 def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:
-    """Read `results.jsonl`.
+    """Read `results.jsonl`; a file that is not there yet has no rows.
 
     Returns:
         The rows, one per key (the last line of a key stands, in the order keys first appeared), and one line
@@ -114,6 +114,8 @@ def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:
     Raises:
         RequestError: a version this code does not read, or two corpora in one file.
     """
+    if not path.exists():
+        return [], []
     rows, problems = read_lines(path, _read_row)
     check_comparable(rows, path.name)
     return rows, problems

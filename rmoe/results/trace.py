@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rmoe.errors import RequestError
-from rmoe.records import NOT_JSON, Record, Versioned, atomic_write
+from rmoe.records import NOT_JSON, Record, atomic_write, version_of
 
 TRACE_VERSION = 1
 TRACE_FORMAT = "rmoe.trace"
@@ -125,9 +125,7 @@ def read_trace(path: Path) -> Trace:
             about = file.metadata() or {}
             if about.get("format") != TRACE_FORMAT:
                 raise RequestError(f"{path}: format", about.get("format"), allowed)
-            version = msgspec.json.decode(about.get("meta", ""), type=Versioned).schema_version
-            if version != TRACE_VERSION:
-                raise RequestError(f"{path}: schema_version", version, str(TRACE_VERSION))
+            version_of(about.get("meta", "").encode(), str(path), TRACE_VERSION, TRACE_VERSION)
             meta = msgspec.json.decode(about["meta"], type=TraceMeta)
             names = set(file.keys())
             if not {"experts", "sequences"} <= names <= {"experts", "sequences", "tokens"}:

@@ -22,7 +22,7 @@ import msgspec
 from safetensors import SafetensorError
 
 from rmoe.errors import RunError, one_line
-from rmoe.records import NOT_JSON, Record, durable_rename, sync
+from rmoe.records import NOT_JSON, Record, durable_rename, indented, sync
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -185,7 +185,7 @@ def seal(folder: Path, step: int, run: str) -> None:
         files[path.name] = Seal(bytes=path.stat().st_size, sha256=sha256(path))
     manifest = Manifest(step=step, run=run, files=files)
     sealed = SealedManifest(manifest=manifest, sha256=_own_sha256(manifest))
-    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n")
+    (folder / MANIFEST).write_bytes(indented(sealed))
     sync(folder / MANIFEST)
     sync(folder)
 

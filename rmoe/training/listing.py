@@ -42,12 +42,12 @@ class RunStatus(Record, frozen=True, kw_only=True):
     state: State
     step: int
     steps: int
-    loss: float | None
-    validation: float | None
-    tokens_per_s: float | None
-    seconds_left: float | None
-    quiet_s: float | None
-    checkpoint: int | None
+    loss: float | None = None
+    validation: float | None = None
+    tokens_per_s: float | None = None
+    seconds_left: float | None = None
+    quiet_s: float | None = None
+    checkpoint: int | None = None
 
 
 def find_runs(root: Path, depth: int = 4) -> list[RunStatus]:
@@ -112,9 +112,6 @@ def status_of(folder: Path) -> RunStatus:
     checkpoint = _newest_checkpoint(folder)
     state = _state(folder, step, checkpoint)
     rate = _figure(trained, "tokens_per_s")
-    left = None
-    if state == "running" and rate:
-        left = (training.max_steps - step) * training.batch_size * training.sequence_length / rate
     return RunStatus(
         folder=str(folder),
         router=config.router,
@@ -125,10 +122,18 @@ def status_of(folder: Path) -> RunStatus:
         loss=_figure(trained, "loss"),
         validation=_figure(evaluated, "loss"),
         tokens_per_s=rate,
-        seconds_left=left,
+        seconds_left=seconds_left(config, step, rate) if state == "running" else None,
         quiet_s=max(time.time() - metrics.stat().st_mtime, 0.0) if metrics.exists() else None,
         checkpoint=checkpoint,
     )
+
+
+def seconds_left(config: RunConfig, step: int, tokens_per_s: float | None) -> float | None:
+    """Until a run's last step, at its present rate; None where that is not known."""
+    if not tokens_per_s:
+        return None
+    training = config.training
+    return (training.max_steps - step) * training.batch_size * training.sequence_length / tokens_per_s
 
 
 def _figure(row: Row | None, name: str) -> float | None:

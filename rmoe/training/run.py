@@ -22,7 +22,7 @@ from rmoe.errors import Stopped as Stopped
 from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.parallel import Pipeline
 from rmoe.places import require_writable
-from rmoe.records import read_record, write_record
+from rmoe.records import write_record
 from rmoe.results import run as records
 from rmoe.results.run import Averaged, InitialLogits, RunResult, TextLosses, Unit
 from rmoe.training import run_folder
@@ -49,6 +49,7 @@ from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, layer_curves, publish_model
 from rmoe.training.resume import newest
 from rmoe.training.run_folder import RunRecord
+from rmoe.training.run_folder import read_result as read_result
 from rmoe.training.stopping import raise_unless_finished, signals
 
 T = TypeVar("T")
@@ -166,17 +167,6 @@ def train(
             raise RunError(
                 f"could not write {out}: {error}", saved, "free disk space, then --resume"
             ) from error
-
-
-def read_result(folder: Path) -> RunResult:
-    """The result of the finished run in a folder.
-
-    Raises:
-        RequestError: there is none.
-    """
-    found = read_record(folder / run_folder.RESULT, RunResult, records.RESULT_VERSION)
-    # Where it is now, not where it was written.
-    return msgspec.structs.replace(found, folder=str(folder), model=str(folder / run_folder.MODEL))
 
 
 # --- before training -----------------------------------------------------------------------------
@@ -342,6 +332,7 @@ def _run(
     if place.ranks.rank == 0:
         if routing is None:  # no stage sees the whole routing
             routing = summarize_routing(whole, corpus.valid, bf16=place.bf16)
+        logged = read_metrics(metrics.path)
         result = RunResult(
             router=config.router,
             router_spec=record.router_spec,
@@ -359,12 +350,12 @@ def _run(
             test=None if test is None else corpus.in_unit("test", test.loss),
             context=valid.context,
             parameters=parameter_counts(whole),
-            curves=curves(read_metrics(metrics.path), corpus.unit),
+            curves=curves(logged, corpus.unit),
             seconds_per_1k_steps=1000 * loop.train_seconds / loop.step,
             peak_mib=peak_mib(loop.device),
             routing=routing,
             initial_logits=initial,
-            layer_curves=layer_curves(read_metrics(metrics.path)),
+            layer_curves=layer_curves(logged),
             test_losses=_text_losses(test),
             averaged=None
             if averaged is None

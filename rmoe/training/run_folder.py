@@ -26,7 +26,7 @@ import msgspec
 from rmoe.errors import RequestError
 from rmoe.places import expand
 from rmoe.records import Record, read_record, write_record
-from rmoe.results.run import Hardware, InitialLogits, Versions
+from rmoe.results.run import RESULT_VERSION, Hardware, InitialLogits, RunResult, Versions
 
 CONFIG_VERSION = 1
 CONFIG, LOCK, METRICS, MODEL, RESULT = "config.json", "run.lock", "metrics.jsonl", "model", "result.json"
@@ -64,6 +64,17 @@ def read_run(folder: Path) -> RunRecord:
         RequestError: there is none, or it is not one.
     """
     return read_record(folder / CONFIG, RunRecord, CONFIG_VERSION)
+
+
+def read_result(folder: Path) -> RunResult:
+    """The result of the finished run in a folder.
+
+    Raises:
+        RequestError: there is none.
+    """
+    found = read_record(folder / RESULT, RunResult, RESULT_VERSION)
+    # Where it is now, not where it was written.
+    return msgspec.structs.replace(found, folder=str(folder), model=str(folder / MODEL))
 
 
 def refuse_used(folder: Path) -> None:

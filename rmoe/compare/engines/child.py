@@ -17,7 +17,7 @@ import threading
 import traceback
 from typing import BinaryIO
 
-from rmoe.compare.engines.engine import Answer, Job
+from rmoe.compare.engines.engine import Answer, Failed, Job
 from rmoe.errors import RequestError, RunError, Stopped, one_line
 
 
@@ -58,7 +58,7 @@ def answer_to(job: Job) -> Answer:
         return Answer(value=job.carry_out())
     except Stopped as stopped:
         return Answer(error=str(stopped), stopped=True)
-    except (RequestError, RunError) as error:
+    except (RequestError, RunError, Failed) as error:
         return Answer(error=str(error))
     except Exception as error:
         traceback.print_exc()  # the log has all of it

@@ -42,6 +42,10 @@ class Wants:
     alone: bool = False
 
 
+class Failed(Exception):
+    """A job inside this one has failed; its line is this one's, as it is."""
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """`value` when it worked, else `error` in one line.
 

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from rmoe.compare.engines.engine import Answer
-from rmoe.records import NOT_JSON, Record, append_lines
+from rmoe.records import Record, append_lines, read_lines
 
 JOURNAL = Path("engine") / "journal.jsonl"
 
@@ -38,6 +38,10 @@ class Entry(Record, frozen=True, kw_only=True):
     at: float
     driver: str | None = None
 
+    @property
+    def key(self) -> str:
+        return self.name
+
 
 def state_of(answer: Answer) -> JobState:
     """The state of a job that has answered."""
@@ -60,11 +64,7 @@ def note(out: Path, name: str, state: JobState, engine: str, id: str | None = No
 def read_journal(out: Path) -> dict[str, Entry]:
     """Name -> its last line; a line that a kill cut short is passed over."""
     path = out / JOURNAL
-    found: dict[str, Entry] = {}
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            entry = msgspec.json.decode(line, type=Entry)
-        except NOT_JSON:
-            continue
-        found[entry.name] = entry
-    return found
+    if not path.exists():
+        return {}
+    entries, _ = read_lines(path, lambda line, _: msgspec.json.decode(line, type=Entry))
+    return {entry.name: entry for entry in entries}

@@ -15,8 +15,8 @@ import msgspec
 from rmoe.compare.engines.journal import JOURNAL, Entry, read_journal
 from rmoe.errors import RequestError
 from rmoe.training.config import RunConfig
-from rmoe.training.listing import RunStatus, find_runs, folders_below
-from rmoe.training.run_folder import CONFIG, LOCK
+from rmoe.training.listing import RunStatus, find_runs, folders_below, seconds_left
+from rmoe.training.run_folder import CONFIG, LOCK, read_run
 
 COMPARISON = "comparison.json"
 QUIET_SECONDS = 600.0  # without a row, after which a run on another machine counts as gone
@@ -34,23 +34,28 @@ def grid_runs(root: Path, depth: int = 4) -> list[RunStatus]:
             continue
         entries = read_journal(grid)
         queue = slurm_queue() if any(entry.engine == "slurm" for entry in entries.values()) else None
+        config = _config_of(grid)
         for name, entry in entries.items():
-            folder = grid / "runs" / name
-            known = found.get(folder.resolve())
-            status = known or _without_folder(grid, folder, name)
+            places = [(grid / part / name).resolve() for part in ("runs", "branches")]
+            folder = next((place for place in places if place in found), places[0])
+            status = found.get(folder) or _without_folder(config, grid / "runs" / name)
             if status is not None:
-                found[folder.resolve()] = _seen_by(status, entry, queue)
+                found[folder] = _seen_by(status, entry, queue)
     return sorted(found.values(), key=lambda run: run.folder)
 
 
-def _without_folder(grid: Path, folder: Path, name: str) -> RunStatus | None:
-    """A run that has not begun; None for a job that is no run."""
-    router, is_run, rest = name.rpartition("-seed")
+def _config_of(grid: Path) -> RunConfig | None:
+    """Of a comparison's runs, but for router and seed; None for another kind of grid."""
     try:
-        config = RunConfig.from_dict(msgspec.json.decode((grid / COMPARISON).read_bytes())["config"])
+        return RunConfig.from_dict(msgspec.json.decode((grid / COMPARISON).read_bytes())["config"])
     except (OSError, msgspec.DecodeError, RequestError, KeyError, TypeError):
         return None
-    if not is_run:
+
+
+def _without_folder(config: RunConfig | None, folder: Path) -> RunStatus | None:
+    """A run that has not begun; None for a job that is no run."""
+    router, is_run, rest = folder.name.rpartition("-seed")
+    if config is None or not is_run:
         return None
     return RunStatus(
         folder=str(folder),
@@ -59,12 +64,6 @@ def _without_folder(grid: Path, folder: Path, name: str) -> RunStatus | None:
         state="not begun",
         step=0,
         steps=config.training.max_steps,
-        loss=None,
-        validation=None,
-        tokens_per_s=None,
-        seconds_left=None,
-        quiet_s=None,
-        checkpoint=None,
     )
 
 
@@ -73,21 +72,12 @@ def _seen_by(status: RunStatus, entry: Entry, queue: frozenset[str] | None) -> R
     if status.state in ("finished", "running") or entry.state not in ("queued", "lost"):
         return status
     if _is_elsewhere(Path(status.folder)) and status.quiet_s is not None and status.quiet_s < QUIET_SECONDS:
-        left = None
-        if status.tokens_per_s:
-            left = _seconds_left(status)
+        config = RunConfig.from_dict(read_run(Path(status.folder)).config)
+        left = seconds_left(config, status.step, status.tokens_per_s)
         return msgspec.structs.replace(status, state="running", seconds_left=left)
     if entry.state == "queued" and _is_waited_for(entry, queue):
         return msgspec.structs.replace(status, state="queued")
     return msgspec.structs.replace(status, state="lost")
-
-
-def _seconds_left(status: RunStatus) -> float:
-    from rmoe.training.run_folder import read_run
-
-    training = RunConfig.from_dict(read_run(Path(status.folder)).config).training
-    assert status.tokens_per_s is not None
-    return (status.steps - status.step) * training.batch_size * training.sequence_length / status.tokens_per_s
 
 
 def _is_elsewhere(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rmoe.compare.engines.engine import Answer, Job, Wants
+from rmoe.compare.engines.engine import Answer, Failed, Job, Wants
 from rmoe.errors import RunError, Stopped
 from rmoe.records import Record
 
@@ -47,7 +47,7 @@ class Spread(Record, frozen=True, kw_only=True):
         if answer.stopped:
             raise Stopped(answer.error)
         if answer.error is not None:
-            raise RunError(answer.error, "checkpoints in the run's folder", "run the same command again")
+            raise Failed(answer.error)
         return answer.value
 
     @staticmethod

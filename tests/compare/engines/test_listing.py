@@ -122,3 +122,10 @@ def test_a_cut_line_of_the_journal_is_passed_over(grid):
         file.write(b'{"name": "a-s')
     note(grid, "a-seed0", "answered", "ray")
     assert read_journal(grid)["a-seed0"].state == "answered"
+
+
+def test_a_finished_branch_is_listed_once_where_it_is(grid, one):
+    shutil.copytree(one, grid / "branches" / "rmoe-seed0-training.max_steps=2")
+    entry(grid, "rmoe-seed0-training.max_steps=2", state="answered")
+    (run,) = grid_runs(grid)
+    assert (Path(run.folder).parent.name, run.state) == ("branches", "finished")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from rmoe.compare.engines import Wants
+from rmoe.compare.engines.child import answer_to
+from rmoe.compare.engines.engine import Failed
 from rmoe.compare.engines.local import LocalEngine, slots_of
 from rmoe.errors import RequestError
 from tests.compare.engines.jobs import Count, Crash, Environment, Fail, Rank
@@ -129,3 +131,11 @@ def test_a_job_of_two_processes(tmp_path):
         answers = dict(engine.answers({"sum": Rank(), "fail": Fail()}, Wants(processes=2)))
     assert answers["sum"].value == (2, 1)
     assert "the loss is NaN" in answers["fail"].error
+
+
+def test_the_line_of_a_job_inside_a_job_is_said_once():
+    class Inside:
+        def carry_out(self) -> None:
+            raise Failed(answer_to(Fail()).error)
+
+    assert answer_to(Inside()).error == answer_to(Fail()).error
