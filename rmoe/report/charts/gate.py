@@ -59,20 +59,7 @@ def _entropy_panels(
                 shares = _density(histogram.edges, histogram.counts[layer])
                 drawn = line(name, _middles(histogram.edges), shares, looks[name], index)
                 panels.add_line(layer, {**drawn, "mode": "lines"})
-    return Chart(
-        id="entropy",
-        section=SECTION,
-        title=ENTROPY,
-        definition=definition,
-        unit="nats; each curve encloses area 1",
-        sample=sample,
-        data=panels.data,
-        layout=panels.layout,
-        rows=_entropy_rows(having),
-        height=panels.height,
-        wide=True,
-        narrow=panels.narrow,
-    )
+    return _of_panels(panels, having, "nats; each curve encloses area 1", definition, sample)
 
 
 def _entropy_map(having: Having, layers: int, span: list[float], definition: str, sample: str) -> Chart:
@@ -85,12 +72,16 @@ def _entropy_map(having: Having, layers: int, span: list[float], definition: str
         hover="layer %{y}, %{x:.3f} nats: density %{z:.3g}",
         places_across=[_middles(h.edges) for _, h in having],
     )
+    return _of_panels(panels, having, "density; each layer encloses area 1", definition, sample)
+
+
+def _of_panels(panels: Panels, having: Having, unit: str, definition: str, sample: str) -> Chart:
     return Chart(
         id="entropy",
         section=SECTION,
         title=ENTROPY,
         definition=definition,
-        unit="density; each layer encloses area 1",
+        unit=unit,
         sample=sample,
         data=panels.data,
         layout=panels.layout,
