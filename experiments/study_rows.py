@@ -14,7 +14,7 @@ from rmoe.records import Record, atomic_write
 from rmoe.results.rows import ResultRow
 from rmoe.results.run import (
     Averaged,
-    Corpus,
+    CorpusInfo,
     Curve,
     Hardware,
     InitialLogits,
@@ -36,7 +36,7 @@ class StudyRow(Record, frozen=True, kw_only=True):
     config: dict[str, Any]
     versions: Versions
     hardware: Hardware
-    corpus: Corpus
+    corpus: CorpusInfo
     steps: int
     tokens: int
     val: float

@@ -24,7 +24,7 @@ from rmoe.data.encode import ByteEncoder, load_encoder
 from rmoe.errors import RequestError
 from rmoe.moe import require_layers
 from rmoe.places import display_name, expand, model_place
-from rmoe.results.analysis import Analysis, ModelAnalysis, Text
+from rmoe.results.analysis import Analysis, ModelAnalysis, TextInfo
 from rmoe.results.engine_traces import Given, read_any_trace
 from rmoe.results.trace import Trace
 
@@ -177,7 +177,7 @@ def analyze_trace_file(path: str, model: str | None, given: Given) -> Analysis:
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]:
         digest.update(file.read_bytes())
-    text = Text(name=Path(path).name, sha256=digest.hexdigest(), tokens=analysis.frequency_n)
+    text = TextInfo(name=Path(path).name, sha256=digest.hexdigest(), tokens=analysis.frequency_n)
     return Analysis(text=text, models=[analysis], notes=notes + more)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from rmoe.analysis.token_text import TokenText
 from rmoe.data import DataConfig, prepare
 from rmoe.errors import RequestError
-from rmoe.results.analysis import Text
+from rmoe.results.analysis import TextInfo
 
 Part = Literal["whole", "train", "valid", "test"]
 
@@ -41,7 +41,7 @@ class Reading:
     """
 
     blocks: np.ndarray
-    text: Text
+    text: TextInfo
     token_text: Callable[[int], str]
     note: str | None
 
@@ -115,5 +115,5 @@ def read_text(
         allowed = f"one with at most as many entries as the model's vocabulary ({vocab_size})"
         raise RequestError("tokenizer", f"{tokenizer} with {needed} entries", allowed)
     source = corpus.manifest.source
-    text = Text(name=source.name, sha256=source.sha256, tokens=blocks.size)
+    text = TextInfo(name=source.name, sha256=source.sha256, tokens=blocks.size)
     return Reading(blocks, text, TokenText(corpus.tokenizer), note)

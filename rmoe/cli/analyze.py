@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rmoe.cli.arguments import names
 from rmoe.cli.models import Plugins, set_up
 from rmoe.errors import RequestError, one_line
 
@@ -91,7 +92,7 @@ def run(
                 raise RequestError(option, number, "nothing without --trace: the model says it")
         if model is None:
             raise RequestError("MODEL", None, "a model folder, or --trace FILE")
-        chosen = DEFAULT_MEASURES if measures is None else tuple(filter(None, measures.split(",")))
+        chosen = DEFAULT_MEASURES if measures is None else names(measures)
         options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, chosen, check)
         streaming = Streaming(
             out / "stream",

@@ -40,6 +40,15 @@ class UsageError(RequestError):
         self.args = (f"{said} (see {prog} --help)",)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated option.
+
+    >>> names("smoe, rmoe,")
+    ('smoe', 'rmoe')
+    """
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None] | None:
     """Bind `run` to a command line without calling it.
 

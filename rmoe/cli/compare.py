@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from rmoe.cli.arguments import names
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError, RunError
 from rmoe.training.config import RunConfig
@@ -71,7 +72,7 @@ def run(
         raise RequestError("--max-seeds", max_seeds, allowed)
     summary = compare(
         config,
-        [name.strip() for name in routers.split(",") if name.strip()],
+        names(routers),
         seeds,
         out,
         baseline=baseline,

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from rmoe.cli.arguments import names
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError
 from rmoe.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from rmoe.planning.plan import Plan
+    from rmoe.planning.plan import ClusterPlan
 
 ASSUMED_VOCABULARY = 32_000
 START_SECONDS = 6.0  # until a process trains; assumed, `python -m benchmarks.engines` measures it
@@ -136,7 +137,7 @@ def _print_grid(
     at_once = jobs or engine.at_once or sharing.jobs or len(slots_of(None, wants.gpus, engine.runs_per_gpu))
     plan = plan_grid(
         config,
-        select([name.strip() for name in routers.split(",") if name.strip()]),
+        select(names(routers)),
         seeds,
         pilots_in(pilot),
         at_once,
@@ -167,7 +168,7 @@ def _vocabulary(config: RunConfig, asked: int | None) -> tuple[int, str]:
     return ASSUMED_VOCABULARY, "assumed: give --vocab-size"
 
 
-def _table(plan: Plan) -> str:
+def _table(plan: ClusterPlan) -> str:
     p, f, share, a = plan.parameters, plan.flops_per_token, plan.router_share, plan.assumptions
     lines = [
         f"router {plan.router}; {a['devices']} x {a['accelerator']}; vocabulary {a['vocab_size']:,} "

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from rmoe.cli.arguments import names
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from rmoe.probes.runner import Unit
+    from rmoe.probes.runner import ProbeUnit
     from rmoe.results.probes import Knobs, ProbeRow
 
 
@@ -72,20 +73,20 @@ def run(
     if seeds < 1:
         raise RequestError("--seeds", seeds, "1 or more")
     load_plugins(plugin)
-    names = select(_names(routers))
-    if baseline is not None and baseline not in names:
-        raise RequestError("--baseline", baseline, f"one of --routers: {', '.join(names)}")
+    chosen = select(names(routers))
+    if baseline is not None and baseline not in chosen:
+        raise RequestError("--baseline", baseline, f"one of --routers: {', '.join(chosen)}")
     base = knobs_with(dict(_pair("--knob", one) for one in knob))
     settings, swept = _swept(base, sweep)
     if router_option and any(k.width != base.width for k in settings):
         raise RequestError("--sweep", "width", "another knob, or no --router-option")
     asked = {
         name: replace(find(name), spec=with_options(fitted(find(name).spec, base.width), router_option))
-        for name in names
+        for name in chosen
     }
     rows = runner.run(
-        asked if router_option else names,
-        _names(probes),
+        asked if router_option else chosen,
+        names(probes),
         seeds,
         out,
         knobs=settings,
@@ -103,7 +104,7 @@ def run(
 
 
 def _on_engine(
-    config: EngineConfig, units: Sequence[Unit], out: Path | None, jobs: int
+    config: EngineConfig, units: Sequence[ProbeUnit], out: Path | None, jobs: int
 ) -> Iterator[list[ProbeRow]]:
     """Every unit's rows, as they come; few units need no processes of their own."""
     from rmoe.compare.engines import Wants, engine_of
@@ -121,10 +122,6 @@ def _on_engine(
             if answer.error is not None:
                 raise RunError(answer.error, "every other unit", "run the same command again")
             yield answer.value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

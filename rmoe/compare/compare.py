@@ -22,7 +22,7 @@ from rmoe.compare.phases import (
     train_branches,
     train_until_decided,
 )
-from rmoe.compare.plan import Plan
+from rmoe.compare.plan import ComparisonPlan
 from rmoe.compare.sharing import place
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError, RunError
@@ -32,7 +32,7 @@ from rmoe.report import table
 from rmoe.report.page import write_report
 from rmoe.results.comparison import Summary
 from rmoe.results.rows import finished, read_rows
-from rmoe.results.run import Corpus
+from rmoe.results.run import CorpusInfo
 from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
 
@@ -140,7 +140,7 @@ def _plan(
     baseline: str | None,
     sweep: Sequence[str],
     max_seeds: int | None,
-) -> Plan:
+) -> ComparisonPlan:
     if seeds < 1:
         raise RequestError("--seeds", seeds, "1 or more")
     if max_seeds is not None:
@@ -161,7 +161,7 @@ def _plan(
     baseline = baseline or ("smoe" if "smoe" in names else names[0])
     if baseline not in names:
         raise RequestError("--baseline", baseline, f"one of the routers compared: {', '.join(names)}")
-    return Plan(
+    return ComparisonPlan(
         config=config.with_setting("router", baseline),
         routers=names,
         seeds=seeds,
@@ -173,7 +173,9 @@ def _plan(
     )
 
 
-def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tuple[Setting, Engine, list[str]]:
+def _set_up(
+    plan: ComparisonPlan, out: Path, match_params: bool, options: Options
+) -> tuple[Setting, Engine, list[str]]:
     """Prepare the text once for all workers, refuse what cannot work, take the folder."""
     import torch
 
@@ -199,7 +201,7 @@ def _set_up(plan: Plan, out: Path, match_params: bool, options: Options) -> tupl
     for split in ("train", "valid", "test"):
         if split not in prepared.manifest.splits:
             raise RequestError("data.split", plan.config.data.split, f"a rule that gives a {split} split")
-    corpus = Corpus(name=prepared.manifest.source.name, sha256=prepared.manifest.key, unit=prepared.unit)
+    corpus = CorpusInfo(name=prepared.manifest.source.name, sha256=prepared.manifest.key, unit=prepared.unit)
     notes = [
         f"{name} runs with {change['model.num_experts_per_tok']} expert(s) per token, the only number it is "
         "defined for: it is no like-for-like comparison."
@@ -248,7 +250,7 @@ def _count(config: RunConfig, vocab_size: int) -> int:
     return count_parameters(model)["non_embedding"]
 
 
-def _buildable(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
+def _buildable(plan: ComparisonPlan, vocab_size: int) -> tuple[ComparisonPlan, list[str]]:
     """Build every model on no device, so that a router that cannot work here is found before the first step of any.
 
     Returns:
@@ -269,7 +271,7 @@ def _buildable(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
     return plan, notes
 
 
-def _matched(plan: Plan, vocab_size: int) -> tuple[Plan, list[str]]:
+def _matched(plan: ComparisonPlan, vocab_size: int) -> tuple[ComparisonPlan, list[str]]:
     """The plan with expert widths that give every router the baseline's parameters, and that said."""
     from rmoe.compare.match import ALIGNED, KNOB, TOLERANCE, matched_widths
 

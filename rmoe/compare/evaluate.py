@@ -18,7 +18,7 @@ from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import evaluate
 from rmoe.training.metrics import read_metrics
 from rmoe.training.place import Place, place_of, torch_settings
-from rmoe.training.run_folder import METRICS, MODEL
+from rmoe.training.run_folder import METRICS, MODEL, checkpoints_of
 
 
 def _load(folder: Path, place: Place) -> PreTrainedModel:
@@ -47,12 +47,10 @@ def measure_routing(config: RunConfig, folder: Path, name: str, tokens: int) -> 
     corpus, place = prepare(config.data, config.training.sequence_length), place_of(config)
     ids = _blocks(corpus.valid.tokens, tokens, config.training.sequence_length)
     final = Subject(name, _load(folder / MODEL, place), config.training.max_steps)
-    earlier = _earlier_checkpoint(folder, config.training.max_steps)
-    subjects = [final]
-    if earlier is not None:
-        subjects.append(Subject(f"{name} earlier", _load(earlier, place), _step(earlier)))
+    before = [(step, path) for step, path in checkpoints_of(folder) if step < config.training.max_steps]
+    earlier = [Subject(f"{name} earlier", _load(path, place), step) for step, path in before[-1:]]
     analysis = analyze_models(
-        subjects, ids, TokenText(corpus.tokenizer), AnalysisOptions(), stability=earlier is not None
+        [final, *earlier], ids, TokenText(corpus.tokenizer), AnalysisOptions(), stability=bool(earlier)
     )[0]
     return msgspec.structs.replace(analysis, over_training=_over_training(folder))
 
@@ -61,16 +59,6 @@ def _blocks(text: np.ndarray, tokens: int, length: int) -> np.ndarray:
     """The first tokens as whole blocks [N, S] that share none, at least one."""
     count = max(1, min(len(text), tokens) // length)
     return np.asarray(text[: count * length]).reshape(count, length)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _earlier_checkpoint(folder: Path, last: int) -> Path | None:
-    """The newest checkpoint before the end of the training."""
-    found = [path for path in (folder / "checkpoints").glob("checkpoint-*") if _step(path) < last]
-    return max(found, key=_step, default=None)
 
 
 def _over_training(folder: Path) -> list[OverTraining]:

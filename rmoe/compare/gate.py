@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from rmoe.compare import plan as plans
-from rmoe.compare.plan import ComparisonRecord, Plan
+from rmoe.compare.plan import ComparisonPlan, ComparisonRecord
 from rmoe.errors import RequestError
 from rmoe.records import read_record
 from rmoe.results.comparison import SUMMARY_VERSION, Difference, RouterSummary, Summary
@@ -19,7 +19,7 @@ from rmoe.results.comparison import SUMMARY_VERSION, Difference, RouterSummary, 
 BETTER = ("better", "better by less than the margin")
 
 
-def read_other(folder: Path, plan: Plan) -> Summary:
+def read_other(folder: Path, plan: ComparisonPlan) -> Summary:
     """The finished comparison at the other size.
 
     Raises:

@@ -13,7 +13,7 @@ from rmoe.compare import plan as plans
 from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
 from rmoe.compare.engines.fetch import Fetched, unpack
 from rmoe.compare.jobs import EvaluateTest, MeasureRouting, Train
-from rmoe.compare.plan import Plan, Run
+from rmoe.compare.plan import ComparisonPlan, Run
 from rmoe.compare.progress import Progress
 from rmoe.compare.sharing import Sharing
 from rmoe.compare.statistics import MARGIN_BITS
@@ -21,9 +21,9 @@ from rmoe.compare.summary import chosen_sweep, summarise, sweep_points
 from rmoe.compare.timing import TimeAlone
 from rmoe.errors import RunError
 from rmoe.report.charts.chart import counted
-from rmoe.results.analysis import Analysis, ModelAnalysis, Text, read_analysis, write_analysis
+from rmoe.results.analysis import Analysis, ModelAnalysis, TextInfo, read_analysis, write_analysis
 from rmoe.results.rows import Failure, ResultRow, append_row, finished, read_rows
-from rmoe.results.run import Corpus, Hardware, Versions
+from rmoe.results.run import CorpusInfo, Hardware, Versions
 from rmoe.routing.zoo import ZOO
 from rmoe.training.run_folder import MODEL
 
@@ -55,11 +55,11 @@ class Options:
 class Setting:
     """What all phases of one comparison share."""
 
-    plan: Plan
+    plan: ComparisonPlan
     out: Path
     sharing: Sharing
     options: Options
-    corpus: Corpus
+    corpus: CorpusInfo
     versions: Versions
     hardware: Hardware
     wants: Wants
@@ -260,7 +260,7 @@ def evaluate_chosen(setting: Setting, engine: Engine) -> None:
         append_row(setting.results, msgspec.structs.replace(rows[key], result=result))
 
 
-def _first_runs(plan: Plan, rows: Mapping[str, ResultRow]) -> dict[str, Run]:
+def _first_runs(plan: ComparisonPlan, rows: Mapping[str, ResultRow]) -> dict[str, Run]:
     """Router -> its first finished run at its chosen sweep point."""
     chosen = chosen_sweep(sweep_points(list(rows.values())))
     results, found = finished(rows.values()), dict[str, Run]()
@@ -334,7 +334,7 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
     if not found:
         return None
     analysis = Analysis(
-        text=Text(
+        text=TextInfo(
             name=f"{setting.corpus.name}, validation split",
             sha256=setting.corpus.sha256,
             tokens=max((m.entropy.n for m in found.values() if m.entropy), default=0),

@@ -51,7 +51,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A comparison.
 
     Attributes:
@@ -174,7 +174,11 @@ class ComparisonRecord(Record, frozen=True, kw_only=True):
 
 
 def enter(
-    folder: Path, plan: Plan, data_sha256: str, plugins: dict[str, str] | None = None, engine: str = "local"
+    folder: Path,
+    plan: ComparisonPlan,
+    data_sha256: str,
+    plugins: dict[str, str] | None = None,
+    engine: str = "local",
 ) -> list[str]:
     """Begin a comparison in a folder, or make sure that the one there is this one.
 
@@ -239,6 +243,6 @@ def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord)
             raise RequestError(f"settings of {router}", now.changes[router], allowed)
 
 
-def with_threads(plan: Plan, threads: int) -> Plan:
+def with_threads(plan: ComparisonPlan, threads: int) -> ComparisonPlan:
     """The plan with its number of threads a run settled: it is part of the configuration."""
     return replace(plan, config=plan.config.with_setting("training.threads", threads))

@@ -118,7 +118,7 @@ def time_steps(config: RunConfig, steps: int) -> Measured:
     from rmoe.training.loop import Loop, peak_mib
     from rmoe.training.metrics import MetricsLog
     from rmoe.training.place import place_of, torch_settings
-    from rmoe.training.plan import Plan
+    from rmoe.training.plan import StepPlan
     from rmoe.training.run import make_learner, spread_model
 
     load_plugins(config.plugin)
@@ -132,7 +132,7 @@ def time_steps(config: RunConfig, steps: int) -> Measured:
         loop = Loop(
             learner,
             training,
-            Plan(max_steps=WARM_UP_STEPS + steps, log_every=config.logging.every),
+            StepPlan(max_steps=WARM_UP_STEPS + steps, log_every=config.logging.every),
             accelerator,
             dataset=corpus.train,
             data_sha256=corpus.manifest.key,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rmoe.data.config import SPLITS, DataConfig, SplitName
 from rmoe.data.corpus import Corpus
 from rmoe.data.ingest import prepare
-from rmoe.data.manifest import Manifest
+from rmoe.data.manifest import CorpusManifest
 from rmoe.data.order import epoch_order
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ __all__ = [
     "BlockDataset",
     "BlockSampler",
     "Corpus",
+    "CorpusManifest",
     "DataConfig",
-    "Manifest",
     "SplitName",
     "epoch_order",
     "prepare",

@@ -99,16 +99,13 @@ class BlockSampler(Sampler[int]):
     """Block numbers of a run's examples `start` to `stop` - 1, counted through all epochs; keeps no state.
 
     Example g is block `epoch_order(num_blocks, seed, g // num_blocks)[g % num_blocks]`. A run of `steps` steps with a
-    global batch of B reads examples 0 to steps * B - 1; resuming after step s is `start = s * B`. Rank r of W takes
-    examples start + r, start + r + W, ...: whatever W is, a step sees the same B examples.
+    global batch of B reads examples 0 to steps * B - 1; resuming after step s is `start = s * B`.
 
     Args:
         num_blocks: length of the dataset.
         seed: of the data order.
         start: first example.
         stop: one past the last example; None is the end of the epoch that `start` is in.
-        rank: of this process.
-        world_size: number of processes.
     """
 
     def __init__(
@@ -118,12 +115,10 @@ class BlockSampler(Sampler[int]):
         *,
         start: int = 0,
         stop: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         stop = (start // num_blocks + 1) * num_blocks if stop is None else stop
         self.num_blocks, self.seed = num_blocks, seed
-        self.examples = range(start + rank, stop, world_size)
+        self.examples = range(start, stop)
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rmoe.data.manifest import MANIFEST_VERSION, Manifest
+from rmoe.data.manifest import MANIFEST_VERSION, CorpusManifest
 from rmoe.records import durable_rename, read_record
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _STAGING = ".staging-"
 _ABANDONED_SECONDS = 24 * 3600
 
 
-def read_entry(entry: Path, key: str) -> Manifest | None:
+def read_entry(entry: Path, key: str) -> CorpusManifest | None:
     """The manifest of an entry that is whole; None if there is none, or, with a warning, if it is damaged."""
     if not entry.is_dir():
         return None
@@ -80,13 +80,13 @@ def publish(staging: Path, entry: Path, key: str) -> None:
         _checked(entry, key)  # lost a race: what stands there must be as good
 
 
-def _checked(entry: Path, key: str) -> Manifest:
+def _checked(entry: Path, key: str) -> CorpusManifest:
     """The manifest of an entry, or why the entry is not whole."""
     listed, found = (entry / "SHA256SUMS").read_text(), _checksums(entry)
     if listed != found:
         wrong = sorted({line.rpartition("  ")[2] for line in {*listed.splitlines()} ^ {*found.splitlines()}})
         raise ValueError(f"sha256 mismatch: {', '.join(wrong) or 'SHA256SUMS'}")
-    manifest = read_record(entry / "manifest.json", Manifest, MANIFEST_VERSION)
+    manifest = read_record(entry / "manifest.json", CorpusManifest, MANIFEST_VERSION)
     if manifest.key != key:
         raise ValueError("made for another request")
     return manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmoe.data.config import SplitName
-from rmoe.data.manifest import Manifest
+from rmoe.data.manifest import CorpusManifest
 from rmoe.errors import RequestError
 from rmoe.results.run import Unit
 
@@ -27,7 +27,7 @@ class Corpus:
     """
 
     folder: Path
-    manifest: Manifest
+    manifest: CorpusManifest
     sequence_length: int
 
     def blocks(self, split: SplitName, overlap: int = 1) -> BlockDataset:
@@ -85,5 +85,5 @@ class Corpus:
         return self.manifest.unit
 
     def in_unit(self, split: SplitName, loss: float) -> float:
-        """A split's mean loss per token (nats) in the corpus's unit; see `Manifest.in_unit`."""
+        """A split's mean loss per token (nats) in the corpus's unit; see `CorpusManifest.in_unit`."""
         return self.manifest.in_unit(split, loss)

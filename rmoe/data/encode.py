@@ -213,7 +213,7 @@ def decoded(text: mmap, span: Range, tokenizer: str) -> Iterator[str]:
             raise RequestError("data.path", where, allowed) from error
 
 
-class Choice:
+class TokenizerChoice:
     """The tokenizer of a request, before the text has been seen.
 
     Args:

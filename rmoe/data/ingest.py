@@ -18,9 +18,9 @@ import numpy as np
 from rmoe.data.cache import publish, read_entry, staging_folder
 from rmoe.data.config import SPLITS, DataConfig, SplitName
 from rmoe.data.corpus import Corpus
-from rmoe.data.encode import Choice, Encoder, decoded, folder_sha256, words
+from rmoe.data.encode import Encoder, TokenizerChoice, decoded, folder_sha256, words
 from rmoe.data.hub import PREFIX, open_dataset
-from rmoe.data.manifest import MANIFEST_VERSION, Manifest, Source, SplitEntry, TokenizerEntry
+from rmoe.data.manifest import MANIFEST_VERSION, CorpusManifest, Source, SplitEntry, TokenizerEntry
 from rmoe.data.published import enwik8_text, wikitext103_texts
 from rmoe.data.split import RULES, Range, cut, pieces
 from rmoe.data.text import SplitTexts, Text, open_text, standard_library
@@ -43,7 +43,7 @@ def prepare(config: DataConfig, sequence_length: int) -> Corpus:
     """
     if sequence_length < 2:
         raise RequestError("sequence_length", sequence_length, "at least 2")
-    choice = Choice(config)
+    choice = TokenizerChoice(config)
     text = open_source(config)
     source, sizes = measure(text)
     key = _key(config, choice, source, sizes)
@@ -61,10 +61,10 @@ def corpus_key(config: DataConfig) -> str:
         RequestError: as `prepare`.
     """
     source, sizes = measure(open_source(config))
-    return _key(config, Choice(config), source, sizes)
+    return _key(config, TokenizerChoice(config), source, sizes)
 
 
-def _key(config: DataConfig, choice: Choice, source: Source, sizes: list[int]) -> str:
+def _key(config: DataConfig, choice: TokenizerChoice, source: Source, sizes: list[int]) -> str:
     request = [MANIFEST_VERSION, source.sha256, sizes, config.split, choice.key]
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()
 
@@ -119,9 +119,9 @@ def build(
     config: DataConfig,
     text: Text | SplitTexts,
     source: Source,
-    choice: Choice,
+    choice: TokenizerChoice,
     sequence_length: int,
-) -> Manifest:
+) -> CorpusManifest:
     """Make a cache entry: whole in its place, or not at all."""
     try:
         with staging_folder(entry.parent) as staging:
@@ -136,8 +136,13 @@ def build(
 
 
 def encode_into(
-    folder: Path, key: str, config: DataConfig, text: Text | SplitTexts, source: Source, choice: Choice
-) -> Manifest:
+    folder: Path,
+    key: str,
+    config: DataConfig,
+    text: Text | SplitTexts,
+    source: Source,
+    choice: TokenizerChoice,
+) -> CorpusManifest:
     """Write the token files and the tokenizer of a text into a folder."""
     raw = folder / "text"
     ranges = copy_text(text, source, raw)
@@ -157,7 +162,7 @@ def encode_into(
     raw.unlink()
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
     vocab_size = max(encoder.tokenizer.get_vocab().values()) + 1
-    return Manifest(
+    return CorpusManifest(
         schema_version=MANIFEST_VERSION,
         key=key,
         source=source,

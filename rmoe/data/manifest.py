@@ -41,7 +41,7 @@ class SplitEntry(Record, frozen=True, kw_only=True):
     sha256: str
 
 
-class Manifest(Record, frozen=True, kw_only=True):
+class CorpusManifest(Record, frozen=True, kw_only=True):
     """One corpus. `key` is the cache key: a hash of text, tokenizer and split rule."""
 
     schema_version: int

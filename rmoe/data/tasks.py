@@ -52,7 +52,7 @@ class Task(msgspec.Struct, frozen=True):
         return ()
 
 
-class Choice(Task, frozen=True):
+class MultipleChoice(Task, frozen=True):
     """Multiple choice; `label` is the index of the right one of `choices`."""
 
     question: str
@@ -193,7 +193,7 @@ class Passage(Task, frozen=True):
     text: str
 
 
-KINDS: tuple[type[Task], ...] = (Choice, Labelled, Instruction, Question, Passage)
+KINDS: tuple[type[Task], ...] = (MultipleChoice, Labelled, Instruction, Question, Passage)
 T = TypeVar("T", bound=Task)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rmoe.data.tasks import Choice, Passage, Question, Task, read_tasks
+from rmoe.data.tasks import MultipleChoice, Passage, Question, Task, read_tasks
 from rmoe.errors import RequestError
 
 
@@ -31,9 +31,9 @@ def _same(item: Any) -> dict[str, Any]:
 
 # task -> kind of its file's lines, and a line as that task's columns
 LOCAL: dict[str, tuple[type[Task], Callable[[Any], dict[str, Any]]]] = {
-    "arc_easy": (Choice, _arc),
-    "arc_challenge": (Choice, _arc),
-    "piqa": (Choice, _piqa),
+    "arc_easy": (MultipleChoice, _arc),
+    "arc_challenge": (MultipleChoice, _arc),
+    "piqa": (MultipleChoice, _piqa),
     "lambada_openai": (Passage, _same),
     "lambada_standard": (Passage, _same),
     "gsm8k": (Question, _same),

@@ -59,7 +59,7 @@ from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import MetricsLog
 from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
-from rmoe.training.plan import Plan
+from rmoe.training.plan import StepPlan
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import publish_model
 from rmoe.training.run import find_checkpoint
@@ -308,7 +308,7 @@ def _train(
     loop = Loop(
         ModelLearner(job.model, accelerator, place.ranks, micro_batches(run, place.ranks)),
         run.training,
-        Plan.of(run),
+        StepPlan.of(run),
         accelerator,
         dataset=job.dataset,
         collate=job.collate,

@@ -25,7 +25,7 @@ from rmoe.graft.auto import AUTO_MAP, CODE
 from rmoe.graft.base import GRAFT_SECTION, POINTER, Base, open_base
 from rmoe.graft.files import copy_others, publish
 from rmoe.graft.join import JoinsBase
-from rmoe.model.sharing import write_auto_code
+from rmoe.model.auto_code import write_auto_code
 from rmoe.model.weights import (
     ADAPTER,
     CONFIG,

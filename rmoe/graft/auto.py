@@ -22,16 +22,16 @@ from rmoe.graft.base import GRAFT_MODEL_TYPE, GRAFT_SECTION, POINTER
 from rmoe.graft.join import JoinsBase
 from rmoe.graft.modules import reduce_as
 from rmoe.graft.spec import GraftSpec
+from rmoe.model.auto_code import write_auto_code
 from rmoe.model.initialize import initialize_missing
 from rmoe.model.recompute import NonReentrant
-from rmoe.model.sharing import write_auto_code
 from rmoe.routing.initial import Initialized
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 CLASS_PREFIX = "Grafted"
 
-# See `rmoe.model.sharing`. The configuration alone is enough: reading it registers the model classes.
+# See `rmoe.model.auto_code`. The configuration alone is enough: reading it registers the model classes.
 AUTO_MAP = {"AutoConfig": "configuration_rmoe_graft.GraftConfig"}
 CODE = {"configuration_rmoe_graft.py": "from rmoe.graft import GraftConfig\n"}
 

@@ -34,8 +34,8 @@ from rmoe.graft.files import (
     publish,
 )
 from rmoe.graft.spec import GraftSpec
+from rmoe.model.auto_code import write_auto_code
 from rmoe.model.card import write_card
-from rmoe.model.sharing import write_auto_code
 from rmoe.model.weights import (
     CONFIG,
     INDEX,

@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple
 
 from rmoe.compat import CACHE, attention_keywords, merge_with_config_defaults, one_cache
 from rmoe.errors import RequestError
+from rmoe.model.auto_code import write_auto_code
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.head import IGNORED, LMHead, next_tokens
 from rmoe.model.initialize import initialize_missing
@@ -28,7 +29,6 @@ from rmoe.model.outputs import (
 )
 from rmoe.model.packing import split_packed
 from rmoe.model.recompute import NonReentrant, keep_decisions
-from rmoe.model.sharing import write_auto_code
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, router_stats
 from rmoe.routing.noise import CounterNoise

@@ -48,7 +48,7 @@ class LayoutPlan(Record, frozen=True, kw_only=True):
     options: str
 
 
-class Plan(Record, frozen=True, kw_only=True):
+class ClusterPlan(Record, frozen=True, kw_only=True):
     """`rmoe plan --json`.
 
     Attributes:
@@ -79,7 +79,7 @@ def plan_of(
     bf16: bool = True,
     router: str = "",
     assumptions: dict[str, Any] | None = None,
-) -> Plan:
+) -> ClusterPlan:
     """Plan one optimizer step of `batch_size` sequences of `sequence_length` tokens.
 
     Args:
@@ -114,7 +114,7 @@ def plan_of(
     candidates.sort(key=_rank)
     parameters, flops = needs.parameters, needs.flops
     sent = sum(item["bytes"] for item in candidates[0].traffic)
-    return Plan(
+    return ClusterPlan(
         router=router,
         parameters={
             name: getattr(parameters, name)

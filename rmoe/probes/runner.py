@@ -36,7 +36,7 @@ class Asked(Record, frozen=True, kw_only=True):
     top_k: int
 
 
-class Unit(Record, frozen=True, kw_only=True):
+class ProbeUnit(Record, frozen=True, kw_only=True):
     """What is trained in one pass: some routers on the same (probe, seed) lanes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Unit(Record, frozen=True, kw_only=True):
         return carry_out(self)
 
 
-def one_by_one(units: Sequence[Unit]) -> Iterator[list[ProbeRow]]:
+def one_by_one(units: Sequence[ProbeUnit]) -> Iterator[list[ProbeRow]]:
     """Every unit's rows, trained in this process."""
     return (unit.carry_out() for unit in units)
 
@@ -67,7 +67,7 @@ def run(
     *,
     knobs: Knobs | Sequence[Knobs] = Knobs(),  # noqa: B008  frozen
     plugins: Sequence[str] = (),
-    carried_out: Callable[[Sequence[Unit]], Iterator[list[ProbeRow]]] = one_by_one,
+    carried_out: Callable[[Sequence[ProbeUnit]], Iterator[list[ProbeRow]]] = one_by_one,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[ProbeRow]:
     """Run probes; with `out`, resume what is there.
@@ -151,7 +151,7 @@ def _units(
     lanes: list[tuple[str, int]],
     done: Mapping[tuple, ProbeRow],
     plugins: tuple[str, ...],
-) -> Iterator[Unit]:
+) -> Iterator[ProbeUnit]:
     """Routers that miss the same lanes, a few at a time."""
     missing: dict[tuple, list[Asked]] = {}
     for (name, knobs), router in asked.items():
@@ -160,7 +160,7 @@ def _units(
             missing.setdefault((knobs, lacking), []).append(router)
     for (knobs, lacking), routers in missing.items():
         for first in range(0, len(routers), AT_ONCE):
-            yield Unit(
+            yield ProbeUnit(
                 routers=routers[first : first + AT_ONCE], lanes=list(lacking), knobs=knobs, plugins=plugins
             )
 
@@ -176,7 +176,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def carry_out(unit: Unit) -> list[ProbeRow]:
+def carry_out(unit: ProbeUnit) -> list[ProbeRow]:
     """Train and measure one unit."""
     started = time.perf_counter()
     with _one_thread():

@@ -29,7 +29,7 @@ PACKED_FROM = 4096
 Matrix: TypeAlias = list[list[float]]
 
 
-class Text(Record, frozen=True, kw_only=True):
+class TextInfo(Record, frozen=True, kw_only=True):
     """The text the routing was measured on."""
 
     name: str
@@ -273,7 +273,7 @@ class Analysis(Record, frozen=True, kw_only=True):
     """The file."""
 
     schema_version: int = ANALYSIS_VERSION
-    text: Text
+    text: TextInfo
     models: list[ModelAnalysis]
     notes: list[str] = msgspec.field(default_factory=list)
 

@@ -8,7 +8,7 @@ import msgspec
 
 from rmoe.records import Record
 from rmoe.results.rows import SweepValue, Timing
-from rmoe.results.run import Corpus, Hardware, LayerCurve, Parameters, Unit, Versions
+from rmoe.results.run import CorpusInfo, Hardware, LayerCurve, Parameters, Unit, Versions
 
 SUMMARY_VERSION = 1
 
@@ -170,7 +170,7 @@ class Summary(Record, frozen=True, kw_only=True):
     schema_version: int = SUMMARY_VERSION
     preset: str
     baseline: str
-    corpus: Corpus
+    corpus: CorpusInfo
     confidence: float
     verdict: str
     notes: list[str]

@@ -17,7 +17,7 @@ import msgspec
 from rmoe.errors import RequestError
 from rmoe.records import Record, append_lines, read_lines, version_of
 from rmoe.results.run import (
-    Corpus,
+    CorpusInfo,
     Hardware,
     Parameters,
     RunResult,
@@ -51,7 +51,7 @@ class Failure(Record, frozen=True, kw_only=True):
     config: dict[str, Any]
     versions: Versions
     hardware: Hardware
-    corpus: Corpus
+    corpus: CorpusInfo
 
 
 class ResultRow(Record, frozen=True, kw_only=True):

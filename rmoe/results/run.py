@@ -14,7 +14,7 @@ Unit: TypeAlias = Literal["bits_per_byte", "perplexity"]
 """What a corpus is measured in."""
 
 
-class Corpus(Record, frozen=True, kw_only=True):
+class CorpusInfo(Record, frozen=True, kw_only=True):
     """The text a run was trained and evaluated on."""
 
     name: str
@@ -140,7 +140,7 @@ class RunResult(Record, frozen=True, kw_only=True):
     config: dict[str, Any]
     versions: Versions
     hardware: Hardware
-    corpus: Corpus
+    corpus: CorpusInfo
     steps: int
     tokens: int
     skipped_batches: int | None

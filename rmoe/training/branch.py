@@ -18,7 +18,7 @@ from rmoe.training import run_folder
 from rmoe.training.checkpoint import MANIFEST, CheckpointStore, Damaged, verify
 from rmoe.training.config import RunConfig
 from rmoe.training.metrics import MetricsLog, read_metrics
-from rmoe.training.run_folder import RunRecord, flat, read_run, require_equal, settings_of
+from rmoe.training.run_folder import CHECKPOINTS, RunRecord, flat, read_run, require_equal, settings_of
 
 FIELD = "--branch-of"
 MAY_DIFFER = ("training.max_steps", "training.branch_points", "training.average", "training.average_every")
@@ -59,7 +59,7 @@ def require_branch(config: RunConfig, record: RunRecord, source: Path, may_diffe
     parts = ("config", "model", "plugins", "data_sha256")
     was, now = (settings_of(each, parts) for each in (stored, record))
     require_equal(was, now, free.union(may_differ, MAY_DIFFER), f"the run in {source}")
-    return source / "checkpoints" / f"checkpoint-{step}"
+    return source / CHECKPOINTS / f"checkpoint-{step}"
 
 
 def begin_branch(checkpoint: Path, source_run: str, store: CheckpointStore) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -23,10 +22,10 @@ from safetensors import SafetensorError
 
 from rmoe.errors import RunError, one_line
 from rmoe.records import NOT_JSON, Record, durable_rename, indented, sync
+from rmoe.training.run_folder import CHECKPOINTS, checkpoints_of
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
-_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _CHUNK = 1 << 20
 
 
@@ -37,7 +36,7 @@ class Seal(Record, frozen=True, kw_only=True):
     sha256: str
 
 
-class Manifest(Record, frozen=True, kw_only=True):
+class CheckpointManifest(Record, frozen=True, kw_only=True):
     """`manifest.json`: the step, the run it belongs to, and every other file of the folder."""
 
     schema_version: int = MANIFEST_VERSION
@@ -49,7 +48,7 @@ class Manifest(Record, frozen=True, kw_only=True):
 class SealedManifest(Record, frozen=True, kw_only=True):
     """The manifest with its own sha256, so that a flipped bit in it is noticed too."""
 
-    manifest: Manifest
+    manifest: CheckpointManifest
     sha256: str
 
 
@@ -80,7 +79,7 @@ class CheckpointStore:
     @property
     def checkpoints(self) -> Path:
         """Holds whole checkpoints and nothing else."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def staging(self) -> Path:
@@ -137,8 +136,7 @@ class CheckpointStore:
 
     def found(self) -> list[tuple[int, Path]]:
         """(step, path) of everything with a checkpoint's name, whole or not, a folder or not, oldest first."""
-        names = ((_NAME.fullmatch(path.name), path) for path in self.checkpoints.glob("checkpoint-*"))
-        return sorted((int(match[1]), path) for match, path in names if match)
+        return checkpoints_of(self.folder)
 
     def rotate(self) -> None:
         """Delete checkpoints older than the `keep` newest valid ones.
@@ -183,7 +181,7 @@ def seal(folder: Path, step: int, run: str) -> None:
     for path in sorted(folder.iterdir()):
         sync(path)
         files[path.name] = Seal(bytes=path.stat().st_size, sha256=sha256(path))
-    manifest = Manifest(step=step, run=run, files=files)
+    manifest = CheckpointManifest(step=step, run=run, files=files)
     sealed = SealedManifest(manifest=manifest, sha256=_own_sha256(manifest))
     (folder / MANIFEST).write_bytes(indented(sealed))
     sync(folder / MANIFEST)
@@ -241,7 +239,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _own_sha256(manifest: Manifest) -> str:
+def _own_sha256(manifest: CheckpointManifest) -> str:
     return hashlib.sha256(msgspec.json.encode(manifest, order="sorted")).hexdigest()
 
 

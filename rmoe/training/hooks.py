@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from rmoe.training.metrics import Row
-from rmoe.training.plan import Plan
+from rmoe.training.plan import StepPlan
 
 
 class Running(Protocol):
@@ -23,7 +23,7 @@ class Running(Protocol):
         bf16: whether the model runs under bfloat16 autocast.
     """
 
-    plan: Plan
+    plan: StepPlan
     step: int
 
     @property

@@ -17,7 +17,7 @@ from rmoe.errors import RequestError
 from rmoe.records import Record
 from rmoe.training.config import RunConfig
 from rmoe.training.metrics import Row, read_metrics
-from rmoe.training.run_folder import CONFIG, LOCK, METRICS, RESULT, read_run
+from rmoe.training.run_folder import CONFIG, LOCK, METRICS, RESULT, checkpoints_of, read_run
 
 State = Literal["running", "finished", "stopped", "died", "not begun", "queued", "lost"]
 
@@ -109,7 +109,7 @@ def status_of(folder: Path) -> RunStatus:
     trained = _last(rows, "train")
     evaluated = _last(rows, "eval")
     step = max((row["step"] for row in rows), default=0)
-    checkpoint = _newest_checkpoint(folder)
+    checkpoint = max((step for step, path in checkpoints_of(folder) if path.is_dir()), default=None)
     state = _state(folder, step, checkpoint)
     rate = _figure(trained, "tokens_per_s")
     return RunStatus(
@@ -143,12 +143,6 @@ def _figure(row: Row | None, name: str) -> float | None:
 
 def _last(rows: list[Row], kind: str) -> Row | None:
     return next((row for row in reversed(rows) if row.get("kind") == kind), None)
-
-
-def _newest_checkpoint(folder: Path) -> int | None:
-    names = [path.name for path in (folder / "checkpoints").glob("checkpoint-*") if path.is_dir()]
-    steps = [int(name.rpartition("-")[2]) for name in names if name.rpartition("-")[2].isdigit()]
-    return max(steps, default=None)
 
 
 def _state(folder: Path, step: int, checkpoint: int | None) -> State:

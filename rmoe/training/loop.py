@@ -41,7 +41,7 @@ from rmoe.training.hooks import Hook
 from rmoe.training.learner import Batch, Learner
 from rmoe.training.metrics import MetricsLog, Row
 from rmoe.training.optimizer import adamw, schedule
-from rmoe.training.plan import Plan
+from rmoe.training.plan import StepPlan
 from rmoe.training.resume import Identity
 
 
@@ -77,7 +77,7 @@ class Loop:
         self,
         learner: Learner,
         training: TrainingConfig,
-        plan: Plan,
+        plan: StepPlan,
         accelerator: Accelerator,
         *,
         dataset: Dataset[Any],

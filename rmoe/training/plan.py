@@ -8,7 +8,7 @@ from rmoe.training.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Steps are counted from 1.
 
     Attributes:
@@ -26,7 +26,7 @@ class Plan:
     branch_points: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, config: RunConfig) -> Plan:
+    def of(cls, config: RunConfig) -> StepPlan:
         """The plan that a run's configuration asks for."""
         return cls(
             config.training.max_steps,

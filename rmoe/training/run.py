@@ -43,7 +43,7 @@ from rmoe.training.metrics import MetricsLog, read_metrics
 from rmoe.training.parallel import distribute
 from rmoe.training.pipelined import PipelineLearner, build_pipeline
 from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
-from rmoe.training.plan import Plan
+from rmoe.training.plan import StepPlan
 from rmoe.training.profile import StepProfiler
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, layer_curves, publish_model
@@ -302,7 +302,7 @@ def _run(
     loop = Loop(
         learner,
         config.training,
-        Plan.of(config),
+        StepPlan.of(config),
         accelerator,
         dataset=corpus.train,
         data_sha256=corpus.manifest.key,
@@ -340,7 +340,7 @@ def _run(
             config=record.config,
             versions=record.versions,
             hardware=record.hardware,
-            corpus=records.Corpus(
+            corpus=records.CorpusInfo(
                 name=corpus.manifest.source.name, sha256=corpus.manifest.key, unit=corpus.unit
             ),
             steps=loop.step,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from rmoe.results.run import RESULT_VERSION, Hardware, InitialLogits, RunResult,
 
 CONFIG_VERSION = 1
 CONFIG, LOCK, METRICS, MODEL, RESULT = "config.json", "run.lock", "metrics.jsonl", "model", "result.json"
+CHECKPOINTS = "checkpoints"
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 class RunRecord(Record, frozen=True, kw_only=True):
@@ -75,6 +78,18 @@ def read_result(folder: Path) -> RunResult:
     found = read_record(folder / RESULT, RunResult, RESULT_VERSION)
     # Where it is now, not where it was written.
     return msgspec.structs.replace(found, folder=str(folder), model=str(folder / MODEL))
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for any other name."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_of(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of everything in a run that has a checkpoint's name, whole or not, oldest first."""
+    paths = (folder / CHECKPOINTS).glob("checkpoint-*")
+    return sorted((step, path) for path in paths if (step := checkpoint_step(path)) is not None)
 
 
 def refuse_used(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from rmoe.results.rows import Failure, ResultRow, SweepValue, Timing
-from rmoe.results.run import Corpus, Curve, Hardware, Parameters, RunResult, Unit, Versions
+from rmoe.results.run import CorpusInfo, Curve, Hardware, Parameters, RunResult, Unit, Versions
 
 
 def row(
@@ -27,7 +27,7 @@ def row(
         "config": {"learning_rate": 1e-3},
         "versions": Versions(code="0.1.0", python="3.11", libraries={"torch": "2.13.0"}),
         "hardware": Hardware(cpu="test", cores=2, threads=1, memory_gib=4.0),
-        "corpus": Corpus(name="some text", sha256=corpus_sha256, unit=unit),
+        "corpus": CorpusInfo(name="some text", sha256=corpus_sha256, unit=unit),
     }
     result = RunResult(
         **known,

@@ -10,7 +10,7 @@ import pytest
 from rmoe.compare import plan as plans
 from rmoe.compare.equal_time import at_baseline_seconds, equal_time, fit_law, speedup, with_branch_points
 from rmoe.compare.gate import gated, read_other
-from rmoe.compare.plan import ComparisonRecord, Plan
+from rmoe.compare.plan import ComparisonPlan, ComparisonRecord
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError
 from rmoe.records import write_record
@@ -119,7 +119,7 @@ def test_the_gate_asks_for_both_sizes():
 
 def test_a_gate_of_the_same_size_or_another_baseline_is_refused(tmp_path):
     config = RunConfig(router="smoe", model=ModelConfig(hidden_size=64))
-    plan = Plan(config=config, routers=("smoe", "rmoe"), seeds=3, baseline="smoe")
+    plan = ComparisonPlan(config=config, routers=("smoe", "rmoe"), seeds=3, baseline="smoe")
     record = ComparisonRecord(config=config.to_dict(), sweep={}, changes={}, data_sha256="a")
     write_record(tmp_path / plans.COMPARISON, record)
     with pytest.raises(RequestError, match=r"summary.json"):
@@ -128,9 +128,9 @@ def test_a_gate_of_the_same_size_or_another_baseline_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"--gate is .*another size: its model is this one's"):
         read_other(tmp_path, plan)
     with pytest.raises(RequestError, match=r"--gate is .*one with baseline rmoe"):
-        read_other(tmp_path, Plan(config, ("rmoe",), 3, "rmoe"))
+        read_other(tmp_path, ComparisonPlan(config, ("rmoe",), 3, "rmoe"))
     wider = plan.config.with_setting("hidden_size", 96)
-    assert read_other(tmp_path, Plan(wider, ("smoe", "rmoe"), 3, "smoe")).baseline == "smoe"
+    assert read_other(tmp_path, ComparisonPlan(wider, ("smoe", "rmoe"), 3, "smoe")).baseline == "smoe"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rmoe.compare import plan as plans
-from rmoe.compare.plan import Plan
+from rmoe.compare.plan import ComparisonPlan
 from rmoe.compare.sharing import share
 from rmoe.errors import RequestError
 from rmoe.routing.zoo import ZOO, select
@@ -16,8 +16,10 @@ from rmoe.training.config import RunConfig
 CONFIG = RunConfig()
 
 
-def plan(**more) -> Plan:
-    return Plan(**{"config": CONFIG, "routers": ("smoe", "rmoe"), "seeds": 2, "baseline": "smoe"} | more)
+def plan(**more) -> ComparisonPlan:
+    return ComparisonPlan(
+        **{"config": CONFIG, "routers": ("smoe", "rmoe"), "seeds": 2, "baseline": "smoe"} | more
+    )
 
 
 def test_runs_are_paired_and_seed_by_seed():

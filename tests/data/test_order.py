@@ -31,27 +31,6 @@ def test_order_cannot_be_spoilt_by_a_caller() -> None:
     assert not epoch_order(5, 0, 0).flags.writeable
 
 
-@given(
-    num_blocks=st.integers(1, 50),
-    seed=SEEDS,
-    steps=st.integers(1, 8),
-    per_rank=st.integers(1, 4),
-    world_size=st.integers(1, 6),
-)
-def test_a_step_sees_the_same_examples_at_any_world_size(
-    num_blocks: int, seed: int, steps: int, per_rank: int, world_size: int
-) -> None:
-    batch = per_rank * world_size
-    alone = list(BlockSampler(num_blocks, seed, stop=steps * batch))
-    ranks = [
-        list(BlockSampler(num_blocks, seed, stop=steps * batch, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
-    for step in range(steps):
-        together = [block for rank in ranks for block in rank[step * per_rank : (step + 1) * per_rank]]
-        assert sorted(together) == sorted(alone[step * batch : (step + 1) * batch])
-
-
 @given(num_blocks=st.integers(1, 50), seed=SEEDS, stop=st.integers(1, 300), data=st.data())
 def test_resuming_goes_on_where_it_stopped(
     num_blocks: int, seed: int, stop: int, data: st.DataObject

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rmoe.data.rows import read_lines
-from rmoe.data.tasks import Choice, Conversation, Instruction, Labelled, Message, kind_of, read_tasks
+from rmoe.data.tasks import Conversation, Instruction, Labelled, Message, MultipleChoice, kind_of, read_tasks
 from rmoe.data.text import folder_text, open_text, read_documents
 from rmoe.errors import RequestError
 
@@ -104,7 +104,9 @@ def test_numbers_and_lists_in_csv(tmp_path: Path) -> None:
     read = [Labelled(text="fine", label=1), Labelled(text="7", label=0), Labelled(text="odd", label="007")]
     assert read_tasks(tmp_path / "a.csv", Labelled) == read
     (tmp_path / "b.csv").write_text('question,choices,label\nWhich?,"[""a"", ""b""]",1\n')
-    assert read_tasks(tmp_path / "b.csv", Choice) == [Choice(question="Which?", choices=["a", "b"], label=1)]
+    assert read_tasks(tmp_path / "b.csv", MultipleChoice) == [
+        MultipleChoice(question="Which?", choices=["a", "b"], label=1)
+    ]
 
 
 TURNS = [

@@ -6,11 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from rmoe.data.tasks import Choice, Instruction, Labelled, Passage, Question, Task, kind_of, read_tasks
+from rmoe.data.tasks import (
+    Instruction,
+    Labelled,
+    MultipleChoice,
+    Passage,
+    Question,
+    Task,
+    kind_of,
+    read_tasks,
+)
 from rmoe.errors import RequestError
 
 GOOD = {
-    Choice: {"question": "Which?", "choices": ["this", "that"], "label": 1},
+    MultipleChoice: {"question": "Which?", "choices": ["this", "that"], "label": 1},
     Labelled: {"text": "fine", "label": "positive"},
     Instruction: {"instruction": "Add.", "input": "", "output": "3"},
     Question: {"question": "How many?", "answer": "3"},
@@ -42,13 +51,17 @@ def test_input_of_an_instruction_may_be_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "bad", "problem"),
     [
-        (Choice, {"question": "Which?", "label": 0}, "missing required field `choices`"),
-        (Choice, GOOD[Choice] | {"label": "1"}, r"Expected `int`, got `str` - at `\$\.label`"),
-        (Choice, GOOD[Choice] | {"label": 2}, "`label` is 2, not an index of 2 choices"),
-        (Choice, GOOD[Choice] | {"label": -1}, "`label` is -1"),
-        (Choice, GOOD[Choice] | {"choices": ["this", " "]}, "`choices` has an empty answer"),
-        (Choice, GOOD[Choice] | {"choices": ["this"], "label": 0}, "`choices` has 1 entries"),
-        (Choice, GOOD[Choice] | {"question": ""}, "`question` is empty"),
+        (MultipleChoice, {"question": "Which?", "label": 0}, "missing required field `choices`"),
+        (
+            MultipleChoice,
+            GOOD[MultipleChoice] | {"label": "1"},
+            r"Expected `int`, got `str` - at `\$\.label`",
+        ),
+        (MultipleChoice, GOOD[MultipleChoice] | {"label": 2}, "`label` is 2, not an index of 2 choices"),
+        (MultipleChoice, GOOD[MultipleChoice] | {"label": -1}, "`label` is -1"),
+        (MultipleChoice, GOOD[MultipleChoice] | {"choices": ["this", " "]}, "`choices` has an empty answer"),
+        (MultipleChoice, GOOD[MultipleChoice] | {"choices": ["this"], "label": 0}, "`choices` has 1 entries"),
+        (MultipleChoice, GOOD[MultipleChoice] | {"question": ""}, "`question` is empty"),
         (Labelled, {"text": "fine"}, "missing required field `label`"),
         (Labelled, {"text": "fine", "label": None}, r"at `\$\.label`"),
         (Labelled, {"text": "", "label": 1}, "`text` is empty"),
@@ -99,8 +112,8 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
     [
-        ("arc_easy_test", Choice, 2376),
-        ("piqa_valid", Choice, 1838),
+        ("arc_easy_test", MultipleChoice, 2376),
+        ("piqa_valid", MultipleChoice, 1838),
         ("lambada_test", Passage, 5153),
         ("gsm8k_test", Question, 1319),
         ("sst2_train", Labelled, 6920),

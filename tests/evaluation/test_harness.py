@@ -14,7 +14,7 @@ import torch
 import rmoe
 from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer
-from rmoe.data.tasks import Choice, Passage, Question, read_tasks
+from rmoe.data.tasks import MultipleChoice, Passage, Question, read_tasks
 from rmoe.errors import RequestError
 from rmoe.evaluation import Benchmark, parse_benchmarks, run_benchmarks
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
@@ -60,7 +60,7 @@ def continuation(model: Any, context: str, text: str) -> tuple[float, bool]:
     return total, greedy
 
 
-def multiple_choice(model: Any, items: list[Choice]) -> dict[str, float]:
+def multiple_choice(model: Any, items: list[MultipleChoice]) -> dict[str, float]:
     right = normed = 0
     for item in items:
         scores = [
@@ -111,8 +111,8 @@ def harness(folder: Path, name: str, file: Path, limit: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "file", "kind", "own"),
     [
-        ("arc_easy", "arc_easy_test", Choice, multiple_choice),
-        ("piqa", "piqa_valid", Choice, multiple_choice),
+        ("arc_easy", "arc_easy_test", MultipleChoice, multiple_choice),
+        ("piqa", "piqa_valid", MultipleChoice, multiple_choice),
         ("lambada_openai", "lambada_test", Passage, last_words),
     ],
 )
@@ -159,7 +159,7 @@ def test_local_files_from_the_command_line(
     result = json.loads(capsys.readouterr().out)
     assert {"results", "configs", "versions", "n-shot", "n-samples"} <= result.keys()
     model = rmoe.load(folder)
-    choices = multiple_choice(model, read_tasks(small_tasks["arc_easy"], Choice))
+    choices = multiple_choice(model, read_tasks(small_tasks["arc_easy"], MultipleChoice))
     assert result["results"]["arc_easy"]["acc,none"] == pytest.approx(choices["acc"])
     words = last_words(model, read_tasks(small_tasks["lambada_openai"], Passage))
     assert result["results"]["lambada_openai"]["perplexity,none"] == pytest.approx(

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, initialize
+from rmoe.model.auto_code import AUTO_MAP, write_auto_code
 from rmoe.model.loading import load
-from rmoe.model.sharing import AUTO_MAP, write_auto_code
 from rmoe.model.weights import (
     INDEX,
     WEIGHTS,

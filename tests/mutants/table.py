@@ -86,7 +86,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/model/loading.py": _FOLDERS,
     "rmoe/model/logit_scale.py": ("tests/model/test_blocks.py", "tests/training/test_initial_scale.py"),
     "rmoe/model/norm.py": ("tests/model/test_blocks.py", "tests/model/test_variants.py"),
-    "rmoe/model/sharing.py": _FOLDERS,
+    "rmoe/model/auto_code.py": _FOLDERS,
     "rmoe/model/weights.py": _FOLDERS,
     "rmoe/analysis/": (_EDGES, "tests/analysis/test_measures.py", *_ANALYSES),
     "rmoe/analysis/analyze.py": (_EDGES, *_ANALYSES),

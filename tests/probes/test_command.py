@@ -77,7 +77,7 @@ def test_a_strangers_router_gets_its_card(
 def test_resumes_and_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rmoe.probes import runner
 
-    units: list[runner.Unit] = []
+    units: list[runner.ProbeUnit] = []
     real = runner.carry_out
     monkeypatch.setattr(runner, "carry_out", lambda unit: units.append(unit) or real(unit))
     first = run(["smoe"], ["lookup"], 2, tmp_path, knobs=FEW)

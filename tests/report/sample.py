@@ -283,7 +283,7 @@ def _token(text: str, rng: np.random.Generator) -> schema.Token:
 
 def sample_analysis() -> schema.Analysis:
     return schema.Analysis(
-        text=schema.Text(name="some text", sha256="a" * 64, tokens=20_000),
+        text=schema.TextInfo(name="some text", sha256="a" * 64, tokens=20_000),
         models=[sample_model("smoe", 1, 4.0), sample_model("rmoe", 2, 2.0), sample_model("rmoe-np", 3, 3.0)],
         notes=["Mutual information on 20,000 evenly spaced tokens."],
     )
@@ -291,5 +291,5 @@ def sample_analysis() -> schema.Analysis:
 
 @functools.cache
 def large_analysis() -> schema.Analysis:
-    text = schema.Text(name="some text", sha256="a" * 64, tokens=30_000)
+    text = schema.TextInfo(name="some text", sha256="a" * 64, tokens=30_000)
     return schema.Analysis(text=text, models=[large_model()])

@@ -81,7 +81,7 @@ def flip_bit(path: Path, at: int = 100) -> None:
 def edit_manifest(folder: Path, **changes: object) -> None:
     """Change the manifest and make its own sha256 right again, as an edit by hand would not."""
     sealed = json.loads((folder / MANIFEST).read_text())
-    manifest = module.msgspec.convert(sealed["manifest"] | changes, module.Manifest)
+    manifest = module.msgspec.convert(sealed["manifest"] | changes, module.CheckpointManifest)
     module_sealed = module.SealedManifest(manifest=manifest, sha256=module._own_sha256(manifest))
     (folder / MANIFEST).write_bytes(module.msgspec.json.encode(module_sealed))
 

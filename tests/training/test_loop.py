@@ -20,7 +20,7 @@ from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import MetricsLog, read_metrics
 from rmoe.training.place import place_of
-from rmoe.training.plan import Plan
+from rmoe.training.plan import StepPlan
 from rmoe.training.run import make_learner
 from tests.training import tiny
 
@@ -46,7 +46,7 @@ def loop_of(config, out: Path, dataset: object = None, model: object = None) -> 
     return Loop(
         learner,
         config.training,
-        replace(Plan.of(config), evaluate_every=None),
+        replace(StepPlan.of(config), evaluate_every=None),
         accelerator,
         dataset=corpus.train if dataset is None else dataset,
         data_sha256="",

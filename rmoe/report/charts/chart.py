@@ -47,7 +47,7 @@ class Cube:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selector:
     """What a chart shows one at a time: its reader chooses, in the page.
 
     Attributes:
@@ -101,7 +101,7 @@ class Chart:
     rows: list[list[Any]] | Cube
     height: int = 380
     wide: bool = False
-    choice: Choice | None = None
+    choice: Selector | None = None
     narrow: Narrow | None = None
 
     def csv(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-from rmoe.report.charts.chart import Chart, Choice, Panels, Style, axis, layer_axis
+from rmoe.report.charts.chart import Chart, Panels, Selector, Style, axis, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, measure_chart, token_count
 from rmoe.results.analysis import LayerHistogram, ModelAnalysis
 
@@ -115,7 +115,7 @@ def _entropy_of_one(
         ],
         layout={"xaxis": axis("nats", range=span), "yaxis": axis("density", rangemode="tozero")},
         rows=_entropy_rows(having),
-        choice=Choice("layer", [f"layer {layer}" for layer in range(layers)], start, "y", curves),
+        choice=Selector("layer", [f"layer {layer}" for layer in range(layers)], start, "y", curves),
     )
 
 

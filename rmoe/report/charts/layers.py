@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmoe.report.charts.chart import Chart, Choice, Cube, Style, axis, layer_axis
+from rmoe.report.charts.chart import Chart, Cube, Selector, Style, axis, layer_axis
 from rmoe.report.charts.shared import heat_maps, layer_lines, line, token_count
 from rmoe.results.analysis import Matrix, ModelAnalysis, PairMeasure
 
@@ -124,7 +124,7 @@ def coactivation(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> li
             ),
             height=panels.height,
             wide=True,
-            choice=Choice(
+            choice=Selector(
                 "layers",
                 [f"layer {layer} to {layer + 1}" for layer in range(pairs)],
                 middle,

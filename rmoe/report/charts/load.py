@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmoe.report.charts.chart import Chart, Choice, Cube, Style, axis, label, layer_axis
+from rmoe.report.charts.chart import Chart, Cube, Selector, Style, axis, label, layer_axis
 from rmoe.report.charts.shared import heat_maps, line, measure_chart, token_count
 from rmoe.results.analysis import ModelAnalysis
 
@@ -181,6 +181,6 @@ def coverage(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[C
                     for m, share in zip(c.hottest, row, strict=True)
                 ],
             ],
-            choice=Choice("layer", [f"layer {layer}" for layer in range(layers)], start, "y", values),
+            choice=Selector("layer", [f"layer {layer}" for layer in range(layers)], start, "y", values),
         )
     ]
