@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--text", default="wiki100.txt.gz", help="in --data-dir, what is trained on")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "early")
     parser.add_argument("--jobs", type=int)
     parser.add_argument(
         "--engine", default="", help="a .toml file with an [engine] table; default: this machine"
