@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
-from rmoe.training.config import ParallelConfig
-from rmoe.training.parallel import distribute, total_norm
+from rmoe.parallel import ParallelConfig
+from rmoe.parallel.sharding import distribute, total_norm
 
 STEPS = 5
 

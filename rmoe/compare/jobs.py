@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rmoe.errors import RunError
+from rmoe.parallel import ParallelConfig
 from rmoe.records import Record
-from rmoe.training.config import ParallelConfig, RunConfig
+from rmoe.training.config import RunConfig
 from rmoe.training.listing import is_locked
 
 SECONDS_TO_SAVE = 120.0  # that a process which was told to end may hold a run's folder

@@ -17,6 +17,7 @@ import tyro
 
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError
+from rmoe.parallel.config import ParallelConfig
 from rmoe.places import PREFIX, expand
 from rmoe.validation import require
 
@@ -247,60 +248,6 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         require(self.every is None or self.every >= 1, "checkpoints.every", self.every, "1 or more")
         require(self.keep >= 2, "checkpoints.keep", self.keep, "2 or more: one could be damaged")
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the model is spread over processes (`torchrun --nproc-per-node N`); all 1 is a copy in each (DDP).
-
-    Attributes:
-        fsdp: processes that weights, gradients and optimizer state are cut into (FSDP2).
-        expert: of those, processes that the experts are dealt out to (expert parallelism).
-        replicate: copies of such groups (HSDP), or of pipelines.
-        tensor: processes that each matrix is cut into (tensor parallelism); they see the same sequences.
-        pipeline: stages that the layers are cut into, one process each; `training.micro_batch_size` is then what
-            travels through the stages at a time.
-    """
-
-    fsdp: int = 1
-    expert: int = 1
-    replicate: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            size = getattr(self, item.name)
-            require(size >= 1, f"parallel.{item.name}", size, "1 or more")
-        divides = (self.fsdp * self.tensor) % self.expert == 0
-        require(divides, "parallel.expert", self.expert, f"a divisor of parallel.fsdp ({self.fsdp})")
-        alone = self.pipeline == 1 or self.fsdp * self.tensor == 1
-        require(alone, "parallel.pipeline", self.pipeline, "1 with parallel.fsdp or parallel.tensor above 1")
-
-    @property
-    def shards(self) -> bool:
-        """Whether transformers cuts the weights up (pipelines cut between layers)."""
-        return self.fsdp * self.tensor > 1
-
-    @property
-    def same_data(self) -> int:
-        """Processes that work together on the same sequences."""
-        return self.tensor * self.pipeline
-
-    @property
-    def processes(self) -> int:
-        """Processes of the layout; 1 also stands for any number of copies (DDP)."""
-        return self.replicate * self.fsdp * self.tensor * self.pipeline
-
-    def require_processes(self, count: int) -> None:
-        """Check that the layout is one for `count` processes; with all sizes 1 it is for any number.
-
-        Raises:
-            RequestError: it is not.
-        """
-        product = self.processes
-        said = f"replicate x fsdp x tensor x pipeline = {product}"
-        require(product in (1, count), "parallel", said, f"the number of processes ({count})")
 
 
 @dataclass(frozen=True)

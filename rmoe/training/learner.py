@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from rmoe.data.blocks import IGNORED
 from rmoe.model import RMoEForCausalLM
+from rmoe.parallel.sharding import average_replicated, clip, is_sharded, total_norm
 from rmoe.training.accounting import StepSums
-from rmoe.training.parallel import average_replicated, clip, is_sharded, total_norm
 from rmoe.training.place import Ranks
 from rmoe.training.storage import Gathered, Sharded, Storage, Whole
 
@@ -74,7 +74,7 @@ class ModelLearner(Learner):
     """A causal language model or classifier: of this package, grafted, or any of transformers.
 
     Args:
-        model: whole, or cut up by `rmoe.training.parallel.distribute`.
+        model: whole, or cut up by `rmoe.parallel.sharding.distribute`.
         accelerator: puts it on its device, under autocast, into DDP, and compiles it.
         ranks: which processes see which sequences.
         parts: micro-batches of a process in a step.

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from rmoe.parallel.sharding import by_mesh
 from rmoe.training.config import TrainingConfig
-from rmoe.training.parallel import by_mesh
 
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """Names of parameters without weight decay: biases and what belongs to a norm, as everywhere in transformers."""

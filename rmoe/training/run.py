@@ -21,6 +21,7 @@ from rmoe.errors import RequestError, RunError
 from rmoe.errors import Stopped as Stopped
 from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.parallel import Pipeline
+from rmoe.parallel.sharding import distribute
 from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.results import run as records
@@ -40,7 +41,6 @@ from rmoe.training.initial_scale import fixed_batch, start_at
 from rmoe.training.learner import Learner, ModelLearner
 from rmoe.training.loop import Loop, peak_mib
 from rmoe.training.metrics import MetricsLog, read_metrics
-from rmoe.training.parallel import distribute
 from rmoe.training.pipelined import PipelineLearner, build_pipeline
 from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
 from rmoe.training.plan import StepPlan

@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rmoe.errors import RunError, one_line
 from rmoe.model import RMoEForCausalLM
 from rmoe.parallel import Pipeline
+from rmoe.parallel.sharding import gathered, whole
 from rmoe.training import sharded
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
-from rmoe.training.parallel import gathered, whole
 from rmoe.training.state import TrainingState
 
 Optimizer = torch.optim.Optimizer

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
-from rmoe.parallel import Pipeline
-from rmoe.training.config import ParallelConfig
-from rmoe.training.parallel import distribute, whole
+from rmoe.parallel import ParallelConfig, Pipeline
+from rmoe.parallel.sharding import distribute, whole
 from tests.versions import older
 
 IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,8 @@ from typing import Protocol
 
 import pytest
 
-from rmoe.training.config import CheckpointConfig, ParallelConfig, RunConfig
+from rmoe.parallel import ParallelConfig
+from rmoe.training.config import CheckpointConfig, RunConfig
 from tests.torture.conftest import AMOUNT
 from tests.training import tiny
 from tests.training.test_kill import ROOT, SETTINGS

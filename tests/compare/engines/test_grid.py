@@ -13,8 +13,8 @@ from rmoe.compare import plan as plans
 from rmoe.compare.compare import Options, compare
 from rmoe.compare.engines import EngineConfig
 from rmoe.errors import RequestError
+from rmoe.parallel import ParallelConfig
 from rmoe.results.rows import read_rows
-from rmoe.training.config import ParallelConfig
 from tests.compare.test_compare import config_of, weights
 
 pytestmark = pytest.mark.slow

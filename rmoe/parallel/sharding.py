@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from rmoe.compat import prune_expert_plan
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
-from rmoe.training.config import ParallelConfig
+from rmoe.parallel.config import ParallelConfig
 
 T = TypeVar("T", bound=Tensor)
 
