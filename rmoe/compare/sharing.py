@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 
 from rmoe.compare.engines.config import EngineConfig
+from rmoe.compare.engines.devices import SIMULATED
 from rmoe.compare.engines.engine import Wants
-from rmoe.compare.engines.local import SIMULATED
 from rmoe.errors import RequestError
 from rmoe.training.config import ModelConfig, RunConfig, TrainingConfig
 

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from rmoe.compare.engines.config import EngineConfig
+from rmoe.compare.engines.devices import slots_of
 from rmoe.compare.engines.engine import Engine, Wants
-from rmoe.compare.engines.local import LocalEngine, slots_of
+from rmoe.compare.engines.local import LocalEngine
 from rmoe.errors import RequestError
 
 

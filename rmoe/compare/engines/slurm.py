@@ -59,7 +59,8 @@ class Carried:
         from submitit.helpers import DelayedSubmission
 
         assert self._process is not None
-        self._process.finish()
+        self._process.stop()
+        self._process.wait()
         return DelayedSubmission(Carried(self.job, self.wants, self.threads, self.log, self.config))
 
 

@@ -85,6 +85,7 @@ def test_killed_in_mid_grid(victim, trial, cluster, reference, tmp_path, note):
         deadline = time.monotonic() + 180
         wanted = chance.choice([1, 2]) if victim != "node" else 1
         while not under_way(out) and time.monotonic() < deadline:
+            assert driver.poll() is None, Path(f"{out}.err").read_text()
             time.sleep(0.02)
         time.sleep(chance.random() * 2 * wanted)
         caught = {key: begun_at_zero(out, key) for key in under_way(out)}
