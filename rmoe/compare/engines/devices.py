@@ -1,4 +1,4 @@
-"""The GPUs of this machine, and which of them each run sees. Imports torch only to count them."""
+"""What this machine has: cores, memory, and GPUs, of which each run sees its own. Imports torch only to count GPUs."""
 
 from __future__ import annotations
 
@@ -38,3 +38,21 @@ def slots_of(jobs: int | None, gpus: int, runs_per_gpu: int) -> list[list[str]]:
     blocks = [found[start : start + gpus] for start in range(0, len(found) - gpus + 1, gpus)]
     slots = [block for _ in range(runs_per_gpu) for block in blocks]
     return slots[:jobs]
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def require_here(cpus: int | None, memory_gib: float | None) -> None:
+    """Check that this machine has what was asked for a run; None asks for nothing.
+
+    Raises:
+        RequestError: it has not.
+    """
+    if cpus is not None and cpus > cores():
+        raise RequestError("engine.cpus", cpus, f"at most {cores()}, the cores of this machine")
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if memory_gib is not None and memory_gib > most:
+        raise RequestError("engine.memory_gib", memory_gib, f"at most {most:.1f}, the memory of this machine")
