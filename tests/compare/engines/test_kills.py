@@ -83,6 +83,16 @@ def carriers(cluster: Cluster) -> list[int]:
     return children and [*cluster.workers(), *children]
 
 
+def wait_for_work(cluster: Cluster, out: Path, driver: subprocess.Popen) -> list[int]:
+    """Until a run with a checkpoint is carried out; gives the processes that do."""
+    deadline = time.monotonic() + 300
+    while not (under_way(out) and (found := carriers(cluster))):
+        assert driver.poll() is None, f"no run is left: {Path(f'{out}.err').read_text()}"
+        assert time.monotonic() < deadline, "no run has a checkpoint"
+        time.sleep(0.02)
+    return found
+
+
 def begun_at_zero(out: Path, key: str) -> int:
     log = out / "logs" / f"{key}.log"
     return log.read_text().count("starting at step 0") if log.exists() else 0
@@ -98,17 +108,13 @@ def test_killed_in_mid_grid(trial, cluster, reference, tmp_path, note):
     driver = start(cluster, folder, out)
     try:
         for victim in chance.sample(["worker", "node", "driver"], 3):
-            deadline = time.monotonic() + 180
-            while not (under_way(out) and carriers(cluster)) and time.monotonic() < deadline:
-                assert driver.poll() is None, (
-                    f"no run left for the {victim}: {Path(f'{out}.err').read_text()}"
-                )
-                time.sleep(0.02)
+            wait_for_work(cluster, out, driver)
             time.sleep(chance.random())
+            below = wait_for_work(cluster, out, driver)  # the run may have ended meanwhile
             found = under_way(out)
             caught |= {key: begun_at_zero(out, key) for key in found if key not in caught}
             if victim == "worker":
-                os.kill(chance.choice(carriers(cluster)), signal.SIGKILL)
+                os.kill(chance.choice(below), signal.SIGKILL)
             elif victim == "node":
                 cluster.kill(name)
             else:
@@ -116,7 +122,7 @@ def test_killed_in_mid_grid(trial, cluster, reference, tmp_path, note):
                 driver.wait()
                 driver = start(cluster, folder, out)
             note(kind=f"ray: {victim} killed", trial=trial, under_way=len(found))
-        assert driver.wait(timeout=300) == 0, Path(f"{out}.err").read_text()
+        assert driver.wait(timeout=900) == 0, Path(f"{out}.err").read_text()
     finally:
         driver.kill()
         if name in cluster.nodes:
