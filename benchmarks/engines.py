@@ -1,22 +1,25 @@
 """What an engine adds to a run, and how a grid of 1,000 runs would go on 64 workers that fail.
 
-    python -m benchmarks.engines [--parts overhead simulate] [--steps 1500] [--out benchmarks/results]
+    python -m benchmarks.engines [--parts overhead simulate] [--steps 100] [--rounds 5] [--out benchmarks/results]
 
-`overhead`: two runs of a small model, one after the other, on each engine, against `rmoe train` called twice by hand:
-wall clock of everything, the engine's start and end included, per run. Ray makes a cluster of this machine, Slurm is
-submitit's local executor.
+`overhead`: two runs of a small model, one after the other, on each engine, against `rmoe train` called by hand: wall
+clock of everything, the engine's start and end included, per run; in turn, the median of the rounds' differences. Ray
+makes a cluster of this machine; its workers are not `nice` here (by default they are, at 15, and wait for whatever else
+the machine does). Slurm is submitit's local executor.
 `simulate`: `rmoe.planning.grid.simulate` with the overheads measured: 1,000 runs of an hour.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 from benchmarks.results import write_result
 from rmoe.compare.engines import EngineConfig, Wants, engine_of
@@ -24,6 +27,7 @@ from rmoe.compare.jobs import Train
 from rmoe.data import prepare
 from rmoe.planning.grid import simulate
 from rmoe.training.config import RunConfig
+from rmoe.training.run_folder import read_result
 
 ENGINES = {
     "local": EngineConfig(),
@@ -42,57 +46,67 @@ GRID = {
 FAILURES_PER_HOUR = (0.0, 0.001, 0.01, 0.1, 1.0)  # of one worker
 
 
-def by_hand(config: RunConfig, steps: int, folder: Path) -> float:
-    """Seconds of a run of `rmoe train`."""
-    asked = [
-        "--preset",
-        "quick",
-        "--training.max-steps",
-        str(steps),
-        "--training.seed",
-        "7",
-        "--out",
-        str(folder),
-    ]
+class Spent(NamedTuple):
+    """Seconds of a run, all in all, and of one of its steps."""
+
+    run: float
+    step: float
+
+
+def by_hand(steps: int, folder: Path) -> Spent:
+    """A run of `rmoe train`."""
+    asked = ["--preset", "quick", "--training.max-steps", str(steps), "--training.threads", "1"]
+    command = [sys.executable, "-m", "rmoe.cli.main", "train", *asked, "--out", str(folder)]
     started = time.monotonic()
-    command = [sys.executable, "-m", "rmoe.cli.main", "train", *asked]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.monotonic() - started
+    return Spent(time.monotonic() - started, _step_seconds(folder))
 
 
-def on(engine: EngineConfig, config: RunConfig, folder: Path) -> float:
-    """Seconds of a run on an engine, its start and end shared by the runs of this grid."""
+def on(engine: EngineConfig, config: RunConfig, folder: Path) -> Spent:
+    """A run on an engine, whose start and end are shared by the runs of this grid."""
     sha256 = prepare(config.data, config.training.sequence_length).manifest.key
+    folders = [folder / "runs" / str(number) for number in range(RUNS)]
     jobs = {
-        f"rmoe-seed{seed}": Train(
-            config=config.with_setting("training.seed", seed).to_dict(),
-            folder=str(folder / "runs" / str(seed)),
-            data_sha256=sha256,
-        )
-        for seed in range(RUNS)
+        place.name: Train(config=config.to_dict(), folder=str(place), data_sha256=sha256) for place in folders
     }
     started = time.monotonic()
     with engine_of(engine, folder, Wants(cpus=2), 1, 1) as running:
         for name, answer in running.answers(jobs, Wants(cpus=2)):
             if answer.error is not None:
                 raise RuntimeError(f"{name}: {answer.error}")
-    return (time.monotonic() - started) / RUNS
+    return Spent((time.monotonic() - started) / RUNS, median(map(_step_seconds, folders)))
 
 
-def overhead(steps: int) -> dict[str, Any]:
-    """Per engine: seconds that a run takes longer than by hand, and what that is of the goal at a 5-minute run."""
+def _step_seconds(folder: Path) -> float:
+    return (read_result(folder).seconds_per_1k_steps or 0.0) / 1000
+
+
+def overhead(steps: int, rounds: int) -> dict[str, Any]:
+    """Per engine: seconds that a run takes longer than by hand, and its steps' share; what is allowed at 5 minutes."""
     config = RunConfig.from_preset("quick").with_setting("training.max_steps", steps)
+    config = config.with_setting("training.threads", 1)
     prepare(config.data, config.training.sequence_length)
-    with tempfile.TemporaryDirectory() as scratch:
-        hand = sum(by_hand(config, steps, Path(scratch, f"hand{n}")) for n in range(RUNS)) / RUNS
-        found = {name: on(engine, config, Path(scratch, name)) for name, engine in ENGINES.items()}
-    allowed = GOAL["share"] * GOAL["run_seconds"] + GOAL["seconds"]
+    hand: list[Spent] = []
+    found: dict[str, list[Spent]] = {name: [] for name in ENGINES}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            hand.append(by_hand(steps, Path(scratch, "hand")))
+            for name, engine in ENGINES.items():
+                found[name].append(on(engine, config, Path(scratch, name)))
     return {
         "steps": steps,
-        "by_hand_s": hand,
-        **{f"{name}_s": seconds for name, seconds in found.items()},
-        **{f"{name}_overhead_s": seconds - hand for name, seconds in found.items()},
-        "allowed_at_5_minutes_s": allowed,
+        "rounds": rounds,
+        "by_hand_s": [spent.run for spent in hand],
+        **{
+            f"{name}_overhead_s": median(one.run - by.run for one, by in zip(spent, hand, strict=True))
+            for name, spent in found.items()
+        },
+        **{
+            f"{name}_step_ratio": median(one.step / by.step for one, by in zip(spent, hand, strict=True))
+            for name, spent in found.items()
+        },
+        **{f"{name}_s": [one.run for one in spent] for name, spent in found.items()},
+        "allowed_at_5_minutes_s": GOAL["share"] * GOAL["run_seconds"] + GOAL["seconds"],
     }
 
 
@@ -128,13 +142,15 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=("overhead", "simulate"), default=["overhead", "simulate"]
     )
-    parser.add_argument("--steps", type=int, default=1500, help="of each run that is timed")
+    parser.add_argument("--steps", type=int, default=100, help="of each run that is timed")
+    parser.add_argument("--rounds", type=int, default=5, help="overhead: turns")
     parser.add_argument("--start-seconds", type=float, default=6.0, help="simulate: until a run trains")
     parser.add_argument("--out", type=Path, help="folder for a dated result")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     if "overhead" in options.parts:
-        figures["overhead"] = overhead(options.steps)
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+        figures["overhead"] = overhead(options.steps, options.rounds)
     if "simulate" in options.parts:
         figures["grid"], figures["simulate"] = GRID, scale_out(options.start_seconds)
     write_result("-".join(["engines", *options.parts]), figures, options.out)

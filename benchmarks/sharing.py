@@ -25,9 +25,10 @@ import msgspec
 
 from benchmarks.results import write_result
 from rmoe.compare.compare import Options, compare
+from rmoe.compare.engines.devices import cores
 from rmoe.compare.engines.engine import Wants
 from rmoe.compare.engines.process import Process, threads_of
-from rmoe.compare.sharing import cores, share, step_work
+from rmoe.compare.sharing import share, step_work
 from rmoe.compare.timing import TimeSteps
 from rmoe.data import prepare
 from rmoe.errors import RunError

@@ -121,7 +121,7 @@ def _print_grid(
 
     import torch
 
-    from rmoe.compare.engines.local import slots_of
+    from rmoe.compare.engines.devices import slots_of
     from rmoe.compare.sharing import place
     from rmoe.planning.grid import pilots_in, plan_grid
     from rmoe.records import indented

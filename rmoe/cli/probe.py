@@ -58,8 +58,8 @@ def run(
         single_file: put the plotting library into the report's page, so that it can be sent alone.
         engine: where they are carried out: `--engine ray`. See the table below and docs/scale.md.
     """
+    from rmoe.compare.engines.devices import cores
     from rmoe.compare.probes import summarise
-    from rmoe.compare.sharing import cores
     from rmoe.plugins import load_plugins
     from rmoe.probes import runner
     from rmoe.probes.stack import fitted

@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 
 from rmoe.compare.engines.config import EngineConfig
+from rmoe.compare.engines.devices import SIMULATED, cores
 from rmoe.compare.engines.engine import Wants
-from rmoe.compare.engines.local import SIMULATED
 from rmoe.errors import RequestError
 from rmoe.training.config import ModelConfig, RunConfig, TrainingConfig
 
@@ -29,11 +29,6 @@ class Sharing:
 
     jobs: int | None
     threads: int
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def place(config: RunConfig, engine: EngineConfig, jobs: int | None, on_gpu: bool) -> tuple[Wants, Sharing]:

@@ -26,23 +26,30 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the answers
     jobs: queue.Queue[Job | None] = queue.Queue()
-    busy = threading.Event()
-    threading.Thread(target=_listen, args=(sys.stdin.buffer, jobs, busy), daemon=True).start()
+    busy, alone = threading.Event(), threading.Event()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, jobs, busy, alone), daemon=True).start()
     while (job := jobs.get()) is not None:
         busy.set()
+        if alone.is_set():  # after `busy`: either this or the listener sees the other's
+            break
         answer = answer_to(job)
         busy.clear()
         _say(answers, answer)
 
 
-def _listen(stdin: BinaryIO, jobs: queue.Queue[Job | None], busy: threading.Event) -> None:
+def _listen(
+    stdin: BinaryIO, jobs: queue.Queue[Job | None], busy: threading.Event, alone: threading.Event
+) -> None:
     try:
         while True:
             jobs.put(pickle.load(stdin))  # nosec B301
     except EOFError:
+        pass
+    finally:  # also after a job that cannot be read, which is no answer
+        alone.set()
         jobs.put(None)
-    if busy.is_set():
-        os.kill(os.getpid(), signal.SIGTERM)  # `train` saves and stops
+        if busy.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)  # `train` saves and stops
 
 
 def _say(answers: BinaryIO, answer: Answer) -> None:

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from rmoe.compare.engines.config import EngineConfig
+from rmoe.compare.engines.devices import require_here, slots_of
 from rmoe.compare.engines.engine import Engine, Wants
-from rmoe.compare.engines.local import LocalEngine, slots_of
+from rmoe.compare.engines.local import LocalEngine
 from rmoe.errors import RequestError
 
 
@@ -28,6 +29,8 @@ def engine_of(config: EngineConfig, out: Path, wants: Wants, jobs: int | None, t
         from rmoe.compare.engines.ray import RayEngine
 
         return RayEngine(config, out, wants, threads)
+    if config.kind == "local" or config.submitit == "local":
+        require_here(config.cpus, config.memory_gib)
     if config.kind == "slurm":
         from rmoe.compare.engines.slurm import SlurmEngine
 

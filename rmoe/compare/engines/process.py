@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from rmoe.compare.engines.engine import Answer, Job, Wants
 from rmoe.compare.engines.torchrun import spread
@@ -35,7 +34,6 @@ class Process:
     def __init__(self, environment: Mapping[str, str], log: Path, setup: Sequence[str] = ()) -> None:
         self.environment, self.log, self.setup = environment, log, setup
         self._process: subprocess.Popen[bytes] | None = None
-        self._log_file: IO[bytes] | None = None
         self._closing = threading.Event()
 
     def start(self) -> None:
@@ -43,18 +41,18 @@ class Process:
         if self._process is not None and self._process.poll() is None:
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._log_file = open(self.log, "ab")  # noqa: SIM115  open as long as the process
         command = CHILD
         if self.setup:
             command = ["bash", "-c", "\n".join(["set -e", *self.setup, 'exec "$@"']), "setup", *CHILD]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log_file,
-            env={**os.environ, **self.environment},
-            start_new_session=True,  # Ctrl-C reaches whoever started it, who lets it save
-        )
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **self.environment},
+                start_new_session=True,  # Ctrl-C reaches whoever started it, who lets it save
+            )
 
     def do(self, job: Job, wants: Wants, retries: int = 0) -> Answer:
         """Have a job done; one whose process dies is started again, so many times."""
@@ -71,14 +69,14 @@ class Process:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        if self._closing.is_set():
-            process.terminate()
+        if self._closing.is_set():  # since `do` has looked
+            self.stop()
         try:
             process.stdin.write(pickle.dumps(job))
             process.stdin.flush()
             answer: Answer = pickle.load(process.stdout)  # nosec B301
             return answer
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError, ValueError):  # ValueError: stdin is closed
             status = process.wait()
         self._free()
         if self._closing.is_set():
@@ -87,33 +85,25 @@ class Process:
         return Answer(error=f"the worker process ended {cause}; see {self.log}", lost=True)
 
     def stop(self) -> None:
-        """Tell it to save what it is training and to answer."""
+        """Let it end: when its stdin closes it saves what it is training, answers and is gone. Waits for nothing."""
         self._closing.set()
         if self._process is not None:
-            self._process.terminate()
-
-    def finish(self) -> None:
-        """Let it end: when its stdin closes it saves what it is training. Waits until it is gone."""
-        self._closing.set()
-        process = self._process
-        if process is not None:
-            assert process.stdin is not None
+            assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            process.wait()
+                self._process.stdin.close()
+
+    def wait(self) -> None:
+        """Until it is gone."""
+        if self._process is not None:
+            self._process.wait()
 
     def close(self) -> None:
         """Let it end and give its files back, once nobody waits for an answer."""
-        self.finish()
+        self.stop()
         self._free()
 
     def _free(self) -> None:
         if self._process is not None:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.stdout.close()
-        if self._log_file is not None:
-            self._log_file.close()
-        self._process = self._log_file = None
+            with contextlib.suppress(BrokenPipeError), self._process:
+                pass  # closes its pipes, then waits
+            self._process = None

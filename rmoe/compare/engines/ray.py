@@ -22,6 +22,7 @@ from rmoe.errors import RequestError, one_line
 
 SECONDS_TO_ANSWER = 10.0
 SECONDS_TO_SAVE = 120.0
+SECONDS_TO_LOOK = 60.0  # for the shared folder's token
 OBJECT_STORE_BYTES = 200 * 2**20  # of a cluster of our own: answers are small
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = 4
@@ -109,21 +110,24 @@ class RayEngine(Engine):
         else:
             ray.init(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
         try:
-            self._nodes = [node for node in ray.nodes() if node["Alive"]]
-            self.at_once = f"on {len(self._nodes)} Ray node(s)"
             self._node(config.node)
             self._require_room(wants)
             self._require_shared()
+            self.at_once = f"on {len(self._nodes())} Ray node(s)"
         except RequestError:
             ray.shutdown()
             raise
         # On the driver's own node: the loss of another one must not ring it.
-        here = next(n for n in self._nodes if n["NodeID"] == ray.get_runtime_context().get_node_id())
+        here = next(n for n in self._nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
         bell = ray.remote(Bell).options(
             num_cpus=0, max_concurrency=10_000, scheduling_strategy=self._on(here)
         )
         self._bell: Any = bell.remote()
         self._running: dict[Any, str] = {}
+
+    def _nodes(self) -> list[Mapping[str, Any]]:
+        """As far as the cluster knows now: of one that died it learns within half a minute."""
+        return [node for node in self.ray.nodes() if node["Alive"]]
 
     def _names(self, node: Mapping[str, Any]) -> list[str]:
         return [node["NodeName"], node["NodeManagerHostname"], node["NodeManagerAddress"], node["NodeID"]]
@@ -131,10 +135,10 @@ class RayEngine(Engine):
     def _node(self, name: str | None) -> Mapping[str, Any] | None:
         if name is None:
             return None
-        for node in self._nodes:
+        for node in self._nodes():
             if name in self._names(node):
                 return node
-        allowed = ", ".join(sorted(node["NodeName"] for node in self._nodes))
+        allowed = ", ".join(sorted(node["NodeName"] for node in self._nodes()))
         raise RequestError("engine.node", name, f"a node of the cluster: {allowed}")
 
     def _require_room(self, wants: Wants) -> None:
@@ -144,7 +148,7 @@ class RayEngine(Engine):
             "GPU": ("gpus", wants.gpus, 1),
         }
         asked |= {"memory": ("memory_gib", memory, 2**30)} if memory else {}
-        rooms = [node["Resources"] for node in self._nodes]
+        rooms = [node["Resources"] for node in self._nodes()]
         for kind, (field, value, unit) in asked.items():
             most = max(room.get(kind, 0.0) for room in rooms)
             if value > most:
@@ -166,12 +170,19 @@ class RayEngine(Engine):
             raise RequestError("engine.shared", str(folder), f"a folder with --out ({self.out}) in it")
         with token_in(folder) as job:
             look = self.ray.remote(ReadToken.carry_out)
-            asked = {
-                node["NodeName"]: look.options(num_cpus=0, scheduling_strategy=self._on(node)).remote(job)
-                for node in self._nodes
-            }
-            for name, reference in asked.items():
-                machine, seen = self.ray.get(reference, timeout=60)
+            asked = [
+                (node, look.options(num_cpus=0, scheduling_strategy=self._on(node)).remote(job))
+                for node in self._nodes()
+            ]
+            for node, reference in asked:
+                name = node["NodeName"]
+                try:
+                    machine, seen = self.ray.get(reference, timeout=SECONDS_TO_LOOK)
+                except self.ray.exceptions.RayError:
+                    if node["NodeID"] not in {other["NodeID"] for other in self._nodes()}:
+                        continue  # it has died since
+                    allowed = f"a cluster whose nodes answer: {name} does not"
+                    raise RequestError("engine.address", self.config.address, allowed) from None
                 if not seen:
                     allowed = (
                         f"one that every node sees: {name} ({machine}) does not; or engine.fetch without it"
@@ -193,7 +204,7 @@ class RayEngine(Engine):
             options["memory"] = int(wants.memory_gib * 2**30)
         node = self._node(wants.node)
         if wants.alone:
-            node = node or next(n for n in self._nodes if n["Resources"].get("GPU", 0) >= wants.gpus)
+            node = node or next(n for n in self._nodes() if n["Resources"].get("GPU", 0) >= wants.gpus)
             options["num_cpus"] = node["Resources"]["CPU"]
         return options if node is None else options | {"scheduling_strategy": self._on(node)}
 

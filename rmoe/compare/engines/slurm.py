@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rmoe.compare.engines.config import EngineConfig
+from rmoe.compare.engines.devices import cores
 from rmoe.compare.engines.engine import Answer, Engine, Job, Wants
 from rmoe.compare.engines.journal import note, read_journal, state_of
 from rmoe.compare.engines.process import Process, threads_of
@@ -59,7 +60,8 @@ class Carried:
         from submitit.helpers import DelayedSubmission
 
         assert self._process is not None
-        self._process.finish()
+        self._process.stop()
+        self._process.wait()
         return DelayedSubmission(Carried(self.job, self.wants, self.threads, self.log, self.config))
 
 
@@ -108,10 +110,16 @@ class SlurmEngine(Engine):
         self._waiting = self._found(jobs)
         if self._waiting:
             print(f"jobs found again: {len(self._waiting)}", file=sys.stderr, flush=True)
-        self._submit({name: job for name, job in jobs.items() if name not in self._waiting}, wants)
+        todo = [name for name in jobs if name not in self._waiting]
+        # Slurm gets all at once; submitit's local executor would start all at once.
+        here = self.config.at_once or max(1, cores() // wants.cpus)
+        most = len(jobs) if self.config.submitit == "slurm" else here
         left = dict.fromkeys(jobs, self.config.retries)
         asked = time.monotonic()
-        while self._waiting:
+        while todo or self._waiting:
+            room = max(0, most - len(self._waiting))
+            self._submit({name: jobs[name] for name in todo[:room]}, wants)
+            del todo[:room]
             ask_state = time.monotonic() - asked > STATE_SECONDS or self.config.submitit == "local"
             asked = time.monotonic() if ask_state else asked
             for name, submitted in list(self._waiting.items()):

@@ -17,6 +17,8 @@ from pathlib import Path
 # Before Ray is imported: every node and driver of these clusters shares a token of its own, whatever the user's is.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+os.environ["RAY_health_check_period_ms"] = "1000"  # noqa: SIM112  a killed node is known after 5 s
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's 15 gets nothing on a busy machine
 
 RAY = str(Path(sys.executable).with_name("ray"))
 STORE = str(100 * 2**20)

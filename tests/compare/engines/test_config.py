@@ -8,7 +8,7 @@ import pytest
 
 from rmoe.cli.arguments import parse
 from rmoe.cli.compare import run
-from rmoe.compare.engines import EngineConfig
+from rmoe.compare.engines import EngineConfig, Wants, engine_of
 from rmoe.compare.sharing import place
 from rmoe.errors import RequestError
 from rmoe.training.config import RunConfig
@@ -74,3 +74,21 @@ def test_a_layout_for_other_gpus_is_refused():
     config = RunConfig.from_preset("quick").with_setting("parallel.fsdp", 2)
     with pytest.raises(RequestError, match="the number of processes \\(4\\)"):
         place(config, EngineConfig(gpus=4), None, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (EngineConfig(cpus=10_000), "engine.cpus is 10000; allowed: at most"),
+        (EngineConfig(memory_gib=1e6), "engine.memory_gib is 1000000.0; allowed: at most"),
+        (
+            EngineConfig(kind="slurm", submitit="local", cpus=10_000),
+            "engine.cpus is 10000; allowed: at most",
+        ),
+        (EngineConfig(node="elsewhere"), "engine.node is 'elsewhere'; allowed: "),
+    ],
+)
+def test_what_this_machine_has_not_is_one_line(engine, said, tmp_path):
+    with pytest.raises(RequestError, match=re.escape(said)):
+        engine_of(engine, tmp_path / "out", Wants(), 1, 1)
+    assert list(tmp_path.iterdir()) == []

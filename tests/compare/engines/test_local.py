@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import rmoe
 from rmoe.compare.engines import Wants
 from rmoe.compare.engines.child import answer_to
+from rmoe.compare.engines.devices import slots_of
 from rmoe.compare.engines.engine import Failed
-from rmoe.compare.engines.local import LocalEngine, slots_of
+from rmoe.compare.engines.local import LocalEngine
+from rmoe.compare.engines.process import CHILD
 from rmoe.errors import RequestError
 from tests.compare.engines.jobs import Count, Crash, Environment, Fail, Rank
 
@@ -123,6 +127,31 @@ def test_a_killed_parent_leaves_no_process(tmp_path):
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_job_whose_parent_is_gone_before_it_starts_is_not_carried_out(tmp_path):
+    """Both are read at once: the job, and that nobody waits for its answer."""
+    for trial in range(4):
+        file = tmp_path / str(trial)
+        child = subprocess.Popen(CHILD, stdin=subprocess.PIPE, cwd=ROOT)
+        child.communicate(pickle.dumps(Count(file=str(file), steps=100)), timeout=60)
+        assert not file.exists() or len(file.read_bytes().split()) < 100
+
+
+def test_a_job_that_cannot_be_read_is_lost(tmp_path):
+    class Here(Environment, frozen=True):
+        """A class that no other process knows."""
+
+    Here.__qualname__, Here.__module__ = "Nowhere", "rmoe"
+    vars(rmoe)["Nowhere"] = Here
+    try:
+        with LocalEngine([[]], 1, tmp_path) as engine:
+            answers = dict(engine.answers({"0": Here(names=[]), "1": Environment(names=[])}, Wants()))
+    finally:
+        del vars(rmoe)["Nowhere"]
+    assert answers["0"].lost
+    assert "ended with status 0; see " in answers["0"].error
+    assert answers["1"].error is None
 
 
 @pytest.mark.slow

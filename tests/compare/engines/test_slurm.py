@@ -75,6 +75,20 @@ def test_submitit_local_answers_and_failures(tmp_path):
     }
 
 
+@pytest.mark.slow
+def test_submitit_local_starts_as_many_as_the_machine_carries(tmp_path):
+    """Two at once say so in a file; its executor alone would start all."""
+    config = EngineConfig(kind="slurm", submitit="local", at_once=2)
+    files = [tmp_path / str(number) for number in range(4)]
+    jobs = {file.name: Count(file=str(file), steps=20) for file in files}
+    with SlurmEngine(config, tmp_path, Wants(), threads=1) as engine:
+        answers = engine.answers(jobs, Wants())
+        next(answers)
+        assert sum(file.exists() for file in files) <= 3  # the two, and one that has taken a place
+        assert len(dict(answers)) == 3
+    assert all(len(file.read_text().split()) == 20 for file in files)
+
+
 def test_a_job_that_ends_while_slurm_is_asked_has_its_answer(tmp_path, monkeypatch):
     def ends_now(engine, submitted):
         submitted.wait()
