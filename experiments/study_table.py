@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,11 +24,12 @@ def markdown(rows: Sequence[StudyRow], baseline: str, margin: float) -> str:
     for row in rows:
         arms[row.grid, row.router][row.seed] = row
     first = rows[0]
+    cpus = ", ".join(f"{cpu} ({runs} runs)" for cpu, runs in Counter(row.hardware.cpu for row in rows).items())
     lines = [
         f"{len(rows)} finished runs of `experiments/study.toml`; text {first.corpus.name} "
         f"(sha256 `{first.corpus.sha256[:12]}`), code {first.versions.code}, "
         + ", ".join(f"{name} {version}" for name, version in first.versions.libraries.items())
-        + f"; {first.hardware.cpu}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
+        + f"; {cpus}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
         "lower is better. "
         f"Differences are to `{baseline}` in `{REFERENCE}` (grids of another size: in the same grid), seed by seed; "
         f"intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "
