@@ -5,10 +5,11 @@
     python -m experiments.study collect --out runs/study
     python -m experiments.study table
 
-`study.toml` is the plan, `study.md` what was fixed beforehand. `run` resumes what is missing, from a copy of the code
-that never changes: runs of two versions are refused. `domains` evaluates finished models on texts they were never
-trained on. `collect` copies finished runs, one line each, into
-`results/study.jsonl`; `table` writes `results/study.md` from that file alone.
+`study.toml` is the plan, `study.md` what was fixed beforehand. `run` trains what is missing, on any machine: what
+`results/study.jsonl` has is not trained again. It wants a copy of the code that does not change: runs of two versions
+are refused, but for those that were seen to give the same bits (`equal_codes` in `study.toml`, or `--equal-code`).
+`domains` evaluates finished models on texts they were never trained on. `collect` copies finished runs, one line each,
+into `results/study.jsonl`; `table` writes `results/study.md` from that file alone.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from experiments.status import exit_status
 from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
 from experiments.study_table import markdown
-from rmoe.compare.compare import Options, compare
-from rmoe.compare.engines import EngineConfig
-from rmoe.compare.plan import RESULTS
-from rmoe.results.rows import ResultRow, read_rows
+from rmoe.compare.engines import EngineConfig, engine_of
+from rmoe.compare.jobs import Train
+from rmoe.compare.sharing import place
+from rmoe.data import prepare
+from rmoe.errors import RunError
 from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.environment import versions
+from rmoe.training.run_folder import read_result
 
 HERE = Path(__file__).parent
 PLUGIN = "experiments/routers.py"  # as seen from the checkout, where this is run
@@ -59,13 +62,18 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`study.toml`."""
+    """`study.toml`.
+
+    Attributes:
+        equal_codes: versions of the code whose runs have the same bits; see `study.md`.
+    """
 
     margin: float
     baseline: str
     state_width: int
     domains: dict[str, str]
     domain_grids: list[str]
+    equal_codes: list[str]
     size: dict[str, dict[str, Any]]
     stage: list[Stage]
 
@@ -97,39 +105,72 @@ def steps(study: Study) -> Iterator[tuple[Grid, int]]:
 
 
 def run(
-    study: Study, data_dir: Path, out: Path, jobs: int, most: int | None, engine: EngineConfig | None = None
+    study: Study,
+    data_dir: Path,
+    out: Path,
+    collected: Path = COLLECTED,
+    jobs: int = 1,
+    most: int | None = None,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> None:
-    """Train what is missing, in order.
+    """Train what neither `out` nor `collected` has, in order.
 
     Args:
         most: stop after so many steps of the plan that trained something; None trains all.
 
     Raises:
-        RequestError: this code is not that of the runs in `out`.
+        RequestError: this code is not that of the runs so far.
+        RunError: a run failed; the others of its step are finished.
     """
     load_plugins((PLUGIN,))
     for stage in study.stage:
         for grid in stage.grid:
             select(grid.routers)
-    one_code([*finished(study, out), versions().code])
+    have = [
+        *finished(study, out),
+        *(read_study_rows(collected, study.equal_codes) if collected.exists() else []),
+    ]
+    one_code([*have, versions().code], study.equal_codes)
+    known = {row.key for row in have}
     done = 0
     for grid, seeds in steps(study):
-        folder = out / grid.folder
-        wanted = {f"{router}-seed{seed}" for router in grid.routers for seed in range(seeds)}
-        if wanted <= {row.key for row in rows_of(folder) if row.result}:
+        missing = [
+            (router, seed)
+            for seed in range(seeds)
+            for router in grid.routers
+            if (grid.folder, router, seed) not in known
+        ]
+        if not missing:
             continue
         if most is not None and done >= most:
             return
         done += 1
-        options = Options(
-            jobs=jobs,
-            margin=study.margin,
-            timing_rounds=0,
-            analysis_tokens=0,
-            engine=engine or EngineConfig(),
+        train(study.config(grid, data_dir / TEXT), missing, out / grid.folder, jobs, engine)
+        known |= {(grid.folder, *run) for run in missing}
+        discard_checkpoints(out / grid.folder, study.baseline)
+
+
+def train(
+    config: RunConfig, runs: Sequence[tuple[str, int]], folder: Path, jobs: int, engine: EngineConfig
+) -> None:
+    """Train (router, seed) runs in `folder/runs`, or resume them."""
+    wants, sharing = place(config, engine, jobs, on_gpu=False)
+    corpus = prepare(config.data, config.training.sequence_length)
+    work = {
+        f"{router}-seed{seed}": Train(
+            config=config.with_setting("router", router).with_setting("training.seed", seed).to_dict(),
+            folder=str(folder / "runs" / f"{router}-seed{seed}"),
+            data_sha256=corpus.manifest.key,
         )
-        compare(study.config(grid, data_dir / TEXT), grid.routers, seeds, folder, options=options)
-        discard_checkpoints(folder, study.baseline)
+        for router, seed in runs
+    }
+    with engine_of(engine, folder, wants, sharing.jobs, sharing.threads) as carrier:
+        errors = []
+        for name, answer in carrier.answers(work, wants):
+            print(f"{folder.name} {name} {answer.error or 'finished'}", file=sys.stderr, flush=True)
+            errors += [f"{name}: {answer.error}"] if answer.error else []
+    if errors:
+        raise RunError(errors[0], "every other run", "the same command again")
 
 
 def discard_checkpoints(folder: Path, baseline: str) -> None:
@@ -147,16 +188,14 @@ def last_constant_step(result: Path) -> int:
     return int(RunConfig.from_dict(config).training.decay_steps * 4)
 
 
-def rows_of(folder: Path) -> list[ResultRow]:
-    path = folder / RESULTS
-    return read_rows(path)[0]
-
-
 def finished(study: Study, out: Path) -> list[StudyRow]:
     """Every finished run of the study's grids, in the order of the plan."""
     folders = dict.fromkeys(grid.folder for stage in study.stage for grid in stage.grid)
-    rows = [(folder, row) for folder in folders for row in rows_of(out / folder) if row.result]
-    return [study_row(folder, row, read_domains(out / folder / "runs" / row.key)) for folder, row in rows]
+    return [
+        study_row(folder, read_result(result.parent), read_domains(result.parent))
+        for folder in folders
+        for result in sorted((out / folder).glob("runs/*/result.json"))
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,28 +210,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--engine", default="", help="a .toml file with an [engine] table; default: this machine"
     )
     parser.add_argument("--most", type=int, help="stop after so many (grid, seed) steps")
+    parser.add_argument(
+        "--equal-code",
+        action="append",
+        default=[],
+        help="a version seen to give the bits of the results' own",
+    )
     asked = parser.parse_args(argv)
 
     def work() -> None:
         study = read_study()
+        study = msgspec.structs.replace(study, equal_codes=[*study.equal_codes, *asked.equal_code])
         if asked.verb == "run":
-            run(
-                study,
-                asked.data_dir,
-                asked.out,
-                asked.jobs,
-                asked.most,
-                EngineConfig.from_preset(asked.engine),
-            )
+            engine = EngineConfig.from_preset(asked.engine)
+            run(study, asked.data_dir, asked.out, asked.results, asked.jobs, asked.most, engine)
         elif asked.verb == "domains":
             for row in finished(study, asked.out):
                 if row.grid in study.domain_grids:
                     evaluate_domains(asked.out / row.grid / "runs" / row.name, study.domains, asked.data_dir)
         elif asked.verb == "collect":
-            added = append_missing(asked.results, finished(study, asked.out))
+            added = append_missing(asked.results, finished(study, asked.out), study.equal_codes)
             print(f"{added} runs added to {asked.results}")
         else:
-            table = markdown(read_study_rows(asked.results), study.baseline, study.margin)
+            table = markdown(read_study_rows(asked.results, study.equal_codes), study.baseline, study.margin)
             asked.results.with_suffix(".md").write_text(table, encoding="utf-8")
             print(table)
 

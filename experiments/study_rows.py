@@ -11,7 +11,6 @@ import msgspec
 from rmoe.compare.statistics import STRETCHES
 from rmoe.errors import RequestError
 from rmoe.records import Record, atomic_write
-from rmoe.results.rows import ResultRow
 from rmoe.results.run import (
     Averaged,
     CorpusInfo,
@@ -20,6 +19,7 @@ from rmoe.results.run import (
     InitialLogits,
     LayerCurve,
     Parameters,
+    RunResult,
     TextLosses,
     Versions,
 )
@@ -62,7 +62,7 @@ class StudyRow(Record, frozen=True, kw_only=True):
         return self.grid, self.router, self.seed
 
 
-def study_row(grid: str, row: ResultRow, domains: dict[str, float] | None = None) -> StudyRow:
+def study_row(grid: str, run: RunResult, domains: dict[str, float] | None = None) -> StudyRow:
     """A finished run's line.
 
     Args:
@@ -71,9 +71,10 @@ def study_row(grid: str, row: ResultRow, domains: dict[str, float] | None = None
     Raises:
         RequestError: it is no run of this study: it has no averaged weights or no losses by stretch of text.
     """
-    run = row.result
-    if run is None or run.averaged is None or run.test_losses is None or run.val is None or run.test is None:
-        raise RequestError("results", f"{row.key} in {grid}", "runs of this study: others measured less")
+    if run.averaged is None or run.test_losses is None or run.val is None or run.test is None:
+        raise RequestError(
+            "results", f"{run.router}-seed{run.seed} in {grid}", "runs of this study: others measured less"
+        )
     assert run.averaged.test_losses is not None
     routing = run.routing
     averaged = msgspec.structs.replace(run.averaged, test_losses=coarser(run.averaged.test_losses))
@@ -121,23 +122,25 @@ def _short(values: Sequence[float] | None) -> list[float] | None:
     return None if values is None else [float(f"{value:.4g}") for value in values]
 
 
-def one_code(rows: Iterable[StudyRow | str]) -> None:
-    """Refuse runs that were not all made by one version of the code, text and machine-independent settings.
+def one_code(rows: Iterable[StudyRow | str], equal: Sequence[str] = ()) -> None:
+    """Refuse runs that were not all made by one version of the code.
 
     Args:
         rows: runs, or versions of the code as `rmoe.training.environment.versions` names them.
+        equal: versions that count as one.
 
     Raises:
         RequestError: naming the first two versions, or what has changes that are not committed.
     """
-    codes = list(dict.fromkeys(row if isinstance(row, str) else row.versions.code for row in rows))
+    every = (row if isinstance(row, str) else row.versions.code for row in rows)
+    codes = list(dict.fromkeys(equal[0] if code in equal else code for code in every))
     if len(codes) > 1:
         raise RequestError("code", codes[1], f"{codes[0]}, with which the study's runs so far were made")
     if codes and codes[0].endswith(".dirty"):
         raise RequestError("code", codes[0], "a commit without changes: the study runs from a frozen copy")
 
 
-def read_study_rows(path: Path) -> list[StudyRow]:
+def read_study_rows(path: Path, equal_codes: Sequence[str] = ()) -> list[StudyRow]:
     """The lines of `results/study.jsonl`.
 
     Raises:
@@ -151,21 +154,21 @@ def read_study_rows(path: Path) -> list[StudyRow]:
             rows.append(msgspec.json.decode(line, type=StudyRow))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"{path.name} line {number}", str(error), "a run of this study") from None
-    one_code(rows)
+    one_code(rows, equal_codes)
     texts = list(dict.fromkeys(row.corpus.sha256[:12] for row in rows))
     if len(texts) > 1:
         raise RequestError(f"{path.name}: corpus", texts[1], f"{texts[0]}, the text of its first run")
     return rows
 
 
-def append_missing(path: Path, rows: Sequence[StudyRow]) -> int:
+def append_missing(path: Path, rows: Sequence[StudyRow], equal_codes: Sequence[str] = ()) -> int:
     """Add the runs that the file lacks, and what of theirs was evaluated since; returns how many are new.
 
     Raises:
         RequestError: they and those in the file were not made by one code on one text.
     """
-    known = read_study_rows(path) if path.exists() else []
-    one_code([*known, *rows])
+    known = read_study_rows(path, equal_codes) if path.exists() else []
+    one_code([*known, *rows], equal_codes)
     merged = {row.key: row for row in known} | {row.key: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as staged:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.study_rows import StudyRow
-from rmoe.compare.statistics import compare_to_baseline, seeds_needed, text_interval
+from rmoe.compare.statistics import compare_to_baseline, seeds_needed, t_interval, text_interval
 from rmoe.results.comparison import Difference
 
 Arms = dict[tuple[str, str], dict[int, StudyRow]]
@@ -24,7 +24,9 @@ def markdown(rows: Sequence[StudyRow], baseline: str, margin: float) -> str:
     for row in rows:
         arms[row.grid, row.router][row.seed] = row
     first = rows[0]
-    cpus = ", ".join(f"{cpu} ({runs} runs)" for cpu, runs in Counter(row.hardware.cpu for row in rows).items())
+    cpus = ", ".join(
+        f"{cpu} ({runs} runs)" for cpu, runs in Counter(row.hardware.cpu for row in rows).items()
+    )
     lines = [
         f"{len(rows)} finished runs of `experiments/study.toml`; text {first.corpus.name} "
         f"(sha256 `{first.corpus.sha256[:12]}`), code {first.versions.code}, "
@@ -103,9 +105,10 @@ def _judged(difference: Difference | None, margin: float) -> tuple[str, ...]:
         return "", "", "", "", ""
     pairs = len(difference.values)
     verdict = difference.verdict if pairs >= LOOKS[0] else f"{pairs} of {LOOKS[0]} pairs"
-    interval, sd = difference.interval, difference.sd
-    if interval is None or sd is None:
+    sd = difference.sd
+    if sd is None:
         return f"{difference.mean:+.4f}", "", "", verdict, ""
+    interval, _ = t_interval(difference.values)  # at 95%; the verdict's own is at the level of its look
     needed = str(seeds_needed(sd, margin) or "over 10,000")
     return (
         f"{difference.mean:+.4f}",

@@ -13,12 +13,12 @@ from scipy import stats
 from experiments import study
 from experiments.study_rows import append_missing, coarser, read_study_rows, study_row, thinner
 from experiments.study_table import markdown
-from rmoe.compare.sequential import nominal_levels
+from rmoe.records import write_record
 from rmoe.results.probes import ProbeRow
-from rmoe.results.rows import append_row
-from rmoe.results.run import Averaged, InitialLogits, LayerCurve, TextLosses
+from rmoe.results.run import Averaged, InitialLogits, LayerCurve, RunResult, TextLosses
 from rmoe.routing.zoo import find
 from rmoe.training.build import load_plugins
+from rmoe.training.environment import versions
 from tests.compare.rows import changed, row
 
 
@@ -43,7 +43,7 @@ def rows(code: str = "0.1.0+gabc"):
     rmoe = [
         run_of("rmoe-p32", seed, 2.0 + 0.01 * seed - d, code) for seed, d in enumerate((0.03, 0.02, 0.04))
     ]
-    return [study_row("std-1", one) for one in (*smoe, *rmoe)]
+    return [study_row("std-1", one.result) for one in (*smoe, *rmoe)]
 
 
 def test_every_grid_has_a_configuration_and_routers_that_exist():
@@ -81,9 +81,7 @@ def test_collecting_adds_what_is_new_and_the_table_says_it(tmp_path):
     assert len(found) == 6
     table = markdown(found, "smoe", 0.005)
     line = next(line for line in table.splitlines() if "`rmoe-p32`" in line)
-    interval = stats.ttest_1samp([-0.03, -0.02, -0.04], 0.0).confidence_interval(
-        1 - nominal_levels(0.05, (5, 8))[0]  # of the first look, which three pairs have not reached
-    )
+    interval = stats.ttest_1samp([-0.03, -0.02, -0.04], 0.0).confidence_interval(0.95)
     spread = np.std([3, 2, 4], ddof=1) / 100
     assert f"| -0.0300 | {interval.low:+.4f} to {interval.high:+.4f} | {spread:.4f} | 3 of 5 pairs |" in line
     assert "| 1.00 | 3 |" in line
@@ -109,22 +107,56 @@ def refused(capsys, *arguments: str) -> str:
     return err
 
 
+def finish(folder: Path, run: RunResult) -> None:
+    """As training leaves it."""
+    inside = folder / "runs" / f"{run.router}-seed{run.seed}"
+    inside.mkdir(parents=True)
+    write_record(inside / "result.json", run)
+
+
 def test_runs_of_two_versions_of_the_code_are_refused(tmp_path, capsys):
-    folder = tmp_path / "out" / "std-1"
-    folder.mkdir(parents=True)
-    append_row(folder / "results.jsonl", run_of("smoe", 0, 2.0, "0.1.0+gaaa"))
-    append_row(folder / "results.jsonl", run_of("rmoe-p32", 0, 2.0, "0.1.0+gbbb"))
+    finish(tmp_path / "out" / "std-1", run_of("rmoe-p32", 0, 2.0, "0.1.0+gaaa").result)
+    finish(tmp_path / "out" / "std-1", run_of("smoe", 0, 2.0, "0.1.0+gbbb").result)
     results = tmp_path / "study.jsonl"
     said = refused(capsys, "collect", "--out", str(tmp_path / "out"), "--results", str(results))
     assert said.startswith("error: code is '0.1.0+gbbb'; allowed: 0.1.0+gaaa")
     assert not results.exists()
     assert refused(capsys, "run", "--out", str(tmp_path / "out")).startswith("error: code is")
+    equal = ["--equal-code", "0.1.0+gaaa", "--equal-code", "0.1.0+gbbb"]
+    assert study.main(["collect", "--out", str(tmp_path / "out"), "--results", str(results), *equal]) == 0
+    assert len(results.read_bytes().splitlines()) == 2
+    capsys.readouterr()
+    assert refused(capsys, "table", "--results", str(results)).startswith("error: code is")
+
+
+def test_what_is_collected_is_not_trained_again(tmp_path, monkeypatch):
+    """Whatever machine it was trained on: a new one has no run folders."""
+    code = versions().code.removesuffix(".dirty")
+    monkeypatch.setattr(study, "versions", lambda: msgspec.structs.replace(versions(), code=code))
+    (tmp_path / "text.txt").write_text("".join(f"line {i * 7919 % 101}\n" for i in range(3000)))
+    monkeypatch.setattr(study, "TEXT", "text.txt")
+    small = {
+        "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 2},
+        "training": {
+            "max_steps": 10, "batch_size": 2, "sequence_length": 16, "warmup_steps": 1, "threads": 1,
+            "average": 2, "average_every": 5, "schedule": "wsd",
+        },
+        "logging": {"evaluate_blocks": 2, "final_blocks": 2, "test_blocks": 2},
+    }  # fmt: skip
+    stage = study.Stage(name="one", seeds=2, grid=[study.Grid(folder="std-1", routers=["smoe", "rmoe"])])
+    plan = msgspec.structs.replace(
+        study.read_study(), size=small, stage=[stage], equal_codes=[code, "0.1.0+gabc"]
+    )
+    collected = tmp_path / "study.jsonl"
+    append_missing(collected, [study_row("std-1", run_of("smoe", 0, 2.0).result)])
+    study.run(plan, tmp_path, tmp_path / "out", collected, most=1)
+    trained = {path.parent.name for path in (tmp_path / "out").glob("std-1/runs/*/result.json")}
+    assert trained == {"rmoe-seed0"}
+    assert {row.name for row in study.finished(plan, tmp_path / "out")} == {"rmoe-seed0"}
 
 
 def test_a_run_of_the_early_study_is_refused(tmp_path, capsys):
-    folder = tmp_path / "out" / "std-1"
-    folder.mkdir(parents=True)
-    append_row(folder / "results.jsonl", row("smoe", 0, 2.0))
+    finish(tmp_path / "out" / "std-1", row("smoe", 0, 2.0).result)
     said = refused(capsys, "collect", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "s.jsonl"))
     assert said.startswith("error: results is 'smoe-seed0 in std-1'; allowed: runs of this study")
     assert refused(capsys, "table", "--results", str(tmp_path / "none.jsonl")).startswith(
@@ -137,9 +169,11 @@ def test_verdicts_come_at_five_pairs_with_the_boundary_of_two_looks():
         "random-smoe": (-0.014, -0.013, -0.016, -0.015, -0.014),
         "rmoe-p32": (0.004, 0.03, 0.011, 0.02, 0.008),
     }
-    found = [study_row("std-1", run_of("smoe", s, 2.0 + 0.01 * s)) for s in range(5)]
+    found = [study_row("std-1", run_of("smoe", s, 2.0 + 0.01 * s).result) for s in range(5)]
     for name, values in gains.items():
-        found += [study_row("std-1", run_of(name, s, 2.0 + 0.01 * s - d)) for s, d in enumerate(values)]
+        found += [
+            study_row("std-1", run_of(name, s, 2.0 + 0.01 * s - d).result) for s, d in enumerate(values)
+        ]
     lines = {
         name: next(x for x in markdown(found, "smoe", 0.005).splitlines() if f"`{name}`" in x)
         for name in gains
