@@ -140,7 +140,7 @@ class _Pass:
         names, layers = options.measures, self.recorder.layers
         live = self.streamed is None
         self.predictability = (
-            Predictability(layers, self.shared)
+            Predictability(layers, self.shared, int(token_counts.sum()) // 2)
             if live and "predictability" in names and len(layers) > 1
             else None
         )
@@ -233,9 +233,14 @@ class _Pass:
         if self.predictability is None or not self.predictability.n:
             return None
         below, own = self.predictability.result()
-        chance = [layer.top_k / layer.num_experts for layer in self.recorder.layers[1:]]
+        probe, state_probe = self.predictability.probed()
         return schema.Predictability(
-            own_router=below, at_its_own_input=own, chance=chance, n=self.predictability.n
+            own_router=below,
+            at_its_own_input=own,
+            chance=[layer.top_k / layer.num_experts for layer in self.recorder.layers[1:]],
+            probe=probe,
+            state_probe=state_probe,
+            n=self.predictability.n,
         )
 
     def _weights(self) -> list[LayerWeights]:

@@ -43,7 +43,7 @@ MEASURES = {
     "contexts": "where in the text each expert has its largest weights",
     "weights": "similarity of experts, norm of routers",
     "gradients": "the router's gradient by part of the loss, on --gradient-tokens",
-    "predictability": "the next layer's choice from the input of the router below",
+    "predictability": "the next layer's choice from the input and the state of the router below",
     "saliency": "REAP's saliency of each expert; runs every expert once more",
 }
 DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in ("predictability", "saliency"))

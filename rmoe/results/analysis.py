@@ -104,6 +104,8 @@ class Predictability(Record, frozen=True, kw_only=True):
         float | None
     ]  # [L - 1] the same matrix on its own input: what it can reach at most
     chance: list[float]  # [L - 1] k / E
+    probe: list[float | None] | None = None  # [L - 1] a linear probe of that input
+    state_probe: list[float | None] | None = None  # [L - 1] of the state that layer l passes on
     n: int
 
 

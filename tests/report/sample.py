@@ -265,6 +265,8 @@ def insights(rng: np.random.Generator, layers: int, experts: int, words: list[st
             own_router=rng.uniform(0.3, 0.8, layers - 1).tolist(),
             at_its_own_input=[None, *[1.0] * (layers - 2)],
             chance=[8 / experts] * (layers - 1),
+            probe=rng.uniform(0.5, 0.9, layers - 1).tolist(),
+            state_probe=[None] * (layers - 1),
             n=n,
         ),
         "saliency": [[None, *rng.uniform(0, 2, experts - 1).tolist()] for _ in range(layers)],
