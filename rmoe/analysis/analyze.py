@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rmoe.analysis.balance import audit_balance
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.insight import Predictability, Saliency
 from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes
@@ -54,7 +55,8 @@ class AnalysisOptions:
 
     Attributes:
         batch_size: blocks per forward pass. No figure depends on it, beyond rounding.
-        gradient_tokens: about so many tokens, in whole blocks, for the gradient split; 0 leaves it out.
+        gradient_tokens: about so many tokens, in whole blocks, for the gradient split and the balance audit; 0 leaves
+            them out.
         explored_tokens: so many tokens are kept for the token explorer.
         measures: what is measured, of `MEASURES`.
         check: silence some experts first, and refuse a model that is read wrongly (`rmoe.moe.check_reading`).
@@ -211,6 +213,7 @@ class _Pass:
             similarity=self._similarity(weights),
             router_weights=self._router_weights(weights),
             gradient_split=self._gradient_split(blocks),
+            balance=self._balance(blocks),
             contexts=self._contexts(blocks, token_text),
             predictability=self._predictability(),
             saliency=None if self.saliency is None else _or_none(self.saliency.result().numpy()),
@@ -265,20 +268,27 @@ class _Pass:
             return None  # a router without a matrix: a hash
         return schema.RouterWeights(norm=[norm for norm, _ in measured], std=[std for _, std in measured])
 
-    def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
-        if self.streamed is not None or "gradients" not in self.options.measures:
-            return None  # gradients need all layers at once
+    def _gradient_sample(self, measure: str, blocks: np.ndarray) -> list[Tensor]:
+        """[B, S] ids each for a measure of gradients; empty where it is not asked for, or cannot be taken."""
+        if self.streamed is not None or measure not in self.options.measures:
+            return []  # gradients need all layers at once
         if len(self.recorder.called) > len(self.recorder.layers) or self.recorder.two_sided:
-            return (
-                None  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
-            )
+            return []  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
         count = min(len(blocks), -(-self.options.gradient_tokens // blocks.shape[1]))
         # Batches of one size, so that each weighs the same in the mean.
         size = min(self.options.batch_size, max(count, 1))
-        sample = [
+        return [
             torch.from_numpy(blocks[start : start + size].astype(np.int64)).to(self.device)
             for start in range(0, count - size + 1, size)
         ]
+
+    def _balance(self, blocks: np.ndarray) -> schema.BalanceAudit | None:
+        sample = self._gradient_sample("balance", blocks)
+        audit = audit_balance(self.subject.model, self.recorder.layers, sample)
+        return None if audit is None else schema.BalanceAudit(**asdict(audit))
+
+    def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
+        sample = self._gradient_sample("gradients", blocks)
         gradients = router_gradients(self.subject.model, self.recorder.layers, self.shared, sample)
         if gradients is None:
             return None

@@ -45,8 +45,9 @@ MEASURES = {
     "gradients": "the router's gradient by part of the loss, on --gradient-tokens",
     "predictability": "the next layer's choice from the input and the state of the router below",
     "saliency": "REAP's saliency of each expert; runs every expert once more",
+    "balance": "the model's own balance loss beside Switch's, and its gradient, on --gradient-tokens",
 }
-DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in ("predictability", "saliency"))
+DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in ("predictability", "saliency", "balance"))
 
 TOP_PATHS = 20
 TOP_TOKENS = 12

@@ -149,6 +149,15 @@ class GradientSplit(Record, frozen=True, kw_only=True):
     tokens: int  # tokens in the batch each entry was measured on
 
 
+class BalanceAudit(Record, frozen=True, kw_only=True):
+    """The model's own balance loss beside Switch's (`E sum_i f_i P_i`, 1: even), both without coefficient."""
+
+    model: float | None  # `aux_loss` of a call as in training; None: as configured, it returns none
+    switch: list[float]  # [L]
+    gradient: list[float] | None  # [L] norm of the gradient of `model` by the router's parameters
+    tokens: int
+
+
 class Coactivation(Record, frozen=True, kw_only=True):
     """How often two experts are chosen for one token, as a share of tokens.
 
@@ -263,6 +272,7 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     similarity: Similarity | None = None
     router_weights: RouterWeights | None = None
     gradient_split: GradientSplit | None = None
+    balance: BalanceAudit | None = None
     coactivation: Coactivation | None = None
     paths: Paths | None = None
     saturation: Saturation | None = None

@@ -288,6 +288,7 @@ FIELDS = {
     "gradients": ("gradient_split",),
     "predictability": ("predictability",),
     "saliency": ("saliency",),
+    "balance": ("balance",),
 }
 
 

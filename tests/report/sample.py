@@ -269,6 +269,12 @@ def insights(rng: np.random.Generator, layers: int, experts: int, words: list[st
             state_probe=[None] * (layers - 1),
             n=n,
         ),
+        "balance": schema.BalanceAudit(
+            model=1.1,
+            switch=rng.uniform(1, 1.3, layers).tolist(),
+            gradient=rng.uniform(0, 0.1, layers).tolist(),
+            tokens=n,
+        ),
         "saliency": [[None, *rng.uniform(0, 2, experts - 1).tolist()] for _ in range(layers)],
     }
 

@@ -21,6 +21,7 @@ MAKERS = (
     load.coverage,
     load.imbalance,
     load.drop_ratio,
+    load.balance_loss,
     experts.similarity,
     experts.router_weights,
     experts.saliency,
