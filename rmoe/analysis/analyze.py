@@ -17,6 +17,7 @@ from rmoe.analysis.balance import audit_balance
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.insight import Predictability, Saliency
 from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes
+from rmoe.analysis.regret import TOKENS, RouteRegret
 from rmoe.analysis.saturation import FlipRate, Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
 from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
@@ -214,6 +215,7 @@ class _Pass:
             router_weights=self._router_weights(weights),
             gradient_split=self._gradient_split(blocks),
             balance=self._balance(blocks),
+            regret=self._regret(blocks),
             contexts=self._contexts(blocks, token_text),
             predictability=self._predictability(),
             saliency=None if self.saliency is None else _or_none(self.saliency.result().numpy()),
@@ -286,6 +288,20 @@ class _Pass:
         sample = self._gradient_sample("balance", blocks)
         audit = audit_balance(self.subject.model, self.recorder.layers, sample)
         return None if audit is None else schema.BalanceAudit(**asdict(audit))
+
+    def _regret(self, blocks: np.ndarray) -> schema.Regret | None:
+        if self.streamed is not None or "regret" not in self.options.measures or self.recorder.two_sided:
+            return None
+        ids = torch.from_numpy(blocks.astype(np.int64)).to(self.device)
+        own, later = RouteRegret(self.subject.model, TOKENS, self.options.batch_size)(ids)
+        exchanges = own.isfinite().sum(-1)
+        error = (own - own.nanmean(-1, keepdim=True)).square().nansum(-1).sqrt() / exchanges
+        better = ((own + later) < 0).sum(-1) / exchanges
+        means = (own.nanmean(-1), error, later.nanmean(-1), better.double())
+        rows = _or_none(torch.stack(means).numpy())
+        return schema.Regret(
+            own=rows[0], own_error=rows[1], later=rows[2], better=rows[3], exchanges=exchanges.tolist()
+        )
 
     def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
         sample = self._gradient_sample("gradients", blocks)

@@ -158,6 +158,16 @@ class BalanceAudit(Record, frozen=True, kw_only=True):
     tokens: int
 
 
+class Regret(Record, frozen=True, kw_only=True):
+    """Change of the loss, in nats, where a token's k-th expert is exchanged for the (k+1)-th; above 0: worse."""
+
+    own: list[float | None]  # [L] mean change for the token's own next token; None: no exchange was possible
+    own_error: list[float | None]  # [L] standard error of `own`
+    later: list[float | None]  # [L] mean change of the sum over the later tokens of its block
+    better: list[float | None]  # [L] share of exchanges that lower own and later together
+    exchanges: list[int]  # [L]
+
+
 class Coactivation(Record, frozen=True, kw_only=True):
     """How often two experts are chosen for one token, as a share of tokens.
 
@@ -273,6 +283,7 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     router_weights: RouterWeights | None = None
     gradient_split: GradientSplit | None = None
     balance: BalanceAudit | None = None
+    regret: Regret | None = None
     coactivation: Coactivation | None = None
     paths: Paths | None = None
     saturation: Saturation | None = None

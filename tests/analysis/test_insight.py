@@ -289,6 +289,7 @@ FIELDS = {
     "predictability": ("predictability",),
     "saliency": ("saliency",),
     "balance": ("balance",),
+    "regret": ("regret",),
 }
 
 

@@ -275,6 +275,13 @@ def insights(rng: np.random.Generator, layers: int, experts: int, words: list[st
             gradient=rng.uniform(0, 0.1, layers).tolist(),
             tokens=n,
         ),
+        "regret": schema.Regret(
+            own=[None, *rng.normal(0.02, 0.01, layers - 1).tolist()],
+            own_error=[None, *[0.01] * (layers - 1)],
+            later=[None, *rng.normal(0, 0.01, layers - 1).tolist()],
+            better=[None, *rng.uniform(0.3, 0.6, layers - 1).tolist()],
+            exchanges=[0, *[64] * (layers - 1)],
+        ),
         "saliency": [[None, *rng.uniform(0, 2, experts - 1).tolist()] for _ in range(layers)],
     }
 

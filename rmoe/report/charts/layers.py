@@ -256,3 +256,27 @@ def flips(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Char
             [(f"{name} and {f.other}", f.values, looks[name], {}) for name, f in having],
         )
     ]
+
+
+def regret(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    having = [(m.name, m.regret) for m in models if m.regret]
+    if not having:
+        return []
+    series: list[tuple[str, Sequence[float | None], Style, dict]] = []
+    for name, r in having:
+        bars = {"error_y": {"type": "data", "array": r.own_error, "thickness": 1}}
+        series.append((name, r.own, looks[name], bars))
+        series.append((f"{name}, later tokens", r.later, Style(looks[name].colour, "dot"), {}))
+    return [
+        layer_lines(
+            "regret",
+            SECTION,
+            "What the next expert would have cost",
+            "Mean change of the loss where one token's weakest chosen expert is exchanged for the most probable of the "
+            "others and all other routes stay; for its own next token (bars: standard error), and summed over the "
+            "later tokens of its block. Above 0: the choice was right.",
+            "nats",
+            f"{max(max(r.exchanges) for _, r in having):,} exchanges a layer",
+            series,
+        )
+    ]
