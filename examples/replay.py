@@ -41,11 +41,11 @@ def main() -> tuple[float, float]:
     learner.load_state_dict(actor.state_dict())
     actor.bfloat16()  # as serving engines do
     prompts = torch.randint(0, 256, (4, PROMPT))
-    with record(actor) as trace:
+    with record(actor) as recording:
         tokens = actor.generate(prompts, max_new_tokens=NEW, do_sample=True, pad_token_id=0)
         with torch.no_grad():
             old = log_probs(actor, tokens)
-    rollout = trace.select(range(len(prompts)))  # the generation's own sequences
+    rollout = recording.select(range(len(prompts)))  # the generation's own sequences
 
     with torch.no_grad():
         live = float((log_probs(learner, tokens) - old).abs().mean())

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rmoe.analysis.balance import audit_balance
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.insight import Predictability, Saliency
 from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes
+from rmoe.analysis.regret import TOKENS, RouteRegret
 from rmoe.analysis.saturation import FlipRate, Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
 from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
@@ -54,7 +56,8 @@ class AnalysisOptions:
 
     Attributes:
         batch_size: blocks per forward pass. No figure depends on it, beyond rounding.
-        gradient_tokens: about so many tokens, in whole blocks, for the gradient split; 0 leaves it out.
+        gradient_tokens: about so many tokens, in whole blocks, for the gradient split and the balance audit; 0 leaves
+            them out.
         explored_tokens: so many tokens are kept for the token explorer.
         measures: what is measured, of `MEASURES`.
         check: silence some experts first, and refuse a model that is read wrongly (`rmoe.moe.check_reading`).
@@ -140,7 +143,7 @@ class _Pass:
         names, layers = options.measures, self.recorder.layers
         live = self.streamed is None
         self.predictability = (
-            Predictability(layers, self.shared)
+            Predictability(layers, self.shared, int(token_counts.sum()) // 2)
             if live and "predictability" in names and len(layers) > 1
             else None
         )
@@ -211,6 +214,8 @@ class _Pass:
             similarity=self._similarity(weights),
             router_weights=self._router_weights(weights),
             gradient_split=self._gradient_split(blocks),
+            balance=self._balance(blocks),
+            regret=self._regret(blocks),
             contexts=self._contexts(blocks, token_text),
             predictability=self._predictability(),
             saliency=None if self.saliency is None else _or_none(self.saliency.result().numpy()),
@@ -233,9 +238,14 @@ class _Pass:
         if self.predictability is None or not self.predictability.n:
             return None
         below, own = self.predictability.result()
-        chance = [layer.top_k / layer.num_experts for layer in self.recorder.layers[1:]]
+        probe, state_probe = self.predictability.probed()
         return schema.Predictability(
-            own_router=below, at_its_own_input=own, chance=chance, n=self.predictability.n
+            own_router=below,
+            at_its_own_input=own,
+            chance=[layer.top_k / layer.num_experts for layer in self.recorder.layers[1:]],
+            probe=probe,
+            state_probe=state_probe,
+            n=self.predictability.n,
         )
 
     def _weights(self) -> list[LayerWeights]:
@@ -260,20 +270,41 @@ class _Pass:
             return None  # a router without a matrix: a hash
         return schema.RouterWeights(norm=[norm for norm, _ in measured], std=[std for _, std in measured])
 
-    def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
-        if self.streamed is not None or "gradients" not in self.options.measures:
-            return None  # gradients need all layers at once
+    def _gradient_sample(self, measure: str, blocks: np.ndarray) -> list[Tensor]:
+        """[B, S] ids each for a measure of gradients; empty where it is not asked for, or cannot be taken."""
+        if self.streamed is not None or measure not in self.options.measures:
+            return []  # gradients need all layers at once
         if len(self.recorder.called) > len(self.recorder.layers) or self.recorder.two_sided:
-            return (
-                None  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
-            )
+            return []  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
         count = min(len(blocks), -(-self.options.gradient_tokens // blocks.shape[1]))
         # Batches of one size, so that each weighs the same in the mean.
         size = min(self.options.batch_size, max(count, 1))
-        sample = [
+        return [
             torch.from_numpy(blocks[start : start + size].astype(np.int64)).to(self.device)
             for start in range(0, count - size + 1, size)
         ]
+
+    def _balance(self, blocks: np.ndarray) -> schema.BalanceAudit | None:
+        sample = self._gradient_sample("balance", blocks)
+        audit = audit_balance(self.subject.model, self.recorder.layers, sample)
+        return None if audit is None else schema.BalanceAudit(**asdict(audit))
+
+    def _regret(self, blocks: np.ndarray) -> schema.Regret | None:
+        if self.streamed is not None or "regret" not in self.options.measures or self.recorder.two_sided:
+            return None
+        ids = torch.from_numpy(blocks.astype(np.int64)).to(self.device)
+        own, later = RouteRegret(self.subject.model, TOKENS, self.options.batch_size)(ids)
+        exchanges = own.isfinite().sum(-1)
+        error = (own - own.nanmean(-1, keepdim=True)).square().nansum(-1).sqrt() / exchanges
+        better = ((own + later) < 0).sum(-1) / exchanges
+        means = (own.nanmean(-1), error, later.nanmean(-1), better.double())
+        rows = _or_none(torch.stack(means).numpy())
+        return schema.Regret(
+            own=rows[0], own_error=rows[1], later=rows[2], better=rows[3], exchanges=exchanges.tolist()
+        )
+
+    def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
+        sample = self._gradient_sample("gradients", blocks)
         gradients = router_gradients(self.subject.model, self.recorder.layers, self.shared, sample)
         if gradients is None:
             return None

@@ -102,10 +102,11 @@ def analyze_folders(
         for i, (path, part) in enumerate(zip(paths, streamed, strict=True))
     ]
     for path, model in zip(paths, loaded, strict=True):
-        if options.gradient_tokens and "gradients" in options.measures and not model.can_generate():
-            allowed = (
-                f"a language model, not {type(model).__name__} (or --gradient-tokens 0: they need its loss)"
-            )
+        needs_loss = {"gradients", "balance"} & {*options.measures} if options.gradient_tokens else set()
+        needs_loss |= {"regret"} & {*options.measures}
+        if needs_loss and not model.can_generate():
+            without = ", ".join(sorted(needs_loss))
+            allowed = f"a language model, not {type(model).__name__}, or --measures without {without}"
             raise RequestError("MODEL", path, allowed)
     layers = [require_layers(model) for model in loaded]  # before anything slow
     vocabulary = [model.get_input_embeddings().weight.shape[0] for model in loaded]
@@ -121,7 +122,8 @@ def analyze_folders(
             routings.append(None)
             continue
         routings.append(streaming.run(Path(path), layered, reading.blocks, options.batch_size, i))
-        needs: list[str] = [n for n in ("gradients", "predictability", "saliency") if n in options.measures]
+        live = ("gradients", "predictability", "saliency", "balance", "regret")
+        needs: list[str] = [n for n in live if n in options.measures]
         needs += ["the check of the reading"] if options.check else []
         skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
         notes.append(f"{_names(paths)[i]} was read layer by layer{skipped}")

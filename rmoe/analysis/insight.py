@@ -9,41 +9,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmoe.analysis.probe import ChoiceProbe, top_k_recall
+from rmoe.graft.modules import GraftedGate
 from rmoe.moe import RoutedLayer, RoutingBatch, scorer_matrix
+from rmoe.routing.router import BaseRouter
 
 
 class Predictability:
-    """Streams top-k recall of each layer's choice from the input of the router below, by its own scorer matrix.
+    """Streams top-k recall of each layer's choice from what the layer below knows: its router's input, and its state.
+
+    By the layer's own scorer matrix:
 
         predicted = top-k of G_{l+1} x_l;   recall = |predicted & chosen_{l+1}| / |chosen_{l+1}|
 
     `G` alone: a selection bias, or what a router does to its input first, is not applied. What that costs is seen on
     the router's own input `x_{l+1}`, which is measured too.
 
+    By linear probes (`ChoiceProbe`): of `x_l`, and of the recurrent state that layer l's router of RMoE, or of a graft,
+    passes on.
+
     Args:
         layers: in order.
         shared: what the routers share, see `scorer_matrix`.
+        fit_tokens: see `ChoiceProbe`.
 
     Source: Megatron-LM, tools/moe_routing/analyze_routing_predictability.py, which compares loads; here it is each
     token's choice.
     """
 
-    def __init__(self, layers: Sequence[RoutedLayer], shared: nn.Module | None) -> None:
+    def __init__(self, layers: Sequence[RoutedLayer], shared: nn.Module | None, fit_tokens: int) -> None:
         self.layers, self._shared = layers, shared
+        sizes = [(layer.num_experts, layer.top_k) for layer in layers[1:]]
+        self._probe, self._state_probe = (ChoiceProbe(sizes, fit_tokens) for _ in range(2))
         self._sums = torch.zeros(2, len(layers) - 1, dtype=torch.float64)
         self._counts = torch.zeros(2, len(layers) - 1, dtype=torch.int64)
         self._inputs: list[Tensor] = []
+        self._states: list[Tensor | None] = []
         self.n = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within, a forward pass is heard."""
-        self._inputs = []
+        self._inputs, self._states = [], []
 
         def keep(module: nn.Module, args: Any) -> None:
             self._inputs.append(args[0].detach().reshape(-1, args[0].shape[-1]))
 
+        def keep_state(module: nn.Module, args: Any, output: Any) -> None:
+            state = () if not isinstance(module, BaseRouter) else output[1]
+            if isinstance(module, GraftedGate):
+                state = module.outgoing or ()
+            self._states.append(state[0].detach() if state else None)
+
         handles = [layer.gate.register_forward_pre_hook(keep) for layer in self.layers]
+        handles += [layer.gate.register_forward_hook(keep_state) for layer in self.layers]
         try:
             yield
         finally:
@@ -52,7 +71,7 @@ class Predictability:
 
     def update(self, batch: RoutingBatch) -> None:
         """Add what was heard."""
-        inputs, self._inputs = self._inputs, []
+        (inputs, states), self._inputs, self._states = (self._inputs, self._states), [], []
         if len(inputs) != len(self.layers) or len(batch.experts) != len(self.layers):
             return  # a looped model: a layer has no one input
         for above, layer in enumerate(self.layers[1:]):
@@ -65,7 +84,15 @@ class Predictability:
                 recall, count = top_k_recall(scores[:, : layer.num_experts], chosen, layer.top_k)
                 self._sums[which, above] += recall
                 self._counts[which, above] += count
+        choices = [batch.experts[at].to(inputs[0].device) for at in range(1, len(inputs))]
+        for probe, known in ((self._probe, inputs), (self._state_probe, states)):
+            pairs = zip(known[:-1], choices, strict=True)
+            probe.update([x if x is not None and len(x) == len(c) else None for x, c in pairs], choices)
         self.n += batch.num_tokens
+
+    def probed(self) -> tuple[list[float | None], list[float | None]]:
+        """[L - 1] recall of the linear probes of the input below and of the state below; None where there is none."""
+        return self._probe.result(), self._state_probe.result()
 
     def result(self) -> tuple[list[float | None], list[float | None]]:
         """[L - 1] recall from the input below, and from the router's own input; None where it cannot be measured."""
@@ -74,20 +101,6 @@ class Predictability:
             for sums, counts in zip(self._sums, self._counts, strict=True)
         )
         return below, own
-
-
-def top_k_recall(scores: Tensor, chosen: Tensor, k: int) -> tuple[float, int]:
-    """Sum over tokens of the share of a token's experts that are among the k largest scores; and the tokens that count.
-
-    Args:
-        scores: [T, E]. chosen: [T, K] int64, E or more in empty slots; a token without experts does not count.
-    """
-    used = chosen < scores.shape[-1]
-    predicted = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(k, -1).indices, True)
-    hit = predicted.gather(-1, chosen.clamp(max=scores.shape[-1] - 1)) & used
-    counted = used.any(-1)
-    share = hit.sum(-1)[counted].double() / used.sum(-1)[counted]
-    return float(share.sum()), int(counted.sum())
 
 
 class Saliency:

@@ -43,10 +43,13 @@ MEASURES = {
     "contexts": "where in the text each expert has its largest weights",
     "weights": "similarity of experts, norm of routers",
     "gradients": "the router's gradient by part of the loss, on --gradient-tokens",
-    "predictability": "the next layer's choice from the input of the router below",
+    "predictability": "the next layer's choice from the input and the state of the router below",
     "saliency": "REAP's saliency of each expert; runs every expert once more",
+    "balance": "the model's own balance loss beside Switch's, and its gradient, on --gradient-tokens",
+    "regret": "the loss if the next expert had been chosen; runs 64 rows of the text for each layer",
 }
-DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in ("predictability", "saliency"))
+NOT_BY_DEFAULT = ("predictability", "saliency", "balance", "regret")
+DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in NOT_BY_DEFAULT)
 
 TOP_PATHS = 20
 TOP_TOKENS = 12

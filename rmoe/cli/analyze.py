@@ -55,13 +55,14 @@ def run(
         sequence_length: tokens per block; default 512, or the model's longest if that is less.
         split: which part of the text; default all of it.
         batch_size: blocks per forward pass.
-        gradient_tokens: tokens for the router's gradient split; 0 leaves it out.
+        gradient_tokens: tokens for the router's gradient split and the balance audit; 0 leaves them out.
         explored_tokens: tokens kept for the token explorer.
         device: as torch names it; default a GPU if there is one.
         dtype: that the model is loaded in, with --compare-with the second model; default that of its files.
             `--compare-with MODEL --dtype bf16` shows how often the choice flips.
         measures: what is measured, separated by commas: load, coactivation, paths, mutual-information, confidence,
-            tokens, contexts, weights, gradients, predictability, saliency; default all but the last two.
+            tokens, contexts, weights, gradients, predictability, saliency, balance, regret; default all but the last
+            four.
         stream: read the model layer by layer, with one layer in memory; done unasked for a checkpoint larger than the
             free memory. A run that was killed is resumed by the same command.
         hidden_states: where they are between two layers of a streamed model; default the disk if they take more than

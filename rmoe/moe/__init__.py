@@ -6,21 +6,21 @@ from rmoe.moe.layers import RoutedLayer, require_layers, routed_layers, routed_s
 from rmoe.moe.matrices import expert_matrices, expert_vectors, scorer_matrix
 from rmoe.moe.reading import Reader
 from rmoe.moe.recorder import Recorder, listen
+from rmoe.moe.recording import RecordedSequence, Recording
 from rmoe.moe.records import RoutingBatch, RoutingRecord
 from rmoe.moe.replaying import record, replay
-from rmoe.moe.trace import Trace, TracedSequence
 
 __all__ = [
     "Reader",
     "ReadingCheck",
+    "RecordedSequence",
     "Recorder",
+    "Recording",
     "RoutedLayer",
     "RoutingBatch",
     "RoutingCallback",
     "RoutingRecord",
     "SilencedExpert",
-    "Trace",
-    "TracedSequence",
     "check_reading",
     "expert_matrices",
     "expert_vectors",

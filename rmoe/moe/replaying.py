@@ -1,8 +1,8 @@
 """Record a model's routing while it works, and have it route the same way again.
 
-    with rmoe.moe.record(model) as trace:
+    with rmoe.moe.record(model) as recording:
         model.generate(prompts, ...)
-    with rmoe.moe.replay(model, trace):
+    with rmoe.moe.replay(model, recording):
         model(sequences, labels=...).loss.backward()
 
 Expert ids are forced; weights come from the live scores of those experts, with their gradient, by the family's own
@@ -26,9 +26,10 @@ from rmoe.moe.forcing import Forcing
 from rmoe.moe.layers import RoutedLayer, require_layers, routed_stacks
 from rmoe.moe.reading import DenseReader, ExpertsReader, RoutingReader
 from rmoe.moe.recorder import listen
+from rmoe.moe.recording import UNKNOWN, RecordedSequence, Recording
 from rmoe.moe.records import RoutingRecord
 from rmoe.moe.tokens import Tokens, tokens_of
-from rmoe.moe.trace import UNKNOWN, Trace, TracedSequence
+from rmoe.results.trace import Trace
 
 
 @dataclass(eq=False)
@@ -90,8 +91,8 @@ def _one_text(model: nn.Module) -> list[RoutedLayer]:
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[Trace]:
-    """Within, the routing of every forward pass of `model` goes into the trace that this yields.
+def record(model: nn.Module) -> Iterator[Recording]:
+    """Within, the routing of every forward pass of `model` goes into the recording that this yields.
 
     A pass without a cache, or with an empty one, begins a sequence for each row of its batch, and for each sequence
     packed into a row (told by `position_ids` that begin anew, without a mask); a decode step continues them. Padding
@@ -104,25 +105,25 @@ def record(model: nn.Module) -> Iterator[Trace]:
         RequestError: it cannot be read.
     """
     layers = _one_text(model)
-    trace = Trace()
-    open_sequences: list[TracedSequence] = []
+    recording = Recording()
+    open_sequences: list[RecordedSequence] = []
 
     def end(done: Pass) -> None:
-        if not trace.layers:
+        if not recording.layers:
             seen: Counter[str] = Counter()
             names = []
             for name in done.called:
                 seen[name] += 1
                 names.append(name if seen[name] == 1 else f"{name} (pass {seen[name]})")
-            trace.layers = tuple(names)
-            trace.num_experts = tuple(done.num_experts)
-            trace.top_k = tuple(one.shape[1] for one in done.experts)
+            recording.layers = tuple(names)
+            recording.num_experts = tuple(done.num_experts)
+            recording.top_k = tuple(one.shape[1] for one in done.experts)
         ids = _ids(done)
         if not done.tokens.continues:
             open_sequences[:] = [
-                TracedSequence(torch.empty(0, dtype=torch.int64), ids[:0]) for _ in done.tokens.rows
+                RecordedSequence(torch.empty(0, dtype=torch.int64), ids[:0]) for _ in done.tokens.rows
             ]
-            trace.sequences.extend(open_sequences)
+            recording.sequences.extend(open_sequences)
         for sequence, rows in zip(open_sequences, done.tokens.rows, strict=True):
             sequence.extend(done.tokens.ids[rows], ids[rows])
 
@@ -137,7 +138,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
                 now.num_experts.append(found.num_experts)
 
         stack.enter_context(listen(layers, receive))
-        yield trace
+        yield recording
 
 
 def _ids(done: Pass) -> Tensor:
@@ -148,27 +149,29 @@ def _ids(done: Pass) -> Tensor:
 
 
 @contextmanager
-def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Within, each token of `model`'s forward passes goes to the experts that the trace has for it.
+def replay(model: nn.Module, recording: Recording | Trace) -> Iterator[None]:
+    """Within, each token of `model`'s forward passes goes to the experts that the recording has for it.
 
-    The sequences of a pass are looked up by their token ids, in the trace's order first: batches may be padded on
-    either side, packed, micro-batched or generated anew. A sequence may be shorter than in the trace. Tokens beyond the
-    trace (a generation's last token was never read) and slots that it calls `UNKNOWN` are routed live.
+    The sequences of a pass are looked up by their token ids, in the recording's order first: batches may be padded on
+    either side, packed, micro-batched or generated anew. A sequence may be shorter than recorded. Tokens beyond its
+    end (a generation's last token was never read) and slots that it calls `UNKNOWN` are routed live.
 
     Safe under non-reentrant activation checkpointing: a layer that a backward pass runs again is given the ids of its
     own forward pass, known by the layer's saved input. Not for compiled models, whose code is fixed.
 
     Args:
-        model: of the layers that the trace has.
-        trace: from `record`, or a file. Weights are not in it: they come from the live scores.
+        model: of the layers that the recording has.
+        recording: from `record`, or a trace from a file. Weights are not in it: they come from the live scores.
 
     Raises:
-        RequestError: layers, E or k differ; a sequence that the trace has not.
+        RequestError: layers, E or k differ; a sequence that the recording has not.
         RunError: a layer chose otherwise all the same; nothing was replayed correctly.
     """
     layers = _one_text(model)
-    _require_fit(layers, trace)
-    follower = _Follower(trace)
+    if isinstance(recording, Trace):
+        recording = Recording.of(recording)
+    _require_fit(layers, recording)
+    follower = _Follower(recording)
     with ExitStack() as stack:
         current = stack.enter_context(passes(model, follower.begin, lambda done: None))
         where = _Where(current)
@@ -186,36 +189,36 @@ def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
                 hook = partial(where.enter_part, key)
                 stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for layer in layers:
-            columns = [i for i, name in enumerate(trace.layers) if name.split(" (pass ")[0] == layer.name]
+            columns = [i for i, name in enumerate(recording.layers) if name.split(" (pass ")[0] == layer.name]
             stack.enter_context(_forced(model, layer, columns, where))
         yield
 
 
-def _require_fit(layers: list[RoutedLayer], trace: Trace) -> None:
+def _require_fit(layers: list[RoutedLayer], recording: Recording) -> None:
     by_name = {layer.name: layer for layer in layers}
-    names = [name.split(" (pass ")[0] for name in trace.layers]
+    names = [name.split(" (pass ")[0] for name in recording.layers]
     if set(names) != set(by_name):
         allowed = f"one of the layers {sorted(by_name)}"
-        raise RequestError("trace", sorted(set(names)), allowed)
-    for name, *sizes in zip(names, trace.num_experts, trace.top_k, strict=True):
+        raise RequestError("recording", sorted(set(names)), allowed)
+    for name, *sizes in zip(names, recording.num_experts, recording.top_k, strict=True):
         own = [by_name[name].num_experts, by_name[name].top_k]
         if sizes != own:
             found, allowed = (f"{experts} experts, top-{k}" for experts, k in (sizes, own))
-            raise RequestError("trace", found, f"{allowed} in {name}")
+            raise RequestError("recording", found, f"{allowed} in {name}")
 
 
 class _Follower:
-    """Finds the sequences of each pass in the trace."""
+    """Finds the sequences of each pass in the recording."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
         self.next = 0
-        self.open: list[tuple[TracedSequence, int]] = []
+        self.open: list[tuple[RecordedSequence, int]] = []
 
     def begin(self, tokens: Tokens) -> Pass:
         """The pass that these tokens begin, with what to force."""
-        width = max(self.trace.top_k, default=0)
-        ids = torch.full((tokens.total, len(self.trace.layers), width), UNKNOWN)
+        width = max(self.recording.top_k, default=0)
+        ids = torch.full((tokens.total, len(self.recording.layers), width), UNKNOWN)
         if not tokens.continues:
             self.open = [(self._find(tokens.ids[rows]), 0) for rows in tokens.rows]
         if len(self.open) != len(tokens.rows):
@@ -225,29 +228,29 @@ class _Follower:
             known = sequence.ids[start : start + len(rows)]
             if not _agree(sequence.tokens[start : start + len(rows)], tokens.ids[rows][: len(known)]):
                 raise RequestError(
-                    "tokens", tokens.ids[rows].tolist()[:8], "those that the trace goes on with"
+                    "tokens", tokens.ids[rows].tolist()[:8], "those that the recording goes on with"
                 )
             ids[rows[: len(known)]] = known.long()
             self.open[at] = (sequence, start + len(rows))
         return Pass(tokens, ids)
 
-    def _find(self, tokens: Tensor) -> TracedSequence:
+    def _find(self, tokens: Tensor) -> RecordedSequence:
         """The first sequence from the last one found on, and around, that agrees as far as both go."""
-        count = len(self.trace.sequences)
+        count = len(self.recording.sequences)
         for step in range(count):
             at = (self.next + step) % count
-            sequence = self.trace.sequences[at]
+            sequence = self.recording.sequences[at]
             if _agree(sequence.tokens[: len(tokens)], tokens[: len(sequence)]):
                 self.next = at + 1
                 return sequence
         shown = ", ".join(map(str, tokens.tolist()[:8]))
         raise RequestError(
-            "tokens", f"[{shown}{', ...' if len(tokens) > 8 else ''}]", "a sequence of the trace"
+            "tokens", f"[{shown}{', ...' if len(tokens) > 8 else ''}]", "a sequence of the recording"
         )
 
 
-def _agree(traced: Tensor, given: Tensor) -> bool:
-    return bool(((traced == given) | (traced == UNKNOWN) | (given == UNKNOWN)).all())
+def _agree(recorded: Tensor, given: Tensor) -> bool:
+    return bool(((recorded == given) | (recorded == UNKNOWN) | (given == UNKNOWN)).all())
 
 
 class _Where:

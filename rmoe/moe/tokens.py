@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rmoe.compat import CACHE_NAMES
 from rmoe.errors import RequestError
-from rmoe.moe.trace import UNKNOWN
+from rmoe.moe.recording import UNKNOWN
 
 
 @dataclass(frozen=True)

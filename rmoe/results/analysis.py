@@ -104,6 +104,8 @@ class Predictability(Record, frozen=True, kw_only=True):
         float | None
     ]  # [L - 1] the same matrix on its own input: what it can reach at most
     chance: list[float]  # [L - 1] k / E
+    probe: list[float | None] | None = None  # [L - 1] a linear probe of that input
+    state_probe: list[float | None] | None = None  # [L - 1] of the state that layer l passes on
     n: int
 
 
@@ -145,6 +147,25 @@ class GradientSplit(Record, frozen=True, kw_only=True):
         None  # [S] norm over parameters shared by all layers (the cell), from both parts
     )
     tokens: int  # tokens in the batch each entry was measured on
+
+
+class BalanceAudit(Record, frozen=True, kw_only=True):
+    """The model's own balance loss beside Switch's (`E sum_i f_i P_i`, 1: even), both without coefficient."""
+
+    model: float | None  # `aux_loss` of a call as in training; None: as configured, it returns none
+    switch: list[float]  # [L]
+    gradient: list[float] | None  # [L] norm of the gradient of `model` by the router's parameters
+    tokens: int
+
+
+class Regret(Record, frozen=True, kw_only=True):
+    """Change of the loss, in nats, where a token's k-th expert is exchanged for the (k+1)-th; above 0: worse."""
+
+    own: list[float | None]  # [L] mean change for the token's own next token; None: no exchange was possible
+    own_error: list[float | None]  # [L] standard error of `own`
+    later: list[float | None]  # [L] mean change of the sum over the later tokens of its block
+    better: list[float | None]  # [L] share of exchanges that lower own and later together
+    exchanges: list[int]  # [L]
 
 
 class Coactivation(Record, frozen=True, kw_only=True):
@@ -261,6 +282,8 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     similarity: Similarity | None = None
     router_weights: RouterWeights | None = None
     gradient_split: GradientSplit | None = None
+    balance: BalanceAudit | None = None
+    regret: Regret | None = None
     coactivation: Coactivation | None = None
     paths: Paths | None = None
     saturation: Saturation | None = None

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
 from rmoe.analysis.contexts import TopContexts
-from rmoe.analysis.insight import Predictability, Saliency, top_k_recall
+from rmoe.analysis.insight import Predictability, Saliency
 from rmoe.analysis.load import coverage, dead_experts, hottest_steps, max_violation, relative_load_quantiles
 from rmoe.analysis.measures import MEASURES
+from rmoe.analysis.probe import RIDGE, ChoiceProbe, top_k_recall
 from rmoe.analysis.saturation import FlipRate
 from rmoe.cli.main import main
 from rmoe.moe import Recorder
+from rmoe.results import analysis as schema
 from rmoe.results.analysis import read_analysis
 from tests.analysis.random_routing import random_routing, split
+from tests.analysis.tiny_rmoe import TOP_K, tiny_rmoe
+from tests.graft.conftest import grafted
 from tests.graft.tiny_families import tiny_model
 
 IDS = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -116,12 +121,106 @@ def test_predictability_of_a_router_that_sees_the_same_input() -> None:
 
 def _recall(model: torch.nn.Module) -> tuple[list[float | None], list[float | None]]:
     recorder = Recorder(model)
-    measure = Predictability(recorder.layers, None)
+    measure = Predictability(recorder.layers, None, fit_tokens=0)
     with measure.listening():
         batch = recorder.batch(IDS)
     measure.update(batch)
     assert measure.n == IDS.numel()
     return measure.result()
+
+
+def test_a_probe_finds_what_is_linear_and_nothing_in_noise() -> None:
+    """Features that give one expert each determine the choice; independent ones find k of E by chance."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, experts, k = 20_000, 8, 2
+    chosen = torch.rand(tokens, experts, generator=generator).topk(k, -1).indices
+    told = torch.zeros(tokens, experts).scatter_(1, chosen, 1.0)
+    turned = told @ torch.randn(experts, experts, generator=generator) + 5.0
+    noise = torch.randn(tokens, experts, generator=generator)
+    probe = ChoiceProbe([(experts, k)] * 3, fit_tokens=tokens // 2)
+    for part in torch.arange(tokens).split(3_001):  # a batch has tokens of both halves
+        probe.update([turned[part], noise[part], None], [chosen[part]] * 3)
+    linear, independent, absent = probe.result()
+    assert linear == 1.0
+    assert independent == pytest.approx(k / experts, abs=0.015)  # five standard errors
+    assert absent is None
+
+
+def test_a_probe_against_ridge_regression_in_one_piece() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, experts = torch.randn(400, 5, generator=generator) + 2, 6
+    chosen = (
+        (x @ torch.randn(5, experts, generator=generator) + torch.randn(400, experts)).topk(2, -1).indices
+    )
+    chosen[::7, 1] = experts  # an empty slot
+    probe = ChoiceProbe([(experts, 2)], fit_tokens=300)
+    for part in torch.arange(400).split(90):
+        probe.update([x[part]], [chosen[part]])
+    a, b = x[:300].double().numpy(), np.zeros((300, experts))
+    for token, slots in enumerate(chosen[:300].tolist()):
+        b[token, [e for e in slots if e < experts]] = 1
+    centred, wanted = a - a.mean(0), b - b.mean(0)
+    square = centred.T @ centred
+    weights = np.linalg.solve(square + RIDGE * np.trace(square) / 5 * np.eye(5), centred.T @ wanted)
+    scores = (x[300:].double().numpy() - a.mean(0)) @ weights + b.mean(0)
+    shares = [
+        len({*np.argsort(-row)[:2]} & {e for e in slots if e < experts}) / sum(e < experts for e in slots)
+        for row, slots in zip(scores, chosen[300:].tolist(), strict=True)
+    ]
+    assert probe.result() == [pytest.approx(np.mean(shares), abs=1e-12)]
+
+
+@pytest.mark.parametrize("name", ["rmoe", "graft", "smoe", "olmoe"])
+def test_the_probes_read_the_input_and_the_state_of_the_layer_below(name: str) -> None:
+    """Layer by layer against probes of what `Recorder` and the modules' own calls give."""
+    model = {
+        "rmoe": tiny_rmoe,
+        "smoe": lambda: tiny_rmoe("smoe"),
+        "graft": grafted,
+        "olmoe": lambda: tiny_model("olmoe"),
+    }[name]().eval()
+    ids = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(4))
+    recorder = Recorder(model)
+    layers = recorder.layers
+    measure = Predictability(layers, None, fit_tokens=64)
+    read: list[torch.Tensor] = []
+    handles = [
+        layer.gate.register_forward_pre_hook(lambda m, args: read.append(args[0].flatten(0, -2)))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        records = recorder(ids)
+        inputs = list(read)
+        with measure.listening():
+            batch = recorder.batch(ids)
+    for handle in handles:
+        handle.remove()
+    measure.update(batch)
+    sizes = [(layer.num_experts, layer.top_k) for layer in layers[1:]]
+    want = ChoiceProbe(sizes, 64)
+    want.update(inputs[:-1], [record.experts for record in records[1:]])
+    linear, state = measure.probed()
+    assert linear == want.result()
+    assert [one is not None for one in state] == [name in ("rmoe", "graft")] * (len(layers) - 1)
+    assert state != linear
+
+
+def test_probes_in_the_file() -> None:
+    ids = torch.randint(3, 60, (16, 16), generator=torch.Generator().manual_seed(5)).numpy()
+    options = AnalysisOptions(batch_size=3, measures=("predictability",))
+    (found,) = analyze_models([Subject("m", tiny_rmoe())], ids, str, options)
+    p = found.predictability
+    assert p is not None
+    assert p.own_router == [None] * len(p.chance)  # RMoE's routers read more than the hidden state
+    for values in (p.probe, p.state_probe):
+        assert values is not None
+        assert len(values) == len(p.chance)
+        assert all(value is not None and TOP_K / 4 * 0.5 < value <= 1 for value in values)
+    old = msgspec.to_builtins(p)
+    del old["probe"], old["state_probe"]
+    assert msgspec.convert(old, schema.Predictability) == msgspec.structs.replace(
+        p, probe=None, state_probe=None
+    )
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss"])
@@ -189,6 +288,8 @@ FIELDS = {
     "gradients": ("gradient_split",),
     "predictability": ("predictability",),
     "saliency": ("saliency",),
+    "balance": ("balance",),
+    "regret": ("regret",),
 }
 
 

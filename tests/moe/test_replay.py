@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from rmoe.compat import enable_checkpointing
 from rmoe.errors import RequestError, RunError
 from rmoe.graft import graft
-from rmoe.moe import Recorder, Trace, listen, record, replay, routed_layers
+from rmoe.moe import Recorder, Recording, listen, record, replay, routed_layers
+from rmoe.moe.recording import UNKNOWN
+from rmoe.results.trace import NO_EXPERT, Trace, TraceMeta, read_trace, write_trace
 from tests.analysis.tiny_rmoe import tiny_rmoe
 from tests.graft.conftest import SPEC, at_work
 from tests.graft.tiny_families import tiny_model
@@ -93,12 +97,12 @@ def shift_gates(model: nn.Module) -> None:
 @pytest.mark.parametrize("name", [*FAMILIES, "rmoe", "graft"])
 def test_replay_is_the_recorded_pass_bit_for_bit(name: str) -> None:
     model = made(name)
-    with record(model) as trace:
+    with record(model) as recording:
         loss = loss_of(model)
     want = gradients(model, loss)
-    assert trace.ids.shape[0] == IDS.numel()
-    assert torch.equal(trace.tokens, IDS.flatten())
-    with replay(model, trace):
+    assert recording.ids.shape[0] == IDS.numel()
+    assert torch.equal(recording.tokens, IDS.flatten())
+    with replay(model, recording):
         again = loss_of(model)
     got = gradients(model, again)
     assert torch.equal(loss, again)
@@ -111,15 +115,15 @@ def test_replay_is_the_recorded_pass_bit_for_bit(name: str) -> None:
 def test_other_weights_take_the_replayed_choice(name: str) -> None:
     exact = "inkling2_loop_text"  # some of its weights stay in float32
     model = made(name, torch.float32 if name == exact else torch.bfloat16)
-    with record(model) as trace, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         output_of(model)
     shift_gates(model)
     live = chosen(model)
-    with replay(model, trace):
+    with replay(model, recording):
         forced = chosen(model)
     assert any(not torch.equal(a, b) for a, b in zip(live, forced, strict=True))
     for index, experts in enumerate(forced):
-        want = trace.ids[:, index, : experts.shape[1]].long()
+        want = recording.ids[:, index, : experts.shape[1]].long()
         if name == "zaya":
             want = (
                 want % routed_layers(model)[index].num_experts
@@ -131,7 +135,7 @@ def test_other_weights_take_the_replayed_choice(name: str) -> None:
 def test_weights_follow_from_the_live_scores_with_their_gradient() -> None:
     """Against a naive float64 mixture of Mixtral's experts with the ids given."""
     model = made("mixtral")
-    with record(model) as trace, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         output_of(model)
     shift_gates(model)
     layer = routed_layers(model)[0]
@@ -144,12 +148,12 @@ def test_weights_follow_from_the_live_scores_with_their_gradient() -> None:
         outputs.append(output)
 
     block.register_forward_hook(keep)
-    with replay(model, trace):
+    with replay(model, recording):
         output_of(model)
     outputs[0].square().sum().backward()
     x = inputs[0].detach().double().flatten(0, 1)
     gate = layer.gate.weight.detach().double().requires_grad_()
-    ids = trace.ids[:, 0].long()
+    ids = recording.ids[:, 0].long()
     weights = (x @ gate.T).softmax(-1).gather(1, ids)
     weights = weights / weights.sum(-1, keepdim=True)
     first, down = (getattr(layer.experts, n).detach().double() for n in ("gate_up_proj", "down_proj"))
@@ -170,14 +174,14 @@ def test_checkpointing_and_accumulation(name: str) -> None:
     """Two passes before one backward pass, whose layers run again: each with the ids of its own pass."""
     model = made(name).train()
     batches = IDS[:1], IDS[1:]
-    with record(model) as trace, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for batch in batches:
             output_of(model, batch)
     shift_gates(model)
-    with replay(model, trace):
+    with replay(model, recording):
         want = gradients(model, sum(loss_of(model, batch) for batch in batches))
     enable_checkpointing(model)
-    with replay(model, trace):
+    with replay(model, recording):
         got = gradients(model, sum(loss_of(model, batch) for batch in batches))
     with record(model) as again:
         gradients(model, loss_of(model))
@@ -190,11 +194,11 @@ def test_checkpointing_and_accumulation(name: str) -> None:
 def test_padding_and_packing(name: str, left: bool) -> None:
     model = made(name)
     short, long = IDS[0, :7], IDS[1]
-    with record(model) as trace, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         output_of(model, short[None])
         output_of(model, long[None])
     shift_gates(model)
-    with replay(model, trace), torch.no_grad():
+    with replay(model, recording), torch.no_grad():
         alone = [output_of(model, one[None])[0] for one in (short, long)]
     pad = torch.zeros(5, dtype=torch.int64)
     padded = torch.cat([pad, short] if left else [short, pad])
@@ -202,13 +206,13 @@ def test_padding_and_packing(name: str, left: bool) -> None:
     mask = torch.ones_like(ids)
     mask[1, slice(0, 5) if left else slice(7, 12)] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with replay(model, trace), torch.no_grad():
+    with replay(model, recording), torch.no_grad():
         together = output_of(model, ids, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(together[0], alone[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together[1][mask[1].bool()], alone[0], atol=1e-5, rtol=1e-4)
     packed = torch.cat([short, long])[None]
     at = torch.cat([torch.arange(7), torch.arange(12)])[None]
-    with replay(model, trace), torch.no_grad():
+    with replay(model, recording), torch.no_grad():
         row = output_of(model, packed, position_ids=at)[0]
     torch.testing.assert_close(row, torch.cat(alone), atol=1e-5, rtol=1e-4)
     with record(model) as again, torch.no_grad():
@@ -225,14 +229,14 @@ def test_a_generation_is_replayed_in_training_and_in_generation(name: str) -> No
     mask = torch.ones_like(prompts)
     mask[1, :2] = 0
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with record(model) as trace:
+    with record(model) as recording:
         texts = model.generate(prompts, attention_mask=mask, **options)
-    assert trace.lengths == [10, 8]  # the last token was never read
-    assert torch.equal(trace.sequences[1].tokens, texts[1, 2:-1])
+    assert recording.lengths == [10, 8]  # the last token was never read
+    assert torch.equal(recording.sequences[1].tokens, texts[1, 2:-1])
     shift_gates(model)
     whole = torch.cat([mask, torch.ones(2, 5, dtype=torch.int64)], dim=1)
     positions = (whole.cumsum(-1) - 1).clamp(min=0)
-    with replay(model.train(), trace):
+    with replay(model.train(), recording):
         loss = model(input_ids=texts, attention_mask=whole, position_ids=positions, labels=texts).loss
         loss.backward()
         forced = chosen(model, ids=texts, attention_mask=whole, position_ids=positions)
@@ -241,47 +245,88 @@ def test_a_generation_is_replayed_in_training_and_in_generation(name: str) -> No
     last[:, -1] = 1
     rows = real & ~last.flatten().bool()
     for index, experts in enumerate(forced):
-        assert torch.equal(experts[rows], trace.ids[:, index].long())
+        assert torch.equal(experts[rows], recording.ids[:, index].long())
     gates = [layer.gate for layer in routed_layers(model)]
     assert all(any(p.grad is not None and p.grad.any() for p in gate.parameters()) for gate in gates)
     model = made(name)
-    with replay(model, trace), record(model) as again:
+    with replay(model, recording), record(model) as again:
         assert torch.equal(model.generate(prompts, attention_mask=mask, **options), texts)
-    assert torch.equal(again.ids, trace.ids)
+    assert torch.equal(again.ids, recording.ids)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     model = made("olmoe")
-    with record(model) as trace, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         output_of(model)
-    with replay(model, trace), torch.no_grad(), pytest.raises(RequestError, match="a sequence of the trace"):
+    with (
+        replay(model, recording),
+        torch.no_grad(),
+        pytest.raises(RequestError, match="a sequence of the recording"),
+    ):
         output_of(model, IDS + 1)
-    fewer = Trace(trace.layers, (4,) * 4, trace.top_k, trace.sequences)
-    other = Trace(("model.layers.9.mlp",), (8,), (2,), [])
+    fewer = Recording(recording.layers, (4,) * 4, recording.top_k, recording.sequences)
+    other = Recording(("model.layers.9.mlp",), (8,), (2,), [])
     for wrong in (fewer, other):
-        with pytest.raises(RequestError, match="trace is"), replay(model, wrong):
+        with pytest.raises(RequestError, match="recording is"), replay(model, wrong):
             pass
-    with pytest.raises(RunError, match="outside a forward pass"), replay(model, trace):
+    with pytest.raises(RunError, match="outside a forward pass"), replay(model, recording):
         model.model(input_ids=IDS)
     with pytest.raises(RequestError, match="one stack of routed layers"), record(made("switch_transformers")):
         pass
     sampled = made("phimoe")
-    with record(sampled) as trace, torch.no_grad():
+    with record(sampled) as recording, torch.no_grad():
         output_of(sampled)
-    with replay(sampled.train(), trace), pytest.raises(RunError, match="did not take the choice"):
+    with replay(sampled.train(), recording), pytest.raises(RunError, match="did not take the choice"):
         output_of(sampled)
 
 
-def test_a_trace_is_its_arrays() -> None:
+def test_a_recording_is_its_arrays() -> None:
     model = made("hunyuan_v1_moe")
-    with record(model) as trace, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         output_of(model)
         output_of(model, IDS[:, :5])
-    same = Trace.from_arrays(trace.ids, trace.tokens, trace.lengths, trace.layers, trace.num_experts)
-    assert torch.equal(same.ids, trace.ids)
-    assert same.top_k == trace.top_k
-    assert same.lengths == [12, 12, 5, 5]
-    part = same.select([3, 0])
+    assert recording.lengths == [12, 12, 5, 5]
+    part = recording.select([3, 0])
     assert torch.equal(part.tokens, torch.cat([IDS[1, :5], IDS[0]]))
     want = Recorder(model)(IDS)
-    assert all(torch.equal(trace.ids[:24, i].long(), one.experts) for i, one in enumerate(want))
+    assert all(torch.equal(recording.ids[:24, i].long(), one.experts) for i, one in enumerate(want))
+
+
+@pytest.mark.parametrize(
+    "name", ["olmoe", "zaya", "rmoe"]
+)  # zaya: tokens that skip, which must be forced too
+def test_a_recording_comes_back_from_a_trace_on_file(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    with record(model) as recording, torch.no_grad():
+        want = output_of(model)
+    write_trace(tmp_path / "t.safetensors", recording.trace("m"))
+    trace = read_trace(tmp_path / "t.safetensors")
+    assert (trace.experts == NO_EXPERT).any() == (name == "zaya")
+    back = Recording.of(trace)
+    assert (back.layers, back.num_experts, back.top_k) == (
+        recording.layers,
+        recording.num_experts,
+        recording.top_k,
+    )
+    assert back.lengths == recording.lengths
+    assert torch.equal(back.ids, recording.ids)
+    assert torch.equal(back.tokens, recording.tokens)
+    shift_gates(model)
+    with torch.no_grad():
+        assert not torch.equal(output_of(model), want)
+    forced = made(name)
+    with replay(forced, trace), torch.no_grad():
+        assert torch.equal(output_of(forced), want)
+
+
+def test_layers_of_fewer_slots_come_back_from_a_trace() -> None:
+    ids = np.array([[[0, 3], [1, NO_EXPERT]], [[2, NO_EXPERT], [NO_EXPERT, NO_EXPERT]]], np.int16)
+    meta = TraceMeta(
+        model="m", source="vllm", layer_names=["a", "b"], num_experts=[4, 2], experts_per_token=[2, 1]
+    )
+    recording = Recording.of(Trace(ids, None, np.array([2]), meta))
+    assert recording.ids.tolist() == [[[0, 3], [1, UNKNOWN]], [[2, 4], [2, UNKNOWN]]]
+    assert recording.tokens.tolist() == [UNKNOWN, UNKNOWN]
+    again = recording.trace("m")
+    np.testing.assert_array_equal(again.experts, ids)
+    assert again.tokens is None

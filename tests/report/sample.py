@@ -265,7 +265,22 @@ def insights(rng: np.random.Generator, layers: int, experts: int, words: list[st
             own_router=rng.uniform(0.3, 0.8, layers - 1).tolist(),
             at_its_own_input=[None, *[1.0] * (layers - 2)],
             chance=[8 / experts] * (layers - 1),
+            probe=rng.uniform(0.5, 0.9, layers - 1).tolist(),
+            state_probe=[None] * (layers - 1),
             n=n,
+        ),
+        "balance": schema.BalanceAudit(
+            model=1.1,
+            switch=rng.uniform(1, 1.3, layers).tolist(),
+            gradient=rng.uniform(0, 0.1, layers).tolist(),
+            tokens=n,
+        ),
+        "regret": schema.Regret(
+            own=[None, *rng.normal(0.02, 0.01, layers - 1).tolist()],
+            own_error=[None, *[0.01] * (layers - 1)],
+            later=[None, *rng.normal(0, 0.01, layers - 1).tolist()],
+            better=[None, *rng.uniform(0.3, 0.6, layers - 1).tolist()],
+            exchanges=[0, *[64] * (layers - 1)],
         ),
         "saliency": [[None, *rng.uniform(0, 2, experts - 1).tolist()] for _ in range(layers)],
     }

@@ -191,23 +191,28 @@ def predictability(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> 
     lines = {
         "own_router": ("", "solid"),
         "at_its_own_input": (", at its own input", "dash"),
+        "probe": (", linear probe", "dashdot"),
+        "state_probe": (", linear probe of the state", "longdash"),
         "chance": (", by chance", "dot"),
     }
     data, rows = [], []
     for index, (name, p) in enumerate(having):
         for field, (said, dash) in lines.items():
-            values = getattr(p, field)
-            look = Style(looks[name].colour, dash)
-            data.append(line(f"{name}{said}", range(1, len(values) + 1), values, look, index))
-        known = zip(p.own_router, p.at_its_own_input, p.chance, strict=True)
-        rows += [[name, layer, *row] for layer, row in enumerate(known, start=1)]
+            values = getattr(p, field) or []
+            if any(value is not None for value in values):
+                look = Style(looks[name].colour, dash)
+                data.append(line(f"{name}{said}", range(1, len(values) + 1), values, look, index))
+        columns = [getattr(p, field) or [None] * len(p.chance) for field in lines]
+        rows += [[name, layer, *row] for layer, row in enumerate(zip(*columns, strict=True), start=1)]
     return [
         Chart(
             id="predictability",
             section=SECTION,
             title="How much of a layer's choice is known one layer earlier",
             definition="Recall of the chosen experts, when the layer's own router matrix reads the input of the router "
-            "below: mean over tokens of |predicted and chosen| / k. At its own input: what the matrix alone can reach.",
+            "below: mean over tokens of |predicted and chosen| / k. At its own input: what the matrix alone can reach. "
+            "Linear probes, fitted on the first half of the text and tested on the second, read the same input, or the "
+            "recurrent state that the router below passes on.",
             unit="share of chosen experts",
             sample=token_count([p.n for _, p in having]),
             data=data,
@@ -216,7 +221,18 @@ def predictability(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> 
                 "yaxis": axis("recall", range=[0, 1.03]),
                 "hovermode": "x unified",
             },
-            rows=[["model", "layer", "from the layer below", "at its own input", "by chance"], *rows],
+            rows=[
+                [
+                    "model",
+                    "layer",
+                    "from the layer below",
+                    "at its own input",
+                    "linear probe",
+                    "linear probe of the state",
+                    "by chance",
+                ],
+                *rows,
+            ],
             height=420,
             wide=True,
         )
@@ -238,5 +254,29 @@ def flips(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Char
             "share of tokens",
             token_count([f.n for _, f in having]),
             [(f"{name} and {f.other}", f.values, looks[name], {}) for name, f in having],
+        )
+    ]
+
+
+def regret(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    having = [(m.name, m.regret) for m in models if m.regret]
+    if not having:
+        return []
+    series: list[tuple[str, Sequence[float | None], Style, dict]] = []
+    for name, r in having:
+        bars = {"error_y": {"type": "data", "array": r.own_error, "thickness": 1}}
+        series.append((name, r.own, looks[name], bars))
+        series.append((f"{name}, later tokens", r.later, Style(looks[name].colour, "dot"), {}))
+    return [
+        layer_lines(
+            "regret",
+            SECTION,
+            "What the next expert would have cost",
+            "Mean change of the loss where one token's weakest chosen expert is exchanged for the most probable of the "
+            "others and all other routes stay; for its own next token (bars: standard error), and summed over the "
+            "later tokens of its block. Above 0: the choice was right.",
+            "nats",
+            f"{max(max(r.exchanges) for _, r in having):,} exchanges a layer",
+            series,
         )
     ]

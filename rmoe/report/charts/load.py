@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rmoe.report.charts.chart import Chart, Cube, Selector, Style, axis, label, layer_axis
-from rmoe.report.charts.shared import heat_maps, line, measure_chart, token_count
+from rmoe.report.charts.shared import heat_maps, layer_lines, line, measure_chart, token_count
 from rmoe.results.analysis import ModelAnalysis
 
 SECTION = "Load"
@@ -90,6 +90,42 @@ def drop_ratio(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list
             ],
         )
     ]
+
+
+def balance_loss(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """Switch's balance loss of each layer, and how far the model's own reaches."""
+    having = [(m.name, m.balance) for m in models if m.balance]
+    trained = [(name, audit.gradient) for name, audit in having if audit.gradient is not None]
+    if not having:
+        return []
+    said = [f"{name} {'none' if a.model is None else format(a.model, '.4g')}" for name, a in having]
+    sample = token_count([audit.tokens for _, audit in having])
+    charts = [
+        layer_lines(
+            "balance-loss",
+            SECTION,
+            "Balance loss",
+            "Experts times the sum over experts of share of assignments times mean probability (Switch); 1 is even "
+            f"load. Without its coefficient. What the model itself returns: {'; '.join(said)}.",
+            "balance loss",
+            sample,
+            [(name, audit.switch, looks[name], {}) for name, audit in having],
+        )
+    ]
+    if trained:
+        charts.append(
+            layer_lines(
+                "balance-gradient",
+                SECTION,
+                "Where the balance loss reaches",
+                "Norm of the gradient of the model's own balance loss, without its coefficient, over the parameters of "
+                "each layer's router. 0: it does not train that router.",
+                "gradient norm",
+                sample,
+                [(name, gradient, looks[name], {}) for name, gradient in trained],
+            )
+        )
+    return charts
 
 
 def spread(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:

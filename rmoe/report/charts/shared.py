@@ -97,7 +97,7 @@ def layer_lines(
     definition: str,
     unit: str,
     sample: str,
-    series: Sequence[tuple[str, Sequence[float], Style, dict]],
+    series: Sequence[tuple[str, Sequence[float | None], Style, dict]],
 ) -> Chart:
     """One line per model over layers."""
     layers = max(len(values) for _, values, _, _ in series)
