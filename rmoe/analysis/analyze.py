@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.analysis.balance import audit_balance
+from rmoe.analysis.contribution import RouteContributions
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.insight import Predictability, Saliency
 from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes
@@ -148,6 +149,11 @@ class _Pass:
             else None
         )
         self.saliency = Saliency(layers) if live and "saliency" in names else None
+        self.contributions = (
+            RouteContributions(subject.model, layers, self.shared)
+            if live and "contributions" in names
+            else None
+        )
         embedding = subject.model.get_input_embeddings()  # type: ignore[operator]
         if len(token_counts) > len(embedding.weight):
             allowed = f"ids below {subject.name}'s vocabulary size ({len(embedding.weight)})"
@@ -181,12 +187,14 @@ class _Pass:
         """Run the model on [B, S] ids, or take what was streamed, and measure its routing."""
         if self.streamed is None:
             with ExitStack() as listening:
-                for measure in (self.predictability, self.saliency):
+                for measure in (self.predictability, self.saliency, self.contributions):
                     if measure is not None:
                         listening.enter_context(measure.listening())
                 batch = self.recorder.batch(input_ids.to(self.device))
             if self.predictability is not None:
                 self.predictability.update(batch)
+            if self.contributions is not None:
+                self.contributions.update()
         else:
             batch = self.streamed.batch(chunk)
         if self.measures is None:  # how many classes a router has shows in what it returns
@@ -216,6 +224,7 @@ class _Pass:
             gradient_split=self._gradient_split(blocks),
             balance=self._balance(blocks),
             regret=self._regret(blocks),
+            contributions=self._contributions(),
             contexts=self._contexts(blocks, token_text),
             predictability=self._predictability(),
             saliency=None if self.saliency is None else _or_none(self.saliency.result().numpy()),
@@ -246,6 +255,15 @@ class _Pass:
             probe=probe,
             state_probe=state_probe,
             n=self.predictability.n,
+        )
+
+    def _contributions(self) -> schema.Contributions | None:
+        found = self.contributions
+        if found is None or not found.known:
+            return None
+        values, state, advantage = found.result()
+        return schema.Contributions(
+            sources=found.sources, values=values, state=state, advantage=advantage, n=found.n
         )
 
     def _weights(self) -> list[LayerWeights]:

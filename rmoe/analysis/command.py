@@ -14,6 +14,7 @@ import torch
 
 import rmoe
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.measures import WHOLE_MODEL
 from rmoe.analysis.reading import Part, Reading, choose_tokenizer, read_text
 from rmoe.analysis.streaming.memory import checkpoint_bytes, free_memory
 from rmoe.analysis.streaming.run import Hidden, Progress, StreamedRouting, stream_routing
@@ -122,8 +123,7 @@ def analyze_folders(
             routings.append(None)
             continue
         routings.append(streaming.run(Path(path), layered, reading.blocks, options.batch_size, i))
-        live = ("gradients", "predictability", "saliency", "balance", "regret")
-        needs: list[str] = [n for n in live if n in options.measures]
+        needs: list[str] = [n for n in WHOLE_MODEL if n in options.measures]
         needs += ["the check of the reading"] if options.check else []
         skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
         notes.append(f"{_names(paths)[i]} was read layer by layer{skipped}")

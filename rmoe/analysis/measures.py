@@ -47,8 +47,12 @@ MEASURES = {
     "saliency": "REAP's saliency of each expert; runs every expert once more",
     "balance": "the model's own balance loss beside Switch's, and its gradient, on --gradient-tokens",
     "regret": "the loss if the next expert had been chosen; runs 64 rows of the text for each layer",
+    "contributions": "what speaks for the chosen experts: the layers below, the recurrent state",
 }
-NOT_BY_DEFAULT = ("predictability", "saliency", "balance", "regret")
+NOT_BY_DEFAULT = ("predictability", "saliency", "balance", "regret", "contributions")
+WHOLE_MODEL = ("gradients", *NOT_BY_DEFAULT)
+"""What needs all layers at once: not measured of a streamed model."""
+
 DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in NOT_BY_DEFAULT)
 
 TOP_PATHS = 20

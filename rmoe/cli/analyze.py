@@ -61,8 +61,8 @@ def run(
         dtype: that the model is loaded in, with --compare-with the second model; default that of its files.
             `--compare-with MODEL --dtype bf16` shows how often the choice flips.
         measures: what is measured, separated by commas: load, coactivation, paths, mutual-information, confidence,
-            tokens, contexts, weights, gradients, predictability, saliency, balance, regret; default all but the last
-            four.
+            tokens, contexts, weights, gradients, predictability, saliency, balance, regret, contributions; default all
+            but the last five.
         stream: read the model layer by layer, with one layer in memory; done unasked for a checkpoint larger than the
             free memory. A run that was killed is resumed by the same command.
         hidden_states: where they are between two layers of a streamed model; default the disk if they take more than

@@ -158,6 +158,20 @@ class BalanceAudit(Record, frozen=True, kw_only=True):
     tokens: int
 
 
+class Contributions(Record, frozen=True, kw_only=True):
+    """What speaks for the chosen experts: the mean of their logits less the mean of all, and the sources of that."""
+
+    sources: list[
+        str
+    ]  # [J] the embedding, and the layers of the stack; of a row's own layer it is the attention
+    values: list[
+        list[float | None]
+    ]  # [L][J] None above the row's layer, and where a row cannot be told exactly
+    state: list[float | None]  # [L] the recurrent state's part; None without one
+    advantage: list[float]  # [L]
+    n: int
+
+
 class Regret(Record, frozen=True, kw_only=True):
     """Change of the loss, in nats, where a token's k-th expert is exchanged for the (k+1)-th; above 0: worse."""
 
@@ -284,6 +298,7 @@ class ModelAnalysis(Record, frozen=True, kw_only=True):
     gradient_split: GradientSplit | None = None
     balance: BalanceAudit | None = None
     regret: Regret | None = None
+    contributions: Contributions | None = None
     coactivation: Coactivation | None = None
     paths: Paths | None = None
     saturation: Saturation | None = None

@@ -290,6 +290,7 @@ FIELDS = {
     "saliency": ("saliency",),
     "balance": ("balance",),
     "regret": ("regret",),
+    "contributions": ("contributions",),
 }
 
 

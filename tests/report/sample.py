@@ -275,6 +275,16 @@ def insights(rng: np.random.Generator, layers: int, experts: int, words: list[st
             gradient=rng.uniform(0, 0.1, layers).tolist(),
             tokens=n,
         ),
+        "contributions": schema.Contributions(
+            sources=["embedding", *(f"layer {layer}" for layer in range(layers))],
+            values=[
+                [*rng.normal(0.1, 0.1, row + 2).tolist(), *[None] * (layers - row - 1)]
+                for row in range(layers)
+            ],
+            state=[None, *rng.normal(0.2, 0.1, layers - 1).tolist()],
+            advantage=rng.uniform(0.5, 1.5, layers).tolist(),
+            n=n,
+        ),
         "regret": schema.Regret(
             own=[None, *rng.normal(0.02, 0.01, layers - 1).tolist()],
             own_error=[None, *[0.01] * (layers - 1)],

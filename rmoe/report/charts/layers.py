@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rmoe.report.charts.chart import Chart, Cube, Selector, Style, axis, layer_axis
 from rmoe.report.charts.shared import heat_maps, layer_lines, line, token_count
-from rmoe.results.analysis import Matrix, ModelAnalysis, PairMeasure
+from rmoe.results.analysis import Contributions, Matrix, ModelAnalysis, PairMeasure
 
 SECTION = "Across layers"
 
@@ -236,6 +236,63 @@ def predictability(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> 
             height=420,
             wide=True,
         )
+    ]
+
+
+def contributions(models: Sequence[ModelAnalysis], looks: dict[str, Style]) -> list[Chart]:
+    """A row for each routed layer: what speaks for the experts that it chooses."""
+    having = [(m.name, m.contributions) for m in models if m.contributions]
+    if not having:
+        return []
+    most = max(len(c.sources) for _, c in having)  # the embedding, and the layers
+    shown = [(name, _with_state(c, most)) for name, c in having]
+    known = [v for _, rows in shown for row in rows for v in row if v is not None]
+    step = max(1, most // 8)
+    places = [0, *range(1, most, step), most]
+    names = ["emb", *map(str, range(0, most - 1, step)), "state"]
+    panels = heat_maps(
+        shown,
+        columns=2,
+        across=axis("from", tickmode="array", tickvals=places, ticktext=names, range=[-0.5, most + 0.5]),
+        down=layer_axis(max(len(rows) for _, rows in shown), autorange="reversed"),
+        colour={"cmin": min(0.0, *known), "cmax": max(known), "colorbar": {"title": {"text": "logits"}}},
+        hover="layer %{y}, from %{x}: %{z:.3g}",
+    )
+    return [
+        Chart(
+            id="contributions",
+            section=SECTION,
+            title="What speaks for the chosen experts",
+            definition="The mean logit of a token's chosen experts less the mean of all, split over what adds to it: "
+            "the embedding (emb), each layer below (in a row's own column its attention), the recurrent state. Exact, "
+            "with the norm's scale held fixed; blank where a router is not linear in the residual stream. For RMoE's "
+            "own routers the state's part is what is lost with an empty state.",
+            unit="logits",
+            sample=token_count([c.n for _, c in having]),
+            data=panels.data,
+            layout=panels.layout,
+            rows=[
+                ["model", "layer", "source", "logits"],
+                *[
+                    [name, layer, source, value]
+                    for name, c in having
+                    for layer, row in enumerate(_with_state(c, len(c.sources)))
+                    for source, value in zip([*c.sources, "state"], row, strict=True)
+                    if value is not None
+                ],
+            ],
+            height=panels.height,
+            wide=True,
+            narrow=panels.narrow,
+        )
+    ]
+
+
+def _with_state(found: Contributions, width: int) -> list[list[float | None]]:
+    """Rows of so many sources, and the state behind them."""
+    return [
+        [*row, *[None] * (width - len(row)), state]
+        for row, state in zip(found.values, found.state, strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ MAKERS = (
     layers.paths,
     layers.predictability,
     layers.flips,
+    layers.contributions,
     layers.regret,
     gate.entropy,
     gate.entropy_by_layer,
