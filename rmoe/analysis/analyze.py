@@ -17,7 +17,7 @@ from rmoe.analysis.balance import audit_balance
 from rmoe.analysis.contribution import RouteContributions
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.insight import Predictability, Saliency
-from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes
+from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes, require_measures
 from rmoe.analysis.regret import TOKENS, RouteRegret
 from rmoe.analysis.saturation import FlipRate, Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
@@ -71,9 +71,7 @@ class AnalysisOptions:
     check: bool = True
 
     def __post_init__(self) -> None:
-        for name in self.measures:
-            if name not in MEASURES:
-                raise RequestError("--measures", name, ", ".join(MEASURES))
+        require_measures(self.measures, MEASURES)
         for name, least in (("batch_size", 1), ("gradient_tokens", 0), ("explored_tokens", 0)):
             value = getattr(self, name)
             if value < least:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 
 import rmoe
 from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
-from rmoe.analysis.measures import WHOLE_MODEL
+from rmoe.analysis.measures import OF_CHOICES, WHOLE_MODEL, require_measures
 from rmoe.analysis.reading import Part, Reading, choose_tokenizer, read_text
 from rmoe.analysis.streaming.memory import checkpoint_bytes, free_memory
 from rmoe.analysis.streaming.run import Hidden, Progress, StreamedRouting, stream_routing
@@ -149,17 +149,21 @@ def analyze_folders(
     return Analysis(text=readings[0].text, models=analyses, notes=notes)
 
 
-def analyze_trace_file(path: str, model: str | None, given: Given) -> Analysis:
+def analyze_trace_file(
+    path: str, model: str | None, given: Given, measures: Collection[str] = OF_CHOICES
+) -> Analysis:
     """Analyse a trace of this package or of another program.
 
     Args:
         path: see `rmoe.results.engine_traces.read_any_trace`.
         model: whose routing it is: its layers, k and vocabulary must fit, and its tokenizer shows the tokens.
         given: what the trace does not say itself.
+        measures: of `OF_CHOICES`.
 
     Raises:
-        RequestError: an unknown format, or a trace that does not fit.
+        RequestError: an unknown format, a trace that does not fit, a measure that needs more than choices.
     """
+    require_measures(measures, OF_CHOICES)
     place = None if model is None else Path(model_path(str(model_place(model))))
     given = given if place is None else _of_model(given, place)
     found, notes = read_any_trace(expand(path, "--trace"), given)
@@ -175,11 +179,12 @@ def analyze_trace_file(path: str, model: str | None, given: Given) -> Analysis:
         name = found.meta.model or name
         if found.tokens is not None:
             notes.append("tokens are shown by their ids: name the MODEL beside --trace to see their text")
-    analysis, more = analyze_trace(found, name, token_text)
+    analysis, more = analyze_trace(found, name, token_text, measures)
+    tokens = len(found.experts) if isinstance(found, Trace) else analysis.frequency_n
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]:
         digest.update(file.read_bytes())
-    text = TextInfo(name=Path(path).name, sha256=digest.hexdigest(), tokens=analysis.frequency_n)
+    text = TextInfo(name=Path(path).name, sha256=digest.hexdigest(), tokens=tokens)
     return Analysis(text=text, models=[analysis], notes=notes + more)
 
 

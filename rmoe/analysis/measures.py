@@ -30,6 +30,7 @@ from rmoe.analysis.load import (
 from rmoe.analysis.mutual_information import ChosenMutualInformation, DigitisedMutualInformation
 from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.token_affinity import TokenAffinity, tracked_tokens
+from rmoe.errors import RequestError
 from rmoe.moe.records import RoutingBatch
 from rmoe.results import analysis as schema
 
@@ -49,11 +50,26 @@ MEASURES = {
     "regret": "the loss if the next expert had been chosen; runs 64 rows of the text for each layer",
     "contributions": "what speaks for the chosen experts: the layers below, the recurrent state",
 }
+OF_CHOICES = ("load", "coactivation", "paths", "mutual-information", "tokens")
+"""What needs only who was chosen: measured of a trace."""
+
 NOT_BY_DEFAULT = ("predictability", "saliency", "balance", "regret", "contributions")
 WHOLE_MODEL = ("gradients", *NOT_BY_DEFAULT)
 """What needs all layers at once: not measured of a streamed model."""
 
 DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in NOT_BY_DEFAULT)
+
+
+def require_measures(names: Collection[str], allowed: Collection[str]) -> None:
+    """Check a choice of measures.
+
+    Raises:
+        RequestError: it is empty, or has one that is not allowed.
+    """
+    if not names or not set(names) <= set(allowed):
+        wrong = next((name for name in names if name not in allowed), "")
+        raise RequestError("--measures", wrong, ", ".join(allowed))
+
 
 TOP_PATHS = 20
 TOP_TOKENS = 12

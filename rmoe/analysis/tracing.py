@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from rmoe.analysis.measures import ChoiceMeasures, Sizes, load_fields
+from rmoe.analysis.measures import OF_CHOICES, ChoiceMeasures, Sizes, load_fields
 from rmoe.errors import RequestError
 from rmoe.model.loading import empty_model
 from rmoe.moe import Recorder, RoutedLayer, RoutingRecord, require_layers
@@ -73,7 +73,10 @@ def _ranked(records: list[RoutingRecord]) -> np.ndarray:
 
 
 def analyze_trace(
-    found: Trace | ExpertCounts, name: str, token_text: Callable[[int], str] = str
+    found: Trace | ExpertCounts,
+    name: str,
+    token_text: Callable[[int], str] = str,
+    measures: Collection[str] = OF_CHOICES,
 ) -> tuple[schema.ModelAnalysis, list[str]]:
     """Every measure that needs only who was chosen.
 
@@ -81,11 +84,15 @@ def analyze_trace(
         found: what was read.
         name: how the model is called in the report.
         token_text: how a token id is shown.
+        measures: of `OF_CHOICES`; a trace of counts has "load" alone.
 
     Returns:
         The analysis, and notes about what the trace does not allow.
     """
     if isinstance(found, ExpertCounts):
+        if "load" not in measures:
+            said = ",".join(measures)
+            raise RequestError("--measures", said, f"load, all that a {found.source} trace tells")
         return _of_counts(found, name), [
             f"a {found.source} trace is summed over tokens: load alone can be measured from it"
         ]
@@ -100,13 +107,13 @@ def analyze_trace(
         notes.append(
             f"a {meta.source} trace does not rank a token's experts: no paths, no mutual information"
         )
-    measures = ChoiceMeasures(sizes, len(found.experts), counts, meta.ranked)
+    streamed = ChoiceMeasures(sizes, len(found.experts), counts, meta.ranked, measures)
     for start in range(0, len(found.experts), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
         experts = torch.from_numpy(found.experts[part].astype(np.int64)).transpose(0, 1).contiguous()
         experts = experts.masked_fill(experts == NO_EXPERT, num_experts)
         ids = None if found.tokens is None else torch.from_numpy(found.tokens[part].astype(np.int64))
-        measures.update(experts, experts[..., 0], ids)
+        streamed.update(experts, experts[..., 0], ids)
     return (
         schema.ModelAnalysis(
             name=name,
@@ -115,7 +122,7 @@ def analyze_trace(
             experts=num_experts,
             experts_per_token=slots,
             layer_names=meta.layer_names,
-            **measures.fields(token_text),
+            **streamed.fields(token_text),
         ),
         notes,
     )

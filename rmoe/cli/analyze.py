@@ -62,7 +62,7 @@ def run(
             `--compare-with MODEL --dtype bf16` shows how often the choice flips.
         measures: what is measured, separated by commas: load, coactivation, paths, mutual-information, confidence,
             tokens, contexts, weights, gradients, predictability, saliency, balance, regret, contributions; default all
-            but the last five.
+            but the last five. Beside --trace: load, coactivation, paths, mutual-information, tokens; default these.
         stream: read the model layer by layer, with one layer in memory; done unasked for a checkpoint larger than the
             free memory. A run that was killed is resumed by the same command.
         hidden_states: where they are between two layers of a streamed model; default the disk if they take more than
@@ -74,7 +74,7 @@ def run(
     """
     from rmoe.analysis.analyze import AnalysisOptions
     from rmoe.analysis.command import Streaming, analyze_folders, analyze_trace_file
-    from rmoe.analysis.measures import DEFAULT_MEASURES
+    from rmoe.analysis.measures import DEFAULT_MEASURES, OF_CHOICES
     from rmoe.places import require_writable
     from rmoe.report.page import write_report
     from rmoe.results.analysis import write_analysis
@@ -83,10 +83,17 @@ def run(
     require_writable(out)
     set_up(plugin)
     if trace is not None:
-        for option, value in (("--data", data), ("--compare-with", compare_with)):
+        for option, value in (
+            ("--data", data),
+            ("--compare-with", compare_with),
+            ("--stream", stream or None),
+        ):
             if value is not None:
-                raise RequestError(option, value, "nothing beside --trace: the trace has its own text")
-        analysis = analyze_trace_file(trace, model, Given(experts, experts_per_token))
+                raise RequestError(
+                    option, value, "nothing beside --trace: the trace has its own text and routing"
+                )
+        chosen = OF_CHOICES if measures is None else names(measures)
+        analysis = analyze_trace_file(trace, model, Given(experts, experts_per_token), chosen)
     else:
         for option, number in (("--experts", experts), ("--experts-per-token", experts_per_token)):
             if number is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 import rmoe.model  # noqa: F401 - registers RMoE with the Auto classes
 from rmoe.compat import model_classes
@@ -58,6 +59,7 @@ def load(
         raise
     except Exception as error:  # what a damaged configuration makes transformers raise is anyone's guess
         raise RequestError("model", str(path), f"a model folder or a model of the Hub ({error})") from error
+    _require_known_quantisation(config)
     computed = {name: changes.pop(name) for name in _IMPLEMENTATIONS if name in changes}
     config = _changed(config, changes)
     chosen = model_class(config)
@@ -88,6 +90,23 @@ def load(
             shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             raise RequestError("model", str(path), f"weights that fit its configuration; {kind}: {shown}")
     return model.to(device).eval()
+
+
+def _require_known_quantisation(config: Any) -> None:
+    """transformers ignores a method that it does not know, with a warning, and takes the weights for plain ones.
+
+    Raises:
+        RequestError: the method is unknown.
+    """
+    found = getattr(config, "quantization_config", None)
+    if (
+        isinstance(found, dict)
+        and found.get("quant_method")
+        and not AutoHfQuantizer.supports_quant_method(found)
+    ):
+        raise RequestError(
+            "quantization_config.quant_method", found["quant_method"], "a method that transformers can read"
+        )
 
 
 def _changed(config: Any, changes: dict[str, Any]) -> Any:

@@ -78,6 +78,16 @@ def test_vllm_form_of_a_model_with_a_dense_layer(
     assert "does not rank a token's experts" in capsys.readouterr().out
 
 
+def test_the_measures_of_a_trace_are_chosen(text: Path, tmp_path: Path) -> None:
+    model, file = _saved("olmoe", tmp_path / "m"), tmp_path / "t.safetensors"
+    assert main(["trace", str(model), "--data", str(text), *TOKENS, "--out", str(file)]) == 0
+    assert main(["analyze", "--trace", str(file), "--measures", "paths", "--out", str(tmp_path / "a")]) == 0
+    read = read_analysis(tmp_path / "a" / "analysis.json")
+    assert read.text.tokens == 576
+    for name in OF_CHOICE:
+        assert (getattr(read.models[0], name) is not None) == (name == "paths"), name
+
+
 def test_counts_alone(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("layer_id,expert_id,count\n0,0,3\n0,1,1\n1,2,4\n")
     given = ["analyze", "--trace", str(tmp_path / "c.csv"), "--experts", "3", "--experts-per-token", "2"]
@@ -104,6 +114,8 @@ def test_refused_requests(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         other.mkdir()
         config = json.loads((olmoe / "config.json").read_text()) | change
         (other / "config.json").write_text(json.dumps(config))
+    counts, sizes = tmp_path / "c.csv", ["--experts", "3", "--experts-per-token", "2"]
+    counts.write_text("layer_id,expert_id,count\n0,0,3\n0,1,1\n")
     capsys.readouterr()
     for arguments, said in (
         ([str(tmp_path / "layers"), "--trace", str(file)], "allowed: the model's 5"),
@@ -115,6 +127,13 @@ def test_refused_requests(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--trace", str(text)], "a file in a known format"),
         (["--trace", str(tmp_path / "none")], "--trace is"),
         (["--trace", str(file), "--data", str(text)], "--data is"),
+        (["--trace", str(file), "--stream"], "--stream is"),
+        (
+            ["--trace", str(file), "--measures", "load,confidence"],
+            "--measures is 'confidence'; allowed: load, ",
+        ),
+        (["--trace", str(counts), *sizes, "--measures", "paths"], "load, all that a sglang trace tells"),
+        ([str(olmoe), "--measures", ""], "--measures is ''; allowed: load, coactivation"),
         ([str(olmoe), "--experts", "8"], "--experts is 8; allowed: nothing without --trace"),
         ([], "MODEL is None"),
     ):
