@@ -86,8 +86,9 @@ def test_block_from_its_parts(router: str, architecture: dict, shared: int) -> N
     )
     settings._experts_implementation = "eager"
     block = RMoESparseMoeBlock(settings, 0).double()
-    for i, parameter in enumerate(block.parameters()):
-        parameter.data = 0.3 * randn(*parameter.shape, seed=i)
+    frozen = [value for name, value in block.named_buffers() if name.endswith(".weight")]  # not drawn yet either
+    for i, weight in enumerate([*block.parameters(), *frozen]):
+        weight.data = 0.3 * randn(*weight.shape, seed=i)
     if router == "eda":
         block.gate.selection_bias.bias[-1] = 0.1  # some tokens skip, some do not
     x, ids = randn(14, 36, seed=9), tokens(2, 7).reshape(-1)
