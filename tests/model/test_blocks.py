@@ -86,7 +86,9 @@ def test_block_from_its_parts(router: str, architecture: dict, shared: int) -> N
     )
     settings._experts_implementation = "eager"
     block = RMoESparseMoeBlock(settings, 0).double()
-    frozen = [value for name, value in block.named_buffers() if name.endswith(".weight")]  # not drawn yet either
+    frozen = [
+        value for name, value in block.named_buffers() if name.endswith(".weight")
+    ]  # not drawn yet either
     for i, weight in enumerate([*block.parameters(), *frozen]):
         weight.data = 0.3 * randn(*weight.shape, seed=i)
     if router == "eda":
