@@ -1,11 +1,13 @@
-"""What recording all measures adds to the forward passes it rides on, at the preset `medium`, in one run.
+"""What the default measures add to the forward passes they ride on, at the preset `medium`, in one run.
 
     python benchmarks/recording_overhead.py [--out benchmarks/results] [--threads N]
 
 Each round runs the same batch twice, plain and recorded, in alternating order. The recorded pass takes the routing
 out of the model and feeds every streaming measure, the digitised mutual information on every token (the worst
-case: a text longer than 100,000 tokens is sampled). Required: at most 25 % more. Processor time is given beside
-wall-clock time, because on a shared machine the latter also says what else was running.
+case: a text longer than 100,000 tokens is sampled). What is done once (the check of the reading, the measures of
+weights, the gradient split) is timed after the rounds and spread over `rmoe analyze`'s default number of tokens.
+Required: at most 25 % more, all together. Processor time is given beside wall-clock time, because on a shared machine
+the latter also says what else was running; the verdict is by processor time.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ import numpy as np
 import torch
 from results import write_result
 
+from rmoe.analysis.analyze import CHECKED_TOKENS, AnalysisOptions
+from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.measures import RoutingMeasures, Sizes
+from rmoe.analysis.weights import layer_weights
+from rmoe.moe import check_reading
 from rmoe.moe.recorder import Recorder
 from rmoe.training.build import build_model, model_config
 from rmoe.training.config import RunConfig
 
 BATCH, LENGTH = 4, 512
+ANALYSED_TOKENS = 131_072  # `rmoe analyze`'s default
 ROUNDS = 8
 
 
@@ -69,6 +76,23 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
                 processor[name].append(time.process_time() - processor_start)
 
+    once: dict[str, float] = {}
+    blocks = AnalysisOptions().gradient_tokens // LENGTH
+    sample = [torch.randint(0, 256, (blocks, LENGTH), generator=generator)]
+    shared = find_shared(model, recorder.layers)
+    for name, measure in (
+        ("check", lambda: check_reading(model, sample[0][:1, :CHECKED_TOKENS])),
+        ("weights", lambda: [layer_weights(layer, shared) for layer in recorder.layers]),
+        ("gradients", lambda: router_gradients(model, recorder.layers, shared, sample)),
+    ):
+        start = time.process_time()
+        measure()
+        once[name] = time.process_time() - start
+    forward = sum(processor["plain"]) / (ROUNDS * tokens) * ANALYSED_TOKENS
+    share = {name: value / forward for name, value in once.items()}
+    streamed = sum(processor["recorded"]) / sum(processor["plain"]) - 1
+    together = streamed + sum(share.values())
+
     ratios = np.array(seconds["recorded"]) / np.array(seconds["plain"])
     write_result(
         "recording_overhead",
@@ -80,12 +104,14 @@ def main() -> None:
             "recorded_us_per_token": float(np.median(seconds["recorded"])) / tokens * 1e6,
             "added_share_median": float(np.median(ratios)) - 1,
             "added_share_of_sums": sum(seconds["recorded"]) / sum(seconds["plain"]) - 1,
-            "added_share_processor_time": sum(processor["recorded"]) / sum(processor["plain"]) - 1,
+            "added_share_processor_time": streamed,
+            "added_share_once_processor_time": share,
+            "added_share_all_processor_time": together,
             "rounds": ROUNDS,
         },
         arguments.out,
     )
-    if np.median(ratios) > 1.25:
+    if together > 0.25:
         raise SystemExit("more than is allowed")
 
 

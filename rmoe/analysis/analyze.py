@@ -65,7 +65,7 @@ class AnalysisOptions:
     """
 
     batch_size: int = 8
-    gradient_tokens: int = 4096
+    gradient_tokens: int = 2048
     explored_tokens: int = 256
     measures: tuple[str, ...] = DEFAULT_MEASURES
     check: bool = True

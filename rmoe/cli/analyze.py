@@ -29,7 +29,7 @@ def run(
     sequence_length: int | None = None,
     split: Literal["whole", "train", "valid", "test"] | None = None,
     batch_size: int = 8,
-    gradient_tokens: int = 4096,
+    gradient_tokens: int = 2048,
     explored_tokens: int = 256,
     device: str | None = None,
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
