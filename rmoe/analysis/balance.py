@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rmoe.analysis.gradients import MeanGradient, norms, trainable_aux_loss
 from rmoe.moe import RoutedLayer, RoutingRecord, listen
 from rmoe.routing.contract import count_assignments
 
@@ -51,7 +52,7 @@ def audit_balance(
         return None
     owned = [[p for p in layer.gate.parameters() if p.requires_grad] for layer in layers]
     parameters = [p for own in owned for p in own]
-    totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    gradient = MeanGradient(parameters)
     values: list[float] = []
     switch = torch.zeros(len(layers), dtype=torch.float64)
     for input_ids in batches:
@@ -61,16 +62,12 @@ def audit_balance(
             continue
         values.append(float(loss.detach()))
         if parameters:
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for total, gradient in zip(totals, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
-    count, rest = len(batches), iter(totals)
-    norms = [sum(float(next(rest).double().square().sum()) for _ in own) ** 0.5 / count for own in owned]
+            gradient.add(loss)
+    count = len(batches)
     return BalanceAudit(
         model=sum(values) / count if values else None,
         switch=(switch / count).tolist(),
-        gradient=norms if values else None,
+        gradient=norms(gradient.mean(), owned) if values else None,
         tokens=sum(batch.numel() for batch in batches),
     )
 
@@ -82,8 +79,7 @@ def _run(
     records: list[RoutingRecord] = []
     with listen(layers, lambda layer, record: records.append(record)):
         output = model(input_ids=input_ids, labels=input_ids, use_cache=False)
-    loss = getattr(output, "aux_loss", None)
-    return (loss if isinstance(loss, Tensor) and loss.requires_grad else None), records
+    return trainable_aux_loss(output), records
 
 
 def switch_loss(record: RoutingRecord) -> float:

@@ -49,10 +49,16 @@ def find_shared(model: nn.Module, layers: Sequence[RoutedLayer]) -> nn.Module | 
     return gate.shared() if isinstance(gate, GraftedGate) else None
 
 
+def trainable_aux_loss(output: Any) -> Tensor | None:
+    """The balance loss of a forward pass without its weight; None if it has none that can be trained."""
+    loss = getattr(output, "aux_loss", None)
+    return loss if isinstance(loss, Tensor) and loss.requires_grad else None
+
+
 def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
     """The balance loss of a forward pass with the weight it is added with; None if the model has none."""
-    loss = getattr(output, "aux_loss", None)  # without its weight
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
+    loss = trainable_aux_loss(output)
+    if loss is None:
         return None
     if isinstance(model, RMoEPreTrainedModel):
         weighted: Tensor | None = output.balance_loss
@@ -101,7 +107,7 @@ def recurrence_cut(layers: Sequence[RoutedLayer]) -> Iterator[list[bool]]:
             handle.remove()
 
 
-class _MeanGradient:
+class MeanGradient:
     """The mean over batches of one loss's gradient."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -118,6 +124,17 @@ class _MeanGradient:
 
     def mean(self) -> list[Tensor]:
         return [total / max(self.count, 1) for total in self.total]
+
+
+def norms(gradients: Sequence[Tensor], owned: Sequence[Sequence[nn.Parameter]]) -> list[float]:
+    """The norm over each owner's gradients.
+
+    Args:
+        gradients: of all owners' parameters, one owner after the other.
+        owned: each owner's parameters.
+    """
+    rest = iter(gradients)
+    return [_norm([next(rest) for _ in own]) for own in owned]
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
@@ -157,7 +174,7 @@ def router_gradients(
     owners = [layer.gate for layer in layers] + ([shared] if shared is not None else [])
     owned = [[p for p in owner.parameters() if p.requires_grad] for owner in owners]
     parameters = [p for own in owned for p in own]
-    whole, balance, cut = (_MeanGradient(parameters) for _ in range(3))
+    whole, balance, cut = (MeanGradient(parameters) for _ in range(3))
     if not batches or not parameters:
         return None
     with _only_trainable(model, parameters):
@@ -172,19 +189,15 @@ def router_gradients(
             if found:
                 cut.add(next_token_loss(output.logits, input_ids, "mean"))
 
-    def per_owner(gradients: Sequence[Tensor]) -> list[float]:
-        rest = iter(gradients)
-        return [_norm([next(rest) for _ in own]) for own in owned]
-
     language = whole.mean()
     through_state = [a - b for a, b in zip(language, cut.mean(), strict=True)]
     both = [a + b for a, b in zip(language, balance.mean(), strict=True)]
     count = len(layers)
     return RouterGradients(
-        language_model=per_owner(language)[:count],
-        balance=per_owner(balance.mean())[:count] if balance.count else None,
-        cut=per_owner(cut.mean())[:count] if cut.count else None,
-        recurrent=per_owner(through_state)[:count] if cut.count else None,
-        shared=per_owner(both)[count] if shared is not None else None,
+        language_model=norms(language, owned)[:count],
+        balance=norms(balance.mean(), owned)[:count] if balance.count else None,
+        cut=norms(cut.mean(), owned)[:count] if cut.count else None,
+        recurrent=norms(through_state, owned)[:count] if cut.count else None,
+        shared=norms(both, owned)[count] if shared is not None else None,
         tokens=sum(batch.numel() for batch in batches),
     )

@@ -8,6 +8,7 @@ from torch import nn
 
 from rmoe.analysis.balance import BalanceAudit, audit_balance
 from rmoe.moe import routed_layers
+from tests.analysis.tiny_families import olmoe_of_equal_routers
 from tests.analysis.tiny_rmoe import LAYERS, tiny_rmoe
 from tests.graft.tiny_families import tiny_model
 
@@ -47,14 +48,9 @@ def test_switchs_loss_by_hand() -> None:
 
 def test_olmoe_counts_tokens_and_joins_its_layers() -> None:
     """Equal routers that read the same: then OLMoE's loss is k times Switch's of any layer."""
-    model = tiny_model("olmoe")
+    model = olmoe_of_equal_routers()
     model.config.output_router_logits = True
     layers = model.model.layers
-    with torch.no_grad():
-        for layer in layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.experts.down_proj.zero_()
-            layer.mlp.gate.weight.copy_(layers[0].mlp.gate.weight)
     found = audited(model)
     k = model.config.num_experts_per_tok
     assert found.switch == pytest.approx([found.switch[0]] * len(layers), rel=1e-5)

@@ -21,6 +21,7 @@ from rmoe.moe import Recorder
 from rmoe.results import analysis as schema
 from rmoe.results.analysis import read_analysis
 from tests.analysis.random_routing import random_routing, split
+from tests.analysis.tiny_families import olmoe_of_equal_routers
 from tests.analysis.tiny_rmoe import TOP_K, tiny_rmoe
 from tests.graft.conftest import grafted
 from tests.graft.tiny_families import tiny_model
@@ -98,13 +99,8 @@ def test_recall() -> None:
 
 def test_predictability_of_a_router_that_sees_the_same_input() -> None:
     """With layers that add nothing and equal routers, the input below tells all; a reversed router is told wrongly."""
-    model = tiny_model("olmoe").eval()
+    model = olmoe_of_equal_routers().eval()
     layers = model.model.layers
-    with torch.no_grad():
-        for layer in layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.experts.down_proj.zero_()
-            layer.mlp.gate.weight.copy_(layers[0].mlp.gate.weight)
     assert _recall(model) == ([1.0] * 3, [1.0] * 3)
     with torch.no_grad():
         layers[2].mlp.gate.weight.copy_(-layers[0].mlp.gate.weight)

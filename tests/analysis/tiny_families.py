@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import nn
 
+from tests.graft.tiny_families import tiny_model
+
 COMMON = {
     "vocab_size": 256,
     "hidden_size": 32,
@@ -164,3 +166,15 @@ _FAMILIES = (
     ),
 )
 TINY = {family.name: family for family in _FAMILIES}
+
+
+def olmoe_of_equal_routers() -> nn.Module:
+    """Every router reads the same input and has the same matrix: layers add nothing to the stream."""
+    model = tiny_model("olmoe")
+    layers = model.model.layers
+    with torch.no_grad():
+        for layer in layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.experts.down_proj.zero_()
+            layer.mlp.gate.weight.copy_(layers[0].mlp.gate.weight)
+    return model
