@@ -62,7 +62,8 @@ def run(
             `--compare-with MODEL --dtype bf16` shows how often the choice flips.
         measures: what is measured, separated by commas: load, coactivation, paths, mutual-information, confidence,
             tokens, contexts, weights, gradients, predictability, saliency, balance, regret, contributions; default all
-            but the last five. Beside --trace: load, coactivation, paths, mutual-information, tokens; default these.
+            but the last five; `all` for all. Beside --trace: load, coactivation, paths, mutual-information, tokens;
+            default these.
         stream: read the model layer by layer, with one layer in memory; done unasked for a checkpoint larger than the
             free memory. A run that was killed is resumed by the same command.
         hidden_states: where they are between two layers of a streamed model; default the disk if they take more than
@@ -74,7 +75,7 @@ def run(
     """
     from rmoe.analysis.analyze import AnalysisOptions
     from rmoe.analysis.command import Streaming, analyze_folders, analyze_trace_file
-    from rmoe.analysis.measures import DEFAULT_MEASURES, OF_CHOICES
+    from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, OF_CHOICES
     from rmoe.places import require_writable
     from rmoe.report.page import write_report
     from rmoe.results.analysis import write_analysis
@@ -92,7 +93,7 @@ def run(
                 raise RequestError(
                     option, value, "nothing beside --trace: the trace has its own text and routing"
                 )
-        chosen = OF_CHOICES if measures is None else names(measures)
+        chosen = OF_CHOICES if measures in (None, "all") else names(measures)
         analysis = analyze_trace_file(trace, model, Given(experts, experts_per_token), chosen)
     else:
         for option, number in (("--experts", experts), ("--experts-per-token", experts_per_token)):
@@ -100,7 +101,9 @@ def run(
                 raise RequestError(option, number, "nothing without --trace: the model says it")
         if model is None:
             raise RequestError("MODEL", None, "a model folder, or --trace FILE")
-        chosen = DEFAULT_MEASURES if measures is None else names(measures)
+        chosen = (
+            DEFAULT_MEASURES if measures is None else tuple(MEASURES) if measures == "all" else names(measures)
+        )
         options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, chosen, check)
         streaming = Streaming(
             out / "stream",

@@ -337,3 +337,17 @@ def test_flips_between_precisions_from_the_command_line(
     capsys.readouterr()
     assert main([*given[:-1], "--measures", "load,nonesuch", "--out", str(tmp_path / "x")]) == 2
     assert "--measures is 'nonesuch'; allowed: load, coactivation" in capsys.readouterr().err
+
+
+def test_all_measures_from_the_command_line(tmp_path: Path) -> None:
+    model, text = tmp_path / "m", tmp_path / "t.txt"
+    config = tiny_model("olmoe").config
+    config.vocab_size = 256
+    type(tiny_model("olmoe"))(config).save_pretrained(model)
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    given = ["analyze", str(model), "--data", str(text), "--tokens", "256", "--sequence-length", "32"]
+    assert main([*given, "--measures", "all", "--out", str(tmp_path / "all")]) == 0
+    measured = read_analysis(tmp_path / "all" / "analysis.json").models[0]
+    two_models_or_runs = {"flips", "saturation"}
+    absent = {name for name in measured.__struct_fields__ if getattr(measured, name) is None}
+    assert absent == two_models_or_runs
