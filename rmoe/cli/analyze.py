@@ -101,9 +101,8 @@ def run(
                 raise RequestError(option, number, "nothing without --trace: the model says it")
         if model is None:
             raise RequestError("MODEL", None, "a model folder, or --trace FILE")
-        chosen = (
-            DEFAULT_MEASURES if measures is None else tuple(MEASURES) if measures == "all" else names(measures)
-        )
+        every = DEFAULT_MEASURES if measures is None else tuple(MEASURES)
+        chosen = every if measures in (None, "all") else names(measures)
         options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, chosen, check)
         streaming = Streaming(
             out / "stream",
