@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from rmoe.errors import RequestError
 from rmoe.routing import ZOO, Geometry, RouterContext, Routing, build_router, build_shared, resolve, vary
+from rmoe.routing.cosine import Cosine
 from rmoe.routing.gate import TopK
 from rmoe.routing.initial import fill
+from rmoe.routing.options import Options
 from rmoe.routing.scorer import EdaHead
 from rmoe.routing.spec import RouterSpec
 
@@ -78,6 +82,8 @@ def test_a_cluster_of_one_token_deviates_by_nothing() -> None:
     assert (found[0] - crowd / mean).abs().max() < 1e-12
     assert (found[2] - 1 / eps / mean).abs().max() < 1e-12
     assert found[[1, 3]].eq(0).all()
+    alone = router._metric(x, torch.tensor([2, 2, 2, 2]), None)  # type: ignore[operator]
+    assert (alone[2] - 1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,20 @@ def test_a_cluster_of_one_token_deviates_by_nothing() -> None:
         (TopK.Config(), "g = top_k(softmax(s)) / sum"),
         (TopK.Config(groups=4, top_groups=2), "g = top_k(softmax(s)) in the top 2 groups / sum"),
         (TopK.Config(groups=4, group_quota=True), "g = top_k(softmax(s)), k / 4 of each group / sum"),
+        (resolve("xmoe").scorer, "s = cos(W f, e) / t"),
+        (resolve("cosine-moe").scorer, "s = cos(f, e) / t"),
     ],
 )
-def test_equations_of_the_top_k_gate(options: TopK.Config, equation: str) -> None:
+def test_equations_say_the_options(options: Options, equation: str) -> None:
     assert options.equation == equation
+
+
+def test_a_cosine_is_rescaled_down_to_its_least_temperature() -> None:
+    scorer = Cosine.Config(width=None, temperature=0.5).build(Geometry(WIDTH, EXPERTS, 2, 1, 0), WIDTH)
+    fill(scorer, 0, 0.5)
+    scorer.rescale(25.0)
+    assert math.isclose(scorer.log_inverse_temperature.exp().item(), 50.0, rel_tol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"the cosine's temperature would be 0\.0067, below its least, 0\.01"
+    ):
+        scorer.rescale(3.0)
