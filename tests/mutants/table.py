@@ -66,6 +66,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/routing/other_gates.py": _GATES,
     "rmoe/routing/threshold_gates.py": _GATES,
     "rmoe/routing/null_experts.py": _GATES,
+    "rmoe/routing/quantile_balance.py": _GATES,
+    "rmoe/routing/router.py": (*_ROUTING, "tests/routing/test_cross_layer.py"),
     "rmoe/routing/zero_experts.py": _GATES,
     "rmoe/routing/model_routers.py": (*_GATES, "tests/routing/test_shipped.py"),
     "rmoe/routing/shipped.py": (*_GATES, "tests/routing/test_shipped.py"),

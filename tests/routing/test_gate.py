@@ -290,3 +290,11 @@ def test_zero_experts_of_a_hidden_state() -> None:
     added = torch.stack((torch.zeros(2), p[1, 4] * a[1] * torch.tensor([5.0, -1.0]), torch.zeros(2)))
     assert torch.allclose(routing.added, added)
     assert torch.allclose(routing.weights.sum(-1), torch.stack((p[0, 1], p[1, 0] * 0, p[2, 0] + p[2, 1])))
+
+
+def test_a_token_that_no_expert_takes_has_probabilities_of_zero() -> None:
+    gate = ReLU.Config().build(Geometry(5, 4, 2))
+    logits = torch.tensor([[-1.0, -2.0, -0.5, -3.0], [1.0, -2.0, 3.0, -3.0]])
+    routing = gate(logits, None, RouterContext(1, 2))
+    assert routing.probs.tolist() == [[0, 0, 0, 0], [0.25, 0, 0.75, 0]]
+    assert routing.experts[0].tolist() == [4, 4, 4, 4]
