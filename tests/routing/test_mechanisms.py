@@ -375,7 +375,7 @@ def test_similarity_needs_a_matrix() -> None:
     router = layer_of(hashed, 0)
     context = RouterContext(1, 9, token_ids=torch.arange(9))
     routing = router(inputs(9), (), None, context)[0]
-    with pytest.raises(ValueError, match="needs a scorer with an experts matrix"):
+    with pytest.raises(RequestError, match=r"balance\.losses is 'similarity_preserving'"):
         balance_loss([router], [routing], None, context, 0.5)
 
 
