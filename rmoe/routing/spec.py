@@ -60,6 +60,15 @@ class RouterSpec:
         for name, used in (("scorer", self.router.uses_scorer), ("gate", self.router.uses_gate)):
             value, allowed = getattr(self, name), "set" if used else f"null with router {self.router.kind}"
             require((value is not None) == used, f"router.{name}", value, allowed)
+        if (
+            not self.router.uses_scorer
+        ):  # nobody would read the state, or the logits that a temperature divides
+            unread = f"with router {self.router.kind}"
+            none = isinstance(self.recurrence, NoRecurrence.Config)
+            require(none, "router.recurrence", self.recurrence.kind, f"none {unread}")
+            require(
+                self.temperature.is_off, "router.temperature", self.temperature, f"as by default {unread}"
+            )
         rate = self.balance.bias_update_rate
         takes_bias = self.gate is not None and self.gate.takes_bias
         require(rate == 0 or takes_bias, "balance.bias_update_rate", rate, "0 with a gate that takes no bias")

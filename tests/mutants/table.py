@@ -26,7 +26,18 @@ NOT_SLOW = f"not ({' or '.join(_SLOW)})"
 
 _CONTRACT = "tests/contract/test_contract.py"
 _NAIVE = f"{_CONTRACT}::test_equals_the_naive_reference"
-_ROUTING = ("tests/routing/test_mechanisms.py", "tests/routing/test_training_state.py", _NAIVE)
+_ROUTING = (
+    "tests/routing/test_mechanisms.py",
+    "tests/routing/test_training_state.py",
+    "tests/routing/test_composition.py",
+    _NAIVE,
+)
+_GATES = (
+    *_ROUTING,
+    "tests/routing/test_gate.py",
+    "tests/routing/test_threshold_gates.py",
+    "tests/routing/test_peers.py",
+)
 _OPTIONS = (
     *_ROUTING,
     "tests/routing/test_zoo_docs.py",
@@ -45,22 +56,31 @@ _WHOLE = (
 )
 _FOLDERS = ("tests/model/test_folders.py", "tests/model/test_saving.py")
 _EDGES = "tests/analysis/test_edges.py"
+_INSIGHT = "tests/analysis/test_insight.py"
 _ANALYSES = ("tests/analysis/test_rmoe.py", "tests/analysis/test_command.py")
 
 # The longest entry that a file's path begins with counts.
 TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/routing/": _ROUTING,
-    "rmoe/routing/gate.py": (*_ROUTING, "tests/routing/test_peers.py"),
-    "rmoe/routing/other_gates.py": (*_ROUTING, "tests/routing/test_peers.py"),
+    "rmoe/routing/gate.py": _GATES,
+    "rmoe/routing/other_gates.py": _GATES,
+    "rmoe/routing/threshold_gates.py": _GATES,
+    "rmoe/routing/null_experts.py": _GATES,
+    "rmoe/routing/zero_experts.py": _GATES,
+    "rmoe/routing/model_routers.py": (*_GATES, "tests/routing/test_shipped.py"),
+    "rmoe/routing/shipped.py": (*_GATES, "tests/routing/test_shipped.py"),
+    "rmoe/routing/cross_layer.py": (*_ROUTING, "tests/routing/test_cross_layer.py"),
     "rmoe/routing/losses.py": (*_ROUTING, "tests/routing/test_peers.py"),
     "rmoe/routing/balance.py": (*_ROUTING, "tests/routing/test_peers.py"),
     "rmoe/routing/recurrence.py": (
         "tests/routing/test_reference.py",
+        "tests/routing/test_recurrence.py",
         *_ROUTING,
         f"{_CONTRACT}::test_shapes_and_dtypes",
     ),
     "rmoe/routing/cells.py": (
         "tests/routing/test_reference.py",
+        "tests/routing/test_recurrence.py",
         *_ROUTING,
         f"{_CONTRACT}::test_shapes_and_dtypes",
     ),
@@ -90,7 +110,18 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/model/weights.py": _FOLDERS,
     "rmoe/analysis/": (_EDGES, "tests/analysis/test_measures.py", *_ANALYSES),
     "rmoe/analysis/analyze.py": (_EDGES, *_ANALYSES),
-    "rmoe/analysis/command.py": (_EDGES, "tests/analysis/test_command.py"),
+    "rmoe/analysis/balance.py": (_EDGES, "tests/analysis/test_balance.py"),
+    "rmoe/analysis/contexts.py": (_EDGES, _INSIGHT),
+    "rmoe/analysis/contribution.py": (_EDGES, "tests/analysis/test_contribution.py"),
+    "rmoe/analysis/insight.py": (_EDGES, _INSIGHT, *_ANALYSES),
+    "rmoe/analysis/load.py": (_EDGES, "tests/analysis/test_measures.py", _INSIGHT, *_ANALYSES),
+    "rmoe/analysis/measures.py": (_EDGES, "tests/analysis/test_measures.py", _INSIGHT, *_ANALYSES),
+    "rmoe/analysis/probe.py": (_EDGES, _INSIGHT),
+    "rmoe/analysis/regret.py": (_EDGES, "tests/analysis/test_regret.py"),
+    "rmoe/analysis/saturation.py": (_EDGES, "tests/analysis/test_measures.py", _INSIGHT, *_ANALYSES),
+    "rmoe/analysis/streaming/": ("tests/analysis/test_streaming.py",),
+    "rmoe/analysis/tracing.py": ("tests/analysis/test_tracing.py",),
+    "rmoe/analysis/command.py": (_EDGES, "tests/analysis/test_command.py", "tests/analysis/test_tracing.py"),
     "rmoe/analysis/gradients.py": (_EDGES, "tests/analysis/test_gradients.py"),
     "rmoe/analysis/mutual_information.py": (_EDGES, "tests/analysis/test_mutual_information.py"),
     "rmoe/analysis/reading.py": _ANALYSES[1:],

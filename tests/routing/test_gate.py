@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM
-from rmoe.routing import Geometry, RouterContext, build_router, resolve, vary
+from rmoe.routing import Geometry, RouterContext, RouterSpec, build_router, resolve, vary
 from rmoe.routing.gate import Sigmoid, Softmax, TopK
 from rmoe.routing.model_routers import SharedInSoftmax, TableTopK
 from rmoe.routing.other_gates import ExpertChoice, ReLU
@@ -142,6 +142,9 @@ def test_a_group_of_one_expert_has_a_best_but_no_two_best() -> None:
     TopK.Config(groups=4, top_groups=2).check_geometry(sizes)
     with pytest.raises(RequestError, match=r"gate\.groups is 4; allowed: at most num_experts / 2 \(2\)"):
         TopK.Config(groups=4, top_groups=2, group_score="top_2").check_geometry(sizes)
+    with pytest.raises(RequestError, match=r"gate\.groups is 2; allowed: at most num_experts / 2 \(1\)"):
+        TopK.Config(groups=2, top_groups=2, group_score="top_2").check_geometry(Geometry(5, 2, 1))
+    TopK.Config(group_score="top_2").check_geometry(Geometry(5, 1, 1))
 
 
 def built(router: str, **gate: object) -> object:
@@ -189,6 +192,14 @@ IDENTITY = Router.Config(identity_experts=1)
             r"router\.kind is 'shared_in_softmax'; allowed: staged",
         ),
         (lambda: TableTopK.Config(identity_experts=2), r"router\.kind is 'table_top_k'; allowed: staged"),
+        (
+            lambda: vary(resolve("adamoe"), router={"identity_experts": 1, "constant_experts": 1}),
+            r"router\.identity_experts is 1; allowed: 0 with router null_experts",
+        ),
+        (
+            lambda: RouterSpec.from_dict({"gate": {"kind": "softmax", "k": 1}}),
+            r"gate\.k is 1; allowed: options of softmax: \['order', 'renormalize', 'start_k'\]",
+        ),
         (
             lambda: build_router(resolve("deepseek-v4-table"), Geometry(5, 8, 2)),
             r"router\.kind is 'table_top_k'; allowed: a model that knows its token ids",
