@@ -42,9 +42,13 @@ class LoopExperts(nn.Module):
         return out
 
 
-def ours(size: Size, router: str, experts: str = "auto") -> RMoEForCausalLM:
+def ours(
+    size: Size, router: str, experts: str = "auto", dense_gradients: str | None = None
+) -> RMoEForCausalLM:
     """Our model; `experts="loop"` is `LoopExperts`."""
-    config = RMoEConfig(**_common(size), moe_intermediate_size=size.width, router=router)
+    config = RMoEConfig(
+        **_common(size), moe_intermediate_size=size.width, router=router, dense_gradients=dense_gradients
+    )
     implementation = "eager" if experts == "loop" else experts
     model = RMoEForCausalLM._from_config(
         config, attn_implementation="sdpa", experts_implementation=implementation

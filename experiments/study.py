@@ -8,6 +8,7 @@
 `study.toml` is the plan, `study.md` what was fixed beforehand. `run` trains what is missing, on any machine: what
 `results/study.jsonl` has is not trained again. It wants a copy of the code that does not change: runs of two versions
 are refused, but for those that were seen to give the same bits (`equal_codes` in `study.toml`, or `--equal-code`).
+Another plan (`--plan experiments/zoo.toml`) has results, report and run folders of its own name.
 `domains` evaluates finished models on texts they were never trained on. `collect` copies finished runs, one line each,
 into `results/study.jsonl`; `table` writes `results/study.md` from that file alone.
 """
@@ -32,7 +33,7 @@ from rmoe.compare.engines import EngineConfig, engine_of
 from rmoe.compare.jobs import Train
 from rmoe.compare.sharing import place
 from rmoe.data import prepare
-from rmoe.errors import RunError
+from rmoe.errors import RequestError, RunError
 from rmoe.routing.zoo import select
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
@@ -40,6 +41,7 @@ from rmoe.training.environment import versions
 from rmoe.training.run_folder import read_result
 
 HERE = Path(__file__).parent
+PLAN = HERE / "study.toml"
 PLUGIN = "experiments/routers.py"  # as seen from the checkout, where this is run
 COLLECTED = HERE / "results" / "study.jsonl"
 TEXT = "wiki100.txt.gz"
@@ -62,9 +64,10 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`study.toml`.
+    """`study.toml`, or another plan.
 
     Attributes:
+        reference: the grid whose baseline the arms of the study's size are compared with.
         equal_codes: versions of the code whose runs have the same bits; see `study.md`.
     """
 
@@ -76,6 +79,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     equal_codes: list[str]
     size: dict[str, dict[str, Any]]
     stage: list[Stage]
+    reference: str = "std-1"
 
     def config(self, grid: Grid, text: Path) -> RunConfig:
         """The configuration of a grid's runs, but for router and seed."""
@@ -89,11 +93,30 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return RunConfig.from_dict(values)
 
 
-def read_study() -> Study:
-    """The plan, with its routers' names as this width of the state has them."""
-    text = (HERE / "study.toml").read_text(encoding="utf-8")
-    width = tomllib.loads(text)["state_width"]
-    return msgspec.convert(tomllib.loads(text.replace("{p}", str(width))), Study)
+def read_study(plan: Path = PLAN) -> Study:
+    """The plan, with its routers' names as this width of the state has them.
+
+    What it lacks is that of the plan beside it that it names with `like`.
+
+    Raises:
+        RequestError: there is no such plan, or it is none.
+    """
+    try:
+        data = tomllib.loads(plan.read_text(encoding="utf-8"))
+        if (like := data.pop("like", None)) is not None:
+            data = tomllib.loads((plan.parent / like).read_text(encoding="utf-8")) | data
+        study = msgspec.convert(data, Study)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise RequestError("--plan", str(plan), f"a plan as study.toml is ({error})") from None
+    return msgspec.structs.replace(study, stage=[_named(stage, study.state_width) for stage in study.stage])
+
+
+def _named(stage: Stage, width: int) -> Stage:
+    grids = [
+        msgspec.structs.replace(grid, routers=[name.replace("{p}", str(width)) for name in grid.routers])
+        for grid in stage.grid
+    ]
+    return msgspec.structs.replace(stage, grid=grids)
 
 
 def steps(study: Study) -> Iterator[tuple[Grid, int]]:
@@ -202,9 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong request."""
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
     parser.add_argument("verb", choices=("run", "domains", "collect", "table"))
+    parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--results", type=Path, default=COLLECTED)
+    parser.add_argument("--out", type=Path, help="default: runs/ and the plan's name")
+    parser.add_argument(
+        "--results", type=Path, help="default: results/ and the plan's name, beside this file"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument(
         "--engine", default="", help="a .toml file with an [engine] table; default: this machine"
@@ -219,21 +245,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
 
     def work() -> None:
-        study = read_study()
+        out = asked.out or Path("runs") / asked.plan.stem
+        results = asked.results or COLLECTED.with_stem(asked.plan.stem)
+        study = read_study(asked.plan)
         study = msgspec.structs.replace(study, equal_codes=[*study.equal_codes, *asked.equal_code])
         if asked.verb == "run":
             engine = EngineConfig.from_preset(asked.engine)
-            run(study, asked.data_dir, asked.out, asked.results, asked.jobs, asked.most, engine)
+            run(study, asked.data_dir, out, results, asked.jobs, asked.most, engine)
         elif asked.verb == "domains":
-            for row in finished(study, asked.out):
+            for row in finished(study, out):
                 if row.grid in study.domain_grids:
-                    evaluate_domains(asked.out / row.grid / "runs" / row.name, study.domains, asked.data_dir)
+                    evaluate_domains(out / row.grid / "runs" / row.name, study.domains, asked.data_dir)
         elif asked.verb == "collect":
-            added = append_missing(asked.results, finished(study, asked.out), study.equal_codes)
-            print(f"{added} runs added to {asked.results}")
+            added = append_missing(results, finished(study, out), study.equal_codes)
+            print(f"{added} runs added to {results}")
         else:
-            table = markdown(read_study_rows(asked.results, study.equal_codes), study.baseline, study.margin)
-            asked.results.with_suffix(".md").write_text(table, encoding="utf-8")
+            found = read_study_rows(results, study.equal_codes)
+            table = markdown(found, study.baseline, study.margin, study.reference, asked.plan.name)
+            results.with_suffix(".md").write_text(table, encoding="utf-8")
             print(table)
 
     return exit_status(work)

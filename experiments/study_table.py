@@ -14,12 +14,17 @@ from rmoe.results.comparison import Difference
 Arms = dict[tuple[str, str], dict[int, StudyRow]]
 
 LOOKS = (5, 8)  # pairs; fixed beforehand in study.md
-REFERENCE = "std-1"  # the grid whose baseline the arms of 12 layers are compared with
 OWN_BASELINE = ("depth-", "proxy-")  # grids of another size: compared within themselves
 
 
-def markdown(rows: Sequence[StudyRow], baseline: str, margin: float) -> str:
-    """Markdown: one row per arm."""
+def markdown(
+    rows: Sequence[StudyRow], baseline: str, margin: float, reference: str = "std-1", plan: str = "study.toml"
+) -> str:
+    """Markdown: one row per arm.
+
+    Args:
+        reference: the grid whose baseline the arms of the study's size are compared with.
+    """
     arms: Arms = defaultdict(dict)
     for row in rows:
         arms[row.grid, row.router][row.seed] = row
@@ -28,12 +33,12 @@ def markdown(rows: Sequence[StudyRow], baseline: str, margin: float) -> str:
         f"{cpu} ({runs} runs)" for cpu, runs in Counter(row.hardware.cpu for row in rows).items()
     )
     lines = [
-        f"{len(rows)} finished runs of `experiments/study.toml`; text {first.corpus.name} "
+        f"{len(rows)} finished runs of `experiments/{plan}`; text {first.corpus.name} "
         f"(sha256 `{first.corpus.sha256[:12]}`), code {first.versions.code}, "
         + ", ".join(f"{name} {version}" for name, version in first.versions.libraries.items())
         + f"; {cpus}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
         "lower is better. "
-        f"Differences are to `{baseline}` in `{REFERENCE}` (grids of another size: in the same grid), seed by seed; "
+        f"Differences are to `{baseline}` in `{reference}` (grids of another size: in the same grid), seed by seed; "
         f"intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "
         "decided, with an O'Brien-Fleming boundary over both looks and Holm's correction over the arms of a baseline. "
         f"Equivalent: within {margin:g} bits by two one-sided tests.",
@@ -43,27 +48,27 @@ def markdown(rows: Sequence[StudyRow], baseline: str, margin: float) -> str:
         "| interval over text |",
         "|---|---|---:|---:|---:|---:|---|---:|---|---:|---:|---:|---|",
     ]
-    verdicts = _verdicts(arms, baseline, margin)
+    verdicts = _verdicts(arms, baseline, margin, reference)
     for (grid, router), mine in arms.items():
-        home = _home(grid)
+        home = _home(grid, reference)
         against = {} if (grid, router) == (home, baseline) else arms.get((home, baseline), {})
         lines.append(_line(grid, router, mine, against, margin, verdicts.get((grid, router))))
     return "\n".join(lines) + "\n"
 
 
-def _home(grid: str) -> str:
+def _home(grid: str, reference: str) -> str:
     """The grid whose baseline a grid's arms are compared with."""
-    return grid if grid.startswith(OWN_BASELINE) else REFERENCE
+    return grid if grid.startswith(OWN_BASELINE) else reference
 
 
-def _verdicts(arms: Arms, baseline: str, margin: float) -> dict[tuple[str, str], Difference]:
+def _verdicts(arms: Arms, baseline: str, margin: float, reference: str) -> dict[tuple[str, str], Difference]:
     """Arm -> its difference, decided at the fixed looks with Holm's correction over the arms of its baseline."""
     found: dict[tuple[str, str], Difference] = {}
-    for home in dict.fromkeys(_home(grid) for grid, _ in arms):
+    for home in dict.fromkeys(_home(grid, reference) for grid, _ in arms):
         family = {
             f"{grid}/{router}": {seed: row.test for seed, row in mine.items()}
             for (grid, router), mine in arms.items()
-            if _home(grid) == home
+            if _home(grid, reference) == home
         }
         judged = compare_to_baseline(
             family, f"{home}/{baseline}", "bits_per_byte", "test", margin, looks=LOOKS

@@ -51,3 +51,27 @@ def _contestant(name: str, setting: Setting, compiled: bool) -> Contestant:
         return peers.training_step(MODELS[name](size), size, setting.device, compiled, setting.bf16)
 
     return Contestant(build, (Work(flops, 3 * matrices), Work(0.0, 7 * matrices)), size.tokens)
+
+
+@case("dense gradients", "tests/model/test_dense_gradients.py")
+def dense_gradients(setting: Setting) -> Contestants:
+    """SMoE's step with a dense gradient for its router, beside the sparse step.
+
+    DenseMixer computes every expert once more for every token, on the way back; Default MoE one product with the
+    experts' mean outputs, and its gradient.
+    """
+    size = setting.size
+    every = size.tokens * size.expert_flops() * size.experts / size.top_k
+    means = 2 * size.tokens * size.layers * 2 * size.experts * size.hidden
+    more = {"sparse": (None, 0.0), "densemixer": ("densemixer", every), "default": ("default", means)}
+    matrices = FLOAT * size.parameters()
+
+    def contestant(dense: str | None, extra: float) -> Contestant:
+        def build() -> Callable[[], object]:
+            model = peers.ours(size, "smoe", dense_gradients=dense)
+            return peers.training_step(model, size, setting.device, False, setting.bf16)
+
+        phases = Work(size.step_flops("smoe") + extra, 3 * matrices), Work(0.0, 7 * matrices)
+        return Contestant(build, phases, size.tokens)
+
+    return {name: contestant(*how) for name, how in more.items()}

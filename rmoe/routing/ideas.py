@@ -52,7 +52,7 @@ CHOICE = Idea(
     "Not the k best scores of each token: noise, capacity, thresholds, tables, experts that choose.",
     """
     switch gshard gshard-sampled noisy-topk sparsemixer hash stable-moe smoe-dropout expert-choice remoe
-    smoe-capacity top-p expert-threshold adamoe
+    smoe-capacity top-p expert-threshold adamoe dynmoe blockffn
     """,
 )
 BALANCE = Idea(

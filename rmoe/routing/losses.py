@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rmoe.routing.contract import RouterContext
 from rmoe.routing.options import Options
-from rmoe.validation import NotNegative
+from rmoe.validation import NotNegative, require
 
 
 class LossView(NamedTuple):
@@ -156,9 +156,32 @@ class SimilarityPreserving(Loss):
     weight: NotNegative | None = 1e-2
 
     def __call__(self, view: LossView) -> Tensor:
-        if any(matrix is None for matrix in view.experts_matrices):
-            raise ValueError("similarity_preserving needs a scorer with an experts matrix")
-        matrix = torch.stack(view.experts_matrices)  # type: ignore[arg-type]
-        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        matrix = _experts_matrices(view, self.kind)
         gram = matrix @ matrix.mT
         return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().mean((-2, -1))
+
+
+class DiverseSimple(Loss):
+    """`|| U U^T - I ||_F + mean_n || R_n ||_2`, `R` `[E, f]` the scorer's expert vectors, `U` their unit vectors.
+
+    Keeps experts apart and their vectors small (DynMoE, 2405.14297, as its code has it).
+    """
+
+    kind = "diverse_simple"
+
+    def __call__(self, view: LossView) -> Tensor:
+        matrix = _experts_matrices(view, self.kind)
+        units = torch.nn.functional.normalize(matrix, dim=-1)
+        gram = units @ units.mT
+        apart = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return torch.linalg.vector_norm(apart, dim=(-2, -1)) + torch.linalg.vector_norm(matrix, dim=-1).mean(
+            -1
+        )
+
+
+def _experts_matrices(view: LossView, kind: str) -> Tensor:
+    """`[L, E, f]`, at least float32."""
+    compared = all(matrix is not None for matrix in view.experts_matrices)
+    require(compared, "balance.losses", kind, "losses without it, with a router that has no expert vectors")
+    matrix = torch.stack(view.experts_matrices)  # type: ignore[arg-type]
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))

@@ -10,10 +10,12 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from msgspec import Meta
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmoe.routing.contract import RouterContext, RouterStats, Routing
 from rmoe.routing.gate import Gate
+from rmoe.routing.initial import Initializer, constant
+from rmoe.routing.options import Geometry
 from rmoe.validation import Share
 
 Mass = Annotated[float, Meta(gt=0, le=1, description="above 0, at most 1")]
@@ -109,3 +111,38 @@ class ExpertThreshold(Gate):
             seen = stats.observed[layer, : self.num_experts] / stats.tokens.clamp(min=1)
             step_size = 1 - self.options.decay
             self.threshold.add_(seen.to(self.threshold) - self.threshold, alpha=step_size)
+
+
+class TopAny(Gate):
+    """DynMoE's top-any gate (2405.14297): expert n is asked where `sig(s_n) > sig(b_n)`, `b` `[E]` learned from 0.
+
+    The k experts that a token asks have the weight 1/k each. The gradient of `sig(s) - sig(b)` passes straight through
+    the sign, for the chosen experts only; k has none. A token below every threshold asks nobody in training, and its
+    best expert outside it. This is the published code (LINs-lab/DynMoE, its DeepSpeed form) with a fixed E: there, in
+    training, experts that nobody asks are removed and one is added for the tokens that ask nobody. Deviation of the row
+    `dynmoe`: the cosine's temperature is learned, from 1; that code holds it at 1, its Tutel form learns it from 0.1.
+    """
+
+    class Config(Gate.Config):
+        kind = "top_any"
+        equation = "g = 1/k where sig(s) > sig(b), b learned"
+
+    options: Config
+
+    def __init__(self, options: Config, geometry: Geometry) -> None:
+        super().__init__(options, geometry)
+        self.threshold = nn.Parameter(torch.empty(geometry.num_experts))
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"threshold": constant(0.0)}
+
+    def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
+        scores = logits.sigmoid()
+        margin = scores - self.threshold.to(logits.dtype).sigmoid()
+        chosen = margin.detach() > 0
+        through = (margin - margin.detach()) * chosen  # 0, with the margin's gradient
+        if not self.training:
+            best = torch.zeros_like(chosen).scatter(-1, scores.argmax(-1, keepdim=True), True)
+            chosen = chosen | (best & ~chosen.any(-1, keepdim=True))
+        weights = (chosen + through) / chosen.sum(-1, keepdim=True).clamp(min=1)
+        return Routing(logits, scores / scores.sum(-1, keepdim=True), weights, slots_of(chosen))

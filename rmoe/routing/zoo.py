@@ -11,11 +11,13 @@ from typing import Any
 
 from rmoe.errors import RequestError
 from rmoe.routing.balance import BalanceSpec
+from rmoe.routing.block_ffn import ActivationLocality, ChunkSparsity, NormedReLU
 from rmoe.routing.cosine import Cosine, HalfCosine
 from rmoe.routing.cross_layer import AdaptiveClustering, GatingResidual, MultiLevelContext, Previous
 from rmoe.routing.fixed_routers import Dense, RoundRobin
 from rmoe.routing.gate import Sigmoid, Softmax, TopK
 from rmoe.routing.losses import (
+    DiverseSimple,
     GateEntropy,
     LoadBalance,
     MutualInformation,
@@ -34,7 +36,7 @@ from rmoe.routing.score_routers import NoisyTopK, ResidualScores
 from rmoe.routing.scorer import MLP, EdaHead, Hypernetwork, Linear
 from rmoe.routing.spec import RouterSpec, vary
 from rmoe.routing.temperature import Temperature
-from rmoe.routing.threshold_gates import ExpertThreshold, TopP
+from rmoe.routing.threshold_gates import ExpertThreshold, TopAny, TopP
 from rmoe.routing.token_routers import Hash, Stable
 
 
@@ -224,6 +226,8 @@ _ROWS: dict[str, ZooRow] = {
     "top-p": ZooRow(vary(SMOE, gate=TopP.Config(), balance=BalanceSpec(losses=(LoadBalance(), GateEntropy()))), "2403.07652", "the fewest experts with 0.4 of the mass"),
     "adamoe": ZooRow(vary(SMOE, router=NullExperts.Config(), gate=TopK.Config(), balance=BalanceSpec(losses=(NullBalance(),))), "AdaMoE, 2406.13233", "4 choices among the experts and 8 null ones", top_k=4),
     "expert-threshold": ZooRow(vary(SMOE, gate=ExpertThreshold.Config(), balance=UNBALANCED), "Expert Threshold, 2603.11535", "an expert takes every token above its moving quantile; causal"),
+    "dynmoe": ZooRow(vary(SMOE, scorer=Cosine.Config(temperature=1.0), gate=TopAny.Config(), balance=BalanceSpec(losses=(DiverseSimple(),))), "DynMoE, 2405.14297", "a learned threshold per expert, equal weights; the number of experts stays fixed, which DynMoE changes in training"),
+    "blockffn": ZooRow(vary(SMOE, gate=NormedReLU.Config(), balance=BalanceSpec(losses=(ActivationLocality(), ChunkSparsity()))), "BlockFFN, 2507.08771", "normalised ReLU scores, no top-k; neighbouring tokens are taught to share experts"),
     "quantile-balance": ZooRow(QUANTILE, "kexue.fm/archives/11619; marin #3406", "the bias that would have balanced the last step, no rate"),
     "rmoe-quantile": ZooRow(vary(RMOE, router=QUANTILE.router, gate=QUANTILE.gate, balance=UNBALANCED), "marin #3406 on Eq. 4 to 6", "RMoE balanced by quantiles"),
     "dense": ZooRow(RouterSpec(router=Dense.Config(), scorer=None, gate=None), "baseline", "no routing: the dense model of equal active parameters"),

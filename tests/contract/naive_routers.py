@@ -138,6 +138,14 @@ class NaiveLayer:
             scores = 1 / (1 + torch.exp(-logits))
             chosen = [n for n in range(self.experts) if logits[n] >= self.own["gate.threshold"][n]]
             return self._dense([(n, scores[n]) for n in chosen], logits), scores / scores.sum(), chosen
+        if gate["kind"] == "top_any":
+            return self._top_any(logits)
+        if gate["kind"] == "normed_relu":
+            active = torch.relu(logits)
+            rms = torch.sqrt((active**2).sum() / self.experts + gate["eps"])
+            chosen = [n for n in range(self.experts) if logits[n] > 0]
+            probs = active / sum(active[n] for n in chosen) if chosen else active
+            return active / rms * self.own["gate.norm.weight"], probs, chosen
         if gate["kind"] == "top_p":
             probs, chosen = naive.softmax(logits), []
             for n in sorted(range(self.experts), key=lambda n: -float(probs[n])):
@@ -246,6 +254,18 @@ class NaiveLayer:
         chosen = sorted(allowed, key=lambda n: -choice[n])[: self.top_k]
         total = sum(scores[n] for n in chosen)
         kept = [(n, scores[n] / total * gate["scale"]) for n in chosen]
+        return self._dense(kept, logits), scores / scores.sum(), chosen
+
+    def _top_any(self, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """The weight 1/k of a chosen expert has the gradient of `(sig(s) - sig(b)) / k`."""
+        scores = 1 / (1 + torch.exp(-logits))
+        margins = scores - 1 / (1 + torch.exp(-self.own["gate.threshold"]))
+        chosen = [n for n in range(self.experts) if margins[n] > 0]
+        k = len(chosen)
+        kept = [(n, (1 + margins[n] - margins[n].detach()) / k) for n in chosen]
+        if not chosen:
+            chosen = [max(range(self.experts), key=lambda n: float(scores[n]))]
+            kept = [(chosen[0], logits.new_ones(()))]
         return self._dense(kept, logits), scores / scores.sum(), chosen
 
     def _sparsemixer(self, logits: Tensor, jitter: float) -> tuple[Tensor, Tensor, list[int]]:
@@ -405,6 +425,17 @@ def _losses(layer: NaiveLayer, rows: dict[str, list], batch: int) -> Any:
             shares += [(1 - sum(shares)) / (classes - experts)] * (classes - experts)
             mean = sum(rows["probs"]) / tokens
             value = classes * sum(f * p for f, p in zip(shares, mean, strict=True))
+        elif kind == "diverse_simple":
+            units = [unit(e) for e in layer.own["scorer.embeddings"]]
+            squares = [
+                (units[a] @ units[b] - float(a == b)) ** 2 for a in range(experts) for b in range(experts)
+            ]
+            norms = [torch.sqrt((e * e).sum()) for e in layer.own["scorer.embeddings"]]
+            value = torch.sqrt(sum(squares)) + sum(norms) / experts
+        elif kind == "activation_locality":
+            value = _locality(rows["logits"], spec["sharpness"], tokens // batch)
+        elif kind == "chunk_sparsity":
+            value = _chunk_sparsity(rows["probs"], spec["chunk"], tokens // batch)
         elif kind == "gate_entropy":
             value = sum(-(p * torch.log(p)).sum() for p in rows["probs"]) / tokens
         elif kind == "sequence_balance":
@@ -422,6 +453,31 @@ def _losses(layer: NaiveLayer, rows: dict[str, list], batch: int) -> Any:
             value = sum((matrix[a] @ matrix[b] - float(a == b)).abs() for a, b in pairs) / experts**2
         loss = loss + weight * value
     return loss + _penalty(layer, rows)
+
+
+def _locality(logits: list[Tensor], sharpness: float, length: int) -> Any:
+    """Cross-entropy of a token's activity given the one before it, as probabilities."""
+    values = []
+    for t in range(1, len(logits)):
+        if t % length == 0:  # the first of a sequence has no neighbour before it
+            continue
+        for before, after in zip(sharpness * logits[t - 1], sharpness * logits[t], strict=True):
+            q, rest = torch.sigmoid(after), torch.log(1 + torch.exp(-before.abs()))
+            if before > 0:  # -ln of sig(before) and of sig(-before), without exp of a large number
+                active, idle = rest, before + rest
+            else:
+                active, idle = rest - before, rest
+            values.append(q * active + (1 - q) * idle)
+    return sum(values) / len(values)
+
+
+def _chunk_sparsity(probs: list[Tensor], chunk: int, length: int) -> Any:
+    idle = []
+    for first in range(0, len(probs), length):
+        for start in range(first, first + length, chunk):
+            members = probs[start : min(start + chunk, first + length)]
+            idle += [math.prod(1 - p[n] for p in members) for n in range(len(probs[0]))]
+    return 1 - sum(idle) / len(idle)
 
 
 def _penalty(layer: NaiveLayer, rows: dict[str, list]) -> Any:

@@ -33,6 +33,8 @@ TOKENS = BATCH * LENGTH
 ROWS = sorted(ZOO)
 STARTS = (
     "gate.expert_scale",
+    "gate.norm.weight",
+    "gate.threshold",
     "global_scale",
     "scorer.scale",
     "scorer.linear.bias",
@@ -303,7 +305,12 @@ def test_bfloat16_inputs_choose_as_float32_does(name: str) -> None:
     for a, b in zip(exact, rounded, strict=True):
         assert b.logits.dtype == torch.float32
         same = (dense(a, 16) > 0) == (dense(b, 16) > 0)
-        if name not in ("remoe", "expert-threshold"):  # no top-k: 16 comparisons are 16 decisions
+        if name not in (
+            "remoe",
+            "expert-threshold",
+            "dynmoe",
+            "blockffn",
+        ):  # no top-k: 16 comparisons are 16 decisions
             same = same.all(-1)
         # A choice that hangs on another choice, an expert one layer below or the nearest neighbours, flips with it.
         assert same.double().mean() >= (0.97 if name in ("acmoe", "mcf-moe") else 0.99)
@@ -344,9 +351,9 @@ def test_golden() -> None:
     assert json.loads(GOLDEN.read_text()) == json.loads(text)
 
 
-def test_at_least_forty_distinct_rows() -> None:
+def test_at_least_ninety_distinct_rows() -> None:
     specs = {row.spec.to_json() for row in ZOO.values()}
-    assert len(specs) == len(ZOO) >= 40
+    assert len(specs) == len(ZOO) >= 90
     assert all(row.source and row.summary for row in ZOO.values())
 
 

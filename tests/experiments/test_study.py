@@ -66,6 +66,32 @@ def test_every_grid_has_a_configuration_and_routers_that_exist():
     assert len(keys) == 160
 
 
+def test_the_zoos_plan_has_rows_of_the_zoo_once_with_their_own_k():
+    """At the study's size; what it does not say is study.toml's."""
+    plan, own = study.read_study(study.HERE / "zoo.toml"), study.read_study()
+    assert (plan.size, plan.margin, plan.baseline) == (own.size, own.margin, own.baseline)
+    load_plugins((study.PLUGIN,))
+    grids = [grid for stage in plan.stage for grid in stage.grid]
+    routers = [router for grid in grids for router in grid.routers]
+    assert len(routers) == len(set(routers)) == 42
+    assert plan.baseline in next(grid.routers for grid in grids if grid.folder == plan.reference)
+    for grid in grids:
+        config = plan.config(grid, Path("text.txt"))
+        assert (config.training.max_steps, config.training.branch_points) == (2000, ())
+        for router in grid.routers:
+            k = find(router).top_k or config.model.num_experts_per_tok
+            assert config.model.num_experts_per_tok == k, router
+            config.with_setting("router", router)
+
+
+def test_a_plan_that_is_none_is_refused(tmp_path, capsys):
+    (tmp_path / "wrong.toml").write_text('like = "study.toml"\n')
+    (tmp_path / "study.toml").write_text("margin = 'wide'\n")
+    for name in ("wrong.toml", "gone.toml"):
+        said = refused(capsys, "run", "--plan", str(tmp_path / name))
+        assert said.startswith(f"error: --plan is '{tmp_path / name}'; allowed: a plan as study.toml is")
+
+
 def test_seeds_come_before_grids():
     plan = study.read_study()
     first = [(grid.folder, seeds) for grid, seeds in study.steps(plan)][:4]
@@ -85,6 +111,10 @@ def test_collecting_adds_what_is_new_and_the_table_says_it(tmp_path):
     spread = np.std([3, 2, 4], ddof=1) / 100
     assert f"| -0.0300 | {interval.low:+.4f} to {interval.high:+.4f} | {spread:.4f} | 3 of 5 pairs |" in line
     assert "| 1.00 | 3 |" in line
+    elsewhere = [msgspec.structs.replace(one, grid="zoo") for one in found]
+    table = markdown(elsewhere, "smoe", 0.005, "zoo", "zoo.toml")
+    assert "`experiments/zoo.toml`" in table
+    assert line.replace("std-1", "zoo") in table
 
 
 def test_rows_are_small_and_keep_the_sums():

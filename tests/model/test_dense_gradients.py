@@ -15,7 +15,17 @@ from rmoe.routing import RouterContext, Routing
 from tests import naive
 from tests.model.small import config, loss_and_gradients, model, tokens
 
-ROUTERS = ["smoe", "smoe-topk-softmax", "smoe-bias", "rmoe", "deepseek-v3", "eda", "smoe-capacity", "remoe"]
+ROUTERS = [
+    "smoe",
+    "smoe-topk-softmax",
+    "smoe-bias",
+    "rmoe",
+    "deepseek-v3",
+    "eda",
+    "smoe-capacity",
+    "remoe",
+    "dynmoe",
+]
 
 
 def block_of(router: str, dense: str | None, **changes: object) -> RMoESparseMoeBlock:

@@ -28,7 +28,7 @@ QUICK = [
 ]
 SLOW = [
     "rmoe-lstm", "rmoe-rnn", "eda", "rmoe-truncated-2", "smoe-dropout", "smoe-entropy", "expert-choice", "sparsemixer",
-    "switch", "hash", "xmoe-gru", "hyper-moe", "omni-router", "smoe-mlp-mi",
+    "switch", "hash", "xmoe-gru", "hyper-moe", "omni-router", "smoe-mlp-mi", "dynmoe", "blockffn",
 ]  # fmt: skip
 
 

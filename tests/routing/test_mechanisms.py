@@ -32,11 +32,13 @@ from rmoe.routing import (
     vary,
 )
 from rmoe.routing.balance import SelectionBias, limit_capacity
+from rmoe.routing.block_ffn import ActivationLocality, ChunkSparsity
 from rmoe.routing.cells import SHARED_CELLS
 from rmoe.routing.contract import count_assignments, count_by_layer
 from rmoe.routing.cosine import Cosine
 from rmoe.routing.gate import Sigmoid, Softmax
 from rmoe.routing.losses import (
+    DiverseSimple,
     LoadBalance,
     Loss,
     LossView,
@@ -293,6 +295,9 @@ def test_a_loss_gives_one_number_per_layer() -> None:
         SequenceBalance(),
         MutualInformation(),
         SimilarityPreserving(),
+        DiverseSimple(),
+        ActivationLocality(),
+        ChunkSparsity(chunk=2),
     )
     spec = vary(resolve("smoe"), balance=BalanceSpec(losses=losses))
     routers = [layer_of(spec, i, seed=i) for i in range(3)]
@@ -370,7 +375,7 @@ def test_similarity_needs_a_matrix() -> None:
     router = layer_of(hashed, 0)
     context = RouterContext(1, 9, token_ids=torch.arange(9))
     routing = router(inputs(9), (), None, context)[0]
-    with pytest.raises(ValueError, match="needs a scorer with an experts matrix"):
+    with pytest.raises(RequestError, match=r"balance\.losses is 'similarity_preserving'"):
         balance_loss([router], [routing], None, context, 0.5)
 
 
@@ -908,6 +913,8 @@ PROPERTIES = {  # name: draws noise, may leave slots empty, is causal, has a sha
     "noisy-topk": (True, False, True, False),
     "expert-choice": (False, True, False, False),
     "remoe": (False, True, True, False),
+    "dynmoe": (False, True, True, False),
+    "blockffn": (False, True, True, False),
     "deepseek-v3": (False, False, True, False),
     "sparsemixer": (True, False, True, False),
     "smoe-dropout": (False, True, True, False),

@@ -7,9 +7,10 @@ import torch
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
-from rmoe.routing import Geometry, RouterContext, build_router, resolve, router_stats, vary
+from rmoe.routing import BalanceSpec, Geometry, RouterContext, build_router, resolve, router_stats, vary
 from rmoe.routing.gate import Softmax
 from rmoe.routing.initial import fill
+from rmoe.routing.losses import DiverseSimple
 from rmoe.routing.threshold_gates import quantile
 
 SIZES = Geometry(12, 8, 2, initializer_range=0.5)
@@ -111,6 +112,76 @@ def test_top_p_asks_more_experts_when_in_doubt() -> None:
     assert (gate(unsure, None, context).experts < 8).sum() == 4  # 4 / 8 >= 0.4 > 3 / 8
     everything = build_router(vary(resolve("top-p"), gate={"threshold": 1.0}), SIZES).gate
     assert (everything(unsure, None, context).experts < 8).all()
+
+
+def test_top_any_by_hand() -> None:
+    """Thresholds 0: positive scores pass. The third token passes none: nobody in training, its best outside it."""
+    gate = build_router(resolve("dynmoe"), SIZES).gate
+    with torch.no_grad():
+        gate.threshold.zero_()
+    logits = torch.full((3, 8), -1.0)
+    logits[0, [1, 5]] = torch.tensor([0.5, 2.0])
+    logits[1] = 0.1
+    logits[2, 4] = -0.3
+    context = RouterContext(1, 3)
+    asked = {
+        True: [{1: 0.5, 5: 0.5}, dict.fromkeys(range(8), 0.125), {}],
+        False: [{1: 0.5, 5: 0.5}, dict.fromkeys(range(8), 0.125), {4: 1.0}],
+    }
+    for training, wanted in asked.items():
+        routing = gate.train(training)(logits, None, context)
+        for t in range(3):
+            slots = zip(routing.experts[t].tolist(), routing.weights[t].tolist(), strict=True)
+            assert {n: w for n, w in slots if n < 8} == wanted[t]
+        assert (routing.weights[routing.experts == 8] == 0).all()
+
+
+def test_top_any_learns_its_thresholds_from_the_chosen() -> None:
+    """In training the weight 1/k has the gradient of `(sig(s) - sig(b)) / k`; an expert not chosen has none."""
+    gate = build_router(resolve("dynmoe"), SIZES).gate.double().train()
+    with torch.no_grad():
+        gate.threshold.copy_(torch.linspace(-0.5, 0.5, 8))
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(50, 8, dtype=torch.float64, generator=generator)
+    logits[:5] -= 4.0  # tokens that ask nobody
+    logits.requires_grad_()
+    direction = torch.randn(50, 8, dtype=torch.float64, generator=generator)
+    (gate(logits, None, RouterContext(1, 50)).weights * direction).sum().backward()
+    passes = logits > gate.threshold
+    k = passes.sum(-1, keepdim=True)
+    scores, bars = logits.sigmoid(), gate.threshold.sigmoid()
+    assert (k == 0).any()
+    wanted = torch.where(passes, direction * scores * (1 - scores) / k.clamp(min=1), 0.0)
+    assert (logits.grad - wanted).abs().max() < 1e-12
+    at_bars = torch.where(passes, direction * -bars * (1 - bars) / k.clamp(min=1), 0.0).sum(0)
+    assert (gate.threshold.grad - at_bars).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"balance": {"bias_update_rate": 1e-3}}, r"balance\.bias_update_rate is 0\.001"),
+        ({"router": {"zero_experts": 2}}, r"router\.gate is 'top_any'"),
+        ({"scorer": {"temperature": 0.0}}, r"scorer\.temperature is 0\.0"),
+        ({"scorer": None}, r"router\.scorer is None"),
+    ],
+)
+def test_top_any_refuses(changes: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        vary(resolve("dynmoe"), **changes)
+
+
+def test_a_loss_of_expert_vectors_refuses_a_router_without_them() -> None:
+    spec = vary(resolve("hash"), balance=BalanceSpec(losses=(DiverseSimple(),)))
+    config = RMoEConfig(
+        vocab_size=30, hidden_size=16, num_attention_heads=2, num_hidden_layers=2, moe_intermediate_size=6,
+        num_experts=8, router=spec.to_dict(),
+    )  # fmt: skip
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    with pytest.raises(
+        RequestError, match=r"balance\.losses is 'diverse_simple'; allowed: losses without it"
+    ):
+        RMoEForCausalLM(config)(ids, labels=ids)
 
 
 @pytest.mark.parametrize(

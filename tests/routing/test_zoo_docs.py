@@ -132,6 +132,8 @@ COSTS = {  # name: parameters, multiply-adds per token
     "path-moe": (L // 2 * E * D, L * E * D),
     "omni-router": (E * D, L * E * D),
     "gpt-oss": (L * (E * D + E), L * E * D),
+    "dynmoe": (L * (E * D + E + 1), L * E * D),  # thresholds and a temperature
+    "blockffn": (L * (E * D + E), L * E * D),  # the norm's factors
     "gemma-4": (L * (E * D + D + E), L * E * D),
     "doge": (L * 8 * D, L * 8 * D),  # 4 + 4 keys
     "longcat": (L * (E + 4) * D, L * (E + 4) * D),
@@ -194,6 +196,12 @@ SAID = {  # name: equation, balance, carries, needs
         "f = x; s = G f; g = top_C over tokens of softmax(s)", "-", "-", "whole batch: cannot generate",
     ),
     "remoe": ("f = x; s = G f; g = ReLU(s)", "-", "-", "update after each step"),
+    "dynmoe": (
+        "f = x; s = cos(f, e) / t; g = 1/k where sig(s) > sig(b), b learned", "diverse_simple", "-", "-",
+    ),
+    "blockffn": (
+        "f = x; s = G f; g = norm(ReLU(s))", "activation_locality, chunk_sparsity", "-", "-",
+    ),
     "deepseek-v3": (
         "f = x; s = G f; g = top_k(sig(s)) / sum", "sequence_balance, bias 0.001", "-", "update after each step",
     ),
