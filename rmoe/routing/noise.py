@@ -66,17 +66,24 @@ class CounterNoise:
         return CounterNoise(self.key, layer)
 
     def uniform(self, like: Tensor) -> Tensor:
+        bounds = torch.finfo(like.dtype)
+        return self._uniform(like).to(like.dtype).clamp(bounds.tiny, 1 - bounds.eps / 2)
+
+    def exponential(self, like: Tensor) -> Tensor:
+        return -self._uniform(like).log().to(like.dtype)
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.special.ndtri(self._uniform(like)).to(like.dtype)
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        """In at least float32, where the next number below 1 is `1 - 2^-24`: its logarithm is not zero."""
         stream = splitmix64(splitmix64(self.key) + (self.layer << 8) + self.uses)
         self.uses += 1
         position = torch.arange(like.numel(), device=like.device)
-        bits = _shift(splitmix64(stream + position), 40)  # 24 bits: exact in float32
-        return ((bits.to(like.dtype) + 0.5) * 2**-24).view(like.shape)
-
-    def exponential(self, like: Tensor) -> Tensor:
-        return -self.uniform(like).log()
-
-    def normal(self, like: Tensor) -> Tensor:
-        return torch.special.ndtri(self.uniform(like))
+        bits = _shift(splitmix64(stream + position), 40)  # 24 of them
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        # In float32 the largest, 2^24 - 0.5, rounds up to 2^24: the normal number would be infinite.
+        return ((bits.to(dtype) + 0.5) * 2**-24).clamp(max=1 - 2**-24).view(like.shape)
 
 
 class TorchNoise:

@@ -95,6 +95,19 @@ def test_noise_is_keyed_by_layer_and_use(layer: int) -> None:
     assert torch.equal(noise(layer).uniform(like), uniforms(KEY, layer, 0, (3, 7)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [0, -1])
+def test_the_rarest_noise_is_finite(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bits zero, or all one: once in 2^24 numbers, which a training step draws in seconds."""
+    monkeypatch.setattr("rmoe.routing.noise.splitmix64", lambda x: torch.full_like(x, bits))
+    like = torch.empty(3, dtype=dtype)
+    uniform, exponential, normal = noise().uniform(like), noise().exponential(like), noise().normal(like)
+    assert ((uniform > 0) & (uniform < 1)).all()
+    assert ((exponential > 0) & exponential.log().isfinite()).all()
+    assert (normal.isfinite() & (normal.abs() > 5)).all()
+    assert uniform.dtype == exponential.dtype == normal.dtype == dtype
+
+
 def layer_of(name: str | RouterSpec, layer: int, experts: int = 6, top_k: int = 2, seed: int = 0):  # type: ignore[no-untyped-def]
     """One layer's router in float64, filled."""
     spec = resolve(name) if isinstance(name, str) else name
