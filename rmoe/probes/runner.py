@@ -190,8 +190,14 @@ def carry_out(unit: ProbeUnit) -> list[ProbeRow]:
             for asked, ensemble, curve in zip(unit.routers, ensembles, curves, strict=True)
         ]
     each = (time.perf_counter() - started) / (len(unit.routers) * len(unit.lanes))
-    # A run that diverged has no numbers to write; the others of its pass are not touched by it.
-    return [_row(fields, each) for rows in found for fields in rows if math.isfinite(fields["regret"])]
+    # A run that diverged has no numbers to write; the others of its pass are not touched by it. A gate that compares
+    # with NaN may ask no expert, and then the loss is finite.
+    return [
+        _row(fields, each)
+        for rows in found
+        for fields in rows
+        if all(map(math.isfinite, (fields["regret"], *fields["entropy"])))
+    ]
 
 
 def _row(fields: dict[str, Any], seconds: float) -> ProbeRow:

@@ -146,11 +146,17 @@ class ExpertChoice(Gate):
         return Routing(logits, probs, probs * chosen, torch.where(chosen, slots, self.num_experts))
 
 
+MOST_L1_WEIGHT = 1e10
+"""Far beyond where the loss is nothing else; unbounded, it would reach infinity where sparsity cannot be reached."""
+
+
 class ReLU(Gate):
     """ReMoE (2412.14711): weights are `ReLU(logits)`, not normalised; slot `n` holds expert `n` or nothing.
 
     Its loss is `lambda * E sum_n f_n P_n` with `P_n` the mean ReLU output and `f_n` the share of tokens that use
     expert n over `k / E`; `lambda` follows the sparsity (`update`). `probs` are the outputs over their sum.
+
+    Deviation: lambda stays within float32's least normal number and 1e10.
     """
 
     class Config(Gate.Config):
@@ -190,3 +196,4 @@ class ReLU(Gate):
         """`lambda *= growth` while more than k experts are active per token, `/= growth` when fewer."""
         active = stats.counts.sum() / (stats.tokens.clamp(min=1) * stats.counts.shape[0])  # mean over layers
         self.l1_weight.mul_(self.options.growth ** torch.sign(active - self.top_k).to(self.l1_weight))
+        self.l1_weight.clamp_(torch.finfo(self.l1_weight.dtype).tiny, MOST_L1_WEIGHT)

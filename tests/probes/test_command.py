@@ -208,6 +208,25 @@ def test_a_run_that_diverges_is_named_and_the_others_are_kept(
     assert [row.seed for row in run(["smoe"], ["lookup"], 3, tmp_path, knobs=FEW)] == [0, 1, 2]
 
 
+def test_a_run_whose_loss_hides_its_end_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN scores ask no expert at all, by ReLU's gate: the loss is finite, and the row could not be read again."""
+    from rmoe.probes import runner
+    from rmoe.probes.stack import Ensemble
+
+    class Diverging(Ensemble):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            for parameter in self.parameters.values():
+                parameter.data[1] = float("nan")
+
+    monkeypatch.setattr(runner, "Ensemble", Diverging)
+    with pytest.raises(RunError, match="remoe on lookup, seed 1; saved: every other run"):
+        run(["remoe"], ["lookup"], 3, tmp_path, knobs=FEW)
+    rows, unreadable = read_rows(tmp_path / "results.jsonl")
+    assert [row.seed for row in rows] == [0, 2]
+    assert not unreadable
+
+
 def test_hash_is_a_router_that_knows_nothing() -> None:
     """Probes have no token ids: every token has the same one, so a table can only give a constant."""
     (row,) = run(["hash"], ["lookup"], 1, knobs=Knobs(steps=120, layers=2, experts=4))

@@ -76,6 +76,15 @@ def test_relu_weight_follows_sparsity() -> None:
     assert math.isclose(float(router.gate.l1_weight), 1e-8 / 1.2, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize(("counts", "end"), [([9, 9, 9, 9], 1e10), ([1, 1, 1, 1], 2.0**-126)])
+def test_relu_weight_neither_overflows_nor_is_lost(counts: list[int], end: float) -> None:
+    """A scorer without a bias on inputs of mean zero has half its scores above zero, whatever the weight."""
+    router = build_router(resolve("remoe"), SIZES)
+    for _ in range(600):
+        router.update_all(stats(counts), 1, 10)
+    assert router.gate.l1_weight.item() == end
+
+
 def test_k_grows() -> None:
     spec = vary(resolve("smoe"), gate=Softmax.Config(start_k=1))
     router = build_router(spec, Geometry(12, 8, 5))
