@@ -11,9 +11,11 @@ from torch import nn
 from rmoe.errors import RequestError
 from rmoe.routing import ZOO, Geometry, RouterContext, Routing, build_router, build_shared, resolve, vary
 from rmoe.routing.cosine import Cosine
+from rmoe.routing.describe import equation
 from rmoe.routing.gate import TopK
 from rmoe.routing.initial import fill
 from rmoe.routing.options import Options
+from rmoe.routing.router import Router
 from rmoe.routing.scorer import EdaHead
 from rmoe.routing.spec import RouterSpec
 
@@ -87,7 +89,7 @@ def test_a_cluster_of_one_token_deviates_by_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "equation"),
+    ("options", "said"),
     [
         (TopK.Config(), "g = top_k(softmax(s)) / sum"),
         (TopK.Config(groups=4, top_groups=2), "g = top_k(softmax(s)) in the top 2 groups / sum"),
@@ -96,8 +98,8 @@ def test_a_cluster_of_one_token_deviates_by_nothing() -> None:
         (resolve("cosine-moe").scorer, "s = cos(f, e) / t"),
     ],
 )
-def test_equations_say_the_options(options: Options, equation: str) -> None:
-    assert options.equation == equation
+def test_equations_say_the_options(options: Options, said: str) -> None:
+    assert options.equation == said
 
 
 def test_a_cosine_is_rescaled_down_to_its_least_temperature() -> None:
@@ -109,3 +111,16 @@ def test_a_cosine_is_rescaled_down_to_its_least_temperature() -> None:
         ValueError, match=r"the cosine's temperature would be 0\.0067, below its least, 0\.01"
     ):
         scorer.rescale(3.0)
+
+
+def test_every_equation_can_be_said() -> None:
+    """Constant experts too, which no row's summary shows."""
+    for name in ZOO:
+        assert equation(resolve(name))
+    assert "2 experts are a_1 x + a_2 v" in Router.Config(constant_experts=2).equation
+
+
+@pytest.mark.parametrize("stage", ["scorer", "gate", "recurrence"])
+def test_a_stage_of_the_wrong_kind_is_refused(stage: str) -> None:
+    with pytest.raises(RequestError, match=rf"router\.{stage} is .*; allowed: the options of a {stage}"):
+        RouterSpec(**{stage: "rmoe"})  # type: ignore[arg-type]
