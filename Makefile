@@ -28,7 +28,7 @@ help:
 	@echo "make torture   kills, damage, full disks, hostile inputs: the table of docs/reliability.md (under 30 minutes)"
 	@echo "make torture-full  the same with five times the kills and an hour of fuzzing"
 	@echo "make mutants   one small fault at a time: which of a fixed sample no test sees (about an hour on one core)"
-	@echo "make probes    the whole zoo on all probes, eight seeds (about an hour and a half of processor time); resumes"
+	@echo "make probes    the whole zoo on all probes, eight seeds (two to five hours of one core); resumes"
 	@echo "make bench     measure speed and memory against transformers' models; writes benchmarks/results"
 	@echo "make check     lint, formatting, types, imports, security, then the quick tests (what CI runs)"
 	@echo "make docs      build the documentation site into site/, links and anchors checked"
