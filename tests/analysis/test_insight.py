@@ -54,6 +54,9 @@ def test_flips_by_token_and_layer() -> None:
     by_layer, anywhere = flips.result()
     np.testing.assert_allclose(by_layer, [1 / 3, 1 / 3])  # the order of two experts is no difference
     assert anywhere == pytest.approx(2 / 3)
+    alone = FlipRate(2)
+    alone.update(one[:, 1:2], other[:, 1:2], 4)
+    assert alone.result()[1] == 1
 
 
 def test_contexts_against_sorting() -> None:

@@ -196,7 +196,12 @@ def test_default_outputs_are_saved(tmp_path) -> None:  # type: ignore[no-untyped
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dense_gradients": "dense"}, {"dense_gradients": "densemixer", "router": "hash"}]
+    "changes",
+    [
+        {"dense_gradients": "dense"},
+        {"dense_gradients": "densemixer", "router": "hash"},
+        {"dense_gradients": "default", "router": "llama-4"},
+    ],
 )
 def test_refused(changes: dict) -> None:
     with pytest.raises(RequestError, match="dense_gradients"):
