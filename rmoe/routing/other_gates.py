@@ -195,5 +195,5 @@ class ReLU(Gate):
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
         """`lambda *= growth` while more than k experts are active per token, `/= growth` when fewer."""
         active = stats.counts.sum() / (stats.tokens.clamp(min=1) * stats.counts.shape[0])  # mean over layers
-        self.l1_weight.mul_(self.options.growth ** torch.sign(active - self.top_k).to(self.l1_weight))
-        self.l1_weight.clamp_(torch.finfo(self.l1_weight.dtype).tiny, MOST_L1_WEIGHT)
+        moved = self.l1_weight * self.options.growth ** torch.sign(active - self.top_k).to(self.l1_weight)
+        self.l1_weight.copy_(moved.clamp(torch.finfo(moved.dtype).tiny, MOST_L1_WEIGHT))

@@ -52,7 +52,7 @@ def _shown(regret: Regret) -> str:
 
 def markdown(cards: Cards) -> str:
     """The table of docs/probes.md, best router first."""
-    columns = [*cards.probes, MEAN]
+    columns = [MEAN, *cards.probes]
     lines = [
         f"{HELP} Mean ± half the 95% t interval over {cards.seeds} paired seeds; best mean first.",
         "",
@@ -77,7 +77,7 @@ def text(cards: Cards, name: str) -> str | None:
         *(
             f"{probe:<10} {_shown(card.regret[probe]):>15} {_share(card.decodability.get(probe)):>18} "
             f"{_share(card.recurrent_share.get(probe)):>19}"
-            for probe in [*cards.probes, MEAN]
+            for probe in [MEAN, *cards.probes]
         ),
         f"rank {order.index(name) + 1} of {len(order)} by mean regret, {cards.seeds} seeds. {HELP}",
     ]

@@ -18,7 +18,7 @@ def value(score: Score) -> str:
 
 
 def columns(summary: Summary) -> list[str]:
-    return [*summary.probes, MEAN] if len(summary.probes) > 1 else summary.probes
+    return [MEAN, *summary.probes] if len(summary.probes) > 1 else summary.probes
 
 
 def cells(card: Card, summary: Summary) -> list[str]:
