@@ -22,3 +22,19 @@ register(
         "linear state with learned decay, not normalised",
     ),
 )
+register(
+    "gated-linear-full-softmax",
+    ZooRow(
+        vary(resolve("gated-linear"), gate={"renormalize": False}),
+        "control",
+        "gated linear state, weights not renormalised",
+    ),
+)
+register(
+    "rmoe-np-full-softmax",
+    ZooRow(
+        vary(resolve("rmoe-np"), gate={"renormalize": False}),
+        "control",
+        "the state never passed, weights not renormalised",
+    ),
+)

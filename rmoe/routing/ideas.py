@@ -35,7 +35,8 @@ STATE = Idea(
     "RMoE, its ablations, and linear states: the router of a layer reads what the routers below have read.",
     """
     rmoe rmoe-std002 rmoe-np rmoe-detach rmoe-truncated-2 rmoe-truncated-3 rmoe-sproj rmoe-rnn rmoe-lstm rmoe-p256
-    rmoe-p512 rmoe-rnn-p256 rmoe-residual rmoe-norm rmoe-bias rmoe-sigmoid xmoe-gru-8 xmoe-gru xmoe-gru-32
+    rmoe-p512 rmoe-rnn-p256 rmoe-residual rmoe-norm rmoe-full-softmax rmoe-p256-full-softmax rmoe-bias rmoe-sigmoid
+    xmoe-gru-8 xmoe-gru xmoe-gru-32
     gated-linear gated-linear-np gated-linear-detach eda eda-linear eda-linear-detach rmoe-quantile
     """,
 )

@@ -185,6 +185,8 @@ _ROWS: dict[str, ZooRow] = {
     # ---- what in RMoE does it? ----
     "rmoe-residual": ZooRow(vary(RMOE, recurrence={"concat_hidden": True}), "ours", "scores [x; h]: a linear router plus the state"),
     "rmoe-norm": ZooRow(vary(RMOE, recurrence={"normalize": True}), "ours", "state RMS-normalised before scoring"),
+    "rmoe-full-softmax": ZooRow(vary(RMOE, gate={"renormalize": False}), "ours; OLMoE's gate on Eq. 4 to 6", "weights are the softmax over all experts, not over the chosen"),
+    "rmoe-p256-full-softmax": ZooRow(vary(RMOE, recurrence={"width": 256}, gate={"renormalize": False}), "ours; OLMoE's gate, Table 7", "the same, p = 256"),
     "low-rank": ZooRow(LOW_RANK, "control; 2601.21349", "RMoE's bottleneck alone: linear through 128 dimensions"),
     "low-rank-norm": ZooRow(vary(LOW_RANK, recurrence={"normalize": True}), "control; 2601.21349", "the bottleneck with a norm"),
     "smoe-entropy": ZooRow(vary(SMOE, temperature=Temperature.Config(target_entropy=1.5)), "control", "temperature steered to a gate entropy of 1.5 nats"),
