@@ -40,6 +40,7 @@ _GATES = (
 )
 _OPTIONS = (
     *_ROUTING,
+    "tests/routing/test_gate.py",
     "tests/routing/test_zoo_docs.py",
     f"{_CONTRACT}::test_golden",
     "tests/model/test_configuration.py",

@@ -124,3 +124,8 @@ def test_every_equation_can_be_said() -> None:
 def test_a_stage_of_the_wrong_kind_is_refused(stage: str) -> None:
     with pytest.raises(RequestError, match=rf"router\.{stage} is .*; allowed: the options of a {stage}"):
         RouterSpec(**{stage: "rmoe"})  # type: ignore[arg-type]
+
+
+def test_who_reads_the_sequence() -> None:
+    """The others can stand behind a cache."""
+    assert {name for name, row in ZOO.items() if row.spec.router.reads_sequence} == {"mcf-moe"}
