@@ -100,7 +100,7 @@ mutants: $(VENV)/.installed-dev
 
 PROBES_OUT ?= runs/probes
 probes: $(VENV)/.installed-dev
-	$(BIN)/rmoe probe --plugin experiments/probe_routers.py --routers all,smoe-mlp-matched,eda-linear-unnormed --seeds 8 --out $(PROBES_OUT)
+	$(BIN)/rmoe probe --plugin experiments/probe_routers.py --routers all,smoe-mlp-matched,eda-linear-unnormed,gated-linear-full-softmax,rmoe-np-full-softmax --seeds 8 --out $(PROBES_OUT)
 	$(BIN)/rmoe probe --routers smoe,rmoe,smoe-bias,rmoe-bias --probes zipf --seeds 8 --sweep balance=0.01,0,0.1 --out $(PROBES_OUT)
 	$(BIN)/python -m experiments.cards $(PROBES_OUT)
 	$(BIN)/python -m experiments.mechanisms $(PROBES_OUT) --out experiments/results/mechanisms.md
