@@ -73,7 +73,7 @@ def test_the_zoos_plan_has_rows_of_the_zoo_once_with_their_own_k():
     load_plugins((study.PLUGIN,))
     grids = [grid for stage in plan.stage for grid in stage.grid]
     routers = [router for grid in grids for router in grid.routers]
-    assert len(routers) == len(set(routers)) == 42
+    assert len(routers) == len(set(routers)) == 43
     assert plan.baseline in next(grid.routers for grid in grids if grid.folder == plan.reference)
     for grid in grids:
         config = plan.config(grid, Path("text.txt"))
