@@ -40,7 +40,17 @@ ROOMS = (
 
 # Pages of docs/ under their heading; one that is not named here is put last under "Guides".
 GUIDES = ("add-a-router", "analysis", "graft", "scale", "zoo")
-EVIDENCE = ("findings", "performance", "reliability", "probes", "seams", "mutants", "paper-map", "official", "log")
+EVIDENCE = (
+    "findings",
+    "performance",
+    "reliability",
+    "probes",
+    "seams",
+    "mutants",
+    "paper-map",
+    "official",
+    "log",
+)
 
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
