@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmoe.routing.contract import RouterContext, Routing
-from rmoe.routing.gate import Gate
+from rmoe.routing.gate import Gate, slots_of
+from rmoe.routing.initial import rms_norm_as_input
 from rmoe.routing.losses import Loss, LossView, masked_mean
 from rmoe.routing.options import Geometry
-from rmoe.routing.threshold_gates import slots_of
 from rmoe.validation import NotNegative, Positive, PositiveInt
 
 
@@ -42,9 +42,7 @@ class NormedReLU(Gate):
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
         active = F.relu(logits)
-        weights = F.rms_norm(
-            active, self.norm.normalized_shape, self.norm.weight.to(active.dtype), self.norm.eps
-        )
+        weights = rms_norm_as_input(active, self.norm)
         probs = active / active.sum(-1, keepdim=True).clamp(min=torch.finfo(active.dtype).tiny)
         return Routing(logits, probs, weights, slots_of(active > 0))
 

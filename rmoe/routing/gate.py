@@ -56,6 +56,12 @@ class Gate(StepState, Mechanism):
         raise NotImplementedError
 
 
+def slots_of(chosen: Tensor) -> Tensor:
+    """`[T, E]` bool -> `[T, E]` int64: each expert in its own slot, `E` where it was not chosen."""
+    experts = chosen.shape[-1]
+    return torch.where(chosen, torch.arange(experts, device=chosen.device).expand_as(chosen), experts)
+
+
 class TopK(Gate):
     """`g = scale * top_k(p) / sum`, `p` the scores of the logits: what nearly every released model has.
 

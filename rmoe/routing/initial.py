@@ -125,6 +125,11 @@ class ProjectionFP32(Initialized):
         return linear_fp32(x, self.weight, self.bias)
 
 
+def rms_norm_as_input(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """`norm(x)` in the dtype of `x`, which is at least float32 in a router, whatever the weight is stored in."""
+    return nn.functional.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+
+
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` in float32, or in float64 when either side is."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)

@@ -10,7 +10,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from rmoe.routing.contract import RouterContext, RouterStats, Routing
-from rmoe.routing.gate import Gate
+from rmoe.routing.gate import Gate, slots_of
 from rmoe.routing.options import Geometry
 from rmoe.validation import Positive, require
 
@@ -142,8 +142,7 @@ class ExpertChoice(Gate):
         order = torch.argsort(score, dim=0, descending=True, stable=True)  # [T, E], best token first
         positions = torch.arange(order.shape[0], device=order.device)[:, None].expand_as(order)
         chosen = torch.empty_like(order).scatter(0, order, positions) < capacity
-        slots = torch.arange(self.num_experts, device=logits.device).expand_as(probs)
-        return Routing(logits, probs, probs * chosen, torch.where(chosen, slots, self.num_experts))
+        return Routing(logits, probs, probs * chosen, slots_of(chosen))
 
 
 MOST_L1_WEIGHT = 1e10
@@ -181,15 +180,13 @@ class ReLU(Gate):
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
         weights = F.relu(logits)
         active = weights > 0
-        slots = torch.arange(self.num_experts, device=logits.device).expand_as(weights)
-        experts = torch.where(active, slots, self.num_experts)
         probs = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         real = torch.ones_like(active) if context.mask is None else context.mask[:, None].expand_as(active)
         tokens = real[:, 0].sum().clamp(min=1)
         share = (active & real).to(logits.dtype).sum(0) / tokens * (self.num_experts / self.top_k)
         mean = (weights * real).sum(0) / tokens
         penalty = self.l1_weight.to(logits.dtype) * (share * mean).sum()
-        return Routing(logits, probs, weights, experts, penalty=penalty)
+        return Routing(logits, probs, weights, slots_of(active), penalty=penalty)
 
     @torch.no_grad()
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmoe.routing.cells import LAYER_CELLS, SHARED_CELLS, Identity
 from rmoe.routing.contract import State
-from rmoe.routing.initial import PassedModule, ProjectionFP32, normal
+from rmoe.routing.initial import PassedModule, ProjectionFP32, normal, rms_norm_as_input
 from rmoe.routing.options import Geometry, Mechanism, Options
 from rmoe.validation import PositiveInt, require
 
@@ -162,9 +161,7 @@ class Recurrence(BaseRecurrence):
         state = cell(x, state)
         features = state[0]
         if self.norm is not None:
-            features = F.rms_norm(
-                features, self.norm.normalized_shape, self.norm.weight.to(features.dtype), self.norm.eps
-            )
+            features = rms_norm_as_input(features, self.norm)
         if self.options.concat_hidden:
             features = torch.cat((hidden.to(features.dtype), features), -1)
         return features, () if self.options.carry == "zero" else state

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmoe.routing.initial import Initialized, Initializer, ProjectionFP32, linear_fp32, normal
+from rmoe.routing.initial import (
+    Initialized,
+    Initializer,
+    ProjectionFP32,
+    linear_fp32,
+    normal,
+    rms_norm_as_input,
+)
 from rmoe.routing.noise import Noise
 from rmoe.routing.options import Geometry, Mechanism, Options
 from rmoe.validation import NotNegativeInt, Positive, PositiveInt, Share
@@ -229,6 +236,5 @@ class EdaHead(Scorer):
         return self.out
 
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
-        weight = self.norm.weight.to(features.dtype)
-        x = F.rms_norm(features, self.norm.normalized_shape, weight, self.norm.eps)
+        x = rms_norm_as_input(features, self.norm)
         return self.out(F.gelu(self.fc2(F.gelu(self.fc1(x)))))

@@ -60,9 +60,8 @@ class RouterSpec:
         for name, used in (("scorer", self.router.uses_scorer), ("gate", self.router.uses_gate)):
             value, allowed = getattr(self, name), "set" if used else f"null with router {self.router.kind}"
             require((value is not None) == used, f"router.{name}", value, allowed)
-        if (
-            not self.router.uses_scorer
-        ):  # nobody would read the state, or the logits that a temperature divides
+        if not self.router.uses_scorer:
+            # Nobody would read the state, or the logits that a temperature divides.
             unread = f"with router {self.router.kind}"
             none = isinstance(self.recurrence, NoRecurrence.Config)
             require(none, "router.recurrence", self.recurrence.kind, f"none {unread}")

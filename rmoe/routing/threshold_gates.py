@@ -13,18 +13,12 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from rmoe.routing.contract import RouterContext, RouterStats, Routing
-from rmoe.routing.gate import Gate
+from rmoe.routing.gate import Gate, slots_of
 from rmoe.routing.initial import Initializer, constant
 from rmoe.routing.options import Geometry
 from rmoe.validation import Share
 
 Mass = Annotated[float, Meta(gt=0, le=1, description="above 0, at most 1")]
-
-
-def slots_of(chosen: Tensor) -> Tensor:
-    """`[T, E]` bool -> `[T, E]` int64: each expert in its own slot, `E` where it was not chosen."""
-    experts = chosen.shape[-1]
-    return torch.where(chosen, torch.arange(experts, device=chosen.device).expand_as(chosen), experts)
 
 
 def quantile(values: Tensor, share: float, mask: Tensor | None = None) -> Tensor:
