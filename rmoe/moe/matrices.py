@@ -70,5 +70,6 @@ def expert_vectors(layer: RoutedLayer) -> Tensor | None:
     matrices = expert_matrices(layer)
     if matrices is None:
         return None
-    means = [matrix.mean(dim=1, dtype=torch.float32) for matrix in matrices]
+    # Expert by expert: a mean of all at once first makes a float32 copy of all.
+    means = [torch.stack([own.mean(dim=0, dtype=torch.float32) for own in matrix]) for matrix in matrices]
     return torch.cat([nn.functional.normalize(mean, dim=-1) for mean in means], dim=-1)

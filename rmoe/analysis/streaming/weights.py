@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rmoe
-from rmoe.analysis.streaming.memory import bound_kernel_cache, give_back_freed_memory
+from rmoe.analysis.streaming.memory import bound_kernel_cache, give_back_freed_memory, weights_apart
 from rmoe.compat import LaterWeights, weights_later
 from rmoe.errors import RequestError
 from rmoe.model.weights import ADAPTER, CONFIG, open_weights
@@ -74,7 +74,6 @@ class StreamedModel:
         for key, target in later.target.items():
             self._keys[owners.get(target, "rest")].append(key)
         bound_kernel_cache()
-        give_back_freed_memory()
         self._folder = path
         self._offsets: dict[str, tuple[str, int, int]] = {}
         self._empty: dict[str, dict[str, Tensor]] = {}
@@ -95,7 +94,8 @@ class StreamedModel:
         if part != "rest":
             self._empty[part] = dict(_tensors(self.model.get_submodule(part)))
         try:
-            self._later.load(keys, self.device)
+            with weights_apart():
+                self._later.load(keys, self.device)
         except Exception as error:  # a damaged file, or a quantiser that needs what is not here
             raise RequestError("MODEL", part, f"weights that can be read here ({error})") from error
         self.loaded_bytes += self.bytes_of(part)
