@@ -44,8 +44,8 @@ def cards_of(summary: Summary) -> Cards:
             card.router: PackagedCard(
                 regret={
                     probe: Regret(
-                        mean=round(score.mean, 4),
-                        half=round((score.interval.high - score.interval.low) / 2, 4),
+                        mean=round(score.mean, 6),
+                        half=round((score.interval.high - score.interval.low) / 2, 6),
                     )
                     for probe, score in card.scores.items()
                     if score.interval is not None
