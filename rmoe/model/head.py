@@ -59,16 +59,17 @@ def chunked_cross_entropy(
             continue
         counts = (target != IGNORED).to(wide)[:, None]
         grad = log_probs.exp_().scatter_add_(1, target.clamp(min=0)[:, None], -counts)
-        grad = grad.mul_(counts / items).to(dtype)
+        # Divided by `items` in at least float32, at the end: float16 has no numbers that small.
+        grad = grad.mul_(counts).to(dtype)
         if for_hidden:
-            grad_hidden[part] = grad @ low
+            grad_hidden[part] = (grad @ low).to(wide) / items
         if for_weight and start == 0:
             grad_weight = _product(grad.t(), h, grad_weight)
         elif for_weight and dtype == wide:
             grad_weight.addmm_(grad.t(), h)
         elif for_weight:
             grad_weight += grad.t() @ h
-    return total / items, grad_hidden, grad_weight
+    return total / items, grad_hidden, grad_weight.div_(items)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

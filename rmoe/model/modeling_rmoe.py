@@ -30,7 +30,7 @@ from rmoe.model.outputs import (
 from rmoe.model.packing import split_packed
 from rmoe.model.recompute import NonReentrant, keep_decisions
 from rmoe.routing.balance import balance_loss
-from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, router_stats
+from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, on_device, router_stats
 from rmoe.routing.noise import CounterNoise
 from rmoe.routing.router import BaseRouter, build_shared
 
@@ -44,7 +44,7 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
     supports_gradient_checkpointing = True
     checkpoint_context = staticmethod(keep_decisions)
     _no_split_modules = ("RMoEDecoderLayer",)
-    _skip_keys_device_placement = ("cache", "past_key_values")
+    _skip_keys_device_placement = ("cache", "past_key_values", "shared")
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -280,9 +280,13 @@ class RMoEModel(RMoEPreTrainedModel):
                 routings.append(routing)
         hidden = self.norm(hidden)
         hidden_states[-1] = hidden
-        all_routing = tuple(routings)
+        all_routing = tuple(on_device(routing, hidden.device) for routing in routings)
+        if context.mask is not None:
+            context = context._replace(mask=context.mask.to(hidden.device))
         decoding = cache is not None and embeds.shape[1] == 1 and not self.training
-        stats = None if decoding else router_stats(all_routing, config.num_experts, context.mask)
+        stats = (
+            None if decoding or not routings else router_stats(all_routing, config.num_experts, context.mask)
+        )
         return RMoEModelOutputWithPast(
             last_hidden_state=hidden,
             **{CACHE: cache},

@@ -28,7 +28,8 @@ class BalanceSpec(Options):
         bias_update_rate: step of the aux-loss-free bias on the selection scores (arXiv:2408.15664); 0 is off.
         bias_centred: subtract the mean from each bias update, as torchtitan does.
         capacity_factor: each expert takes at most `ceil(factor * T * k / E)` tokens of a batch, in token
-            order, the rest is dropped; None is dropless.
+            order, the rest is dropped; None is dropless. The `T` tokens of a call compete, outside training too: what
+            a token keeps depends on later tokens and other sequences, and decoding with a cache drops fewer.
     """
 
     stage = "balance"

@@ -98,6 +98,13 @@ class RouterStats(NamedTuple):
         return mapped if self.observed is None else mapped._replace(observed=function(self.observed))
 
 
+def on_device(routing: Routing, device: torch.device) -> Routing:
+    """The decision on one device: the layers of a model may be on several (`device_map`)."""
+    if routing.experts.device == device:
+        return routing
+    return Routing._make(None if part is None else part.to(device) for part in routing)
+
+
 def count_assignments(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
     """Assignments per expert, without one-hot tensors or a host synchronisation.
 
@@ -140,7 +147,7 @@ def dispatched_experts(routing: Routing, num_experts: int) -> Tensor:
 
 def gate_entropy(probs: Tensor) -> Tensor:
     """`-sum_n p_n ln p_n` in nats, `[*, C]` -> `[*]`; zero probabilities contribute zero (Fig. 4)."""
-    # torch.special.entr is the same, and on the CPU 20 times as slow.
+    # torch.special.entr is the same, 20 times as slow on the CPU, and its gradient at a zero probability is NaN.
     return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 

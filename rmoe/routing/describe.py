@@ -51,6 +51,7 @@ def needs(row: ZooRow) -> str:
         "token ids": spec.router.needs_token_ids,
         "whole batch: cannot generate": not spec.is_causal,
         "earlier tokens: cannot generate": spec.is_causal and not spec.generates,
+        "tokens of a call compete": spec.balance.capacity_factor is not None,
         "noise in training": spec.uses_noise,
         "update after each step": any(stage.moves for stage in spec.stages()),
     }

@@ -20,14 +20,14 @@ class FixedRouter(BaseRouter):
 
     weight: float
 
-    def choose(self, tokens: int, device: torch.device) -> Tensor:
-        """`[T, k]` int64."""
+    def choose(self, tokens: int, device: torch.device, mask: Tensor | None) -> Tensor:
+        """`[T, k]` int64. `mask`: `[T]` bool, False at padding; None is no padding."""
         raise NotImplementedError
 
     def route(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Routing, State]:
-        experts = self.choose(hidden.shape[0], hidden.device)
+        experts = self.choose(hidden.shape[0], hidden.device, context.mask)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         off = torch.full((experts.shape[0], self.num_experts), -1e4, dtype=dtype, device=hidden.device)
         logits = off.scatter(-1, experts, 0.0)
@@ -50,26 +50,29 @@ class Dense(FixedRouter):
 
     weight = 1.0
 
-    def choose(self, tokens: int, device: torch.device) -> Tensor:
+    def choose(self, tokens: int, device: torch.device, mask: Tensor | None) -> Tensor:
         return torch.arange(self.geometry.top_k, device=device).expand(tokens, -1)
 
 
 class RoundRobin(FixedRouter):
     """Forced uniform routing: experts are dealt out in turn, weights 1/k.
 
-    Exactly balanced loads at the router's least cost: a baseline for timing, and for finding out whether what goes
-    wrong is the router. Layers start one expert further each, so that no expert always meets the same tokens.
+    `t` counts the real tokens of a call. Exactly balanced loads at the router's least cost: a baseline for timing, and
+    for finding out whether what goes wrong is the router. Layers start one expert further each, so that no expert
+    always meets the same tokens.
     """
 
     class Config(FixedRouter.Config):
         kind = "round_robin"
         equation = "n = (t k + 0 ... k - 1) mod E, g = 1 / k"
+        reads_sequence = True  # a token's place in the call decides
 
     def __init__(self, options: Config, spec, geometry: Geometry) -> None:  # type: ignore[no-untyped-def]
         super().__init__(options, spec, geometry)
         self.weight = 1 / geometry.top_k
 
-    def choose(self, tokens: int, device: torch.device) -> Tensor:
+    def choose(self, tokens: int, device: torch.device, mask: Tensor | None) -> Tensor:
         k = self.geometry.top_k
-        slots = torch.arange(tokens * k, device=device).view(tokens, k)
+        place = torch.arange(tokens, device=device) if mask is None else mask.cumsum(0) - 1
+        slots = place[:, None] * k + torch.arange(k, device=device)
         return (slots + self.layer_index) % self.num_experts

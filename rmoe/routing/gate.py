@@ -155,6 +155,10 @@ class TopK(Gate):
             require(one, "gate.layer_k", self.layer_k, "none with gate.start_k")
             grouped = self.groups > 1 or not self.group_quota
             require(grouped, "gate.group_quota", True, "false without gate.groups")
+            fixed = self.start_k is None and not self.layer_k
+            require(
+                fixed or not self.group_quota, "gate.group_quota", True, "false with gate.start_k or layer_k"
+            )
 
         def check_geometry(self, geometry: Geometry) -> None:
             experts, k = geometry.num_experts, geometry.top_k

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rmoe.routing.contract import RouterContext
+from rmoe.routing.contract import RouterContext, gate_entropy
 from rmoe.routing.options import Options
 from rmoe.validation import NotNegative, require
 
@@ -133,8 +133,7 @@ class MutualInformation(Loss):
 
     def __call__(self, view: LossView) -> Tensor:
         probs, mask = view.probs, view.context.mask
-        marginal = torch.special.entr(masked_mean(probs, mask)).sum(-1)
-        return masked_mean(torch.special.entr(probs).sum(-1), mask) - marginal
+        return masked_mean(gate_entropy(probs), mask) - gate_entropy(masked_mean(probs, mask))
 
 
 class GateEntropy(Loss):
@@ -145,7 +144,7 @@ class GateEntropy(Loss):
     weight: NotNegative | None = 1e-4
 
     def __call__(self, view: LossView) -> Tensor:
-        return masked_mean(torch.special.entr(view.probs).sum(-1), view.context.mask)
+        return masked_mean(gate_entropy(view.probs), view.context.mask)
 
 
 class SimilarityPreserving(Loss):
@@ -183,5 +182,5 @@ def _experts_matrices(view: LossView, kind: str) -> Tensor:
     """`[L, E, f]`, at least float32."""
     compared = all(matrix is not None for matrix in view.experts_matrices)
     require(compared, "balance.losses", kind, "losses without it, with a router that has no expert vectors")
-    matrix = torch.stack(view.experts_matrices)  # type: ignore[arg-type]
+    matrix = torch.stack([matrix.to(view.probs.device) for matrix in view.experts_matrices])  # type: ignore[union-attr]
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))

@@ -77,7 +77,7 @@ class CounterNoise:
 
     def _uniform(self, like: Tensor) -> Tensor:
         """In at least float32, where the next number below 1 is `1 - 2^-24`: its logarithm is not zero."""
-        stream = splitmix64(splitmix64(self.key) + (self.layer << 8) + self.uses)
+        stream = splitmix64(splitmix64(self.key.to(like.device)) + (self.layer << 8) + self.uses)
         self.uses += 1
         position = torch.arange(like.numel(), device=like.device)
         bits = _shift(splitmix64(stream + position), 40)  # 24 of them

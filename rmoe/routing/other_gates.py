@@ -16,7 +16,11 @@ from rmoe.validation import Positive, require
 
 
 class SecondExpert(Gate):
-    """GShard (2006.16668): the best expert always, the second at random in training; both always outside it."""
+    """GShard (2006.16668): the best expert always, the second at random in training; both always outside it.
+
+    Deviations of the row `gshard`: the balance loss counts both choices, the source's the first alone; experts fill up
+    in token order, the source's with all first choices first.
+    """
 
     class Config(Gate.Config):
         """Attributes:

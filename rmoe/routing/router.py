@@ -162,7 +162,8 @@ class BaseRouter(StepState, Mechanism):
         """Move all training-time state of this layer's router, once per optimizer step."""
         for module in self.modules():
             if isinstance(module, StepState):
-                module.update(self.layer_index, stats, step, total_steps)
+                device = next((buffer.device for buffer in module.buffers()), stats.counts.device)
+                module.update(self.layer_index, stats.map(lambda part: part.to(device)), step, total_steps)  # noqa: B023
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -254,7 +255,7 @@ class Router(BaseRouter):
         logits = self.scorer(
             features, shared=shared.scorer if shared is not None else None, noise=context.noise
         )
-        return features, logits, state
+        return features, logits.to(hidden.device), state  # a shared scorer may be on another device
 
     def decide(self, logits: Tensor, context: RouterContext) -> Routing:
         """Temperature, bias and gate on raw logits, which the result keeps as they are."""

@@ -100,7 +100,7 @@ class RouterSpec:
 
     @property
     def is_causal(self) -> bool:
-        """Whether no token's routing depends on a later token's."""
+        """Whether no token's choice depends on a later token's; a capacity limit may still drop what was chosen."""
         return self.router.is_causal and (self.gate is None or self.gate.is_causal)
 
     @property

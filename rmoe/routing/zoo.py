@@ -193,7 +193,7 @@ _ROWS: dict[str, ZooRow] = {
     "smoe-annealed": ZooRow(vary(SMOE, temperature=Temperature.Config(start=2.0, end=0.5)), "control", "temperature from 2 to 0.5 over training"),
     # ---- the field ----
     "switch": ZooRow(vary(SMOE, router=Router.Config(input_jitter=0.01), gate=Softmax.Config(renormalize=False), balance=replace(BALANCED, capacity_factor=1.25)), "Switch, 2101.03961", "top-1 probability as weight, input jitter, capacity 1.25", top_k=1, permutes=IN_ORDER),
-    "gshard": ZooRow(vary(SMOE, gate=SecondExpert.Config(), balance=replace(BALANCED, capacity_factor=2.0)), "GShard, 2006.16668", "top-2, the second expert kept at random", top_k=2, permutes=IN_ORDER),
+    "gshard": ZooRow(vary(SMOE, gate=SecondExpert.Config(), balance=replace(BALANCED, capacity_factor=1.0)), "GShard, 2006.16668", "top-2, the second expert kept at random", top_k=2, permutes=IN_ORDER),
     "gshard-sampled": ZooRow(vary(SMOE, gate=SecondExpert.Config(policy="sampled")), "GShard, 2006.16668", "top-2, the second expert drawn by Gumbel noise", top_k=2),
     "noisy-topk": ZooRow(vary(SMOE, router=NoisyTopK.Config(), gate=Softmax.Config(order="topk_softmax"), balance=UNBALANCED), "Shazeer et al. 2017, 1701.06538", "learned noise, importance and load losses"),
     "hash": ZooRow(RouterSpec(router=Hash.Config(), scorer=None, gate=None), "Roller et al. 2021, 2106.04426", "a fixed table from token id to experts"),

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rmoe.serving.neutral import MESSAGE_EXTRAS, NEUTRAL
 
@@ -87,6 +87,11 @@ def _integer(low: int, high: int) -> Any:
     return Field(None, ge=low, le=high, description=f"an integer from {low} to {high}")
 
 
+def _encodable(text: str) -> str:
+    text.encode()  # half a surrogate pair cannot be sent back
+    return text
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -121,7 +126,7 @@ class Common(BaseModel):
 
 class Completion(Common):
     prompt: str = Field(min_length=1, description="a text that is not empty, or a list of one")
-    suffix: str | None = Field(None, description="a text")
+    suffix: Annotated[str, AfterValidator(_encodable)] | None = Field(None, description="a text")
 
 
 class Chat(Common):
@@ -133,6 +138,7 @@ KINDS: dict[str, type[Common]] = {"completion": Completion, "chat": Chat}
 FIELDS = {kind: fields.model_fields.keys() | NEUTRAL[kind].keys() for kind, fields in KINDS.items()}
 DEFAULT_TOKENS = 256
 LEAST_TOP_P = 1e-6  # 0 means the likeliest token alone, which this is
+LEAST_TEMPERATURE = 1e-6  # logits divided by much less are infinite
 
 
 def parse(raw: bytes, kind: str, model: str, vocab_size: int) -> dict[str, Any]:
@@ -169,6 +175,8 @@ def parse(raw: bytes, kind: str, model: str, vocab_size: int) -> dict[str, Any]:
         body["messages"] = [_message(message, f"messages[{i}]") for i, message in enumerate(body["messages"])]
     if "top_p" in body:
         body["top_p"] = max(body["top_p"], LEAST_TOP_P)
+    if body.get("temperature", 0) > 0:
+        body["temperature"] = max(body["temperature"], LEAST_TEMPERATURE)
     if isinstance(body.get("stop"), str):
         body["stop"] = [body["stop"]]
     return {name: value for name, value in body.items() if value or name not in ("stop", "logit_bias")}

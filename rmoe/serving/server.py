@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastapi import FastAPI, Request
@@ -31,7 +31,7 @@ from rmoe.serving.limits import Limits, Refused, Slots, parse, tokens_asked
 from rmoe.serving.text import Penalties, StopText, before_stop
 
 POLL_SECONDS = 0.1
-PENALTIES = "rmoe_penalties"
+OWN = "rmoe_own"
 FAILED = "the server could not carry this out"
 
 
@@ -113,18 +113,11 @@ class _Manager(GenerateManager):
         loop = asyncio.get_running_loop()
         answer = _Answer(processor, gen_config, parsed=response_parser is not None)
         streamer = _Streamer(processor, loop, answer, response_parser=response_parser)
-        penalties = _penalties(gen_config, inputs)
+        own = _taken(gen_config)
 
         def work() -> None:
             try:
-                model.generate(
-                    **inputs,
-                    streamer=streamer,
-                    generation_config=gen_config,
-                    tokenizer=processor,
-                    stopping_criteria=_until(streamer.gone),
-                    logits_processor=penalties,
-                )
+                _generate(model, processor, inputs, gen_config, own, streamer.gone, streamer=streamer)
             except Exception as error:
                 _log_failure(error)
                 loop.call_soon_threadsafe(answer.put_nowait, stream_error(FAILED))
@@ -137,14 +130,8 @@ class _Manager(GenerateManager):
     ) -> tuple[str, int, torch.Tensor]:
         gone = threading.Event()
         try:
-            sequences = await self.async_submit(
-                model.generate,
-                **inputs,
-                generation_config=gen_config,
-                tokenizer=processor,
-                stopping_criteria=_until(gone),
-                logits_processor=_penalties(gen_config, inputs),
-            )
+            own = _taken(gen_config)
+            sequences = await self.async_submit(_generate, model, processor, inputs, gen_config, own, gone)
         except asyncio.CancelledError:
             gone.set()
             raise
@@ -166,12 +153,36 @@ def _up_to_stop(text: str, config: Any) -> str:
     return ready
 
 
-def _penalties(config: Any, inputs: Any) -> LogitsProcessorList:
-    """The penalties that `_Sampling` has put beside a request's configuration, which knows none."""
-    frequency, presence = config.__dict__.pop(PENALTIES, (0.0, 0.0))
-    if not frequency and not presence:
-        return LogitsProcessorList()
-    return LogitsProcessorList([Penalties(frequency, presence, inputs["input_ids"].shape[-1])])
+class _Own(NamedTuple):
+    """What `_Sampling` puts beside a request's configuration, which has no place for it."""
+
+    frequency: float = 0.0
+    presence: float = 0.0
+    seed: int | None = None
+
+
+def _taken(config: Any) -> _Own:
+    return config.__dict__.pop(OWN, _Own())
+
+
+def _generate(
+    model: Any, processor: Any, inputs: Any, config: Any, own: _Own, gone: threading.Event, **more: Any
+) -> torch.Tensor:
+    """One answer, in the worker's thread. A seed holds for this answer alone: others may be asked for meanwhile."""
+    processors = LogitsProcessorList()
+    if own.frequency or own.presence:
+        processors.append(Penalties(own.frequency, own.presence, inputs["input_ids"].shape[-1]))
+    with torch.random.fork_rng(enabled=own.seed is not None):
+        if own.seed is not None:
+            torch.manual_seed(own.seed)
+        return model.generate(
+            **inputs,
+            generation_config=config,
+            tokenizer=processor,
+            stopping_criteria=_until(gone),
+            logits_processor=processors,
+            **more,
+        )
 
 
 class _State(GenerationState):
@@ -188,14 +199,16 @@ class _State(GenerationState):
 class _Sampling:
     """What both handlers leave out: a temperature means sampling, and the number of tokens is ours to say.
 
-    transformers takes the frequency penalty for a repetition penalty, which divides logits and counts the prompt, and
-    has no bias for completions.
+    transformers takes the frequency penalty for a repetition penalty, which divides logits and counts the prompt, has
+    no bias for completions, and seeds torch when a request arrives, not when its answer begins.
     """
 
     def _build_generation_config(self, body: dict[str, Any], base: Any, use_cb: bool = False) -> Any:
-        penalties = tuple(body.pop(name, 0.0) for name in ("frequency_penalty", "presence_penalty"))
+        own = _Own(
+            body.pop("frequency_penalty", 0.0), body.pop("presence_penalty", 0.0), body.pop("seed", None)
+        )
         config = super()._build_generation_config(body, base, use_cb=use_cb)  # type: ignore[misc]
-        setattr(config, PENALTIES, penalties)
+        setattr(config, OWN, own)
         if bias := body.get("logit_bias"):
             config.sequence_bias = {(int(token),): float(value) for token, value in bias.items()}
         config.do_sample = body.get("temperature", 0) > 0

@@ -164,3 +164,18 @@ def test_logits_never_set_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = 500 * 2000 * 4
     assert peak() > 3 * logits  # the test sees them
     assert peak(output_logits=False) < 1.5 * logits
+
+
+def test_float16_gradients_survive_a_division_by_many_tokens() -> None:
+    """A loss scaler's factor comes after the operator: what it casts to float16 must not be divided before."""
+    items, scale = torch.tensor(1_000_000), 65536.0
+    head, hidden, labels = small_head(torch.float32)
+    grads = []
+    for autocast in (False, True):
+        head.zero_grad(), setattr(hidden, "grad", None)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            loss = head(hidden, next_tokens(labels), items)
+        (loss * scale).backward()
+        grads.append((hidden.grad / scale, head.weight.grad / scale))
+    for want, got in zip(*grads, strict=True):
+        assert (got - want).norm() < 2e-3 * want.norm()

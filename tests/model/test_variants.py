@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from rmoe.model.norm import RMSNorm
 from tests.model.small import POST, PRE, assert_same, loss_and_gradients, model, tokens
@@ -107,3 +108,34 @@ def test_the_norm_of_one_row_without_gradients(dtype: torch.dtype) -> None:
     want = row / (row.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
     assert got.dtype == dtype
     assert (got - want).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_layers_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `device_map="auto"` puts them: the meta device stands for a second GPU, accelerate moves a layer's inputs."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # the meta device has none
+    small = model(router="smoe", experts="batched_mm", first_k_dense_replace=0).eval()
+    second = torch.device("meta")
+    for module in (*small.model.layers[1:], small.model.norm, small.lm_head):
+        module.to(second)
+        add_hook_to_module(
+            module, AlignDevicesHook(second, skip_keys=list(small._skip_keys_device_placement))
+        )
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        out = small(ids, labels=ids, attention_mask=mask, use_cache=False)
+    assert {out.logits.device, out.router_stats.counts.device, out.loss.device} == {second}
+
+
+def test_what_all_layers_share_stays_where_it_is() -> None:
+    """accelerate moves the modules among a layer's arguments in place, under their own hooks."""
+    assert "shared" in model()._skip_keys_device_placement
+
+
+def test_early_exit_below_the_first_routing_layer() -> None:
+    small = model(first_k_dense_replace=1, pad_token_id=0, eos_token_id=None).eval()
+    small.generation_config.assistant_early_exit = 1
+    ids = torch.tensor([[1, 2, 3]])
+    drafted = small.generate(ids, max_new_tokens=5, do_sample=False)
+    small.generation_config.assistant_early_exit = None
+    assert torch.equal(drafted, small.generate(ids, max_new_tokens=5, do_sample=False))

@@ -128,4 +128,4 @@ def test_a_stage_of_the_wrong_kind_is_refused(stage: str) -> None:
 
 def test_who_reads_the_sequence() -> None:
     """The others can stand behind a cache."""
-    assert {name for name, row in ZOO.items() if row.spec.router.reads_sequence} == {"mcf-moe"}
+    assert {name for name, row in ZOO.items() if row.spec.router.reads_sequence} == {"mcf-moe", "uniform"}

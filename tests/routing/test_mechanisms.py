@@ -34,11 +34,12 @@ from rmoe.routing import (
 from rmoe.routing.balance import SelectionBias, limit_capacity
 from rmoe.routing.block_ffn import ActivationLocality, ChunkSparsity
 from rmoe.routing.cells import SHARED_CELLS
-from rmoe.routing.contract import count_assignments, count_by_layer
+from rmoe.routing.contract import count_assignments, count_by_layer, on_device
 from rmoe.routing.cosine import Cosine
-from rmoe.routing.gate import Sigmoid, Softmax
+from rmoe.routing.gate import Sigmoid, Softmax, TopK
 from rmoe.routing.losses import (
     DiverseSimple,
+    GateEntropy,
     LoadBalance,
     Loss,
     LossView,
@@ -983,3 +984,60 @@ def test_options_are_changed_by_name() -> None:
         with_options(RMOE, ["recurrence.width=wide"])
     with pytest.raises(RequestError, match="--router-option"):
         with_options(resolve("hash"), ["scorer.bias=true"])  # it has no scorer
+
+
+@pytest.mark.parametrize("loss", [GateEntropy(), MutualInformation()])
+@pytest.mark.parametrize("mask", [None, torch.zeros(2, dtype=torch.bool)], ids=["real", "all padding"])
+def test_losses_of_entropies_have_a_gradient_at_zero_probabilities(loss: Loss, mask: Tensor | None) -> None:
+    probs = torch.tensor([[[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]], requires_grad=True)  # [L, T, C]
+    experts, counts = torch.zeros(1, 2, 1, dtype=torch.int64), torch.tensor([[2, 0, 0]])
+    view = LossView(probs, probs, experts, RouterContext(1, 2, mask), counts, 3, 1, [None])
+    loss(view).sum().backward()
+    assert probs.grad is not None
+    assert probs.grad.isfinite().all()
+    if mask is None:
+        entropies = [0.0, -0.25 * math.log(0.25) - 0.75 * math.log(0.75)]
+        mean = sum(entropies) / 2
+        marginal = -sum(p * math.log(p) for p in (0.625, 0.375))
+        want = mean - marginal if isinstance(loss, MutualInformation) else mean
+        assert loss(view).item() == pytest.approx(want, abs=1e-6)
+
+
+def test_gshards_capacity_is_its_sources() -> None:
+    router = build_router(resolve("gshard"), Geometry(16, 8, 2)).eval()
+    hidden = torch.ones(64, 16)  # all want the same two experts
+    routing, _ = router(hidden, (), None, RouterContext(1, 64))
+    assert routing.dropped is not None
+    kept = count_assignments(routing.experts.masked_fill(routing.dropped, 8), 8)
+    assert kept.max() == 2 * math.ceil(64 / 8)  # arXiv:2006.16668, as transformers' NLLB-MoE has it
+
+
+def test_uniform_deals_among_real_tokens_wherever_the_padding_is() -> None:
+    router = build_router(resolve("uniform"), Geometry(16, 4, 2))
+    for mask in (torch.tensor([1, 1, 1, 0, 0]), torch.tensor([0, 0, 1, 1, 1]), torch.tensor([1, 0, 1, 0, 1])):
+        routing, _ = router(torch.zeros(5, 16), (), None, RouterContext(1, 5, mask.bool()))
+        assert routing.experts[mask.bool()].tolist() == [[0, 1], [2, 3], [0, 1]]
+
+
+def test_noise_learned_per_expert_knows_no_skip_class() -> None:
+    spec = replace(resolve("noisy-topk"), scorer=EdaHead.Config())
+    with pytest.raises(
+        RequestError, match=r"router\.kind is 'noisy_topk'; allowed: staged, with a skip class"
+    ):
+        build_router(spec, Geometry(16, 8, 2))
+
+
+def test_a_quota_per_group_needs_a_fixed_k() -> None:
+    for more in ({"layer_k": (2, 4)}, {"start_k": 2}):
+        with pytest.raises(RequestError, match=r"gate\.group_quota is True; allowed: false with"):
+            TopK.Config(groups=2, group_quota=True, **more)
+
+
+def test_a_decision_can_be_moved_whole() -> None:
+    routing, _ = build_router(resolve("smoe-capacity"), Geometry(16, 4, 2))(
+        torch.randn(6, 16), (), None, RouterContext(1, 6)
+    )
+    assert on_device(routing, torch.device("cpu")) is routing
+    moved = on_device(routing, torch.device("meta"))
+    assert {part.device.type for part in moved if part is not None} == {"meta"}
+    assert [part is None for part in moved] == [part is None for part in routing]

@@ -185,7 +185,7 @@ SAID = {  # name: equation, balance, carries, needs
         "f = x; s = G f; s / T; g = top_k(softmax(s)) / sum", "load_balance", "-", "update after each step",
     ),
     "switch": (
-        "f = x; s = G f; g = top_k(softmax(s))", "load_balance, capacity 1.25", "-", "k = 1, noise in training",
+        "f = x; s = G f; g = top_k(softmax(s))", "load_balance, capacity 1.25", "-", "k = 1, tokens of a call compete, noise in training",
     ),
     "hash": ("n = table[token]", "-", "-", "token ids"),
     "stable-moe": (

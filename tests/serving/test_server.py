@@ -94,6 +94,24 @@ def test_temperature_means_sampling(port):
     assert len(texts) > 1
 
 
+def test_a_seed_holds_when_requests_overlap(port):
+    def ask(seed):
+        body = {"prompt": "x", "max_tokens": 30, "temperature": 2.0, "seed": seed}
+        return post(port, body)[1]["choices"][0]["text"]
+
+    alone = [ask(seed) for seed in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, [0, 1, 0, 1])) == alone * 2
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-3])
+def test_a_tiny_temperature_takes_the_likeliest(port, temperature):
+    body = {"prompt": "x", "max_tokens": 3}
+    status, answer = post(port, body | {"temperature": temperature})
+    assert status == 200
+    assert answer["choices"][0]["text"] == post(port, body)[1]["choices"][0]["text"]
+
+
 def test_streaming_gives_the_same_text(port):
     connection = HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request(
@@ -167,6 +185,9 @@ def test_a_closed_connection_frees_its_slot(port, stream):
         ({"prompt": "a", "n": 50}, "n must be an integer"),
         ({"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias must map"),
         ({"prompt": "a", "stop": [""]}, "stop must be"),
+        ({"prompt": "a", "suffix": "\ud800"}, "suffix must be a text"),
+        ({"prompt": "\ud800"}, "prompt must be a text"),
+        ({"prompt": "a", "stop": "\ud800"}, "stop must be"),
         ({"prompt": "a" * 5000}, "prompt of 5000 tokens"),
     ],
 )
