@@ -105,8 +105,10 @@ def analyze_models(
     options = options or AnalysisOptions()
     token_counts = np.bincount(blocks.reshape(-1))
     passes = [_Pass(subject, token_counts, options) for subject in subjects]
-    saturation = _saturation(passes) if stability else None
-    flips = FlipRate(len(passes[0].recorder.layers)) if stability else None
+    if stability:
+        _require_alike(passes)
+    saturation: Saturation | None = None
+    flips: FlipRate | None = None
     with _evaluating([subject.model for subject in subjects]):
         if options.check:
             for one in passes:
@@ -115,6 +117,9 @@ def analyze_models(
         for start in range(0, len(blocks), options.batch_size):
             input_ids = torch.from_numpy(blocks[start : start + options.batch_size].astype(np.int64))
             batches = [one.update(start // options.batch_size, input_ids) for one in passes]
+            if stability and saturation is None:  # a looped model has more records than layers
+                records = len(batches[0].experts)
+                saturation, flips = Saturation(records), FlipRate(records)
             if saturation is not None and flips is not None:
                 for comparison in (saturation, flips):
                     comparison.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
@@ -339,13 +344,12 @@ def _one(value: Any) -> list[Any] | None:
     return None if value is None else [value]
 
 
-def _saturation(passes: Sequence[_Pass]) -> Saturation:
+def _require_alike(passes: Sequence[_Pass]) -> None:
     shapes = [(len(one.recorder.layers), one.recorder.num_experts) for one in passes[:2]]
     if len(shapes) < 2 or shapes[0] != shapes[1]:
         raise RequestError(
             "--compare-with", f"(layers, experts) {shapes[-1]}", f"those of the first, {shapes[0]}"
         )
-    return Saturation(shapes[0][0])
 
 
 def _or_none(values: np.ndarray) -> list[list[float | None]]:

@@ -100,8 +100,12 @@ def analyze_trace(
     num_experts, slots = max(meta.num_experts), max(meta.experts_per_token)
     by_layer = tuple(meta.num_experts), tuple(meta.experts_per_token)
     sizes = Sizes(len(meta.layer_names), num_experts, slots, num_experts, *by_layer)
-    counts = None if found.tokens is None else np.bincount(found.tokens)
-    if found.tokens is None:
+    used, tokens, counts = np.empty(0, np.int32), None, None
+    if (
+        found.tokens is not None
+    ):  # numbered anew, so that memory goes by the ids there are, not by the largest
+        used, tokens, counts = np.unique(found.tokens, return_inverse=True, return_counts=True)
+    else:
         notes.append(f"the {meta.source} trace has no token ids: no tokens per expert")
     if not meta.ranked:
         notes.append(
@@ -112,7 +116,7 @@ def analyze_trace(
         part = slice(start, start + _TOKENS_AT_ONCE)
         experts = torch.from_numpy(found.experts[part].astype(np.int64)).transpose(0, 1).contiguous()
         experts = experts.masked_fill(experts == NO_EXPERT, num_experts)
-        ids = None if found.tokens is None else torch.from_numpy(found.tokens[part].astype(np.int64))
+        ids = None if tokens is None else torch.from_numpy(tokens[part].astype(np.int64))
         streamed.update(experts, experts[..., 0], ids)
     return (
         schema.ModelAnalysis(
@@ -122,7 +126,7 @@ def analyze_trace(
             experts=num_experts,
             experts_per_token=slots,
             layer_names=meta.layer_names,
-            **streamed.fields(token_text),
+            **streamed.fields(lambda place: token_text(int(used[place]))),
         ),
         notes,
     )

@@ -12,6 +12,7 @@ router logits by `isinstance`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -71,6 +72,20 @@ class CellOwner:
         return CellOwner(memo.get(id(self.backbone), self.backbone))
 
 
+class _Riding(threading.local):
+    """What rides on gates in one thread: another may run the same model meanwhile.
+
+    Attributes:
+        states: by `id` of each gate whose layer is being called, the state that came in and the one that goes out.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[State, State | None]] = {}
+
+
+_RIDING = _Riding()
+
+
 class GraftedGate(nn.Module):
     """Mixin of every grafted gate, and how one is recognised.
 
@@ -78,14 +93,28 @@ class GraftedGate(nn.Module):
         owner: whose cell this gate uses.
         router_offset: this layer's projector and `B`.
         pure: read the offset alone.
-        incoming, outgoing: the state during one call of the layer, set and cleared by it.
+        incoming, outgoing: the state during one call of the layer in this thread; the layer sets and removes both.
     """
 
     owner: CellOwner
     router_offset: RecurrentOffset
     pure: bool
-    incoming: State = ()
-    outgoing: State | None = None
+
+    @property
+    def incoming(self) -> State:
+        return _RIDING.states.get(id(self), ((), None))[0]
+
+    @incoming.setter
+    def incoming(self, state: State) -> None:
+        self._ride(state, self.outgoing)
+
+    @property
+    def outgoing(self) -> State | None:
+        return _RIDING.states.get(id(self), ((), None))[1]
+
+    def _ride(self, incoming: State, outgoing: State | None) -> None:
+        if id(self) in _RIDING.states:  # else no layer is there to take it, or to remove it
+            _RIDING.states[id(self)] = incoming, outgoing
 
     def shared(self) -> nn.Module | None:
         """The cell, looked up at its owner each time: PEFT may have put a trainable copy in its place."""
@@ -93,9 +122,9 @@ class GraftedGate(nn.Module):
 
     def steer(self, x: Tensor) -> Tensor:
         """`x + B h` (or `B h`), moving the state on; `x` is `[..., d]`."""
-        offset, self.outgoing = self.router_offset(
-            x.reshape(-1, x.shape[-1]), self.incoming, shared=self.shared()
-        )
+        incoming = self.incoming
+        offset, outgoing = self.router_offset(x.reshape(-1, x.shape[-1]), incoming, shared=self.shared())
+        self._ride(incoming, outgoing)
         offset = offset.view(x.shape)
         return offset if self.pure else x + offset
 
@@ -152,16 +181,20 @@ def grafted_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor | RouterStream, *args: Any, **kwargs: Any) -> Any:
         hidden, state = hidden_states if isinstance(hidden_states, RouterStream) else (hidden_states, ())
         gates = self.gates()
-        outer = [(gate.incoming, gate.outgoing) for gate in gates]  # of a call that this one is nested in
+        riding = _RIDING.states
+        outer = [riding.get(id(gate)) for gate in gates]  # of a call that this one is nested in
         for gate in gates:
-            gate.incoming, gate.outgoing = state, None
+            riding[id(gate)] = state, None
         try:
             output = base.forward(self, hidden, *args, **kwargs)
             if gates:
                 state = _moved_on(gates, type(self).__name__)
         finally:  # a recomputation may stop half-way; nothing may outlive the call
-            for gate, (incoming, outgoing) in zip(gates, outer, strict=True):
-                gate.incoming, gate.outgoing = incoming, outgoing
+            for gate, states in zip(gates, outer, strict=True):
+                if states is None:
+                    del riding[id(gate)]
+                else:
+                    riding[id(gate)] = states
         if self.ends_stream:
             return output
         if isinstance(output, tuple):

@@ -73,6 +73,8 @@ def undo_folder(
     if base is not None:
         raise RequestError("--base", str(base), f"an adapter; {source} has its base in it")
     original = _standalone(weights)
+    if keep_trained and original.instead:
+        original = _Original(weights, {})
     expected = config[GRAFT_SECTION].get("base_sha256")
     verified = None if expected is None else digest(original.tensors()) == expected
     if verified is False and not keep_trained:
@@ -82,7 +84,7 @@ def undo_folder(
     def write(folder: Path) -> None:
         copy_others(source, folder)
         original.write(folder)
-        if (source / BASE_CONFIG).is_file():
+        if (source / BASE_CONFIG).is_file() and verified is not False:
             shutil.copyfile(source / BASE_CONFIG, folder / CONFIG)
         else:
             write_json(folder / CONFIG, _base_config(config))

@@ -13,6 +13,7 @@ from rmoe.moe.layers import RoutedLayer, require_layers
 from rmoe.moe.recorder import listen
 from rmoe.moe.records import RoutingRecord
 from rmoe.moe.replaying import Pass, passes
+from rmoe.moe.tokens import Tokens
 from rmoe.routing.balance import summed_over_ranks
 from rmoe.routing.contract import count_assignments
 
@@ -52,8 +53,10 @@ class RoutingCallback(TrainerCallback):
         Raises:
             RequestError: the model is no MoE, or cannot be read.
         """
+        self._hooks.close()  # of a training that ended with an exception
+        self._forget()
         self._layers = require_layers(model)
-        current = self._hooks.enter_context(passes(model, Pass, self._end))
+        current = self._hooks.enter_context(passes(model, self._begin, self._end))
 
         def receive(layer: RoutedLayer, record: RoutingRecord) -> None:
             if current() is not None:  # else a backward pass runs it again
@@ -72,18 +75,28 @@ class RoutingCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log what was heard, if this step is logged."""
         self._hearing.paused = True
+        self._log(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log what was heard in the epoch, if epochs are logged."""
+        self._log(control)
+
+    def _log(self, control: Any) -> None:
         if control.should_log and self._counts:
             self.trainer.log(self.measures())
+            control.should_log = True  # a log takes it back, and the Trainer's own is still to come
             self._forget()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was."""
-        if self._counts and str(args.logging_strategy.value) == "epoch":
-            self.trainer.log(self.measures())
         self._forget()
         self._hooks.close()
 
-    def _end(self, done: Pass) -> None:
+    def _begin(self, tokens: Tokens) -> Pass:
+        self._heard = []  # of a pass that ended with an exception
+        return Pass(tokens)
+
+    def _end(self, done: Pass, cache: Any) -> None:
         """One forward pass: add up what its layers decided for real tokens."""
         heard, self._heard = self._heard, []
         if not heard or not self.trainer.model.training:

@@ -80,6 +80,7 @@ class ExpertsReader(Reader):
 
     def read(self, gate_output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> RoutingRecord:
         experts, weights = self.choice(args, kwargs)
+        exact = torch.finfo(weights.dtype).smallest_normal  # float16 keeps few digits of smaller ones
         logits = self._logits(gate_output, weights)
         experts, weights, logits = experts.detach(), weights.detach().float(), logits.detach()
         if logits.shape[-1] == self.num_experts + 1:
@@ -87,7 +88,7 @@ class ExpertsReader(Reader):
             experts = experts.masked_fill((weights == 0) & (experts == 0), self.num_experts)
         weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         wide = logits.float()
-        scoring = self.scoring or self._find_scoring(wide, experts, weights)
+        scoring = self.scoring or self._find_scoring(wide, experts, weights, exact)
         return record_of(logits, self._scores(scoring, wide), experts, weights, self.num_experts)
 
     def choice(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -127,14 +128,14 @@ class ExpertsReader(Reader):
     def _scores(self, scoring: str, logits: Tensor) -> Tensor:
         return SCORES["softmax" if scoring == "sparsemixer" else scoring](logits)
 
-    def _find_scoring(self, logits: Tensor, experts: Tensor, weights: Tensor) -> str:
+    def _find_scoring(self, logits: Tensor, experts: Tensor, weights: Tensor, exact: float) -> str:
         """Which function of the logits the weights are proportional to, token by token.
 
         Raises:
             RequestError: none of `SCORES`.
         """
         logits, experts, weights = logits[:EXAMINED], experts[:EXAMINED], weights[:EXAMINED]
-        used = (experts < self.num_experts) & (weights != 0)
+        used = (experts < self.num_experts) & (weights.abs() >= exact)
         chosen = experts.clamp(max=self.num_experts - 1)
         errors: dict[tuple[str, int], float] = {}
         for at, scale in enumerate((None, *self.scales)):

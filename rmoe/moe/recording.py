@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmoe.errors import RequestError
 from rmoe.results.trace import NO_EXPERT, Trace, TraceMeta
 
 UNKNOWN = -1
@@ -35,6 +36,16 @@ class RecordedSequence:
         """Append the next tokens: a decode step's."""
         self.tokens = torch.cat([self.tokens, tokens])
         self.ids = torch.cat([self.ids, ids])
+
+    def cut(self, length: int) -> None:
+        """Forget what a cache no longer holds: candidates that assisted generation has rejected.
+
+        Raises:
+            RequestError: the cache holds more: it was filled outside the recording too.
+        """
+        if length > len(self):
+            raise RequestError("cache", f"{length} tokens", f"the {len(self)} that were recorded with it")
+        self.tokens, self.ids = self.tokens[:length], self.ids[:length]
 
     def __len__(self) -> int:
         return len(self.tokens)

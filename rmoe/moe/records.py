@@ -72,9 +72,9 @@ class RoutingBatch(NamedTuple):
         slots = max(record.experts.shape[1] for record in records)
         skip = max(record.probs.shape[1] - record.num_experts for record in records)
         return cls(
-            torch.stack([_padded_probs(record, most, skip) for record in records]).cpu(),
-            torch.stack([_more_slots(_empty_at(record, most), slots, most) for record in records]).cpu(),
-            torch.stack([_more_slots(record.weights.detach().float(), slots, 0) for record in records]).cpu(),
+            torch.stack([_padded_probs(record, most, skip).cpu() for record in records]),
+            torch.stack([_more_slots(_empty_at(record, most), slots, most).cpu() for record in records]),
+            torch.stack([_more_slots(record.weights.detach().float(), slots, 0).cpu() for record in records]),
             most,
             tuple(record.num_experts for record in records),
         )
@@ -85,10 +85,16 @@ class RoutingBatch(NamedTuple):
         return self.experts.shape[1]
 
     def chosen_probs(self) -> Tensor:
-        """[L, T, K] probability of each chosen class, the skip class among them; 0 in an empty slot."""
-        num_classes = self.probs.shape[-1]
-        inside = self.experts < num_classes
-        return self.probs.gather(-1, self.experts.clamp(max=num_classes - 1)) * inside
+        """[L, T, K] probability of each chosen class.
+
+        Which null class an empty slot stands for is not recorded: a token's empty slots get the largest probabilities
+        of its null classes, as a gate that takes the best chooses; 0 where there are no more.
+        """
+        inside = self.experts < self.num_experts
+        own = self.probs.gather(-1, self.experts.clamp(max=self.num_experts - 1))
+        null = nn.functional.pad(self.probs[..., self.num_experts :].sort(-1, descending=True).values, (0, 1))
+        rank = ((~inside).cumsum(-1) - 1).clamp(0, null.shape[-1] - 1)
+        return torch.where(inside, own, null.gather(-1, rank))
 
     def first_choice(self) -> Tensor:
         """[L, T] int64: the chosen expert of largest probability; E for a token that no expert takes."""

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from rmoe.moe.reading import DenseReader, ExpertsReader, RoutingReader
 from rmoe.moe.recorder import listen
 from rmoe.moe.recording import UNKNOWN, RecordedSequence, Recording
 from rmoe.moe.records import RoutingRecord
-from rmoe.moe.tokens import Tokens, tokens_of
+from rmoe.moe.tokens import Tokens, cache_of, tokens_of
 from rmoe.results.trace import Trace
 
 
@@ -53,22 +54,27 @@ class Pass:
 
 @contextmanager
 def passes(
-    model: nn.Module, begin: Callable[[Tokens], Pass], end: Callable[[Pass], None]
+    model: nn.Module, begin: Callable[[Tokens], Pass], end: Callable[[Pass, Any], None]
 ) -> Iterator[Callable[[], Pass | None]]:
-    """Within, each forward pass of the model is one `Pass`; yields what gives the one in progress, None outside any."""
+    """Within, each forward pass of the model is one `Pass`; yields what gives the one in progress, None outside any.
+
+    Args:
+        begin: makes it.
+        end: is told that it is over, and its cache: the one given or returned, None without any.
+    """
     current: list[Pass] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         current[:] = [begin(tokens_of(module, args, kwargs))]
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         done = current.pop() if current else None
         if done is not None and output is not None:
-            end(done)
+            end(done, cache_of(module, args, kwargs, output))
 
     handles = (
         model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, always_call=True),
+        model.register_forward_hook(after, with_kwargs=True, always_call=True),
     )
     try:
         yield lambda: current[0] if current else None
@@ -95,20 +101,22 @@ def record(model: nn.Module) -> Iterator[Recording]:
     """Within, the routing of every forward pass of `model` goes into the recording that this yields.
 
     A pass without a cache, or with an empty one, begins a sequence for each row of its batch, and for each sequence
-    packed into a row (told by `position_ids` that begin anew, without a mask); a decode step continues them. Padding
-    is left out. What activation checkpointing runs again is not recorded again.
+    packed into a row (told by `position_ids` that begin anew, without a mask). A decode step continues the sequences of
+    its cache, so caches may take turns; candidates that assisted generation takes out of a cache again are forgotten,
+    but for the last pass's. Padding is left out. What activation checkpointing runs again is not recorded again.
 
     Args:
         model: RMoE, a graft, or any MoE with one stack that can be read; beam search reorders rows and is not followed.
 
     Raises:
-        RequestError: it cannot be read.
+        RequestError: it cannot be read; it adds tokens of its own (PEFT's prompt tuning: record `get_base_model()`); a
+            cache that was filled before.
     """
     layers = _one_text(model)
     recording = Recording()
-    open_sequences: list[RecordedSequence] = []
+    of_cache: WeakKeyDictionary[Any, list[RecordedSequence]] = WeakKeyDictionary()
 
-    def end(done: Pass) -> None:
+    def end(done: Pass, cache: Any) -> None:
         if not recording.layers:
             seen: Counter[str] = Counter()
             names = []
@@ -119,12 +127,24 @@ def record(model: nn.Module) -> Iterator[Recording]:
             recording.num_experts = tuple(done.num_experts)
             recording.top_k = tuple(one.shape[1] for one in done.experts)
         ids = _ids(done)
-        if not done.tokens.continues:
-            open_sequences[:] = [
+        if len(ids) != done.tokens.total:
+            allowed = f"a model that routes the tokens it is given, not {len(ids)} for {done.tokens.total}"
+            raise RequestError("model", type(model).__name__, allowed)
+        if done.tokens.continues:
+            sequences = of_cache.get(cache, [])
+        else:
+            sequences = [
                 RecordedSequence(torch.empty(0, dtype=torch.int64), ids[:0]) for _ in done.tokens.rows
             ]
-            recording.sequences.extend(open_sequences)
-        for sequence, rows in zip(open_sequences, done.tokens.rows, strict=True):
+            recording.sequences.extend(sequences)
+        if len(sequences) != len(done.tokens.rows):
+            found = f"{len(sequences)} of {len(done.tokens.rows)} sequences recorded"
+            raise RequestError("cache", f"one with {found}", "the cache of passes that were recorded")
+        if cache is not None:
+            of_cache[cache] = sequences
+        for sequence, rows, past in zip(sequences, done.tokens.rows, done.tokens.past, strict=True):
+            if past is not None:
+                sequence.cut(past)
             sequence.extend(done.tokens.ids[rows], ids[rows])
 
     with ExitStack() as stack:
@@ -144,8 +164,8 @@ def record(model: nn.Module) -> Iterator[Recording]:
 def _ids(done: Pass) -> Tensor:
     """[T, L, K] int16 of a pass."""
     width = max(one.shape[1] for one in done.experts)
-    padded = [nn.functional.pad(one, (0, width - one.shape[1]), value=UNKNOWN) for one in done.experts]
-    return torch.stack(padded, dim=1).to("cpu", torch.int16)
+    padded = [nn.functional.pad(one, (0, width - one.shape[1]), value=UNKNOWN).cpu() for one in done.experts]
+    return torch.stack(padded, dim=1).to(torch.int16)
 
 
 @contextmanager
@@ -173,7 +193,7 @@ def replay(model: nn.Module, recording: Recording | Trace) -> Iterator[None]:
     _require_fit(layers, recording)
     follower = _Follower(recording)
     with ExitStack() as stack:
-        current = stack.enter_context(passes(model, follower.begin, lambda done: None))
+        current = stack.enter_context(passes(model, follower.begin, lambda done, cache: None))
         where = _Where(current)
         elements = {
             (layer.stack, layer.index): model.get_submodule(f"{layer.stack}.{layer.index}")
@@ -235,14 +255,22 @@ class _Follower:
         return Pass(tokens, ids)
 
     def _find(self, tokens: Tensor) -> RecordedSequence:
-        """The first sequence from the last one found on, and around, that agrees as far as both go."""
-        count = len(self.recording.sequences)
+        """Of those that agree as far as both go the one that goes furthest, from the last one found on, and around.
+
+        A shorter one may have been recorded too: the start of this one, or another sequence that began alike.
+        """
+        count, best, longest = len(self.recording.sequences), 0, -1
         for step in range(count):
             at = (self.next + step) % count
             sequence = self.recording.sequences[at]
-            if _agree(sequence.tokens[: len(tokens)], tokens[: len(sequence)]):
-                self.next = at + 1
-                return sequence
+            both = min(len(sequence), len(tokens))
+            if both > longest and _agree(sequence.tokens[:both], tokens[:both]):
+                best, longest = at, both
+                if both == len(tokens):
+                    break
+        if longest >= 0:
+            self.next = best + 1
+            return self.recording.sequences[best]
         shown = ", ".join(map(str, tokens.tolist()[:8]))
         raise RequestError(
             "tokens", f"[{shown}{', ...' if len(tokens) > 8 else ''}]", "a sequence of the recording"
@@ -317,7 +345,7 @@ def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Wh
     # Where the block is the element that is checkpointed, its call lies outside the checkpoint.
     in_gate = own or layer.name == f"{layer.stack}.{layer.index}"
     inside = layer.gate if in_gate else model.get_submodule(layer.name)
-    forward = inside.forward
+    forward, own_forward = inside.forward, inside.__dict__.get("forward")
     expected: list[Tensor] = []
     forcing: list[Forcing] = []
 
@@ -353,7 +381,10 @@ def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Wh
     try:
         yield
     finally:
-        del inside.forward  # the class's own is there again
+        if own_forward is None:
+            del inside.forward  # the class's own is there again
+        else:
+            inside.forward = own_forward  # accelerate's hooks, or an outer replay
         for handle in handles:
             handle.remove()
 

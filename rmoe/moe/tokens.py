@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmoe.compat import CACHE_NAMES
 from rmoe.errors import RequestError
 from rmoe.moe.recording import UNKNOWN
 
@@ -24,12 +23,14 @@ class Tokens:
         ids: [T] int64 on the CPU, `UNKNOWN` with embeddings.
         rows: for each sequence the positions of its tokens in T, padding left out.
         continues: the sequences are those of the call before, further on: a cache holds what came before.
+        past: for each sequence how many of its tokens the cache holds; None where the mask does not say it.
     """
 
     total: int
     ids: Tensor
     rows: tuple[Tensor, ...]
     continues: bool
+    past: tuple[int | None, ...]
 
 
 def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
@@ -40,7 +41,7 @@ def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     Raises:
         RequestError: neither input_ids nor inputs_embeds are given.
     """
-    given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
+    given = _given(model, args, kwargs)
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     source = ids if isinstance(ids, Tensor) else embeds
     if not isinstance(source, Tensor):
@@ -49,12 +50,20 @@ def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     flat = torch.full((batch * length,), UNKNOWN)
     if isinstance(ids, Tensor):
         flat = ids.detach().reshape(-1).cpu().long()
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    continues = cache is not None and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0
+    cache = _cache_in(given.values())
+    held = 0 if cache is None else int(cache.get_seq_length())
+    continues = held > 0
     mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if isinstance(mask, Mapping):  # one for each kind of attention
+        mask = mask.get("full_attention")
     real = torch.ones(batch, length, dtype=torch.bool)
+    past: int | Tensor | None = held if mask is None else None
     if isinstance(mask, Tensor) and mask.dim() == 2:
         real = mask[:, -length:].bool().cpu()
+        past = mask[:, :-length].bool().sum(-1) if mask.shape[1] == held + length else None
+    elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == length <= mask.shape[3] - held:
+        own = mask[:, 0].diagonal(held, -2, -1)  # a static cache's: whether a token may attend to itself
+        real = (own if own.dtype == torch.bool else own == 0).expand(batch, -1).cpu()
     rows: list[Tensor] = []
     for row in range(batch):
         places = torch.arange(row * length, (row + 1) * length)[real[row]]
@@ -64,4 +73,21 @@ def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             rows.extend(places.tensor_split(starts.tolist()))
         else:
             rows.append(places)
-    return Tokens(batch * length, flat, tuple(rows), continues)
+    pasts = past.tolist() if isinstance(past, Tensor) else [past] * len(rows)
+    return Tokens(batch * length, flat, tuple(rows), continues, tuple(pasts))
+
+
+def cache_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    """The cache that a call of a model was given, else the one it returned; None without any."""
+    given = _cache_in(_given(model, args, kwargs).values())
+    if given is not None or not isinstance(output, tuple | Mapping):
+        return given
+    return _cache_in(output.values() if isinstance(output, Mapping) else output)
+
+
+def _given(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
+
+
+def _cache_in(values: Iterable[Any]) -> Any:
+    return next((one for one in values if hasattr(one, "get_seq_length")), None)

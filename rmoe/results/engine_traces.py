@@ -94,7 +94,9 @@ def read_any_trace(path: Path, given: Given) -> tuple[Trace | ExpertCounts, list
     """
     try:
         found, notes = _read(path, given)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except RequestError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise RequestError("--trace", str(path), f"a file in a known format: {FORMATS} ({error})") from error
     if isinstance(found, Trace):
         for option, asked, has in (
@@ -165,6 +167,8 @@ def _response(document: dict[str, Any], choice: dict[str, Any], path: Path) -> _
     if prompt is None or made is None:
         return _Response(experts, None)
     ids = [*prompt, *made]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise RequestError("--trace", str(path), "token ids that are whole numbers from 0 below 2^31")
     # The last token that was generated is never fed back, so it has no routing.
     if len(experts) not in (len(ids), len(ids) - 1):
         allowed = (
@@ -187,8 +191,8 @@ def _decode(part: Any, path: Path) -> np.ndarray:
 
 def _load_npy(data: bytes, path: Path) -> np.ndarray:
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError) as error:  # a header may claim any size
         raise RequestError("--trace", str(path), f"a whole NumPy file ({error})") from error
     if array.ndim != 3 or not np.issubdtype(array.dtype, np.integer) or not array.size:
         found = f"{array.dtype} {list(array.shape)}"
@@ -384,6 +388,8 @@ def _megatron_line(line: str, path: Path) -> tuple[int, int, int, list[list[int]
         rows = record["top_indices"]
         if len(rows) != record["num_tokens"] or any(len(row) != record["topk"] for row in rows):
             raise ValueError("num_tokens and topk do not fit top_indices")
+        if record["topk"] < 1 or not all(type(expert) is int for row in rows for expert in row):
+            raise ValueError("top_indices are not whole numbers, one or more for each token")
         return int(record["rank"]), int(record["step"]), int(record["layer"]), rows
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         allowed = f"lines with rank, step, layer, num_tokens, topk, top_indices ({error})"

@@ -204,6 +204,17 @@ def test_a_batch_leaves_padding_out() -> None:
     assert recorder.batch(ids).num_tokens == 12
 
 
+def test_empty_slots_have_the_probabilities_of_the_best_null_classes() -> None:
+    """Three experts and two null classes; a token with more empty slots than that gets 0 for the rest."""
+    probs = torch.tensor([[0.3, 0.1, 0.1, 0.1, 0.4], [0.2, 0.2, 0.1, 0.3, 0.2]])
+    experts = torch.tensor([[0, 3, 1, 3], [3, 3, 3, 2]])
+    batch = RoutingBatch(probs[None], experts[None], torch.zeros(1, 2, 4), 3)
+    want = torch.tensor([[[0.3, 0.4, 0.1, 0.1], [0.3, 0.2, 0.0, 0.1]]])
+    assert torch.equal(batch.chosen_probs(), want)
+    no_null = RoutingBatch(probs[None, :, :3], experts[None], torch.zeros(1, 2, 4), 3)
+    assert torch.equal(no_null.chosen_probs(), want.masked_fill(experts == 3, 0.0))
+
+
 # ---- gradients ----------------------------------------------------------------------------------------------
 
 

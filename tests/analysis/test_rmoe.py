@@ -15,6 +15,8 @@ from rmoe.results.analysis import ModelAnalysis
 from rmoe.routing.contract import gate_entropy
 from tests.analysis.tiny_families import TINY
 from tests.analysis.tiny_rmoe import EXPERTS, LAYERS, TOP_K, tiny_rmoe
+from tests.graft.tiny_families import tiny_model
+from tests.versions import older
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,19 @@ def test_two_checkpoints_are_compared_token_by_token(blocks: np.ndarray) -> None
     )
     assert other.saturation is not None
     assert np.mean(other.saturation.values) == pytest.approx(TOP_K / EXPERTS, abs=0.2)
+
+
+@pytest.mark.skipif(older("transformers", "5.23"), reason="no looped family")
+def test_looped_models_are_compared_pass_by_pass() -> None:
+    models = [tiny_model("inkling2_loop_text") for _ in range(2)]
+    options = AnalysisOptions(measures=("load",), check=False)
+    subjects = [Subject(name, model) for name, model in zip("ab", models, strict=True)]
+    blocks = np.random.default_rng(0).integers(1, 60, (2, 8))
+    (first, _) = analyze_models(subjects, blocks, chr, options, stability=True)
+    records = len(Recorder(models[0])(torch.from_numpy(blocks)))
+    assert records > len(Recorder(models[0]).layers)
+    assert first.saturation is not None
+    assert first.saturation.values == [[1.0] * records]
 
 
 def test_checkpoints_of_different_shape_have_no_stability(blocks: np.ndarray) -> None:

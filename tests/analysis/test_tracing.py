@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rmoe.analysis.tracing import _ranked
+from rmoe.analysis.tracing import _ranked, analyze_trace
 from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer
 from rmoe.moe import RoutingRecord
 from rmoe.results.analysis import read_analysis
-from rmoe.results.trace import NO_EXPERT, read_trace
+from rmoe.results.trace import NO_EXPERT, Trace, TraceMeta, read_trace
 from tests.analysis.tiny_families import TINY
 
 TOKENS = ["--tokens", "600", "--sequence-length", "32"]
@@ -46,6 +47,24 @@ def test_a_trace_gives_what_the_model_gives(family: str, text: Path, tmp_path: P
         assert getattr(one, name) == getattr(other, name), name
     assert (one.layers, one.experts, one.layer_names) == (other.layers, other.experts, other.layer_names)
     assert other.entropy is None
+
+
+def test_memory_does_not_go_by_the_largest_token_id() -> None:
+    """Two equal traces but for one id, 5 there and 2e9 here, which as a table's length would be 16 GB."""
+    experts = np.array([[[0, 1]], [[2, 1]], [[3, 0]]] * 40, np.int16)
+    meta = TraceMeta(
+        model="m", source="rmoe", layer_names=["a"], num_experts=[4], experts_per_token=[2], ranked=True
+    )
+    found = {}
+    for last in (5, 2_000_000_000):
+        tokens = np.array([3, 4, last] * 40, np.int32)
+        trace = Trace(experts, tokens, np.array([120]), meta)
+        tracemalloc.start()
+        found[last], _ = analyze_trace(trace, "m", lambda token: "end" if token > 4 else str(token))
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        tracemalloc.stop()
+    assert found[5].top_tokens == found[2_000_000_000].top_tokens
+    assert "end" in str(found[5].top_tokens)
 
 
 def test_slots_are_ranked_and_layers_of_different_sizes_are_padded() -> None:

@@ -129,6 +129,12 @@ def test_undo_notices_a_trained_base(tmp_path: Path, original: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
+    # With the originals beside it the trained base is still to be had.
+    assert undo_folder(tmp_path / "trained", tmp_path / "base", keep_trained=True).verified is False
+    kept_base = rmoe.load(tmp_path / "base").state_dict()
+    trained = model.state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in kept_base.items())
+
 
 def test_undo_brings_back_tensors_that_transformers_does_not_load(tmp_path: Path, original: Path) -> None:
     """As the extra prediction layer of DeepSeek-V3 and GLM-4.5, which their model classes pass over."""

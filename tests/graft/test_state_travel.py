@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rmoe.graft import GraftedGate, GraftedLayer, RouterStream
 from rmoe.graft.attach import CELL
+from rmoe.graft.modules import _RIDING
 from tests.graft.conftest import grafted
 from tests.graft.tiny_families import TOKENS
 
@@ -37,7 +39,8 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def nothing_left_on(model: PreTrainedModel) -> bool:
     gates = [module for module in model.modules() if isinstance(module, GraftedGate)]
-    return bool(gates) and all(gate.incoming == () and gate.outgoing is None for gate in gates)
+    empty = all(gate.incoming == () and gate.outgoing is None for gate in gates)
+    return bool(gates) and empty and not _RIDING.states
 
 
 def test_the_state_matters(model: PreTrainedModel) -> None:
@@ -114,6 +117,66 @@ def test_a_call_within_a_layer(model: PreTrainedModel) -> None:
 
         model.model.layers[2].post_attention_layernorm.register_forward_pre_hook(call_again)
         assert torch.equal(model(FIRST).logits, expected)
+
+
+def test_two_threads_in_one_layer(model: PreTrainedModel) -> None:
+    """The main thread is between the layer's start and its gate while the other comes there, and leaves it first."""
+    with torch.no_grad():
+        expected, other_expected = model(FIRST).logits, model(SECOND).logits
+    main, inside, left = threading.get_ident(), threading.Event(), threading.Event()
+    found: list[Tensor] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            found.append(model(SECOND).logits)
+
+    other = threading.Thread(target=call)
+
+    def meet(*_: Any) -> None:
+        if threading.get_ident() == main:
+            other.start()
+            inside.wait(20)
+        else:
+            inside.set()
+            left.wait(20)
+
+    model.model.layers[2].post_attention_layernorm.register_forward_pre_hook(meet)
+    try:
+        with torch.no_grad():
+            found.append(model(FIRST).logits)
+    finally:
+        left.set()
+        other.join()
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], other_expected)
+    assert nothing_left_on(model)
+
+
+def test_recomputation_in_another_thread(model: PreTrainedModel) -> None:
+    """As autograd does on a GPU: the forward in one thread, the backward and its recomputation in another."""
+    model.train()
+    loss(model).backward()
+    plain = gradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    value = loss(model)
+    empty: list[bool] = []
+
+    def backward() -> None:
+        value.backward()
+        empty.append(nothing_left_on(model))
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert empty == [True]
+    assert_same(plain, gradients(model))
+
+
+def test_a_gate_called_alone_leaves_nothing_behind(model: PreTrainedModel) -> None:
+    gate = model.model.layers[1].mlp.gate
+    with torch.no_grad():
+        gate(torch.ones(3, model.config.hidden_size))
+    assert nothing_left_on(model)
 
 
 def test_generation_step_by_step(model: PreTrainedModel) -> None:

@@ -70,6 +70,43 @@ def test_routing_is_logged_with_the_step(name: str, checkpointing: bool, tmp_pat
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
 
 
+@pytest.mark.parametrize("settings", [{"logging_steps": 2}, {"logging_strategy": "epoch"}])
+def test_the_trainers_own_entries_stay(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As without the callback, and routing beside each."""
+    entries = {}
+    for listening in (False, True):
+        job = trainer(tiny_model("olmoe"), tmp_path, max_steps=-1, num_train_epochs=2, **settings)
+        if listening:
+            job.add_callback(RoutingCallback(job))
+        job.train()
+        entries[listening] = [row["step"] for row in job.state.log_history if "loss" in row]
+    assert entries[True] == entries[False]
+    assert [row["step"] for row in job.state.log_history if "routing/entropy" in row] == entries[False]
+
+
+def test_a_training_that_failed_leaves_no_hooks_to_the_next(tmp_path: Path) -> None:
+    model = tiny_model("olmoe")
+    job = trainer(model, tmp_path)
+
+    def hooks() -> int:
+        return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
+
+    class FailsAtFirst(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            found.append(hooks())
+            if len(found) == 1:
+                raise ZeroDivisionError
+
+    before, found = hooks(), list[int]()
+    job.add_callback(RoutingCallback(job))
+    job.add_callback(FailsAtFirst())
+    with pytest.raises(ZeroDivisionError):
+        job.train()
+    job.train()
+    assert set(found) == {found[0]} != {before}
+    assert hooks() == before
+
+
 def test_routing_reaches_the_trackers(tmp_path: Path) -> None:
     """Trackers are callbacks that are called before a user's."""
     seen: list[dict[str, float]] = []

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmoe.errors import RequestError
 from rmoe.moe import Recorder, RoutedLayer, RoutingRecord, expert_matrices, require_layers, scorer_matrix
-from rmoe.moe.reading import DenseReader
+from rmoe.moe.reading import DenseReader, ExpertsReader
 from tests.analysis.tiny_families import COMMON, TINY, TinyFamily
 
 
@@ -170,3 +170,14 @@ def test_a_dense_model_is_refused_in_one_line() -> None:
     with pytest.raises(RequestError, match="a model with MoE layers") as refusal:
         require_layers(model)
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_below_float16s_normal_numbers_do_not_refuse_a_model() -> None:
+    """6.8e-8 is kept as 6.0e-8 there, which no function of the logits gives."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, -16.5, -30.0, -30.0]])
+    weights, experts = logits.softmax(-1).half().topk(2)
+    given = (torch.zeros(2, 8), experts, weights)
+    record = ExpertsReader("mlp", 4, 2).read(logits, given, {})
+    torch.testing.assert_close(record.probs, logits.softmax(-1))
+    with pytest.raises(RequestError, match="the nearest is off"):
+        ExpertsReader("mlp", 4, 2).read(logits, (*given[:2], weights * torch.tensor([0.5, 1.0])), {})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmoe.compat import enable_checkpointing
+from rmoe.compat import CACHE, enable_checkpointing
 from rmoe.errors import RequestError, RunError
 from rmoe.graft import graft
 from rmoe.moe import Recorder, Recording, listen, record, replay, routed_layers
@@ -330,3 +330,93 @@ def test_layers_of_fewer_slots_come_back_from_a_trace() -> None:
     again = recording.trace("m")
     np.testing.assert_array_equal(again.experts, ids)
     assert again.tokens is None
+
+
+def test_the_longest_of_the_recorded_sequences_that_agree_is_replayed() -> None:
+    """Also where the start of a sequence was recorded before it, or the one before it begins alike."""
+    model = made("olmoe")
+    with record(model) as recording, torch.no_grad():
+        for length in (2, 12, 5):
+            output_of(model, IDS[:1, :length])
+    shift_gates(model)
+    with replay(model, recording), record(model) as again, torch.no_grad():
+        output_of(model, IDS[:1])
+        output_of(model, IDS[:1, :5])
+    assert torch.equal(again.sequences[0].ids.sort(-1).values, recording.sequences[1].ids.sort(-1).values)
+    assert torch.equal(again.sequences[1].ids.sort(-1).values, recording.sequences[2].ids.sort(-1).values)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])  # one mask, and one for each kind of attention
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_generation_of_padded_prompts_is_recorded_without_padding(name: str, cache: str | None) -> None:
+    model = made(name)
+    ids = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS[:, :4]], dim=1)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    given = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+    with record(model) as recording:
+        made_ids = model.generate(ids, attention_mask=mask, cache_implementation=cache, **given)
+    # The last token was never read.
+    want = [made_ids[0, 3:-1].tolist(), made_ids[1, :-1].tolist()]
+    assert [one.tokens.tolist() for one in recording.sequences] == want
+
+
+def test_rejected_candidates_are_forgotten() -> None:
+    model = made("olmoe")
+    prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with record(model) as recording:
+        ids = model.generate(prompt, prompt_lookup_num_tokens=3, **given)[0]
+    (sequence,) = recording.sequences
+    count = min(len(sequence), len(ids))
+    assert count >= len(ids) - 1
+    assert torch.equal(sequence.tokens[:count], ids[:count])
+    with record(model) as whole, torch.no_grad():
+        output_of(model, ids[None])
+    assert torch.equal(sequence.ids[:count], whole.ids[:count])
+
+
+def test_caches_may_take_turns() -> None:
+    model = made("olmoe")
+    with record(model) as recording, torch.no_grad():
+        first = model(IDS[:1, :3], use_cache=True)[CACHE]
+        model(IDS[1:, :3], use_cache=True)
+        model(IDS[:1, 3:4], **{CACHE: first})
+    assert [one.tokens.tolist() for one in recording.sequences] == [
+        IDS[0, :4].tolist(),
+        IDS[1, :3].tolist(),
+    ]
+    refused = pytest.raises(RequestError, match="the cache of passes that were recorded")
+    with refused, record(model), torch.no_grad():
+        model(IDS[:1, 4:5], **{CACHE: first})
+
+
+def test_virtual_tokens_of_a_wrapper_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(made("olmoe"), settings).eval()
+    with pytest.raises(RequestError, match="not 30 for 24"), record(model), torch.no_grad():
+        model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    with record(model.get_base_model()) as recording, torch.no_grad():
+        model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    assert recording.lengths == [15, 15]
+
+
+def test_a_forward_put_on_an_instance_stays() -> None:
+    """Accelerate's hooks do it, and so does an outer replay."""
+    model = made("olmoe")
+    with record(model) as recording, torch.no_grad():
+        want = output_of(model)
+    block, calls = model.get_submodule(routed_layers(model)[0].name), []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return type(block).forward(block, *args)
+
+    block.forward = counted
+    with torch.no_grad():
+        with replay(model, recording), replay(model, recording):
+            assert torch.equal(output_of(model), want)
+        assert block.forward is counted
+        output_of(model)
+    assert len(calls) == 2

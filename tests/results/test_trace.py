@@ -221,7 +221,27 @@ def test_llama_cpp_that_wrote_whole_rankings_is_refused(tmp_path: Path) -> None:
 
 def _vllm(**changes: Any) -> str:
     choice = {"token_ids": [7], "routed_experts": encoded(ids(3).astype(np.int32))} | changes
-    return json.dumps({"prompt_token_ids": [1, 2, 3], "choices": [choice]})
+    prompt = choice.pop("prompt_token_ids", [1, 2, 3])
+    return json.dumps({"prompt_token_ids": prompt, "choices": [choice]})
+
+
+def _archive() -> str:
+    buffer = io.BytesIO()
+    np.savez(buffer, ids(3))
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _huge() -> str:
+    """A header that claims 16 TiB, and 64 bytes."""
+    buffer = io.BytesIO()
+    header = {"descr": "<i4", "fortran_order": False, "shape": (1 << 40, 2, 2)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return base64.b64encode(buffer.getvalue() + bytes(64)).decode()
+
+
+def _megatron(**changes: Any) -> str:
+    line = {"rank": 0, "step": 0, "layer": 1, "num_tokens": 2, "topk": 2, "top_indices": [[0, 1], [2, 3]]}
+    return json.dumps(line | changes)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +262,19 @@ def _vllm(**changes: Any) -> str:
         (_vllm(routed_experts="!!"), Given(E), "base64"),
         (_vllm(routed_experts=encoded(ids(3).astype(float))), Given(E), "integers"),
         (_vllm(token_ids=[7, 8, 9]), Given(E), "routing for 5 tokens"),
+        (_vllm(prompt_token_ids=[1.9, True, 2]), Given(E), "token ids that are whole numbers"),
+        (_vllm(prompt_token_ids=["a", "b", "c"]), Given(E), "token ids that are whole numbers"),
+        (_vllm(prompt_token_ids=[1, 2, 3_000_000_000]), Given(E), "token ids that are whole numbers"),
+        (_vllm(token_ids=7), Given(E), "a file in a known format"),
+        (_vllm(routed_experts=_archive()), Given(E), "a whole NumPy file"),
+        (_vllm(routed_experts=_huge()), Given(E), "a whole NumPy file"),
+        ('{"choices": [1]}', Given(E), "a file in a known format"),
+        (f"layer_id,expert_id,count\n0,0,{'9' * 20}\n", Given(E, K), "a file in a known format"),
+        (f"layer_id,expert_id,count\n0,0,{'9' * 5000}\n", Given(E, K), "a file in a known format"),
+        (_megatron(top_indices=[[0.2, 1.7], [2.9, 3.1]]), Given(E), "not whole numbers"),
+        (_megatron(top_indices=["01", "23"]), Given(E), "not whole numbers"),
+        (_megatron(top_indices=[[0, None], [2, 3]]), Given(E), "not whole numbers"),
+        (_megatron(top_indices=[[], []], topk=0), Given(E), "one or more for each token"),
         ("layer_id,expert_id,count\n0,1\n", Given(E, K), "line 2: 0,1"),
         ("layer_id,expert_id,count\n0,1,2\n0,1,3\n", Given(E, K), "one row for layer 0, expert 1"),
         ("0,1\n0,2\n0,3\n", Given(E, K), "whole number of tokens, of 2 rows"),
