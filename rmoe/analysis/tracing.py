@@ -101,9 +101,8 @@ def analyze_trace(
     by_layer = tuple(meta.num_experts), tuple(meta.experts_per_token)
     sizes = Sizes(len(meta.layer_names), num_experts, slots, num_experts, *by_layer)
     used, tokens, counts = np.empty(0, np.int32), None, None
-    if (
-        found.tokens is not None
-    ):  # numbered anew, so that memory goes by the ids there are, not by the largest
+    if found.tokens is not None:
+        # Numbered anew, so that memory goes by the ids there are, not by the largest.
         used, tokens, counts = np.unique(found.tokens, return_inverse=True, return_counts=True)
     else:
         notes.append(f"the {meta.source} trace has no token ids: no tokens per expert")
