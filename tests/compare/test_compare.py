@@ -29,6 +29,7 @@ MODEL = ModelConfig(
     hidden_dropout=0.1,
 )
 QUIET = Options(jobs=2, timing_rounds=0, analysis_tokens=0)
+MATCHED = {"config": "wide", "routers": ["smoe", "low-rank"]}
 ONE_BY_ONE = Options(jobs=1, timing_rounds=0, analysis_tokens=512)
 
 
@@ -158,11 +159,11 @@ def test_another_comparison_in_the_folder_is_refused(shared):
             r"--lengths is '2,4'; allowed: left out with --sweep",
         ),
         (
-            {"match_params": True, "sweep": ["moe_intermediate_size=200,208"], "config": "wide"},
+            {"match_params": True, "sweep": ["moe_intermediate_size=200"], **MATCHED},
             r"--match-params is True; allowed: left out with a sweep that .* \(moe_intermediate_size\)",
         ),
         (
-            {"match_params": True, "sweep": ["model.num_experts=4,8"], "config": "wide"},
+            {"match_params": True, "sweep": ["model.num_experts=4,8"], **MATCHED},
             r"--match-params is True; allowed: left out with a sweep that .* \(model.num_experts\)",
         ),
     ],
