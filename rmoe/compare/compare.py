@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from rmoe.compare import plan as plans
 from rmoe.compare.engines import Engine, engine_of
+from rmoe.compare.engines.devices import devices
 from rmoe.compare.engines.local import LocalEngine
 from rmoe.compare.equal_time import with_branch_points
 from rmoe.compare.gate import gated, read_other
@@ -80,6 +81,9 @@ def compare(
     """
     options = options or Options()
     require_writable(out)
+    if lengths and sweep:
+        allowed = "left out with --sweep: first choose, then compare at what was chosen"
+        raise RequestError("--lengths", ",".join(map(str, lengths)), allowed)
     if lengths:
         config = with_branch_points(config, lengths)
     if match_logits is not None:
@@ -90,13 +94,16 @@ def compare(
     other = None if gate is None else read_other(gate, plan)
     setting, engine, notes = _set_up(plan, out, match_params, options)
     try:
-        with engine:
+        with ExitStack() as folder, engine:  # let go of once the engine has ended what runs
+            folder.enter_context(plans.held(out))
+            notes += _enter(setting)
             setting = train_until_decided(setting, engine)
-            with _near(setting, engine) as near:
-                evaluate_chosen(setting, near)
+            here = _here(setting)
+            with _near(here, engine) as near:
+                evaluate_chosen(here, near)
                 train_branches(setting, engine)
                 time_each_alone(setting, engine)
-                analysis = analyse(setting, near)
+                analysis = analyse(here, near)
     except KeyboardInterrupt:
         runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
         saved = f"{runs}, and checkpoints of those under way, in {out}"
@@ -127,7 +134,14 @@ def _near(setting: Setting, engine: Engine) -> AbstractContextManager[Engine]:
     """Where finished models are: with the engine, or, once fetched, on this machine."""
     if setting.options.engine.fetch == "no":
         return nullcontext(engine)  # its own `with` ends it
-    return LocalEngine([[]], setting.sharing.threads, setting.out / "logs")
+    return LocalEngine([devices()[: setting.wants.gpus]], setting.sharing.threads, setting.out / "logs")
+
+
+def _here(setting: Setting) -> Setting:
+    """The setting for what finished models are evaluated with: once fetched, the GPUs that this machine has."""
+    if setting.options.engine.fetch == "no":
+        return setting
+    return replace(setting, wants=replace(setting.wants, gpus=min(setting.one.gpus, len(devices()))))
 
 
 # --- before anything is trained ------------------------------------------------------------------
@@ -176,11 +190,10 @@ def _plan(
 def _set_up(
     plan: ComparisonPlan, out: Path, match_params: bool, options: Options
 ) -> tuple[Setting, Engine, list[str]]:
-    """Prepare the text once for all workers, refuse what cannot work, take the folder."""
+    """Prepare the text once for all workers, and refuse what cannot work."""
     import torch
 
     from rmoe.data import prepare
-    from rmoe.training.build import load_plugins
     from rmoe.training.environment import hardware, versions
 
     training = plan.config.training
@@ -220,15 +233,18 @@ def _set_up(
         notes.append(
             "At the size of the quick preset no router is expected to win; the paper's small model saw none."
         )
-    engine = engine_of(options.engine, out, wants, sharing.jobs, sharing.threads)
-    try:
-        notes += plans.enter(out, plan, corpus.sha256, load_plugins(plan.config.plugin), options.engine.kind)
-        setting = Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads), wants)
-        setting.rows()  # a results.jsonl of another version is refused before anything is trained
-    except RequestError:
-        engine.close(interrupted=False)
-        raise
-    return setting, engine, notes
+    setting = Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads), wants)
+    return setting, engine_of(options.engine, out, wants, sharing.jobs, sharing.threads), notes
+
+
+def _enter(setting: Setting) -> list[str]:
+    """Take the folder, which this process holds."""
+    from rmoe.training.build import load_plugins
+
+    plan, kind = setting.plan, setting.options.engine.kind
+    notes = plans.enter(setting.out, plan, setting.corpus.sha256, load_plugins(plan.config.plugin), kind)
+    setting.rows()  # a results.jsonl of another version is refused before anything is trained
+    return notes
 
 
 def _count(config: RunConfig, vocab_size: int) -> int:
@@ -300,4 +316,20 @@ def _matched(plan: ComparisonPlan, vocab_size: int) -> tuple[ComparisonPlan, lis
             f"{', '.join(slow)}: no multiple of {ALIGNED} columns matches, so the experts run in a plain loop; the "
             "time column is not comparable."
         )
-    return replace(plan, changes={name: change for name, change in changes.items() if change}), notes
+    plan = replace(plan, changes={name: change for name, change in changes.items() if change})
+    _require_matched(plan, vocab_size)
+    return plan, notes
+
+
+def _require_matched(plan: ComparisonPlan, vocab_size: int) -> None:
+    """Refuse a sweep that gives a router another number of parameters at one of its points."""
+    for router in plan.routers:
+        matched = plan.config_of(router, 0, {})
+        for point in plan.points():
+            config = plan.config_of(router, 0, point)
+            if config.model != matched.model and _count(config, vocab_size) != _count(matched, vocab_size):
+                raise RequestError(
+                    "--match-params",
+                    True,
+                    f"left out with a sweep that changes the number of parameters ({', '.join(plan.sweep)})",
+                )

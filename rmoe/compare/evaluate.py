@@ -66,7 +66,9 @@ def _over_training(folder: Path) -> list[OverTraining]:
     recorded = ("gate_entropy", "load_imbalance")
     rows = [row for row in read_metrics(folder / METRICS) if row["kind"] == "train"]
     rows = [
-        row for row in rows if all(isinstance(row[name], list) and None not in row[name] for name in recorded)
+        row
+        for row in rows
+        if all(isinstance(row.get(name), list) and None not in row[name] for name in recorded)
     ]
     measures = over_training([row["step"] for row in rows], rows)
     return [

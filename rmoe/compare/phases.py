@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from rmoe.results.rows import Failure, ResultRow, append_row, finished, read_row
 from rmoe.results.run import CorpusInfo, Hardware, Versions
 from rmoe.routing.zoo import ZOO
 from rmoe.training.run_folder import MODEL
+from rmoe.validation import require
 
 ANALYSED_AT_MOST = 8  # models in one report: the baseline and those with the lowest loss
 
@@ -49,6 +51,11 @@ class Options:
     analysis_tokens: int = 65_536
     single_file: bool = False
     engine: EngineConfig = EngineConfig()  # noqa: RUF009  frozen
+
+    def __post_init__(self) -> None:
+        require(0 <= self.margin < math.inf, "--margin", self.margin, "0 or more, and finite")
+        require(self.timing_rounds >= 0, "--timing-rounds", self.timing_rounds, "0 or more")
+        require(self.analysis_tokens >= 0, "--analysis-tokens", self.analysis_tokens, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -120,11 +127,10 @@ def _decided(setting: Setting, pairs: int) -> dict[str, int]:
 
 
 def planned_rows(setting: Setting) -> tuple[list[ResultRow], list[str]]:
-    """The rows that count: with looks those of the plan, else all there are."""
+    """The rows that count: those of the plan, and without looks earlier finished runs of the folder too."""
     rows, problems = read_rows(setting.results)
-    if setting.plan.looks is not None:
-        keys = {run.key for run in setting.plan.runs()}
-        rows = [row for row in rows if row.key in keys]
+    keys, earlier = {run.key for run in setting.plan.runs()}, setting.plan.looks is None
+    rows = [row for row in rows if row.key in keys or (earlier and row.failure is None)]
     return rows, problems
 
 
@@ -307,16 +313,17 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
     results, runs = finished(rows.values()), _first_runs(setting.plan, rows)
     ranked = sorted(runs, key=lambda name: (name != setting.plan.baseline, results[runs[name].key].val))
     wanted = ranked[:ANALYSED_AT_MOST]
-    if path.exists() and [m.name for m in read_analysis(path).models] == wanted:
-        return read_analysis(path)
+    keys = ", ".join(runs[name].key for name in wanted)
+    what = f"Analysed: {keys}; at most {setting.options.analysis_tokens:,} tokens each."
+    if len(ranked) > len(wanted):
+        what += f" These are {setting.plan.baseline} and the {len(wanted) - 1} routers with the lowest loss."
+    if path.exists():
+        known = read_analysis(path)
+        if [m.name for m in known.models] == wanted and what in known.notes:
+            return known
     print("measuring how each router routes ...", file=sys.stderr, flush=True)
     found: dict[str, ModelAnalysis] = {}
-    notes = [f"Of each router, the run with seed {setting.plan.config.training.seed} is analysed."]
-    if len(ranked) > len(wanted):
-        notes.append(
-            f"Analysed: {setting.plan.baseline} and the {len(wanted) - 1} routers with the lowest loss."
-        )
-
+    notes = [what]
     jobs = {
         name: MeasureRouting(
             config=runs[name].config.to_dict(),

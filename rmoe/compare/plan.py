@@ -1,6 +1,7 @@
 """What a comparison is: which runs, in which folders, and whether a folder already holds another one.
 
     DIR/comparison.json     what is compared, all but which routers and how many seeds: those may grow
+    DIR/run.lock            held while a comparison goes on; see `rmoe.training.run_folder`
     DIR/results.jsonl       one line per finished or failed run
     DIR/branches.jsonl      the baseline's shorter runs, where a law of its loss was asked for
     DIR/runs/<key>/         each run's own folder
@@ -11,7 +12,8 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -25,7 +27,7 @@ from rmoe.records import Record, read_record, write_record
 from rmoe.results.rows import SweepValue, run_key
 from rmoe.routing.zoo import find
 from rmoe.training.config import RunConfig
-from rmoe.training.run_folder import flat, require_equal
+from rmoe.training.run_folder import LOCK, flat, locked, require_equal
 
 COMPARISON, RESULTS, SUMMARY, ANALYSIS = "comparison.json", "results.jsonl", "summary.json", "analysis.json"
 BRANCHES = "branches.jsonl"
@@ -81,14 +83,17 @@ class ComparisonPlan:
     def runs(self) -> list[Run]:
         """Every run, seed by seed, so that an interrupted comparison has whole pairs."""
         first = self.config.training.seed
-        points = [dict(zip(self.sweep, values, strict=True)) for values in product(*self.sweep.values())]
         return [
             Run(router, seed, point, self.config_of(router, seed, point))
             for seed in range(first, first + self.seeds)
-            for point in points
+            for point in self.points()
             for router in self.routers
             if seed - first < self.decided.get(router, self.seeds)
         ]
+
+    def points(self) -> list[dict[str, SweepValue]]:
+        """Every combination of what is swept; without a sweep the empty one."""
+        return [dict(zip(self.sweep, values, strict=True)) for values in product(*self.sweep.values())]
 
     def branches(self) -> list[tuple[Run, Run]]:
         """(shorter run, the run of the plan it branches from) of the baseline, seed by seed."""
@@ -201,11 +206,10 @@ def enter(
         plugins=plugins,
         engine=engine,
     )
-    if folder.exists() and not folder.is_dir():
-        raise RequestError("--out", str(folder), "a folder")
+    _refuse_other(folder)
     if (folder / COMPARISON).exists():
         stored = read_record(folder / COMPARISON, ComparisonRecord, COMPARISON_VERSION)
-        _require_same(folder, stored, record)
+        _require_same(folder, stored, record, plan.routers)
         changes = stored.changes | record.changes
         write_record(folder / COMPARISON, msgspec.structs.replace(record, changes=changes))
         if stored.engine == engine:
@@ -214,16 +218,37 @@ def enter(
             f"The grid was begun on {stored.engine} and is continued on {engine}: finished runs stay, the others "
             "resume from their checkpoints. Rounding may differ between machines, so a run's bits may, too."
         ]
-    if folder.exists() and any(folder.iterdir()):
-        raise RequestError(
-            "--out", str(folder), "a new or empty folder, or one with a comparison to go on with"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / COMPARISON, record)
     return []
 
 
-def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord) -> None:
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder if needed and hold its lock: one comparison at a time in a folder.
+
+    Raises:
+        RequestError: another process holds it, or the folder has something else in it and is left as it is.
+    """
+    _refuse_other(folder)
+    with locked(folder):
+        yield
+
+
+def _refuse_other(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RequestError("--out", str(folder), "a folder")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    # The other two are what a comparison leaves that was killed while it wrote its first file.
+    if COMPARISON not in found and found - {LOCK, f"{COMPARISON}.part"}:
+        raise RequestError(
+            "--out", str(folder), "a new or empty folder, or one with a comparison to go on with"
+        )
+
+
+def _require_same(
+    folder: Path, stored: ComparisonRecord, now: ComparisonRecord, routers: Iterable[str]
+) -> None:
     # The text's hash covers the tokenizer's content, wherever that lies now.
     may_differ = MAY_DIFFER | ({"data.tokenizer"} if stored.data_sha256 == now.data_sha256 else frozenset())
     # Of plugins the content decides, not where they lie; earlier releases did not keep it.
@@ -237,10 +262,12 @@ def _require_same(folder: Path, stored: ComparisonRecord, now: ComparisonRecord)
         for each in (stored, now)
     )
     require_equal(was, new, may_differ, f"the comparison in {folder}")
-    for router in stored.changes.keys() & now.changes.keys():
-        if stored.changes[router] != now.changes[router]:
-            allowed = f"{stored.changes[router]}, as the comparison in {folder} was started with"
-            raise RequestError(f"settings of {router}", now.changes[router], allowed)
+    for router in routers:  # one that has no run yet may come with other settings of its own, or none
+        was_own, own = stored.changes.get(router, {}), now.changes.get(router, {})
+        begun = router in stored.changes or any((folder / "runs").glob(f"{router}-seed*"))
+        if begun and was_own != own:
+            allowed = f"{was_own}, as the comparison in {folder} was started (--match-params, --baseline)"
+            raise RequestError(f"settings of {router}", own, allowed)
 
 
 def with_threads(plan: ComparisonPlan, threads: int) -> ComparisonPlan:

@@ -324,7 +324,8 @@ def verdict_sentence(
     """
     if not differences:
         return f"Nothing to compare: no router shares a finished seed with the baseline {baseline}."
-    name, best = min(differences.items(), key=lambda item: item[1].mean)
+    tested = {name: d for name, d in differences.items() if d.interval is not None}
+    name, best = min((tested or differences).items(), key=lambda item: item[1].mean)
     where = f"{UNITS[best.unit]} on the {SPLITS[best.split]} split"
     if best.interval is None:
         return (
@@ -337,13 +338,14 @@ def verdict_sentence(
     )
     if len(differences) == 1:
         return f"{name} minus {baseline} is {figure}: {_spoken(best.verdict, margin)}."
+    lowest = "the lowest" if len(tested) == len(differences) else "the lowest with more than one pair"
     counts = ", ".join(
         f"{sum(d.verdict == verdict for d in differences.values())} {_spoken(verdict, margin)}"
         for verdict in dict.fromkeys(d.verdict for d in differences.values())
     )
     return (
         f"Of {len(differences)} routers against {baseline}: {counts}; "
-        f"the lowest is {name} with {figure}, {_spoken(best.verdict, margin)}."
+        f"{lowest} is {name} with {figure}, {_spoken(best.verdict, margin)}."
     )
 
 

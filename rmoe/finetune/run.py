@@ -141,7 +141,7 @@ def finetune(
     """
     require_writable(out)
     if not resume:
-        run_folder.refuse_used(out)
+        run_folder.refuse_used(out, REQUEST)
     disable_progress_bar()
     data = expand(data, "--data")
     if config.valid is not None:
@@ -168,7 +168,7 @@ def finetune(
         if resume and (out / REQUEST).exists():
             request = _same(out, request)
         else:
-            run_folder.refuse_used(out)
+            run_folder.refuse_used(out, REQUEST)
             write_record(out / REQUEST, request)
         if (out / run_folder.RESULT).exists():
             found = read_record(out / run_folder.RESULT, FinetuneResult, VERSION)

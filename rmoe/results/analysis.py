@@ -14,7 +14,7 @@ Imports no torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -332,8 +332,10 @@ def read_analysis(path: Path) -> Analysis:
     try:
         data = path.read_bytes()
         version_of(data, str(path), 1, ANALYSIS_VERSION)
-        found = unpack(msgspec.json.decode(data))
-        return msgspec.convert(found | {"schema_version": ANALYSIS_VERSION}, Analysis)
+        fields = {
+            name: unpack(value) for name, value in msgspec.json.decode(data, type=dict[str, Any]).items()
+        }
+        return msgspec.convert(fields | {"schema_version": ANALYSIS_VERSION}, Analysis)
     except RequestError:
         raise
     except (OSError, ValueError, *NOT_JSON) as error:

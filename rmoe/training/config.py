@@ -145,6 +145,7 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
         for name in (
             "min_learning_rate",
+            "adam_epsilon",
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
@@ -156,6 +157,7 @@ class TrainingConfig:
         for name in ("learning_rate", "router_learning_rate", "initial_logit_std"):
             value = getattr(self, name)
             require(value is None or 0 < value < float("inf"), f"training.{name}", value, "above 0")
+        self._check_min_learning_rate()
         require(0 <= self.seed < 2**31, "training.seed", self.seed, "0 to 2**31 - 1")
         require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "1 or more")
         micro = self.micro_batch_size
@@ -173,6 +175,13 @@ class TrainingConfig:
     def constant_steps(self) -> int:
         """Steps of `wsd` before its decay, the warm-up among them."""
         return self.max_steps - self.decay_steps
+
+    def _check_min_learning_rate(self) -> None:
+        low, peak = self.min_learning_rate, self.learning_rate
+        if self.schedule == "linear":  # transformers' takes no equal ones
+            require(low < peak, "training.min_learning_rate", low, f"below learning_rate ({peak:g})")
+        elif self.schedule != "constant":  # which never reads it
+            require(low <= peak, "training.min_learning_rate", low, f"at most learning_rate ({peak:g})")
 
     def _check_wsd(self) -> None:
         constant_ends = self.constant_steps
@@ -341,7 +350,7 @@ class RunConfig:
             known and path.is_file(), "--preset", name, f"{', '.join(cls.preset_names())}, or a .toml file"
         )
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise RequestError("--preset", name, f"TOML ({error})") from None
         data.pop("engine", None)  # where a grid of such runs is carried out: `rmoe.compare.engines`

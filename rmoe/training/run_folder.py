@@ -17,6 +17,7 @@ import fcntl
 import os
 import re
 import socket
+import time
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from rmoe.results.run import RESULT_VERSION, Hardware, InitialLogits, RunResult,
 CONFIG_VERSION = 1
 CONFIG, LOCK, METRICS, MODEL, RESULT = "config.json", "run.lock", "metrics.jsonl", "model", "result.json"
 CHECKPOINTS = "checkpoints"
+SECONDS_TO_LOOK = 0.2  # after which whoever holds a run's lock is not only looking
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -92,14 +94,17 @@ def checkpoints_of(folder: Path) -> list[tuple[int, Path]]:
     return sorted((step, path) for path in paths if (step := checkpoint_step(path)) is not None)
 
 
-def refuse_used(folder: Path) -> None:
+def refuse_used(folder: Path, first: str = CONFIG) -> None:
     """Refuse to start a new run in a folder that holds anything.
+
+    Args:
+        first: the file that is written first. A kill while it is written leaves a part of it, which is no run.
 
     Raises:
         RequestError: it is a file, or it is not empty.
     """
     if folder.is_dir():
-        if any(path.name != LOCK for path in folder.iterdir()):
+        if any(path.name not in (LOCK, f"{first}.part") for path in folder.iterdir()):
             holds = "another run" if (folder / CONFIG).exists() else "other files"
             raise RequestError(
                 "--out",
@@ -126,7 +131,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             raise RequestError(
@@ -137,6 +142,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> None:
+    """Take the lock, also from those who only look: `listing.is_locked` holds it for a moment."""
+    deadline = time.monotonic() + SECONDS_TO_LOOK
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def begin(folder: Path, record: RunRecord) -> None:

@@ -32,6 +32,10 @@ WSD = ["--training.schedule", "wsd"]
             [*WSD, "--training.branch-points", "40", "900"],
             "training.branch_points is '900'; allowed: steps of the",
         ),
+        (["--timing-rounds", "-1"], "--timing-rounds is -1; allowed: 0 or more"),
+        (["--analysis-tokens", "-1"], "--analysis-tokens is -1; allowed: 0 or more"),
+        (["--margin", "nan"], "--margin is nan; allowed: 0 or more, and finite"),
+        (["--engine.hours", "0.001"], "engine.hours is 0.001; allowed: 1/60, which is a minute, or more"),
         (["--training.average", "1"], "training.average is 1; allowed: 0, which is off, or 2 or more"),
     ],
 )

@@ -32,6 +32,18 @@ def test_too_coarse_a_knob_is_refused():
         match(4, {4: 1000, 5: 1200}, 1100)
 
 
+def test_a_sweep_that_changes_no_number_of_parameters_leaves_them_matched():
+    pytest.importorskip("torch")
+    from rmoe.compare.compare import _require_matched
+    from rmoe.compare.plan import ComparisonPlan
+    from rmoe.training.config import RunConfig
+
+    swept = {"learning_rate": (1e-3, 3e-3), "hidden_dropout": (0.0, 0.1), "num_experts_per_tok": (1, 2)}
+    changes = {"low-rank": {"model.moe_intermediate_size": 72}}
+    plan = ComparisonPlan(RunConfig(), ("smoe", "low-rank"), 1, "smoe", sweep=swept, changes=changes)
+    _require_matched(plan, 256)
+
+
 def test_counts_of_real_models_agree_with_what_is_built():
     """The slope that the search assumes is the model's: counted on the meta device, against real parameters."""
     torch = pytest.importorskip("torch")

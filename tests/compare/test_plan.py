@@ -91,6 +91,37 @@ def test_more_seeds_and_routers_go_on_with_a_comparison(tmp_path):
     plans.enter(tmp_path / "out", plan(routers=("smoe", "rmoe", "xmoe")), "a" * 64)
 
 
+WIDTH = {"rmoe": {"model.moe_intermediate_size": 120}}
+
+
+@pytest.mark.parametrize(("first", "then"), [(WIDTH, {}), ({}, WIDTH)])
+def test_settings_of_a_router_s_own_cannot_come_or_go_between_two_calls(tmp_path, first, then):
+    """`--match-params` dropped or added: one router's runs would be of two sizes."""
+    plans.enter(tmp_path / "out", plan(changes=first), "a" * 64)
+    (tmp_path / "out" / "runs" / "rmoe-seed0").mkdir(parents=True)
+    before = (tmp_path / "out" / plans.COMPARISON).read_bytes()
+    with pytest.raises(RequestError, match=r"settings of rmoe is .*--match-params"):
+        plans.enter(tmp_path / "out", plan(seeds=5, changes=then), "a" * 64)
+    assert (tmp_path / "out" / plans.COMPARISON).read_bytes() == before
+
+
+def test_a_router_without_a_run_may_come_with_settings_of_its_own(tmp_path):
+    plans.enter(tmp_path / "out", plan(routers=("smoe",)), "a" * 64)
+    (tmp_path / "out" / "runs" / "smoe-seed0").mkdir(parents=True)
+    plans.enter(tmp_path / "out", plan(changes=WIDTH), "a" * 64)
+    plans.enter(tmp_path / "out", plan(routers=("smoe",)), "a" * 64)
+    with pytest.raises(RequestError, match=r"settings of rmoe is \{\}"):
+        plans.enter(tmp_path / "out", plan(), "a" * 64)
+
+
+def test_killed_while_its_first_file_was_written_a_comparison_begins_anew(tmp_path):
+    with plans.held(tmp_path):
+        (tmp_path / f"{plans.COMPARISON}.part").write_bytes(b"{")
+    with plans.held(tmp_path):
+        assert plans.enter(tmp_path, plan(), "a" * 64) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [plans.COMPARISON, "run.lock"]
+
+
 def test_plugins_are_compared_by_content(tmp_path):
     """Where they lie does not matter, what they say does."""
     mine = plan(config=replace(CONFIG, plugin=("a/mine.py",)))
@@ -140,6 +171,8 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         plans.enter(tmp_path, plan(), "a")
     with pytest.raises(RequestError, match="allowed: a folder"):
         plans.enter(tmp_path / "notes.txt", plan(), "a")
+    with pytest.raises(RequestError, match="a new or empty folder"), plans.held(tmp_path):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

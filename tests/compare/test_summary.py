@@ -83,6 +83,16 @@ def test_failed_runs_are_left_out_and_named():
     assert "rmoe-seed3 failed and is left out: loss is NaN at step 3" in summary.notes
 
 
+def test_a_router_with_one_pair_does_not_hide_the_verdicts_of_the_others():
+    rows = [*grid(-0.03), row("xmoe", 0, 1.5, test=1.5)]
+    rows += [row("xmoe", seed, None, status="failed") for seed in (1, 2)]
+    verdict = summarise(rows, preset="small", baseline="smoe").verdict
+    assert verdict.startswith("Of 2 routers against smoe: ")
+    assert "1 better" in verdict
+    assert "1 one seed, no verdict" in verdict
+    assert "; the lowest with more than one pair is rmoe with −0.0299 bits" in verdict
+
+
 def test_two_corpora_and_nothing_finished_are_refused():
     with pytest.raises(RequestError, match="one corpus"):
         summarise([row("smoe", 0, 1.7), row("rmoe", 0, 1.7, corpus_sha256="b" * 64)], "small", "smoe")

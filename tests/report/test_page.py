@@ -15,6 +15,7 @@ from rmoe.report import table
 from rmoe.report.overview import overview
 from rmoe.report.page import all_charts, json_for_script, render, write_report
 from rmoe.results.analysis import Analysis, ModelAnalysis, read_analysis, write_analysis
+from rmoe.results.packed import pack
 from tests.report.sample import HOSTILE, large_analysis, sample_analysis, sample_summary
 
 
@@ -110,6 +111,9 @@ def test_version_1_is_read_and_damage_is_named(tmp_path):
         path.write_bytes(msgspec.json.encode(tree | change))
         with pytest.raises(RequestError, match=r"schema_version|packed|models"):
             read_analysis(path)
+    path.write_bytes(msgspec.json.encode({"schema_version": 2, **pack(list(range(100)), 8)}))
+    with pytest.raises(RequestError, match=r"analysis\.json is .*written by rmoe"):
+        read_analysis(path)
 
 
 def test_the_overview_has_every_layer_and_statistic():

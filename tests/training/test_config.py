@@ -88,6 +88,19 @@ def test_pretrain_is_the_papers():
             "training.micro_batch_size is 3; allowed: a divisor",
         ),
         ({"training": {"seed": -1}}, "training.seed is -1"),
+        ({"training": {"adam_epsilon": -1}}, "training.adam_epsilon is -1.0; allowed: 0 or more"),
+        (
+            {"training": {"min_learning_rate": 0.1}},
+            "training.min_learning_rate is 0.1; allowed: at most learning_rate (0.001)",
+        ),
+        (
+            {"training": {"schedule": "wsd", "min_learning_rate": 0.1}},
+            "training.min_learning_rate is 0.1; allowed: at most learning_rate (0.001)",
+        ),
+        (
+            {"training": {"schedule": "linear", "min_learning_rate": 0.001}},
+            "training.min_learning_rate is 0.001; allowed: below learning_rate (0.001)",
+        ),
         ({"data": {"split": "half"}}, "data.split is 'half'"),
         ({"checkpoints": {"keep": 1}}, "checkpoints.keep is 1; allowed: 2 or more"),
         ({"logging": {"every": 0}}, "logging.every is 0"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from rmoe.cli.main import main
-from rmoe.training.listing import find_runs, status_of
+from rmoe.training.listing import find_runs, is_locked, status_of
 from rmoe.training.run import train
 from rmoe.training.run_folder import locked
 from tests.training import tiny
@@ -49,6 +52,17 @@ def test_running_is_asked_of_the_kernel(finished, tmp_path):
     assert status.state == "running"
     assert status.seconds_left is not None
     assert status.seconds_left > 0
+
+
+def test_who_looks_at_a_lock_does_not_keep_a_run_from_starting(tmp_path):
+    with locked(tmp_path):
+        pass
+    look = os.open(tmp_path / "run.lock", os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)  # as `is_locked` does
+    threading.Timer(0.05, os.close, [look]).start()
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_stopped_died_and_not_begun(finished, tmp_path):

@@ -87,6 +87,19 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_the_lowest_rate_may_be_the_peak(name: str) -> None:
+    training = TrainingConfig(
+        max_steps=10, learning_rate=2.0, min_learning_rate=2.0, warmup_steps=0, schedule=name
+    )
+    optimizer = adamw(nn.Linear(2, 2), training, [])
+    rates = schedule(optimizer, training, 10)
+    for _ in range(9):
+        optimizer.step()
+        rates.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_rates(name: str) -> None:
     """Shares of the peak at steps counted from 1: two steps of warm-up, a tenth at the end (and where `wsd` begins)."""

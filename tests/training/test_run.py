@@ -19,7 +19,7 @@ from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
 from rmoe.training.run import Stopped, read_result, train
-from rmoe.training.run_folder import locked, read_run
+from rmoe.training.run_folder import locked, read_run, refuse_used
 from tests.training import tiny
 
 
@@ -355,6 +355,16 @@ def test_a_used_folder_is_refused_and_left_alone(text, finished, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RequestError, match="allowed: a folder"):
         train(tiny.config(text), tmp_path / "file", progress=False)
+
+
+@pytest.mark.parametrize("first", ["config.json", "request.json"])
+def test_killed_while_its_first_file_was_written_a_run_begins_anew(tmp_path, first):
+    (tmp_path / "run.lock").touch()
+    (tmp_path / f"{first}.part").write_bytes(b"{")
+    refuse_used(tmp_path, first)
+    (tmp_path / "thesis.part").touch()
+    with pytest.raises(RequestError, match="holds other files"):
+        refuse_used(tmp_path, first)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ import tyro
 
 from rmoe.errors import RequestError
 from rmoe.places import expand
+from rmoe.validation import require
 
 Kind = Literal["local", "ray", "slurm"]
 
@@ -59,9 +61,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RequestError(f"engine.{name}", value, f"{least} or more")
-        for name, amount in (("memory_gib", self.memory_gib), ("hours", self.hours)):
-            if amount is not None and amount <= 0:
-                raise RequestError(f"engine.{name}", amount, "above 0")
+        memory, hours = self.memory_gib, self.hours
+        require(memory is None or 0 < memory < math.inf, "engine.memory_gib", memory, "above 0, and finite")
+        # Slurm counts whole minutes, and takes 0 as no limit.
+        require(
+            1 <= hours * 60 < math.inf, "engine.hours", hours, "1/60, which is a minute, or more, and finite"
+        )
         if self.fetch != "no" and (self.kind != "ray" or self.shared is not None):
             raise RequestError("engine.fetch", self.fetch, "no, but with --engine ray and no engine.shared")
 
@@ -75,7 +80,9 @@ class EngineConfig:
         if not name.endswith(".toml"):
             return cls()
         try:
-            table: Any = tomllib.loads(expand(name, "--preset").read_text(encoding="utf-8")).get("engine", {})
+            table: Any = tomllib.loads(expand(name, "--preset").read_text(encoding="utf-8-sig")).get(
+                "engine", {}
+            )
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise RequestError("--preset", name, f"TOML ({error})") from None
         known = cls.__dataclass_fields__

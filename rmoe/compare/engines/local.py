@@ -40,7 +40,7 @@ class LocalEngine(Engine):
         self._wanted_gpus = max(map(len, slots))
         self._workers = [
             Process(
-                threads_of(threads) | ({"CUDA_VISIBLE_DEVICES": ",".join(seen)} if seen else {}),
+                threads_of(threads) | {"CUDA_VISIBLE_DEVICES": ",".join(seen)},
                 logs / f"worker-{number}.log",
                 setup,
             )

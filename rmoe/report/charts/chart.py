@@ -180,12 +180,13 @@ def styles(names: Iterable[str], baseline: str | None) -> dict[str, Style]:
 def counted(numbers: Sequence[int], noun: str) -> str:
     """How many, as one number or a range.
 
-    >>> counted([1], "seed"), counted([2, 2, 3], "seed"), counted([20000], "token")
-    ('1 seed', '2 to 3 seeds', '20,000 tokens')
+    >>> counted([1], "seed"), counted([2, 2, 3], "seed"), counted([20000], "token"), counted([4], "branch")
+    ('1 seed', '2 to 3 seeds', '20,000 tokens', '4 branches')
     """
     low, high = min(numbers), max(numbers)
     figure = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return f"{figure} {noun}" + ("" if high == 1 else "s")
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{figure} {noun}" + ("" if high == 1 else plural)
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:

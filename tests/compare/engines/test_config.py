@@ -39,7 +39,12 @@ def test_a_presets_table_is_the_default_and_options_override_it(tmp_path):
         ("kind = 'pbs'", "engine is {'kind': 'pbs'}; allowed: Invalid enum value"),
         ("partitoin = 'x'", "engine.partitoin is 'x'; allowed: one of address, at_once, cpus"),
         ("retries = -1", "engine.retries is -1; allowed: 0 or more"),
-        ("hours = 0.0", "engine.hours is 0.0; allowed: above 0"),
+        ("hours = 0.0", "engine.hours is 0.0; allowed: 1/60, which is a minute, or more"),
+        ("hours = 0.016", "engine.hours is 0.016; allowed: 1/60"),
+        ("hours = inf", "engine.hours is inf; allowed: 1/60"),
+        ("hours = nan", "engine.hours is nan; allowed: 1/60"),
+        ("memory_gib = 0.0", "engine.memory_gib is 0.0; allowed: above 0"),
+        ("memory_gib = nan", "engine.memory_gib is nan; allowed: above 0, and finite"),
         ("fetch = 'model'", "engine.fetch is 'model'; allowed: no, but with --engine ray"),
     ],
 )
@@ -50,6 +55,17 @@ def test_a_wrong_table_is_one_line(table, said, tmp_path):
         EngineConfig.from_preset(str(preset))
     with pytest.raises(RequestError, match="--preset"):
         EngineConfig.from_preset(str(tmp_path / "none.toml"))
+
+
+def test_an_hour_is_whole_minutes_of_which_one_is_the_least():
+    assert int(EngineConfig(hours=1 / 60).hours * 60) == 1
+
+
+def test_a_preset_that_an_editor_wrote_a_byte_order_mark_to(tmp_path):
+    preset = tmp_path / "mine.toml"
+    preset.write_text('router = "smoe"\n[engine]\nkind = "slurm"\n', encoding="utf-8-sig")
+    assert EngineConfig.from_preset(str(preset)).kind == "slurm"
+    assert RunConfig.from_preset(str(preset)).router == "smoe"
 
 
 @pytest.mark.parametrize(

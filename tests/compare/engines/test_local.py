@@ -66,6 +66,15 @@ def test_with_two_devices_each_run_sees_its_own(tmp_path, monkeypatch):
     assert all(len(pids) == 1 for pids in by_device.values())
 
 
+def test_runs_without_gpus_see_none(tmp_path, monkeypatch):
+    """`--engine.gpus 0` on a machine that has some."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with LocalEngine([[]], 1, tmp_path) as engine:
+        jobs = {"0": Environment(names=["CUDA_VISIBLE_DEVICES"])}
+        (answer,) = dict(engine.answers(jobs, Wants())).values()
+    assert answer.value["CUDA_VISIBLE_DEVICES"] == ""
+
+
 @pytest.mark.parametrize(
     ("visible", "jobs", "gpus", "per_gpu", "slots"),
     [

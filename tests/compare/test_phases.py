@@ -1,0 +1,133 @@
+"""Phases of a comparison on rows and answers that are given: what is measured again, where, and which rows count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rmoe.compare.compare import _here, _near
+from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
+from rmoe.compare.engines.engine import Job
+from rmoe.compare.evaluate import _over_training
+from rmoe.compare.phases import Options, Setting, analyse, planned_rows
+from rmoe.compare.plan import ComparisonPlan
+from rmoe.compare.sharing import Sharing
+from rmoe.results.analysis import Analysis, ModelAnalysis
+from rmoe.results.rows import append_row
+from rmoe.training.accounting import Window
+from rmoe.training.config import RunConfig
+from rmoe.training.metrics import MetricsLog
+from tests.compare.engines.jobs import Environment
+from tests.compare.rows import row
+
+
+def setting_of(out: Path, options: Options = Options(), wants: Wants = Wants(), **plan) -> Setting:  # noqa: B008  frozen
+    asked = {"config": RunConfig(), "routers": ("smoe",), "seeds": 1, "baseline": "smoe"} | plan
+    known = row("smoe", 0, 2.0).result
+    assert known is not None
+    return Setting(
+        plan=ComparisonPlan(**asked),
+        out=out,
+        sharing=Sharing(jobs=1, threads=1),
+        options=options,
+        corpus=known.corpus,
+        versions=known.versions,
+        hardware=known.hardware,
+        wants=wants,
+    )
+
+
+class Measured(Engine):
+    """Answers with a model that says in which folder it was measured."""
+
+    at_once = "1 at once"
+
+    def answers(self, jobs: Mapping[str, Job], wants: Wants) -> Iterator[tuple[str, Answer]]:
+        for name, job in jobs.items():
+            model = ModelAnalysis(
+                name=name,
+                summary=f"{Path(job.folder).name} {job.tokens}",
+                layers=1,
+                experts=2,
+                experts_per_token=1,
+                layer_names=["0"],
+            )
+            yield name, Answer(value=model)
+
+    def close(self, interrupted: bool) -> None:
+        pass
+
+
+def measured(analysis: Analysis | None) -> list[str]:
+    assert analysis is not None
+    return [model.summary for model in analysis.models]
+
+
+def test_routing_is_measured_again_when_another_run_is_chosen_or_more_tokens_asked_for(tmp_path):
+    sweep = {"learning_rate": (1e-3, 3e-3)}
+    setting = setting_of(tmp_path, sweep=sweep)
+    first, second = (f"smoe-seed0-learning_rate={rate}" for rate in (0.001, 0.003))
+    for rate, loss in ((1e-3, 2.0), (3e-3, 2.1)):
+        append_row(setting.results, row("smoe", 0, loss, sweep={"learning_rate": rate}, test=None))
+    analysis = analyse(setting, Measured())
+    assert measured(analysis) == [f"{first} 65536"]
+    assert analysis.notes == [f"Analysed: {first}; at most 65,536 tokens each."]
+    before = (tmp_path / "analysis.json").stat().st_mtime_ns
+    assert analyse(setting, Measured()) == analysis
+    assert (tmp_path / "analysis.json").stat().st_mtime_ns == before  # what is known is not measured again
+
+    fewer = replace(setting, options=Options(analysis_tokens=512))
+    assert measured(analyse(fewer, Measured())) == [f"{first} 512"]
+
+    for rate, loss in ((1e-3, 2.4), (3e-3, 2.1)):
+        append_row(setting.results, row("smoe", 1, loss, sweep={"learning_rate": rate}, test=None))
+    two = replace(setting, plan=replace(setting.plan, seeds=2))
+    assert measured(analyse(two, Measured())) == [f"{second} 65536"]
+
+
+def test_a_window_whose_only_batch_was_skipped_loses_no_measure(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"kind": "train", "step": 1, "gate_entropy": [1.0], "load_imbalance": [1.0]})
+    log.append({"kind": "train", "step": 2, **Window().row()})
+    log.append({"kind": "train", "step": 3, "gate_entropy": [0.5], "load_imbalance": [2.0]})
+    assert [one.step for one in _over_training(tmp_path)] == [[1, 3], [1, 3]]
+
+
+@pytest.mark.parametrize(("here", "sees"), [("", ""), ("4,5", "4")])
+def test_fetched_models_are_evaluated_with_what_this_machine_has(tmp_path, monkeypatch, here, sees):
+    """Trained on two GPUs each, on a cluster; this machine may have none, or others."""
+    monkeypatch.delenv("RMOE_SIMULATED_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", here)
+    options = Options(engine=EngineConfig(kind="ray", fetch="model", gpus=2))
+    setting = _here(setting_of(tmp_path, options, Wants(gpus=2, processes=2)))
+    job = Environment(names=["CUDA_VISIBLE_DEVICES"])
+    with _near(setting, Measured()) as near:
+        ((_, answer),) = near.answers({"test": job}, setting.one)
+    assert answer.value["CUDA_VISIBLE_DEVICES"] == sees
+
+
+def test_with_a_shared_folder_models_are_evaluated_where_they_were_trained(tmp_path):
+    setting, engine = setting_of(tmp_path, wants=Wants(gpus=2)), Measured()
+    assert _here(setting) is setting
+    with _near(setting, engine) as near:
+        assert near is engine
+
+
+@pytest.mark.parametrize(
+    ("looks", "counted"), [(None, ["smoe-seed0", "rmoe-seed0", "smoe-seed1"]), ((2, 3), ["smoe-seed0"])]
+)
+def test_a_failed_run_nobody_asks_for_any_more_does_not_count(tmp_path, looks, counted):
+    setting = setting_of(tmp_path, looks=looks)
+    for one in (row("smoe", 0, 2.0), row("rmoe", 0, 2.0), row("smoe", 1, 2.0)):
+        append_row(setting.results, one)
+    append_row(setting.results, row("rmoe", 1, None, status="failed"))
+    assert [each.key for each in planned_rows(setting)[0]] == counted
+
+
+def test_a_failed_run_that_is_asked_for_counts(tmp_path):
+    setting = setting_of(tmp_path)
+    append_row(setting.results, row("smoe", 0, None, status="failed"))
+    assert [each.key for each in planned_rows(setting)[0]] == ["smoe-seed0"]
