@@ -193,7 +193,8 @@ def record_of(
 
 def reader_of(name: str, gate: nn.Module, experts: nn.Module, num_experts: int, top_k: int) -> Reader:
     """The reader that fits how gate and experts are called."""
-    if isinstance(gate, BaseRouter):
+    # PEFT's `modules_to_save` puts a wrapper around a router, which gives what the router gives.
+    if any(isinstance(module, BaseRouter) for module in (gate, *gate.children())):
         return RoutingReader(name, num_experts, top_k, "own")
     named = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
     if len(named) == 1:

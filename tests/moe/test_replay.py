@@ -420,3 +420,16 @@ def test_a_forward_put_on_an_instance_stays() -> None:
         assert block.forward is counted
         output_of(model)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", ["olmoe", "rmoe", "graft"])
+def test_a_router_that_peft_trains_whole_is_read(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["gate"])
+    model = peft.get_peft_model(made(family), settings).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 2]])
+    with torch.no_grad():
+        with record(model) as recording:
+            want = model(input_ids=ids).logits
+        with replay(model, recording):
+            assert torch.equal(model(input_ids=ids).logits, want)
