@@ -102,7 +102,7 @@ def on_device(routing: Routing, device: torch.device) -> Routing:
     """The decision on one device: the layers of a model may be on several (`device_map`)."""
     if routing.experts.device == device:
         return routing
-    return Routing._make(None if part is None else part.to(device) for part in routing)
+    return Routing(*(None if part is None else part.to(device) for part in routing))  # type: ignore[arg-type]
 
 
 def count_assignments(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
