@@ -328,4 +328,4 @@ def test_freed_weights_return_to_the_system_and_activations_are_not_mapped_anew(
     said = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True).stdout
     freed, faults = map(float, said.split())
     assert freed > 190  # of 200 MiB
-    assert faults < 100  # 4,096 if each tensor were mapped anew
+    assert faults < 1_500  # 4,096 if each tensor were mapped anew

@@ -134,8 +134,6 @@ def test_what_all_layers_share_stays_where_it_is() -> None:
 
 def test_early_exit_below_the_first_routing_layer() -> None:
     small = model(first_k_dense_replace=1, pad_token_id=0, eos_token_id=None).eval()
-    small.generation_config.assistant_early_exit = 1
     ids = torch.tensor([[1, 2, 3]])
-    drafted = small.generate(ids, max_new_tokens=5, do_sample=False)
-    small.generation_config.assistant_early_exit = None
+    drafted = small.generate(ids, max_new_tokens=5, do_sample=False, assistant_early_exit=1)
     assert torch.equal(drafted, small.generate(ids, max_new_tokens=5, do_sample=False))
