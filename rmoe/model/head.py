@@ -62,7 +62,7 @@ def chunked_cross_entropy(
         # Divided by `items` in at least float32, at the end: float16 has no numbers that small.
         grad = grad.mul_(counts).to(dtype)
         if for_hidden:
-            grad_hidden[part] = (grad @ low).to(wide) / items
+            grad_hidden[part] = (grad @ low).to(wide).div_(items)
         if for_weight and start == 0:
             grad_weight = _product(grad.t(), h, grad_weight)
         elif for_weight and dtype == wide:

@@ -60,7 +60,7 @@ class GatingResidual(Router):
 
     def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__(options, spec, geometry)
-        classes = options.scored(geometry).num_experts + (spec.scorer is not None and spec.scorer.skip_class)
+        classes = options.scored(geometry).num_experts + spec.skips
         start = normal(geometry.initializer_range)
         self.residual = ProjectionFP32(classes, classes, start) if geometry.layer_index else None
 

@@ -59,7 +59,7 @@ class SharedInSoftmax(Router):
     def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__(options, spec, geometry)
         _require_top_k(self)
-        empty = self.gate.options.leaves_empty_slots or (spec.scorer is not None and spec.scorer.skip_class)
+        empty = self.gate.options.leaves_empty_slots or spec.skips
         require(not empty, "router.gate", self.gate.options.kind, f"a fixed k with router {options.kind}")
         self.global_scale = nn.Parameter(torch.empty(1))
 

@@ -62,7 +62,7 @@ class QuantileBalanced(Router):
         plain = by_logits and gate.softcap is None and gate.multiplier == 1  # type: ignore[union-attr]
         allowed = "top_k by plain logits with router quantile_balanced"
         require(plain, "router.gate", gate.described() if gate is not None else None, allowed)
-        one = spec.balance.bias_update_rate == 0 and not (spec.scorer is not None and spec.scorer.skip_class)
+        one = spec.balance.bias_update_rate == 0 and not spec.skips
         rate = spec.balance.bias_update_rate
         require(
             one, "balance.bias_update_rate", rate, "0, without a skip class, with router quantile_balanced"

@@ -160,10 +160,11 @@ class BaseRouter(StepState, Mechanism):
     @torch.no_grad()
     def update_all(self, stats: RouterStats, step: int, total_steps: int) -> None:
         """Move all training-time state of this layer's router, once per optimizer step."""
+        device = next((buffer.device for buffer in self.buffers()), stats.counts.device)
+        stats = stats.map(lambda part: part.to(device))
         for module in self.modules():
             if isinstance(module, StepState):
-                device = next((buffer.device for buffer in module.buffers()), stats.counts.device)
-                module.update(self.layer_index, stats.map(lambda part: part.to(device)), step, total_steps)  # noqa: B023
+                module.update(self.layer_index, stats, step, total_steps)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -69,8 +69,7 @@ class NoisyTopK(Router):
 
     def __init__(self, options: Config, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__(options, spec, geometry)
-        skips = spec.scorer is not None and spec.scorer.skip_class
-        require(not skips, "router.kind", options.kind, "staged, with a skip class")
+        require(not spec.skips, "router.kind", options.kind, "staged, with a skip class")
         features = spec.recurrence.features(geometry)
         self.noise_map = ProjectionFP32(features, geometry.num_experts, constant(0.0))
 

@@ -72,10 +72,10 @@ class RouterSpec:
         takes_bias = self.gate is not None and self.gate.takes_bias
         require(rate == 0 or takes_bias, "balance.bias_update_rate", rate, "0 with a gate that takes no bias")
         gate = self.gate.kind if self.gate is not None else None
-        fits = takes_bias or not self._skips
+        fits = takes_bias or not self.skips
         require(fits, "router.gate", gate, "a gate that takes a bias, with a skip class")
         if self.router.has_zero_experts:
-            knows = self.gate is not None and self.gate.knows_zero_experts and not self._skips
+            knows = self.gate is not None and self.gate.knows_zero_experts and not self.skips
             require(
                 knows,
                 "router.gate",
@@ -84,7 +84,8 @@ class RouterSpec:
             )
 
     @property
-    def _skips(self) -> bool:
+    def skips(self) -> bool:
+        """Whether the scorer has a class, the last, that asks for no expert."""
         return self.scorer is not None and self.scorer.skip_class
 
     @property
@@ -95,7 +96,7 @@ class RouterSpec:
     @property
     def leaves_empty_slots(self) -> bool:
         """Whether a token may come with fewer than K experts."""
-        dropping = self.balance.capacity_factor is not None or self._skips or self.router.has_zero_experts
+        dropping = self.balance.capacity_factor is not None or self.skips or self.router.has_zero_experts
         return dropping or (self.gate is not None and self.gate.leaves_empty_slots)
 
     @property

@@ -117,7 +117,7 @@ class _Manager(GenerateManager):
 
         def work() -> None:
             try:
-                _generate(model, processor, inputs, gen_config, own, streamer.gone, streamer=streamer)
+                _generate(model, processor, inputs, gen_config, own, streamer.gone, streamer)
             except Exception as error:
                 _log_failure(error)
                 loop.call_soon_threadsafe(answer.put_nowait, stream_error(FAILED))
@@ -166,7 +166,13 @@ def _taken(config: Any) -> _Own:
 
 
 def _generate(
-    model: Any, processor: Any, inputs: Any, config: Any, own: _Own, gone: threading.Event, **more: Any
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    config: Any,
+    own: _Own,
+    gone: threading.Event,
+    streamer: _Streamer | None = None,
 ) -> torch.Tensor:
     """One answer, in the worker's thread. A seed holds for this answer alone: others may be asked for meanwhile."""
     processors = LogitsProcessorList()
@@ -181,7 +187,7 @@ def _generate(
             tokenizer=processor,
             stopping_criteria=_until(gone),
             logits_processor=processors,
-            **more,
+            streamer=streamer,
         )
 
 
