@@ -50,6 +50,8 @@ def chunked_cross_entropy(
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     low = weight.to(dtype)
     items = items.to(wide)
+    # float16 has no numbers as small as a gradient over many tokens: there the division comes last, in `wide`.
+    late = items if dtype == torch.float16 else torch.ones_like(items)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         h, target = hidden[part].to(dtype), targets[part]
@@ -59,17 +61,16 @@ def chunked_cross_entropy(
             continue
         counts = (target != IGNORED).to(wide)[:, None]
         grad = log_probs.exp_().scatter_add_(1, target.clamp(min=0)[:, None], -counts)
-        # Divided by `items` in at least float32, at the end: float16 has no numbers that small.
-        grad = grad.mul_(counts).to(dtype)
+        grad = grad.mul_(counts * (late / items)).to(dtype)
         if for_hidden:
-            grad_hidden[part] = (grad @ low).to(wide).div_(items)
+            grad_hidden[part] = (grad @ low).to(wide).div_(late)
         if for_weight and start == 0:
             grad_weight = _product(grad.t(), h, grad_weight)
         elif for_weight and dtype == wide:
             grad_weight.addmm_(grad.t(), h)
         elif for_weight:
             grad_weight += grad.t() @ h
-    return total / items, grad_hidden, grad_weight.div_(items)
+    return total / items, grad_hidden, grad_weight.div_(late)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
