@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, get_wsd_schedule
 
+from experiments.lines import read_rows, require_same
 from experiments.status import exit_status
 from rmoe.compare.statistics import compare_to_baseline
 from rmoe.data import prepare
@@ -30,7 +31,7 @@ from rmoe.data.order import block_number
 from rmoe.errors import RequestError, RunError
 from rmoe.graft.attach import attach
 from rmoe.graft.spec import GraftSpec
-from rmoe.records import Record, append_lines, durable_rename, read_lines
+from rmoe.records import Record, append_lines, durable_rename
 from rmoe.results.run import Hardware, Versions
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import evaluate
@@ -167,11 +168,8 @@ def run(
     Raises:
         RequestError: `results` has runs of another size or another code.
     """
-    rows, here = read_rows(results), versions()
-    for row in rows:
-        for name, mine, found in (("size", size, row.size), ("versions", here, row.versions)):
-            if mine != found:
-                raise RequestError(name, mine, f"those of the runs in {results}: {found}")
+    rows, here = read_rows(results, GraftRow), versions()
+    require_same(rows, {"size": size, "versions": here}, results)
     done = {row.key for row in rows}
     first, second = (prepare(DataConfig(path=str(data_dir / file)), size.length) for file in (FIRST, SECOND))
     for seed in range(seeds):
@@ -222,13 +220,6 @@ def continued(
         versions=here,
         hardware=hardware(torch.get_num_threads()),
     )
-
-
-def read_rows(path: Path) -> list[GraftRow]:
-    """Finished runs; none where there is no file. A line that a kill cut short is no finished run."""
-    if not path.exists():
-        return []
-    return read_lines(path, lambda line, _: msgspec.json.decode(line, type=GraftRow))[0]
 
 
 def markdown(rows: Sequence[GraftRow], baseline: str = "nothing new") -> str:
@@ -288,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.verb == "run":
             run(asked.data_dir, asked.out, asked.seeds, Size(), asked.results)
         else:
-            table = markdown(read_rows(asked.results))
+            table = markdown(read_rows(asked.results, GraftRow))
             asked.results.with_suffix(".md").write_text(table, encoding="utf-8")
             print(table)
 

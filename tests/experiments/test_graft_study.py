@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from experiments import graft_study
-from experiments.graft_study import GraftRow, Size, markdown, read_rows
+from experiments.graft_study import GraftRow, Size, markdown
+from experiments.lines import read_rows
 from rmoe.data import prepare
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError, RunError
@@ -51,11 +52,13 @@ def test_a_stopped_study_resumes_to_the_same_rows(texts):
     graft_study.run(texts, texts / "out", 2, TINY, whole, ways)
     graft_study.run(texts, texts / "again", 1, TINY, parts, ways[:1])
     graft_study.run(texts, texts / "again", 2, TINY, parts, ways)
-    values = [{(r.way, r.seed): (r.first, r.second) for r in read_rows(path)} for path in (whole, parts)]
+    values = [
+        {(r.way, r.seed): (r.first, r.second) for r in read_rows(path, GraftRow)} for path in (whole, parts)
+    ]
     assert values[0] == values[1]
     assert len(values[0]) == 4
     assert len(set(values[0].values())) == 4
-    table = markdown(read_rows(whole))
+    table = markdown(read_rows(whole, GraftRow))
     assert table.count("| rmoe | 2 |") == 2
     assert "baseline" in table
 
@@ -71,11 +74,13 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(texts):
 def test_a_line_that_a_kill_cut_short_is_run_again(texts):
     results = texts / "results.jsonl"
     graft_study.run(texts, texts / "out", 2, TINY, results, ("nothing new",))
-    whole = read_rows(results)
+    whole = read_rows(results, GraftRow)
     results.write_bytes(results.read_bytes()[:-40])
-    assert [row.key for row in read_rows(results)] == [("nothing new", 0)]
+    assert [row.key for row in read_rows(results, GraftRow)] == [("nothing new", 0)]
     graft_study.run(texts, texts / "out", 2, TINY, results, ("nothing new",))
-    values = [[(row.key, row.first, row.second) for row in rows] for rows in (whole, read_rows(results))]
+    values = [
+        [(row.key, row.first, row.second) for row in rows] for rows in (whole, read_rows(results, GraftRow))
+    ]
     assert values[0] == values[1]
 
 
@@ -84,7 +89,7 @@ def test_runs_of_another_size_are_refused(texts):
     graft_study.run(texts, texts / "out", 1, TINY, results, ("nothing new",))
     with pytest.raises(RequestError, match="size"):
         graft_study.run(texts, texts / "out", 1, msgspec.structs.replace(TINY, steps=4), results)
-    row = read_rows(results)[0]
+    row = read_rows(results, GraftRow)[0]
     row = msgspec.structs.replace(row, versions=msgspec.structs.replace(row.versions, code="another"))
     results.write_bytes(msgspec.json.encode(row) + b"\n")
     with pytest.raises(RequestError, match="versions"):
