@@ -127,7 +127,8 @@ def tuned(
 ) -> ClassifierRow:
     """Fine-tune one model; its folder is removed afterwards."""
     source = read_result(models / f"{router}-seed{seed}")
-    assert source.test is not None and source.model is not None
+    if source.test is None or source.model is None:
+        raise RequestError("--models", source.folder, "runs with a model that was evaluated on the test text")
     train, test = files_of(task, data_dir)
     folder = out / f"{task}-{router}-seed{seed}"
     start = time.perf_counter()
@@ -185,8 +186,8 @@ def markdown(rows: Sequence[ClassifierRow], words: dict[str, dict[str, float]]) 
     first = rows[0]
     lines = [
         f"Accuracy on the test file after {first.settings['epochs']:g} epochs; models that had read "
-        f"{first.pretraining_steps:,} steps of wiki100. Differences are `{ROUTER}` minus `{BASELINE}`, seed by seed, with 95% "
-        f"t intervals. {first.hardware.cpu}, {first.hardware.threads} thread; code {first.versions.code}, "
+        f"{first.pretraining_steps:,} steps of wiki100. Differences are `{ROUTER}` minus `{BASELINE}`, seed by seed, "
+        f"with 95% t intervals. {first.hardware.cpu}, {first.hardware.threads} thread; code {first.versions.code}, "
         + ", ".join(f"{name} {version}" for name, version in first.versions.libraries.items())
         + ".",
         "",
