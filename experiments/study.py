@@ -3,14 +3,17 @@
     python -m experiments.study run --data-dir ../shared/data --out runs/study
     python -m experiments.study domains --data-dir ../shared/data --out runs/study
     python -m experiments.study collect --out runs/study
+    python -m experiments.study branches --data-dir ../shared/data --out runs/study
+    python -m experiments.study times --data-dir ../shared/data
     python -m experiments.study table
 
 `study.toml` is the plan, `study.md` what was fixed beforehand. `run` trains what is missing, on any machine: what
 `results/study.jsonl` has is not trained again. It wants a copy of the code that does not change: runs of two versions
 are refused, but for those that were seen to give the same bits (`equal_codes` in `study.toml`, or `--equal-code`).
 Another plan (`--plan experiments/zoo.toml`) has results, report and run folders of its own name.
-`domains` evaluates finished models on texts they were never trained on. `collect` copies finished runs, one line each,
-into `results/study.jsonl`; `table` writes `results/study.md` from that file alone.
+`domains` evaluates finished models on texts they were never trained on. `branches` and `times` are what a comparison
+at equal time needs (`experiments.study_time`). `collect` copies finished runs, one line each, into
+`results/study.jsonl`; `table` writes `results/study.md` from these files alone.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from experiments.status import exit_status
 from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
 from experiments.study_table import markdown
+from experiments.study_time import section, time_routers, train_branches
 from rmoe.compare.engines import EngineConfig, engine_of
 from rmoe.compare.jobs import Train
 from rmoe.compare.sharing import place
@@ -221,10 +225,26 @@ def finished(study: Study, out: Path) -> list[StudyRow]:
     ]
 
 
+def reference_config(study: Study, data_dir: Path) -> RunConfig:
+    """The configuration of the baseline's runs in the grid that the arms are compared with."""
+    grid = next(grid for stage in study.stage for grid in stage.grid if grid.folder == study.reference)
+    return study.config(grid, data_dir / TEXT).with_setting("router", study.baseline)
+
+
+def in_reference(rows: Sequence[StudyRow], study: Study) -> list[StudyRow]:
+    """The rows of that grid."""
+    return [row for row in rows if row.grid == study.reference]
+
+
+def beside(results: Path, suffix: str) -> Path:
+    """`study.jsonl` -> `study_times.json`: another file of the same plan."""
+    return results.with_name(results.stem + suffix)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong request."""
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
-    parser.add_argument("verb", choices=("run", "domains", "collect", "table"))
+    parser.add_argument("verb", choices=("run", "domains", "branches", "times", "collect", "table"))
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, help="default: runs/ and the plan's name")
@@ -256,12 +276,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in finished(study, out):
                 if row.grid in study.domain_grids:
                     evaluate_domains(out / row.grid / "runs" / row.name, study.domains, asked.data_dir)
+        elif asked.verb == "branches":
+            config = reference_config(study, asked.data_dir)
+            added = train_branches(config, out / study.reference, beside(results, "_branches.jsonl"))
+            print(f"{added} shorter runs of {study.baseline} added")
+        elif asked.verb == "times":
+            load_plugins((PLUGIN,))
+            rows = in_reference(read_study_rows(results, study.equal_codes), study)
+            routers = dict.fromkeys([study.baseline, *(row.router for row in rows)])
+            config = reference_config(study, asked.data_dir)
+            timed = time_routers(config, list(routers), beside(results, "_times.json"))
+            for router, timing in timed.timings.items():
+                print(
+                    f"{router} {timing.seconds_per_1k_steps:.1f} s per 1,000 steps, {timing.peak_mib:.0f} MiB"
+                )
         elif asked.verb == "collect":
             added = append_missing(results, finished(study, out), study.equal_codes)
             print(f"{added} runs added to {results}")
         else:
             found = read_study_rows(results, study.equal_codes)
             table = markdown(found, study.baseline, study.margin, study.reference, asked.plan.name)
+            lengths, times = beside(results, "_branches.jsonl"), beside(results, "_times.json")
+            at_equal_time = section(in_reference(found, study), study.baseline, study.margin, lengths, times)
+            table = "\n".join(filter(None, (table, at_equal_time)))
             results.with_suffix(".md").write_text(table, encoding="utf-8")
             print(table)
 
