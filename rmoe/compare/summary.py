@@ -356,17 +356,42 @@ def _spoken(verdict: str, margin: float) -> str:
 
 
 def _scale_notes(routers: Sequence[RouterSummary]) -> list[str]:
-    """A warning when arms start at scales that differ by more than `SCALE_RATIO`."""
+    """A warning when arms start, or later train, at scales that differ by more than `SCALE_RATIO`."""
     scales = {r.router: r.initial_logit_std for r in routers if r.initial_logit_std}
     if not scales:
         return []
     low, high = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
-    if scales[high] <= SCALE_RATIO * scales[low]:
+    if scales[high] > SCALE_RATIO * scales[low]:
+        return [
+            f"Warning: the routers start at different scales. The raw logits of {low} have a standard deviation of "
+            f"{scales[low]:.2g} before step 0, those of {high} {scales[high]:.2g}. That alone can move the loss by "
+            "more than a router does; --match-logits 1.0 starts all of them at one scale."
+        ]
+    return _parted_notes(
+        {r.router: r.layer_curves["logit_std"] for r in routers if "logit_std" in r.layer_curves}
+    )
+
+
+def _parted_notes(curves: Mapping[str, LayerCurve]) -> list[str]:
+    """A warning when logits that start at one scale do not stay there: at the step where they are furthest apart."""
+    # Means over layers: the swept points that routers were chosen at may differ in depth.
+    means = {
+        name: dict(zip(curve.step, (float(np.mean(layers)) for layers in curve.value), strict=True))
+        for name, curve in curves.items()
+    }
+    widest = (0.0, 0, "", "")
+    for step in sorted(set.intersection(*map(set, means.values()))) if means else []:
+        low, high = min(means, key=lambda r: means[r][step]), max(means, key=lambda r: means[r][step])
+        if means[low][step] > 0:
+            widest = max(widest, (means[high][step] / means[low][step], step, low, high))
+    ratio, step, low, high = widest
+    if ratio <= SCALE_RATIO:
         return []
     return [
-        f"Warning: the routers start at different scales. The raw logits of {low} have a standard deviation of "
-        f"{scales[low]:.2g} before step 0, those of {high} {scales[high]:.2g}. That alone can move the loss by more "
-        "than a router does; --match-logits 1.0 starts all of them at one scale."
+        "Warning: the routers start at one scale and leave it. "
+        f"After step {step:,} the raw logits of {low} have a standard deviation of {means[low][step]:.2g}, those of "
+        f"{high} {means[high][step]:.2g}. A state that is small at the start and grows does that to its scorer; "
+        "a row that normalises its state (rmoe-norm) keeps its scale."
     ]
 
 

@@ -133,6 +133,26 @@ def started(scale: float, router: str, seed: int = 0):
     )
 
 
+@pytest.mark.parametrize(("later", "warned"), [(1.49, False), (1.51, True), (0.66, True), (0.67, False)])
+def test_routers_that_leave_one_scale_are_warned_about(later, warned):
+    """Means over layers count, at the step where the arms are furthest apart."""
+    from rmoe.results.run import LayerCurve
+
+    def logged(router: str, at_20: float):
+        values = [[0.9, 1.1], [at_20 - 0.1, at_20 + 0.1], [1.1, 1.1]]
+        curve = LayerCurve(unit="std", step=[10, 20, 30], value=values)
+        return changed(started(1.0, router), layer_curves={"logit_std": curve})
+
+    rows = [logged("smoe", 1.0), logged("rmoe", later), row("hash", 0, 1.9)]
+    notes = [n for n in summarise(rows, preset="small", baseline="smoe").notes if "leave it" in n]
+    assert len(notes) == warned
+    if warned:
+        assert "After step 20 the raw logits of " in notes[0]
+        low, high = sorted((("smoe", 1.0), ("rmoe", later)), key=lambda arm: arm[1])
+        said = f"{low[0]} have a standard deviation of {low[1]:.2g}, those of {high[0]} {high[1]:.2g}."
+        assert said in notes[0]
+
+
 @pytest.mark.parametrize(("other", "warned"), [(1.49, False), (1.51, True), (0.66, True), (0.67, False)])
 def test_routers_that_start_at_different_scales_are_warned_about(other, warned):
     rows = [started(1.0, "smoe"), started(other, "rmoe"), row("hash", 0, 1.9)]
