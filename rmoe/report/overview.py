@@ -6,23 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rmoe.report.table import Cell, Column
 from rmoe.results.analysis import Analysis, DropRatio
-
-
-@dataclass(frozen=True)
-class Column:
-    title: str
-    unit: str = ""
-    is_text: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """`shade`: 0 at the column's lowest value, 1 at its highest."""
-
-    text: str
-    value: float
-    shade: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +29,11 @@ class Overview:
 Values = Sequence[float] | None
 CAPACITY = 1.25
 
+
+def _at_capacity(drop: DropRatio) -> Values:
+    return dict(zip(drop.capacity_factor, drop.values, strict=True)).get(CAPACITY)
+
+
 # (field of `ModelAnalysis`, title, unit, the measure's value for each layer)
 STATISTICS: tuple[tuple[str, str, str, Callable[[Any], Values]], ...] = (
     ("entropy_mean", "gate entropy", "nats", lambda entropy: entropy.values),
@@ -53,7 +43,7 @@ STATISTICS: tuple[tuple[str, str, str, Callable[[Any], Values]], ...] = (
     ("load", "load, 5%", "of the mean", lambda load: [row[1] for row in load.quantiles]),
     ("load", "load, 95%", "of the mean", lambda load: [row[3] for row in load.quantiles]),
     ("frequency", "unused experts", "", lambda frequency: [row.count(0.0) for row in frequency]),
-    ("drop_ratio", "drop ratio", f"at capacity {CAPACITY}", lambda drop: _at_capacity(drop)),
+    ("drop_ratio", "drop ratio", f"at capacity {CAPACITY}", _at_capacity),
     ("similarity", "expert similarity", "cosine", lambda similarity: similarity.values),
     ("router_weights", "router norm", "", lambda weights: weights.norm),
     ("gradient_split", "gradient", "language model", lambda split: split.language_model[-1]),
@@ -80,12 +70,8 @@ def overview(analysis: Analysis | None) -> Overview:
         if layer < model.layers
     ]
     several = len(models) > 1
-    first = [Column("layer", is_text=True), *([Column("model", is_text=True)] if several else [])]
+    first = [Column("layer", numeric=False), *([Column("model", numeric=False)] if several else [])]
     return Overview([*first, *(column for column, _, _ in kept)], rows, several)
-
-
-def _at_capacity(drop: DropRatio) -> Values:
-    return dict(zip(drop.capacity_factor, drop.values, strict=True)).get(CAPACITY)
 
 
 def _span(values: Sequence[Values]) -> tuple[float, float]:
@@ -99,4 +85,4 @@ def _cell(values: Values, layer: int, low: float, high: float) -> Cell | None:
     value = values[layer]
     shade = (value - low) / (high - low) if high > low else 0.0
     text = f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:#.3g}"
-    return Cell(text, value, round(shade, 3))
+    return Cell(text, value, shade=round(shade, 3))
