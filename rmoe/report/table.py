@@ -36,7 +36,8 @@ def columns(summary: Summary) -> list[Column]:
 
 def rows(summary: Summary) -> list[list[Cell]]:
     """One row per router, in the summary's order; a dash where something was not measured."""
-    return [[cell(router) for _, cell in _laid_out(summary)] for router in summary.routers]
+    laid_out = _laid_out(summary)
+    return [[cell(router) for _, cell in laid_out] for router in summary.routers]
 
 
 def _laid_out(summary: Summary) -> list[tuple[Column, Callable[[RouterSummary], Cell]]]:
@@ -60,17 +61,17 @@ def _laid_out(summary: Summary) -> list[tuple[Column, Callable[[RouterSummary], 
         (Column("seeds needed", "to see 0.01 bits"), lambda r: _seeds_needed(r.difference)),
         (Column("initial logit std", "before step 0"), lambda r: _number(r.initial_logit_std, ".2f")),
         (Column("parameters (router)", "non-embedding"), _parameters),
-        (Column("peak memory", "MiB"), lambda r: _number(r.timing and r.timing.peak_mib, ",.0f")),
+        (Column("peak memory", "MiB"), lambda r: _number(r.timing.peak_mib if r.timing else None, ",.0f")),
         (
             Column("time", "s per 1k steps"),
-            lambda r: _number(r.timing and r.timing.seconds_per_1k_steps, ",.1f"),
+            lambda r: _number(r.timing.seconds_per_1k_steps if r.timing else None, ",.1f"),
         ),
     ]
     if any(router.averaged for router in summary.routers):
         found.append((Column("difference of averaged weights", bits), lambda r: _difference(r.averaged)))
     if summary.law is not None:
         equal = Column("difference at equal time", bits)
-        found.append((equal, lambda r: _difference(r.equal_time and r.equal_time.difference)))
+        found.append((equal, lambda r: _difference(r.equal_time.difference if r.equal_time else None)))
         found.append((Column("effective speed-up", "times"), _speedup))
     if any(router.gate for router in summary.routers):
         found.append((Column("at both sizes", numeric=False), lambda r: Cell(r.gate) if r.gate else BLANK))
