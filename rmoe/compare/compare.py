@@ -36,6 +36,7 @@ from rmoe.results.rows import finished, read_rows
 from rmoe.results.run import CorpusInfo
 from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
+from rmoe.validation import require
 
 
 def compare(
@@ -81,9 +82,9 @@ def compare(
     """
     options = options or Options()
     require_writable(out)
-    if lengths and sweep:
-        allowed = "left out with --sweep: first choose, then compare at what was chosen"
-        raise RequestError("--lengths", ",".join(map(str, lengths)), allowed)
+    said = ",".join(map(str, lengths))
+    allowed = "left out with --sweep: first choose, then compare at what was chosen"
+    require(not (lengths and sweep), "--lengths", said, allowed)
     if lengths:
         config = with_branch_points(config, lengths)
     if match_logits is not None:
@@ -155,26 +156,21 @@ def _plan(
     sweep: Sequence[str],
     max_seeds: int | None,
 ) -> ComparisonPlan:
-    if seeds < 1:
-        raise RequestError("--seeds", seeds, "1 or more")
+    require(seeds >= 1, "--seeds", seeds, "1 or more")
     if max_seeds is not None:
-        if seeds < 2:
-            raise RequestError("--seeds", seeds, "2 or more with --until-decided: one pair has no spread")
-        if max_seeds < seeds:
-            raise RequestError("--max-seeds", max_seeds, f"--seeds ({seeds}) or more")
-        if sweep:
-            raise RequestError(
-                "--until-decided", True, "left out with --sweep: the choice would change as pairs come"
-            )
-    if config.router != RunConfig.router:
-        raise RequestError("--router", config.router, "left alone: --routers says what is compared")
+        require(seeds >= 2, "--seeds", seeds, "2 or more with --until-decided: one pair has no spread")
+        require(max_seeds >= seeds, "--max-seeds", max_seeds, f"--seeds ({seeds}) or more")
+        allowed = "left out with --sweep: the choice would change as pairs come"
+        require(not sweep, "--until-decided", True, allowed)
+    alone = config.router == RunConfig.router
+    require(alone, "--router", config.router, "left alone: --routers says what is compared")
     from rmoe.training.build import load_plugins
 
     load_plugins(config.plugin)
     names = select(routers)
     baseline = baseline or ("smoe" if "smoe" in names else names[0])
-    if baseline not in names:
-        raise RequestError("--baseline", baseline, f"one of the routers compared: {', '.join(names)}")
+    compared = f"one of the routers compared: {', '.join(names)}"
+    require(baseline in names, "--baseline", baseline, compared)
     return ComparisonPlan(
         config=config.with_setting("router", baseline),
         routers=names,
@@ -198,29 +194,26 @@ def _set_up(
 
     training = plan.config.training
     on_gpu = torch.cuda.is_available() and training.device != "cpu"
-    if options.jobs is not None and options.jobs < 1:
-        raise RequestError("--jobs", options.jobs, "1 or more")
-    if options.engine.fetch != "no" and plan.lengths:
-        raise RequestError(
-            "--lengths", ",".join(map(str, plan.lengths)), "given with a shared folder, not engine.fetch"
-        )
-    if options.engine.fetch == "result" and plan.sweep:
-        raise RequestError(
-            "engine.fetch", "result", "model with --sweep: the chosen models are evaluated here"
-        )
-    wants, sharing = place(plan.config, options.engine, options.jobs, on_gpu)
-    plan = plans.with_threads(plan, sharing.threads)
+    jobs, fetch = options.jobs, options.engine.fetch
+    require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
+    lengths = ",".join(map(str, plan.lengths))
+    allowed = "given with a shared folder, not engine.fetch"
+    require(fetch == "no" or not lengths, "--lengths", lengths, allowed)
+    allowed = "model with --sweep: the chosen models are evaluated here"
+    require(fetch != "result" or not plan.sweep, "engine.fetch", fetch, allowed)
+    wants, sharing = place(plan.config, options.engine, jobs, on_gpu)
+    plan = replace(plan, config=plan.config.with_setting("training.threads", sharing.threads))
     prepared = prepare(plan.config.data, training.sequence_length)
     for split in ("train", "valid", "test"):
-        if split not in prepared.manifest.splits:
-            raise RequestError("data.split", plan.config.data.split, f"a rule that gives a {split} split")
+        known = split in prepared.manifest.splits
+        require(known, "data.split", plan.config.data.split, f"a rule that gives a {split} split")
     corpus = CorpusInfo(name=prepared.manifest.source.name, sha256=prepared.manifest.key, unit=prepared.unit)
     notes = [
         f"{name} runs with {change['model.num_experts_per_tok']} expert(s) per token, the only number it is "
         "defined for: it is no like-for-like comparison."
         for name, change in plan.changes.items()
     ]
-    if options.engine.fetch != "no":
+    if fetch != "no":
         notes.append(
             "Runs travelled without a shared folder: one whose machine died began anew, and no checkpoints are here."
         )

@@ -67,7 +67,6 @@ def equal_time(
     law: LossLaw,
     split: Split,
     margin: float,
-    confidence: float = CONFIDENCE,
     looks: Looks | None = None,
 ) -> dict[str, EqualTime]:
     """Every router that was timed, against the baseline at equal seconds.
@@ -88,9 +87,9 @@ def equal_time(
         for name, ratio in ratios.items()
     }
     # Already in bits, whatever the corpus's unit.
-    found = compare_to_baseline(moved, baseline, "bits_per_byte", split, margin, confidence, looks)
+    found = compare_to_baseline(moved, baseline, "bits_per_byte", split, margin, looks=looks)
     return {
-        name: _equal_time(difference, bits[name], bits[baseline], law, ratios[name], confidence, looks)
+        name: _equal_time(difference, bits[name], bits[baseline], law, ratios[name], looks)
         for name, difference in found.items()
     }
 
@@ -101,11 +100,10 @@ def _equal_time(
     theirs: Mapping[int, float],
     law: LossLaw,
     ratio: float,
-    confidence: float,
     looks: Looks | None,
 ) -> EqualTime:
     logs = [math.log(speedup(theirs[seed], mine[seed], law, ratio)) for seed in difference.seeds]
-    interval = t_test(logs, confidence, looks)[0] if len(logs) > 1 else None
+    interval = t_test(logs, CONFIDENCE, looks)[0] if len(logs) > 1 else None
     return EqualTime(
         seconds_ratio=ratio,
         difference=difference,

@@ -12,9 +12,9 @@ import msgspec
 
 from rmoe.compare import plan as plans
 from rmoe.compare.plan import ComparisonPlan, ComparisonRecord
-from rmoe.errors import RequestError
 from rmoe.records import read_record
 from rmoe.results.comparison import SUMMARY_VERSION, Difference, RouterSummary, Summary
+from rmoe.validation import require
 
 BETTER = ("better", "better by less than the margin")
 
@@ -27,12 +27,10 @@ def read_other(folder: Path, plan: ComparisonPlan) -> Summary:
     """
     record = read_record(folder / plans.COMPARISON, ComparisonRecord, plans.COMPARISON_VERSION)
     summary = read_record(folder / plans.SUMMARY, Summary, SUMMARY_VERSION)
-    if summary.baseline != plan.baseline:
-        raise RequestError(
-            "--gate", f"{folder} (baseline {summary.baseline})", f"one with baseline {plan.baseline}"
-        )
-    if record.config["model"] == plan.config.to_dict()["model"]:
-        raise RequestError("--gate", str(folder), "a comparison at another size: its model is this one's")
+    named = f"{folder} (baseline {summary.baseline})"
+    require(summary.baseline == plan.baseline, "--gate", named, f"one with baseline {plan.baseline}")
+    other = record.config["model"] != plan.config.to_dict()["model"]
+    require(other, "--gate", str(folder), "a comparison at another size: its model is this one's")
     return summary
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,31 +135,62 @@ def planned_rows(setting: Setting) -> tuple[list[ResultRow], list[str]]:
 
 
 def _train_missing(setting: Setting, engine: Engine) -> None:
-    """Train every run that has no finished row, several at once."""
+    """Train every run that has no finished row."""
     known = finished(setting.rows().values())
-    missing = [run for run in setting.plan.runs() if run.key not in known]
-    if not missing:
-        return
+    missing = [(run, setting.folder(run), None) for run in setting.plan.runs() if run.key not in known]
+    threads = counted([setting.sharing.threads], "thread")
+    if missing:
+        said = f"{counted([len(missing)], 'run')}, {engine.at_once} with {threads} each; logs in {setting.out / 'logs'}"
+        _train(setting, engine, setting.results, missing, said)
 
+
+def train_branches(setting: Setting, engine: Engine) -> None:
+    """Train the baseline's shorter runs that are missing, each from its longer run's checkpoint."""
+    path = setting.out / plans.BRANCHES
+    known, whole = finished(read_rows(path)[0]), finished(setting.rows().values())
+    missing = [
+        (branch, setting.out / "branches" / branch.key, setting.folder(run))
+        for branch, run in setting.plan.branches()
+        if branch.key not in known and run.key in whole
+    ]
+    if missing:
+        said = f"{counted([len(missing)], 'branch')} of {setting.plan.baseline} ..."
+        _train(setting, engine, path, missing, said)
+
+
+def _train(
+    setting: Setting,
+    engine: Engine,
+    path: Path,
+    missing: Sequence[tuple[Run, Path, Path | None]],
+    said: str,
+) -> None:
+    """Train runs, several at once, and append a row of each to `path`.
+
+    Args:
+        missing: each run, its folder, and that of the longer run it branches from.
+
+    Raises:
+        RunError: somebody told a run to stop.
+    """
+    print(f"training {said}", file=sys.stderr, flush=True)
+    runs = {run.key: run for run, _, _ in missing}
     jobs = {
         run.key: Train(
             config=run.config.to_dict(),
-            folder=str(setting.folder(run)),
+            folder=str(folder),
             data_sha256=setting.corpus.sha256,
+            branch_of=None if longer is None else str(longer),
         )
-        for run in missing
+        for run, folder, longer in missing
     }
-    runs = {run.key: run for run in missing}
-    steps = setting.plan.config.training.max_steps
-    print(
-        f"training {counted([len(missing)], 'run')}, {engine.at_once} with "
-        f"{counted([setting.sharing.threads], 'thread')} each; logs in {setting.out / 'logs'}",
-        file=sys.stderr,
-        flush=True,
-    )
-    with Progress({run.key: setting.folder(run) for run in missing}, steps) as progress:
+    with Progress(
+        {run.key: (folder, run.config.training.max_steps) for run, folder, _ in missing}
+    ) as progress:
         for key, answer in _trained(setting, engine, jobs):
-            append_row(setting.results, _row(setting, runs[key], _unless_stopped(key, answer)))
+            if answer.stopped:
+                raise RunError(f"{key}: {answer.error}", "every finished run", "run the same command again")
+            append_row(path, _row(setting, runs[key], answer))
             progress.finished(key, answer.error)
 
 
@@ -179,59 +210,10 @@ def _trained(setting: Setting, engine: Engine, jobs: Mapping[str, Train]) -> Ite
         yield name, answer
 
 
-def _unless_stopped(key: str, answer: Answer) -> Answer:
-    """The answer of a run that came to its end.
-
-    Raises:
-        RunError: somebody told it to stop.
-    """
-    if answer.stopped:
-        raise RunError(f"{key}: {answer.error}", "every finished run", "run the same command again")
-    return answer
-
-
-def train_branches(setting: Setting, engine: Engine) -> None:
-    """Train the baseline's shorter runs that are missing, each from its longer run's checkpoint."""
-    if not setting.plan.lengths:
-        return
-    path = setting.out / plans.BRANCHES
-    known = finished(read_rows(path)[0])
-    whole = finished(setting.rows().values())
-    missing = [
-        (branch, run)
-        for branch, run in setting.plan.branches()
-        if branch.key not in known and run.key in whole
-    ]
-    if not missing:
-        return
-
-    print(
-        f"training {counted([len(missing)], 'branch')} of {setting.plan.baseline} ...",
-        file=sys.stderr,
-        flush=True,
-    )
-    branches = {branch.key: branch for branch, _ in missing}
-    jobs = {
-        branch.key: Train(
-            config=branch.config.to_dict(),
-            folder=str(setting.out / "branches" / branch.key),
-            data_sha256=setting.corpus.sha256,
-            branch_of=str(setting.folder(run)),
-        )
-        for branch, run in missing
-    }
-    for key, answer in engine.answers(jobs, setting.wants):
-        append_row(path, _row(setting, branches[key], _unless_stopped(key, answer)))
-        state = f"failed: {answer.error}" if answer.error else "finished"
-        print(f"{key} {state}", file=sys.stderr, flush=True)
-
-
 def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
     """The line of results.jsonl that an answer makes."""
-    result = failure = None
-    if answer.error is None:
-        result = answer.value
-    else:
+    failure = None
+    if answer.error is not None:
         failure = Failure(
             error=answer.error,
             router_spec=ZOO[run.router].spec.to_dict(),
@@ -240,7 +222,7 @@ def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
             hardware=setting.hardware,
             corpus=setting.corpus,
         )
-    return ResultRow(router=run.router, seed=run.seed, sweep=run.sweep, result=result, failure=failure)
+    return ResultRow(router=run.router, seed=run.seed, sweep=run.sweep, result=answer.value, failure=failure)
 
 
 def evaluate_chosen(setting: Setting, engine: Engine) -> None:

@@ -268,8 +268,3 @@ def _require_same(
         if begun and was_own != own:
             allowed = f"{was_own}, as the comparison in {folder} was started (--match-params, --baseline)"
             raise RequestError(f"settings of {router}", own, allowed)
-
-
-def with_threads(plan: ComparisonPlan, threads: int) -> ComparisonPlan:
-    """The plan with its number of threads a run settled: it is part of the configuration."""
-    return replace(plan, config=plan.config.with_setting("training.threads", threads))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -125,15 +125,15 @@ def _detail(rows: Sequence[ProbeRow]) -> Detail:
         },
         curve_step=rows[0].curve_step,
         curve_regret=np.mean([row.curve_regret for row in rows], axis=0).tolist(),
-        steps_to_half=_median(rows, lambda row: row.steps_to_half),
-        steps_to_tenth=_median(rows, lambda row: row.steps_to_tenth),
+        steps_to_half=_median([row.steps_to_half for row in rows]),
+        steps_to_tenth=_median([row.steps_to_tenth for row in rows]),
         recurrent_share=float(np.mean(shares)) if shares else None,
     )
 
 
-def _median(rows: Sequence[ProbeRow], steps: Callable[[ProbeRow], int | None]) -> float | None:
-    found = [np.inf if steps(row) is None else float(steps(row) or 0) for row in rows]
-    median = float(np.median(found))
+def _median(steps: Sequence[int | None]) -> float | None:
+    """None if half of them never came there."""
+    median = float(np.median([np.inf if step is None else step for step in steps]))
     return median if np.isfinite(median) else None
 
 

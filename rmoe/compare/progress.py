@@ -22,12 +22,11 @@ class Progress:
     """A bar on a terminal; elsewhere one line per finished run.
 
     Args:
-        folders: run -> its folder.
-        steps: of each run.
+        runs: run -> its folder and its steps.
     """
 
-    def __init__(self, folders: dict[str, Path], steps: int) -> None:
-        self.folders, self.steps = folders, steps
+    def __init__(self, runs: dict[str, tuple[Path, int]]) -> None:
+        self.runs = runs
         self._done: set[str] = set()
         self._over = threading.Event()
         self._bar = Bar(
@@ -41,7 +40,8 @@ class Progress:
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._bar.add_task(f"{len(folders)} runs", total=steps * len(folders))
+        total = sum(steps for _, steps in runs.values())
+        self._task = self._bar.add_task(f"{len(runs)} runs", total=total)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
@@ -60,16 +60,16 @@ class Progress:
         """A run has ended."""
         self._done.add(run)
         state = f"failed: {error}" if error else "finished"
-        print(f"{run} {state} ({len(self._done)} of {len(self.folders)})", file=sys.stderr, flush=True)
+        print(f"{run} {state} ({len(self._done)} of {len(self.runs)})", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         while not self._over.wait(1.0):
             reached = sum(
-                self.steps if run in self._done else last_step(folder / "metrics.jsonl")
-                for run, folder in self.folders.items()
+                steps if run in self._done else last_step(folder / "metrics.jsonl")
+                for run, (folder, steps) in self.runs.items()
             )
             self._bar.update(
-                self._task, completed=reached, description=f"{len(self._done)} of {len(self.folders)} runs"
+                self._task, completed=reached, description=f"{len(self._done)} of {len(self.runs)} runs"
             )
 
 

@@ -81,9 +81,7 @@ def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> 
 STRETCHES = 250  # of the test text: long enough that neighbours hardly depend on each other
 
 
-def text_interval(
-    mine: Sequence[TextLosses], theirs: Sequence[TextLosses], confidence: float = CONFIDENCE
-) -> Interval | None:
+def text_interval(mine: Sequence[TextLosses], theirs: Sequence[TextLosses]) -> Interval | None:
     """t interval of the difference over stretches of text, in bits per token, the mean over pairs in each stretch.
 
     It says what more text of this kind would give the same models, nothing about training them again.
@@ -99,7 +97,7 @@ def text_interval(
         return None
     per_target = len(nats) / mine[0].targets / math.log(2)
     bits_per_token = np.array([part.mean() for part in np.array_split(nats, count)]) * per_target
-    return t_interval(bits_per_token.tolist(), confidence)[0]
+    return t_interval(bits_per_token.tolist())[0]
 
 
 def equivalence_p(differences: Sequence[float], margin: float) -> float:
@@ -225,15 +223,17 @@ def decide(
     p_equal = {name: equivalence_p(found, margin) for name, found in values.items()}
     p_differs, p_same = {name: p for name, (_, p) in tests.items()}, p_equal
     if looks is not None:
-        p_differs = {n: sequential_p(_at_looks(v, looks, _p_differs), looks) for n, v in values.items()}
-        p_same = {
-            # One-sided tests: a boundary of 5% on one side is that of 10% on both.
-            name: sequential_p(
-                _at_looks(found, looks, lambda v: min(1.0, 2 * equivalence_p(v, margin))), looks
-            )
-            / 2
-            for name, found in values.items()
-        }
+
+        def over_looks(p_of: Callable[[Sequence[float]], float]) -> dict[str, float]:
+            return {
+                name: sequential_p([p_of(found[:n]) for n in looks if n <= len(found)], looks)
+                for name, found in values.items()
+            }
+
+        p_differs = over_looks(lambda found: t_interval(found)[1])
+        # One-sided tests: a boundary of 5% on one side is that of 10% on both.
+        doubled = over_looks(lambda found: min(1.0, 2 * equivalence_p(found, margin)))
+        p_same = {name: p / 2 for name, p in doubled.items()}
     p_holm = dict(zip(values, holm(list(p_differs.values())), strict=True))
     p_equal_holm = dict(zip(values, holm(list(p_same.values())), strict=True))
     return {
@@ -308,22 +308,10 @@ def compare_to_baseline(
     return {name: difference(name) for name in differences}
 
 
-def _p_differs(differences: Sequence[float]) -> float:
-    return t_interval(differences)[1]
-
-
-def _at_looks(
-    differences: Sequence[float], looks: Looks, p_of: Callable[[Sequence[float]], float]
-) -> list[float]:
-    """The p value at each look that there are pairs for."""
-    return [p_of(differences[:pairs]) for pairs in looks if pairs <= len(differences)]
-
-
 def t_test(differences: Sequence[float], confidence: float, looks: Looks | None) -> tuple[Interval, float]:
     """`t_interval`; with looks, one that holds the mean at every look so far with this confidence."""
-    if (
-        looks is not None
-    ):  # between two looks, and before the first (a run has failed), the next one's level holds
+    if looks is not None:
+        # Between two looks, and before the first (a run has failed), the next one's level holds.
         look = next((i for i, pairs in enumerate(looks) if pairs >= len(differences)), len(looks) - 1)
         confidence = 1 - nominal_levels(round(1 - confidence, 12), looks)[look]
     return t_interval(differences, confidence)

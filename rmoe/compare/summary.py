@@ -95,7 +95,6 @@ def summarise(
     descriptions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     margin: float = statistics.MARGIN_BITS,
-    confidence: float = statistics.CONFIDENCE,
     looks: Looks | None = None,
     branches: Sequence[ResultRow] = (),
 ) -> Summary:
@@ -125,9 +124,9 @@ def summarise(
     split: Split = "test" if all(run.test is not None for run in runs) else "val"
     values = _values(runs, split)
     unit = rows[0].run.corpus.unit
-    differences = statistics.compare_to_baseline(values, baseline, unit, split, margin, confidence, looks)
+    differences = statistics.compare_to_baseline(values, baseline, unit, split, margin, looks=looks)
     between_averages = statistics.compare_to_baseline(
-        _values(runs, split, averaged=True), baseline, unit, split, margin, confidence, looks
+        _values(runs, split, averaged=True), baseline, unit, split, margin, looks=looks
     )
     routers = [
         _router(
@@ -150,7 +149,7 @@ def summarise(
         seconds = {r.router: r.timing.seconds_per_1k_steps for r in routers if r.timing is not None}
         if baseline not in seconds:
             said = ["No comparison at equal time: the routers were not timed alone (--timing-rounds)."]
-        at_equal = equal_time(in_bits, seconds, baseline, law, split, margin, confidence, looks)
+        at_equal = equal_time(in_bits, seconds, baseline, law, split, margin, looks)
         routers = [
             msgspec.structs.replace(r, equal_time=in_unit(at_equal[r.router], unit_of_differences(unit)))
             if r.router in at_equal
@@ -161,13 +160,13 @@ def summarise(
         preset=preset,
         baseline=baseline,
         corpus=rows[0].run.corpus,
-        confidence=confidence,
-        verdict=verdict_sentence(differences, baseline, margin, confidence),
+        confidence=statistics.CONFIDENCE,
+        verdict=verdict_sentence(differences, baseline, margin),
         notes=[
             *_scale_notes(routers),
             *_look_notes(differences, looks),
             *other_machines,
-            *_notes(rows, differences, confidence),
+            *_notes(rows, differences),
             *said,
             *notes,
         ],
@@ -310,14 +309,7 @@ def _minus(ours: Curve, theirs: Curve, unit: Unit) -> Curve:
     )
 
 
-def interval_phrase(interval: Interval) -> str:
-    """An interval in words."""
-    return f"{signed(interval.low)} to {signed(interval.high)}"
-
-
-def verdict_sentence(
-    differences: Mapping[str, Difference], baseline: str, margin: float, confidence: float
-) -> str:
+def verdict_sentence(differences: Mapping[str, Difference], baseline: str, margin: float) -> str:
     """The finding in one sentence, with its interval.
 
     With several routers, the one that leads is named, and how many have which verdict.
@@ -332,10 +324,10 @@ def verdict_sentence(
             f"One seed gives no verdict: {name} minus {baseline} is {signed(best.mean)} {where}, "
             "and nothing says how much of that is chance."
         )
-    figure = (
-        f"{signed(best.mean)} {where} ({confidence:.0%} interval {interval_phrase(best.interval)}, "
-        f"{len(best.values)} paired seeds)"
+    interval = (
+        f"{statistics.CONFIDENCE:.0%} interval {signed(best.interval.low)} to {signed(best.interval.high)}"
     )
+    figure = f"{signed(best.mean)} {where} ({interval}, {len(best.values)} paired seeds)"
     if len(differences) == 1:
         return f"{name} minus {baseline} is {figure}: {_spoken(best.verdict, margin)}."
     lowest = "the lowest" if len(tested) == len(differences) else "the lowest with more than one pair"
@@ -436,13 +428,13 @@ def one_timing_machine(rows: Sequence[ResultRow], baseline: str) -> tuple[list[R
     return blank, [note]
 
 
-def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference], confidence: float) -> list[str]:
+def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference]) -> list[str]:
     notes = []
     if any(difference.interval is None for difference in differences.values()):
         notes.append("A router with one seed is listed, not ranked: one seed ranks nothing.")
     if sum(difference.p is not None for difference in differences.values()) > 1:
         notes.append(
-            f"Verdicts use p values corrected over all routers (Holm); intervals are {confidence:.0%} each, "
+            f"Verdicts use p values corrected over all routers (Holm); intervals are {statistics.CONFIDENCE:.0%} each, "
             "not corrected."
         )
     codes = dict.fromkeys(row.result.versions.code for row in rows if row.result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rmoe.errors import RequestError
+from rmoe.validation import require
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,11 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name, value in (("--devices", self.devices), ("--devices-per-node", self.devices_per_node)):
-            if value < 1:
-                raise RequestError(name, value, "1 or more")
-        if self.devices > self.devices_per_node and self.devices % self.devices_per_node:
-            raise RequestError(
-                "--devices", self.devices, f"a multiple of {self.devices_per_node}, full nodes"
-            )
-        if not 0 < self.compute_efficiency <= 1:
-            raise RequestError("--efficiency", self.compute_efficiency, "above 0, at most 1")
+            require(value >= 1, name, value, "1 or more")
+        full = self.devices <= self.devices_per_node or self.devices % self.devices_per_node == 0
+        require(full, "--devices", self.devices, f"a multiple of {self.devices_per_node}, full nodes")
+        share = self.compute_efficiency
+        require(0 < share <= 1, "--efficiency", share, "above 0, at most 1")
 
     @property
     def node(self) -> int:
@@ -89,6 +86,5 @@ def accelerator(name: str) -> Accelerator:
     Raises:
         RequestError: there is none.
     """
-    if name not in ACCELERATORS:
-        raise RequestError("--accelerator", name, ", ".join(ACCELERATORS))
+    require(name in ACCELERATORS, "--accelerator", name, ", ".join(ACCELERATORS))
     return ACCELERATORS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from rmoe.errors import RequestError
@@ -178,10 +179,10 @@ def _evaluate(
     parts["network"] = exposed + (hidden if hidden > compute else 0.0)
     parts["memory"] = optimizer
     fits = held.peak <= cluster.memory_bytes
-    gib = {name: getattr(held, name) / 2**30 for name in (*held.__dataclass_fields__, "peak")}
+    gib = {name: size / 2**30 for name, size in (*asdict(held).items(), ("peak", held.peak))}
     return LayoutPlan(
         layout=layout.name,
-        groups={name: getattr(layout, name) for name in layout.__dataclass_fields__},
+        groups=asdict(layout),
         fits=fits,
         micro_batch_size=micro,
         accumulation=passes,
@@ -191,11 +192,7 @@ def _evaluate(
             "plain": memory(False).activations / 2**30,
             "checkpointed": memory(True).activations / 2**30,
         },
-        traffic=[
-            {"collective": t.collective, "purpose": t.purpose, "bytes": t.bytes, "group": t.group}
-            | {"hidden": t.hidden, "router_bytes": t.router_bytes}
-            for t in traffic
-        ],
+        traffic=[asdict(item) for item in traffic],
         step_seconds=step,
         seconds={
             "compute": compute,

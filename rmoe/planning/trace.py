@@ -8,12 +8,13 @@ here knows what is inside an attention block or a router.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,48 +163,50 @@ def _experts_of(layer: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return {name: p for name, p in layer.items() if name.startswith("mlp.experts.")}
 
 
+# --- deeper models from shallow ones ---------------------------------------------------------------
+
+
+def _by_depth(
+    config: RMoEConfig, measure: Callable[[RMoEConfig], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is measured of a model without its layers, of one routing layer, and of one dense layer (0: it has none)."""
+
+    def at(routing: int, dense: int) -> np.ndarray:
+        shallow = copy.deepcopy(config)
+        shallow.num_hidden_layers, shallow.first_k_dense_replace = routing + dense, dense
+        return measure(shallow)
+
+    two = at(2, 0)
+    routing = at(3, 0) - two
+    dense = at(2, 1) - two if config.first_k_dense_replace else np.zeros_like(two)
+    return two - 2 * routing, routing, dense
+
+
 # --- activations ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """Bytes of one traced forward pass."""
-
-    total: int
-    boundary: int
-    state: int
 
 
 def activations_of(config: RMoEConfig, length: int, bf16: bool) -> Activations:
     """Solve `saved = (c + sum of layers) + batch * (ends + sum of layers)` from a few small models."""
-    moe, dense = config.num_moe_layers, config.first_k_dense_replace
 
-    def saved(routing: int, dense_layers: int, batch: int) -> _Saved:
-        return _saved(_shallow(config, routing, dense_layers), batch, length, bf16)
+    def measure(shallow: RMoEConfig) -> np.ndarray:
+        """What grows with the batch, what does not; of one sequence what enters a layer, and the state in it."""
+        (one, boundary, state), (two, *_) = (_saved(shallow, batch, length, bf16) for batch in (1, 2))
+        return np.array([two - one, 2 * one - two, boundary, state])
 
-    def split(routing: int, dense_layers: int) -> tuple[int, int, _Saved]:
-        """(grows with the batch, does not, the single sequence)."""
-        one, two = saved(routing, dense_layers, 1), saved(routing, dense_layers, 2)
-        return two.total - one.total, 2 * one.total - two.total, one
-
-    base, base_fixed, small = split(2, 0)
-    more, more_fixed, _ = split(3, 0)
-    per_moe, per_moe_fixed = more - base, more_fixed - base_fixed
-    per_dense = per_dense_fixed = 0
-    if dense:
-        with_dense, with_dense_fixed, _ = split(2, 1)
-        per_dense, per_dense_fixed = with_dense - base, with_dense_fixed - base_fixed
-    return Activations(
-        layer=(moe * per_moe + dense * per_dense) / config.num_hidden_layers,
-        ends=base - 2 * per_moe,
-        fixed=base_fixed - 2 * per_moe_fixed + moe * per_moe_fixed + dense * per_dense_fixed,
-        boundary=small.boundary,
-        state=small.state,
-    )
+    ends, routing, dense = _by_depth(config, measure)
+    layers, layers_fixed, *_ = (
+        config.num_moe_layers * routing + config.first_k_dense_replace * dense
+    ).tolist()
+    outside, fixed, boundary, state = ends.tolist()
+    return Activations(layers / config.num_hidden_layers, outside, fixed + layers_fixed, boundary, state)
 
 
-def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> _Saved:
-    """Bytes of the distinct storages that a forward pass saves for backward, without the parameters' own."""
+def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> tuple[int, int, int]:
+    """Bytes of the distinct storages that a forward pass saves for backward, without the parameters' own.
+
+    Returns:
+        All of them, what enters the second layer, and the router's state in that.
+    """
     storages: dict[int, tuple[Any, int]] = {}
     entering: list[tuple[int, int]] = []
 
@@ -217,9 +220,9 @@ def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> _Saved:
         hidden, state = args[:2]
         entering.append((_bytes(hidden), sum(map(_bytes, state))))
 
-    with _fake_model(config) as (model, _):
+    with _fake_model(config) as model:
         own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
-        model.model.layers[-1].register_forward_pre_hook(look)
+        model.model.layers[1].register_forward_pre_hook(look)
         ids = torch.zeros(batch, length, dtype=torch.int64)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
@@ -227,7 +230,7 @@ def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> _Saved:
         ):
             model(input_ids=ids, labels=ids, use_cache=False, output_logits=False)  # as `rmoe train` does
     hidden, state = entering[0]
-    return _Saved(sum(size for _, size in storages.values()), hidden + state, state)
+    return sum(size for _, size in storages.values()), hidden + state, state
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -239,24 +242,14 @@ def _bytes(tensor: Tensor) -> int:
 
 def flops_of(config: RMoEConfig, length: int) -> Flops:
     """As torch counts: through batched_mm and eager attention, whose products it sees (grouped_mm counts as 0)."""
-    traced = {(2, 0): _counted(config, 2, 0, length), (3, 0): _counted(config, 3, 0, length)}
-    moe, dense = config.num_moe_layers, config.first_k_dense_replace
-    if dense:
-        traced[2, 1] = _counted(config, 2, 1, length)
-
-    def at_depth(part: int) -> float:
-        base, more = traced[2, 0][part], traced[3, 0][part]
-        total = base + (moe - 2) * (more - base)
-        if dense:
-            total += dense * (traced[2, 1][part] - base)
-        return total / length
-
-    return Flops(forward=at_depth(0), training=at_depth(1), router=at_depth(2))
+    ends, routing, dense = _by_depth(config, lambda shallow: _counted(shallow, length))
+    total = ends + config.num_moe_layers * routing + config.first_k_dense_replace * dense
+    return Flops(*(total / length).tolist())
 
 
-def _counted(config: RMoEConfig, routing: int, dense: int, length: int) -> tuple[int, int, int]:
-    """(forward, forward and backward, routers' forward) of one sequence through a shallow model."""
-    with _fake_model(_shallow(config, routing, dense), "eager", "batched_mm") as (model, _):
+def _counted(config: RMoEConfig, length: int) -> np.ndarray:
+    """FLOPs of one sequence: forward, forward and backward, the routers' forward."""
+    with _fake_model(config, "eager", "batched_mm") as model:
         ids = torch.zeros(1, length, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -266,31 +259,25 @@ def _counted(config: RMoEConfig, routing: int, dense: int, length: int) -> tuple
                 sum(counts.values()) for name, counts in by_module.items() if name.endswith(".mlp.gate")
             )
             loss.backward()
-            return forward, counter.get_total_flops(), router
+            return np.array([forward, counter.get_total_flops(), router])
 
 
 # --- running without data ------------------------------------------------------------------------
 
 
-def _shallow(config: RMoEConfig, routing: int, dense: int) -> RMoEConfig:
-    shallow = copy.deepcopy(config)
-    shallow.num_hidden_layers, shallow.first_k_dense_replace = routing + dense, dense
-    return shallow
-
-
 @contextmanager
 def _fake_model(
     config: RMoEConfig, attention: str = _ATTENTION, experts: str = "grouped_mm"
-) -> Iterator[tuple[RMoEForCausalLM, FakeTensorMode]]:
+) -> Iterator[RMoEForCausalLM]:
     """The model in training mode, its tensors without data, for as long as the context lasts."""
     with ExitStack() as stack:
-        mode = stack.enter_context(FakeTensorMode())
+        stack.enter_context(FakeTensorMode())
         stack.enter_context(grouped_products_in_python())  # it keeps the same tensors
         stack.enter_context(mock.patch("torch.bincount", _bincount))
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), attn_implementation=attention, experts_implementation=experts
         )
-        yield model.train(), mode
+        yield model.train()
 
 
 def _bincount(values: Tensor, minlength: int) -> Tensor:

@@ -49,9 +49,28 @@ class ProbeUnit(Record, frozen=True, kw_only=True):
     plugins: tuple[str, ...] = ()
 
     def carry_out(self) -> list[ProbeRow]:
-        """Train and measure it, in any process."""
+        """Train and measure it, in any process; runs that diverged are left out."""
         load_plugins(self.plugins)
-        return carry_out(self)
+        started = time.perf_counter()
+        with _one_thread():
+            worlds = [world(probe, seed, self.knobs) for probe, seed in self.lanes]
+            ensembles = [
+                Ensemble(RouterSpec.from_dict(r.spec), r.top_k, self.lanes, self.knobs) for r in self.routers
+            ]
+            curves = train(ensembles, worlds, self.knobs)
+            found = [
+                fields
+                for asked, ensemble, curve in zip(self.routers, ensembles, curves, strict=True)
+                for fields in _measured(asked, ensemble, curve, worlds)
+            ]
+        each = (time.perf_counter() - started) / (len(self.routers) * len(self.lanes))
+        # A run that diverged has no numbers to write; the others of its pass are not touched by it. A gate that
+        # compares with NaN may ask no expert, and then the loss is finite.
+        return [
+            _row(fields, each)
+            for fields in found
+            if all(map(math.isfinite, (fields["regret"], *fields["entropy"])))
+        ]
 
 
 def one_by_one(units: Sequence[ProbeUnit]) -> Iterator[list[ProbeRow]]:
@@ -174,30 +193,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def carry_out(unit: ProbeUnit) -> list[ProbeRow]:
-    """Train and measure one unit."""
-    started = time.perf_counter()
-    with _one_thread():
-        worlds = [world(probe, seed, unit.knobs) for probe, seed in unit.lanes]
-        ensembles = [
-            Ensemble(RouterSpec.from_dict(r.spec), r.top_k, unit.lanes, unit.knobs) for r in unit.routers
-        ]
-        curves = train(ensembles, worlds, unit.knobs)
-        found = [
-            _measured(asked, ensemble, curve, worlds)
-            for asked, ensemble, curve in zip(unit.routers, ensembles, curves, strict=True)
-        ]
-    each = (time.perf_counter() - started) / (len(unit.routers) * len(unit.lanes))
-    # A run that diverged has no numbers to write; the others of its pass are not touched by it. A gate that compares
-    # with NaN may ask no expert, and then the loss is finite.
-    return [
-        _row(fields, each)
-        for rows in found
-        for fields in rows
-        if all(map(math.isfinite, (fields["regret"], *fields["entropy"])))
-    ]
 
 
 def _row(fields: dict[str, Any], seconds: float) -> ProbeRow:

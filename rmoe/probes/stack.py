@@ -128,24 +128,18 @@ class RouterStack(nn.Module):
         gates = torch.stack([_dense(routing, self.num_experts) for routing in routings])
         return Routed(
             gates=gates,
-            passthrough=nothing
-            if routings[0].passthrough is None
-            else torch.stack([r.passthrough for r in routings]),  # type: ignore[misc]
+            passthrough=_stacked_or(nothing, [r.passthrough for r in routings]),
             balance=balance.to(gates.dtype),
             counts=counts,
             entropy=gate_entropy(probs.detach()).sum(-1).float() if self.moves else zero,
-            dropped=torch.zeros_like(counts[:, 0])
-            if routings[0].dropped is None
-            else torch.stack([r.dropped.sum() for r in routings]),  # type: ignore[union-attr]
+            dropped=_stacked_or(torch.zeros_like(counts[:, :1]), [r.dropped for r in routings])
+            .flatten(1)
+            .sum(1),
             logit_variance=logit_variance(logits).sum(-1).float() if self.moves else zero,
             probs=probs if measured else probs[:, :0],
             states=_stacked(states) if measured else nothing[:, :0],
-            observed=zero[:, None][:, :0]
-            if routings[0].observed is None
-            else torch.stack([r.observed for r in routings]),  # type: ignore[misc]
-            added=nothing[..., None].expand(-1, -1, CONTENT)
-            if routings[0].added is None
-            else torch.stack([r.added[..., -CONTENT:] for r in routings]),  # type: ignore[index]
+            observed=_stacked_or(zero[:, None][:, :0], [r.observed for r in routings]),
+            added=_stacked_or(torch.zeros_like(inputs), [r.added for r in routings])[..., -CONTENT:],
         )
 
     def _context(self, inputs: Tensor, noise_key: Tensor | None) -> RouterContext:
@@ -168,6 +162,12 @@ class RouterStack(nn.Module):
             routings.append(routing)
             states.append(torch.cat(state, -1) if state else x[:, :0])
         return routings, states
+
+
+def _stacked_or(missing: Tensor, parts: list[Tensor | None]) -> Tensor:
+    """What every layer gives, `[L, *]`; `missing` where they give None."""
+    found = [part for part in parts if part is not None]
+    return torch.stack(found) if found else missing
 
 
 def _stacked(states: list[Tensor]) -> Tensor:
@@ -223,7 +223,6 @@ class Ensemble:
         spec: as it is built; see `fitted`.
         top_k: the router's k.
         lanes: (probe, seed) of each model.
-        stacked: None tries; False runs the routers one by one.
 
     Attributes:
         note: why the routers are not stacked; empty where they are.
@@ -236,7 +235,6 @@ class Ensemble:
         lanes: Sequence[tuple[str, int]],
         knobs: Knobs,
         dtype: torch.dtype = torch.float32,
-        stacked: bool | None = None,
     ) -> None:
         models = []
         experts = []
@@ -257,9 +255,7 @@ class Ensemble:
         self.optimizer = torch.optim.Adam(
             [g for g in groups if g["params"]], lr=knobs.learning_rate, fused=True
         )
-        self.note = "" if stacked is None else "one by one was asked for"
-        if stacked is None:
-            self.note = "one model" if len(lanes) == 1 else self._why_not_stacked(dtype)
+        self.note = "one model" if len(lanes) == 1 else self._why_not_stacked(dtype)
 
     @property
     def router_parameters(self) -> int:
@@ -325,14 +321,8 @@ class Ensemble:
     def _why_not_stacked(self, dtype: torch.dtype) -> str:
         """Empty if a forward, a backward pass and an update run under vmap; else the first line of what stops them."""
         before = {name: value.clone() for name, value in self.buffers.items()}
-        inputs = torch.randn(
-            len(self.lanes),
-            self.knobs.layers,
-            4,
-            HIDDEN,
-            dtype=dtype,
-            generator=torch.Generator().manual_seed(0),
-        )
+        shape = (len(self.lanes), self.knobs.layers, 4, HIDDEN)
+        inputs = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
         self.note = ""
         try:
             with warnings.catch_warnings():

@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from rmoe.results.analysis import Analysis, DropRatio, ModelAnalysis
-
-
-@dataclass(frozen=True)
-class Column:
-    title: str
-    unit: str = ""
-    is_text: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """`shade`: 0 at the column's lowest value, 1 at its highest."""
-
-    text: str
-    value: float
-    shade: float
+from rmoe.report.table import Cell, Column
+from rmoe.results.analysis import Analysis, DropRatio
 
 
 @dataclass(frozen=True)
@@ -43,57 +29,49 @@ class Overview:
 Values = Sequence[float] | None
 CAPACITY = 1.25
 
-STATISTICS: list[tuple[Column, Callable[[ModelAnalysis], Values]]] = [
-    (Column("gate entropy", "nats"), lambda m: m.entropy_mean.values if m.entropy_mean else None),
-    (Column("inner balance", "top 1 / top 2"), lambda m: m.inner_balance.values if m.inner_balance else None),
-    (Column("outer balance", "probability"), lambda m: m.outer_balance.values if m.outer_balance else None),
-    (
-        Column("load imbalance", "largest / mean"),
-        lambda m: m.load_imbalance.values if m.load_imbalance else None,
-    ),
-    (Column("load, 5%", "of the mean"), lambda m: [row[1] for row in m.load.quantiles] if m.load else None),
-    (Column("load, 95%", "of the mean"), lambda m: [row[3] for row in m.load.quantiles] if m.load else None),
-    (Column("unused experts"), lambda m: [row.count(0.0) for row in m.frequency] if m.frequency else None),
-    (
-        Column("drop ratio", f"at capacity {CAPACITY}"),
-        lambda m: _drop_ratio(m.drop_ratio) if m.drop_ratio else None,
-    ),
-    (Column("expert similarity", "cosine"), lambda m: m.similarity.values if m.similarity else None),
-    (Column("router norm"), lambda m: m.router_weights.norm if m.router_weights else None),
-    (
-        Column("gradient", "language model"),
-        lambda m: m.gradient_split.language_model[-1] if m.gradient_split else None,
-    ),
-    (Column("flips", "share of tokens"), lambda m: m.flips.values if m.flips else None),
-    (Column("stability", "choices kept"), lambda m: m.saturation.values[-1] if m.saturation else None),
-]
+
+def _at_capacity(drop: DropRatio) -> Values:
+    return dict(zip(drop.capacity_factor, drop.values, strict=True)).get(CAPACITY)
+
+
+# (field of `ModelAnalysis`, title, unit, the measure's value for each layer)
+STATISTICS: tuple[tuple[str, str, str, Callable[[Any], Values]], ...] = (
+    ("entropy_mean", "gate entropy", "nats", lambda entropy: entropy.values),
+    ("inner_balance", "inner balance", "top 1 / top 2", lambda balance: balance.values),
+    ("outer_balance", "outer balance", "probability", lambda balance: balance.values),
+    ("load_imbalance", "load imbalance", "largest / mean", lambda imbalance: imbalance.values),
+    ("load", "load, 5%", "of the mean", lambda load: [row[1] for row in load.quantiles]),
+    ("load", "load, 95%", "of the mean", lambda load: [row[3] for row in load.quantiles]),
+    ("frequency", "unused experts", "", lambda frequency: [row.count(0.0) for row in frequency]),
+    ("drop_ratio", "drop ratio", f"at capacity {CAPACITY}", _at_capacity),
+    ("similarity", "expert similarity", "cosine", lambda similarity: similarity.values),
+    ("router_weights", "router norm", "", lambda weights: weights.norm),
+    ("gradient_split", "gradient", "language model", lambda split: split.language_model[-1]),
+    ("flips", "flips", "share of tokens", lambda flips: flips.values),
+    ("saturation", "stability", "choices kept", lambda saturation: saturation.values[-1]),
+)
 
 
 def overview(analysis: Analysis | None) -> Overview:
     """Every statistic that a model has, layer by layer; no rows without any."""
     models = analysis.models if analysis else []
-    found = [(column, [get(model) for model in models]) for column, get in STATISTICS]
-    kept = [(column, values) for column, values in found if any(values)]
+    kept = []
+    for field, title, unit, get in STATISTICS:
+        found = [getattr(model, field) for model in models]
+        values = [get(measure) if measure else None for measure in found]
+        if any(values):
+            kept.append((Column(title, unit), values, _span(values)))
     if not kept:
         return Overview([], [], False)
-    spans = [_span(values) for _, values in kept]
     rows = [
-        Row(
-            layer,
-            model.name,
-            [_cell(values[index], layer, *span) for (_, values), span in zip(kept, spans, strict=True)],
-        )
+        Row(layer, model.name, [_cell(values[index], layer, *span) for _, values, span in kept])
         for layer in range(max(model.layers for model in models))
         for index, model in enumerate(models)
         if layer < model.layers
     ]
     several = len(models) > 1
-    first = [Column("layer", is_text=True), *([Column("model", is_text=True)] if several else [])]
-    return Overview([*first, *(column for column, _ in kept)], rows, several)
-
-
-def _drop_ratio(drop: DropRatio) -> Values:
-    return dict(zip(drop.capacity_factor, drop.values, strict=True)).get(CAPACITY)
+    first = [Column("layer", numeric=False), *([Column("model", numeric=False)] if several else [])]
+    return Overview([*first, *(column for column, _, _ in kept)], rows, several)
 
 
 def _span(values: Sequence[Values]) -> tuple[float, float]:
@@ -107,4 +85,4 @@ def _cell(values: Values, layer: int, low: float, high: float) -> Cell | None:
     value = values[layer]
     shade = (value - low) / (high - low) if high > low else 0.0
     text = f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:#.3g}"
-    return Cell(text, value, round(shade, 3))
+    return Cell(text, value, shade=round(shade, 3))

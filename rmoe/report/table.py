@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rmoe.errors import one_line
@@ -11,11 +12,12 @@ from rmoe.results.comparison import UNITS, Difference, RouterSummary, Spread, Su
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and the exact figure behind it where there is one."""
+    """What is shown, and the exact value behind it where there is one; `shade`: 0 to 1, for the colour."""
 
     text: str
     value: float | None = None
     note: str = ""
+    shade: float = 0.0
 
 
 BLANK = Cell("–")
@@ -24,72 +26,70 @@ BLANK = Cell("–")
 @dataclass(frozen=True)
 class Column:
     title: str
-    unit: str
+    unit: str = ""
     numeric: bool = True
 
 
 def columns(summary: Summary) -> list[Column]:
-    unit = UNITS[summary.corpus.unit]
-    bits = UNITS[unit_of_differences(summary.corpus.unit)]
-    extra = []
-    if any(router.averaged for router in summary.routers):
-        extra.append(Column("difference of averaged weights", bits))
-    if summary.law is not None:
-        extra += [Column("difference at equal time", bits), Column("effective speed-up", "times")]
-    if any(router.gate for router in summary.routers):
-        extra.append(Column("at both sizes", "", numeric=False))
-    return [
-        Column("router", "", numeric=False),
-        Column("seeds", ""),
-        Column("validation", unit),
-        Column("test", unit),
-        Column(f"difference to {summary.baseline}", f"{bits}, {summary.confidence:.0%} interval"),
-        Column("verdict", "", numeric=False),
-        Column("seeds needed", "to see 0.01 bits"),
-        Column("initial logit std", "before step 0"),
-        Column("parameters (router)", "non-embedding"),
-        Column("peak memory", "MiB"),
-        Column("time", "s per 1k steps"),
-        *extra,
-    ]
+    return [column for column, _ in _laid_out(summary)]
 
 
 def rows(summary: Summary) -> list[list[Cell]]:
     """One row per router, in the summary's order; a dash where something was not measured."""
-    has_average = any(router.averaged for router in summary.routers)
-    has_law, has_gate = summary.law is not None, any(router.gate for router in summary.routers)
-    return [
-        [
-            *_row(router, summary.baseline),
-            *([_difference(router.averaged)] if has_average else []),
-            *(_equal_time(router) if has_law else []),
-            *([Cell(router.gate) if router.gate else BLANK] if has_gate else []),
-        ]
-        for router in summary.routers
-    ]
+    laid_out = _laid_out(summary)
+    return [[cell(router) for _, cell in laid_out] for router in summary.routers]
 
 
-def _row(router: RouterSummary, baseline: str) -> list[Cell]:
-    difference, timing = router.difference, router.timing
-    swept = ", ".join(f"{name}={value}" for name, value in router.sweep.items())
-    return [
-        Cell(router.router, note="; ".join(part for part in (router.summary, swept) if part)),
-        Cell(
-            str(router.finished) + (f" ({router.failed} failed)" if router.failed else ""),
-            float(router.finished),
+def _laid_out(summary: Summary) -> list[tuple[Column, Callable[[RouterSummary], Cell]]]:
+    """Each column, and its cell of a router."""
+    unit = UNITS[summary.corpus.unit]
+    bits = UNITS[unit_of_differences(summary.corpus.unit)]
+
+    def verdict(r: RouterSummary) -> Cell:
+        if r.router == summary.baseline:
+            return Cell("baseline")
+        return Cell(r.difference.verdict) if r.difference else BLANK
+
+    against = Column(f"difference to {summary.baseline}", f"{bits}, {summary.confidence:.0%} interval")
+    found: list[tuple[Column, Callable[[RouterSummary], Cell]]] = [
+        (Column("router", numeric=False), _router),
+        (Column("seeds"), _seeds),
+        (Column("validation", unit), lambda r: _spread(r.val)),
+        (Column("test", unit), lambda r: _spread(r.test)),
+        (against, lambda r: _difference(r.difference)),
+        (Column("verdict", numeric=False), verdict),
+        (Column("seeds needed", "to see 0.01 bits"), lambda r: _seeds_needed(r.difference)),
+        (Column("initial logit std", "before step 0"), lambda r: _number(r.initial_logit_std, ".2f")),
+        (Column("parameters (router)", "non-embedding"), _parameters),
+        (Column("peak memory", "MiB"), lambda r: _number(r.timing.peak_mib if r.timing else None, ",.0f")),
+        (
+            Column("time", "s per 1k steps"),
+            lambda r: _number(r.timing.seconds_per_1k_steps if r.timing else None, ",.1f"),
         ),
-        _spread(router.val),
-        _spread(router.test),
-        _difference(difference),
-        Cell("baseline") if router.router == baseline else Cell(difference.verdict) if difference else BLANK,
-        _seeds_needed(difference),
-        BLANK
-        if router.initial_logit_std is None
-        else Cell(f"{router.initial_logit_std:.2f}", router.initial_logit_std),
-        _parameters(router),
-        Cell(f"{timing.peak_mib:,.0f}", timing.peak_mib) if timing else BLANK,
-        Cell(f"{timing.seconds_per_1k_steps:,.1f}", timing.seconds_per_1k_steps) if timing else BLANK,
     ]
+    if any(router.averaged for router in summary.routers):
+        found.append((Column("difference of averaged weights", bits), lambda r: _difference(r.averaged)))
+    if summary.law is not None:
+        equal = Column("difference at equal time", bits)
+        found.append((equal, lambda r: _difference(r.equal_time.difference if r.equal_time else None)))
+        found.append((Column("effective speed-up", "times"), _speedup))
+    if any(router.gate for router in summary.routers):
+        found.append((Column("at both sizes", numeric=False), lambda r: Cell(r.gate) if r.gate else BLANK))
+    return found
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return BLANK if value is None else Cell(format(value, form), value)
+
+
+def _router(router: RouterSummary) -> Cell:
+    swept = ", ".join(f"{name}={value}" for name, value in router.sweep.items())
+    return Cell(router.router, note="; ".join(part for part in (router.summary, swept) if part))
+
+
+def _seeds(router: RouterSummary) -> Cell:
+    failed = f" ({router.failed} failed)" if router.failed else ""
+    return Cell(f"{router.finished}{failed}", float(router.finished))
 
 
 def _spread(spread: Spread | None) -> Cell:
@@ -135,14 +135,14 @@ def _difference(difference: Difference | None) -> Cell:
     return Cell(signed(difference.mean) + shown, difference.mean, "; ".join(notes))
 
 
-def _equal_time(router: RouterSummary) -> list[Cell]:
+def _speedup(router: RouterSummary) -> Cell:
     found = router.equal_time
     if found is None:
-        return [BLANK, BLANK]
+        return BLANK
     interval = found.speedup_interval
     shown = f" [{interval.low:.2f}, {interval.high:.2f}]" if interval else ""
     note = f"{found.seconds_ratio:.3f} times the baseline's seconds a step; {found.difference.verdict}"
-    return [_difference(found.difference), Cell(f"{found.speedup:.2f}{shown}", found.speedup, note)]
+    return Cell(f"{found.speedup:.2f}{shown}", found.speedup, note)
 
 
 def _seeds_needed(difference: Difference | None) -> Cell:
@@ -157,11 +157,8 @@ def _parameters(router: RouterSummary) -> Cell:
     if counts is None:
         return BLANK
     text = f"{count_text(counts.non_embedding)} ({count_text(counts.router)})"
-    return Cell(
-        text,
-        float(counts.non_embedding),
-        f"{count_text(counts.total)} in all, {count_text(counts.active)} active",
-    )
+    note = f"{count_text(counts.total)} in all, {count_text(counts.active)} active"
+    return Cell(text, float(counts.non_embedding), note)
 
 
 def count_text(count: int) -> str:

@@ -16,13 +16,13 @@ What a file does not say has to be given; nothing is guessed. Imports no torch.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import numpy as np
 from rmoe.errors import RequestError
 from rmoe.records import atomic_write
 from rmoe.results.trace import MAX_EXPERTS, NO_EXPERT, Trace, TraceMeta, read_trace
+from rmoe.validation import require
 
 FORMATS = (
     "rmoe (.safetensors), vLLM (.json, .jsonl, .npy), SGLang (.csv), "
@@ -157,36 +158,31 @@ def _response(document: dict[str, Any], choice: dict[str, Any], path: Path) -> _
     """One answer. Up to vLLM 0.21 the prompt's part stands beside `choices`, later both are in one array."""
     parts = [document.get("prompt_routed_experts"), choice.get("routed_experts")]
     arrays = [_decode(part, path) for part in parts if part is not None]
-    if not arrays:
-        allowed = "responses with routed_experts (vllm serve --enable-return-routed-experts)"
-        raise RequestError("--trace", str(path), allowed)
-    if len({array.shape[1:] for array in arrays}) > 1:
-        raise RequestError("--trace", str(path), "the same layers and k in prompt and completion")
+    asked = "responses with routed_experts (vllm serve --enable-return-routed-experts)"
+    require(bool(arrays), "--trace", str(path), asked)
+    alike = len({array.shape[1:] for array in arrays}) == 1
+    require(alike, "--trace", str(path), "the same layers and k in prompt and completion")
     experts = np.concatenate(arrays)
     prompt, made = document.get("prompt_token_ids") or choice.get("prompt_token_ids"), choice.get("token_ids")
     if prompt is None or made is None:
         return _Response(experts, None)
     ids = [*prompt, *made]
-    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-        raise RequestError("--trace", str(path), "token ids that are whole numbers from 0 below 2^31")
+    whole = all(type(token) is int and 0 <= token < 2**31 for token in ids)
+    require(whole, "--trace", str(path), "token ids that are whole numbers from 0 below 2^31")
     # The last token that was generated is never fed back, so it has no routing.
-    if len(experts) not in (len(ids), len(ids) - 1):
-        allowed = (
-            f"routing for {len(ids) - 1} tokens (prompt and completion less its last), not {len(experts)}"
-        )
-        raise RequestError("--trace", str(path), allowed)
+    asked = f"routing for {len(ids) - 1} tokens (prompt and completion less its last), not {len(experts)}"
+    require(len(experts) in (len(ids), len(ids) - 1), "--trace", str(path), asked)
     return _Response(experts, ids[: len(experts)])
 
 
 def _decode(part: Any, path: Path) -> np.ndarray:
     try:
         return _load_npy(base64.b64decode(part, validate=True), path)
-    except (binascii.Error, TypeError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(
-            "--trace", str(path), f"routed_experts as base64 of a NumPy file ({error})"
-        ) from error
+    except RequestError:
+        raise
+    except (TypeError, ValueError) as error:
+        allowed = f"routed_experts as base64 of a NumPy file ({error})"
+        raise RequestError("--trace", str(path), allowed) from error
 
 
 def _load_npy(data: bytes, path: Path) -> np.ndarray:
@@ -194,9 +190,9 @@ def _load_npy(data: bytes, path: Path) -> np.ndarray:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError) as error:  # a header may claim any size
         raise RequestError("--trace", str(path), f"a whole NumPy file ({error})") from error
-    if array.ndim != 3 or not np.issubdtype(array.dtype, np.integer) or not array.size:
-        found = f"{array.dtype} {list(array.shape)}"
-        raise RequestError("--trace", str(path), f"integers [tokens, layers, k], not {found}")
+    fits = array.ndim == 3 and np.issubdtype(array.dtype, np.integer) and array.size > 0
+    asked = f"integers [tokens, layers, k], not {array.dtype} {list(array.shape)}"
+    require(fits, "--trace", str(path), asked)
     return array
 
 
@@ -205,33 +201,24 @@ def read_vllm(answers: Sequence[_Response], path: Path, given: Given) -> tuple[T
 
     Dense layers, which vLLM fills with zeros, are skipped. Slots are in no promised order.
     """
-    if not answers:
-        raise RequestError("--trace", str(path), "at least one response with routed_experts")
-    shapes = {answer.experts.shape[1:] for answer in answers}
-    if len(shapes) > 1:
-        raise RequestError(
-            "--trace", str(path), f"the same layers and k in every response, not {sorted(shapes)}"
-        )
+    require(bool(answers), "--trace", str(path), "at least one response with routed_experts")
+    shapes = sorted({answer.experts.shape[1:] for answer in answers})
+    require(len(shapes) == 1, "--trace", str(path), f"the same layers and k in every response, not {shapes}")
     experts = np.concatenate([answer.experts for answer in answers])
-    slots = experts.shape[2]
     routed = (experts != 0).any(axis=(0, 2))
-    if not routed.any():
-        raise RequestError("--trace", str(path), "routing that is not zero everywhere")
+    require(bool(routed.any()), "--trace", str(path), "routing that is not zero everywhere")
     notes = []
     if not routed.all():
         notes.append(f"layers {np.flatnonzero(~routed).tolist()} are zero everywhere: read as dense layers")
     kept = experts[:, routed]
-    known = [answer.tokens for answer in answers]
-    tokens = None
-    if all(ids is not None for ids in known):
-        tokens = np.array([i for ids in known if ids is not None for i in ids], np.int32)
+    known = [answer.tokens for answer in answers if answer.tokens is not None]
+    tokens = np.array([*chain(*known)], np.int32) if len(known) == len(answers) else None
     trace = _trace(
         kept,
         tokens,
         [len(answer.experts) for answer in answers],
         [f"layers.{index}" for index in np.flatnonzero(routed)],
         given.experts(int(kept.max()), "vLLM"),
-        slots,
         given.model,
         "vllm",
     )
@@ -249,14 +236,13 @@ def write_vllm(path: Path, trace: Trace, total_layers: int | None = None) -> Non
     Raises:
         RequestError: slots without an expert, for which vLLM has no sign.
     """
-    if (trace.experts == NO_EXPERT).any():
-        raise RequestError(
-            "--out", str(path), "a trace in which every slot has an expert: vLLM's form has no empty slot"
-        )
+    full = bool((trace.experts != NO_EXPERT).all())
+    asked = "a trace in which every slot has an expert: vLLM's form has no empty slot"
+    require(full, "--out", str(path), asked)
     indices = [_index(name, position) for position, name in enumerate(trace.meta.layer_names)]
     total = total_layers or max(indices) + 1
-    if len(set(indices)) < len(indices) or max(indices) >= total:
-        raise RequestError("--out", str(path), f"one routed layer for each of {total} layers, not {indices}")
+    one_each = len(set(indices)) == len(indices) and max(indices) < total
+    require(one_each, "--out", str(path), f"one routed layer for each of {total} layers, not {indices}")
     whole = np.zeros((len(trace.experts), total, trace.experts.shape[2]), np.int32)
     whole[:, indices] = trace.experts
     ends = np.cumsum(trace.sequences)
@@ -294,11 +280,10 @@ def read_sglang(path: Path, given: Given) -> ExpertCounts:
     """SGLang's `expert_distribution_*.csv`: `layer_id,expert_id,count`, from `/dump_expert_distribution_record`."""
     counts: dict[tuple[int, int], int] = {}
     for layer, expert, count in _rows(path, 3, skip=1):
-        if (layer, expert) in counts:
-            raise RequestError("--trace", str(path), f"one row for layer {layer}, expert {expert}")
+        asked = f"one row for layer {layer}, expert {expert}"
+        require((layer, expert) not in counts, "--trace", str(path), asked)
         counts[layer, expert] = count
-    if not counts:
-        raise RequestError("--trace", str(path), "at least one row")
+    require(bool(counts), "--trace", str(path), "at least one row")
     layers = sorted({layer for layer, _ in counts})
     table = np.zeros((len(layers), given.experts(max(expert for _, expert in counts), "SGLang")), np.int64)
     for (layer, expert), count in counts.items():
@@ -320,22 +305,18 @@ def read_llama_cpp(path: Path, given: Given) -> Trace:
         blocks[-1][1].append(expert)
     layers = sorted(per_layer)
     sizes = {len(per_layer[layer]) for layer in layers}
-    if len(sizes) > 1 or next(iter(sizes)) % slots:
-        raise RequestError(
-            "--trace", str(path), f"the same whole number of tokens, of {slots} rows, in every layer"
-        )
+    even = len(sizes) == 1 and sizes.pop() % slots == 0
+    asked = f"the same whole number of tokens, of {slots} rows, in every layer"
+    require(even, "--trace", str(path), asked)
     num_experts = given.experts(max(max(ids) for ids in per_layer.values()), "llama.cpp")
-    for layer, ids in blocks:
-        if len(layers) > 1 and len(ids) >= num_experts > slots and len(set(ids[:num_experts])) == num_experts:
-            # The pull request reads the strided view of an argsort as if it were contiguous: what it writes for a
-            # batch of several tokens is then the first token's whole ranking, and not what the others chose.
-            allowed = (
-                f"one token per batch (-ub 1): layer {layer} lists all {num_experts} experts, a whole ranking"
-            )
-            raise RequestError("--trace", str(path), allowed)
+    # The pull request reads the strided view of an argsort as if it were contiguous: what it writes for a batch of
+    # several tokens is then the first token's whole ranking, and not what the others chose.
+    for layer, ids in blocks if len(layers) > 1 and num_experts > slots else ():
+        asked = f"one token per batch (-ub 1): layer {layer} lists all {num_experts} experts, a whole ranking"
+        require(len(set(ids[:num_experts])) < num_experts, "--trace", str(path), asked)
     experts = np.stack([np.array(per_layer[layer]).reshape(-1, slots) for layer in layers], axis=1)
     names = [f"layers.{layer}" for layer in layers]
-    return _trace(experts, None, [len(experts)], names, num_experts, slots, given.model, "llama.cpp")
+    return _trace(experts, None, [len(experts)], names, num_experts, given.model, "llama.cpp")
 
 
 def read_megatron(paths: Sequence[Path], given: Given, shown: str) -> tuple[Trace, list[str]]:
@@ -344,8 +325,7 @@ def read_megatron(paths: Sequence[Path], given: Given, shown: str) -> tuple[Trac
     Only the decoder's layers are read, not those of multi-token prediction. Steps that do not have all layers, such as
     one cut by the end of the capture, are skipped and counted.
     """
-    if not paths:
-        raise RequestError("--trace", shown, f"a folder with {_MEGATRON_FILES}")
+    require(bool(paths), "--trace", shown, f"a folder with {_MEGATRON_FILES}")
     steps: dict[tuple[int, int, int], dict[int, list[list[int]]]] = defaultdict(dict)
     for path in paths:
         seen: dict[tuple[int, int, int], int] = defaultdict(int)
@@ -363,13 +343,10 @@ def read_megatron(paths: Sequence[Path], given: Given, shown: str) -> tuple[Trac
         for _, step in sorted(steps.items())
         if len(step) == len(layers) and len({len(r) for r in step.values()}) == 1
     ]
-    if not whole:
-        raise RequestError(
-            "--trace", shown, f"a step with all {len(layers)} layers; is it one pipeline stage of several?"
-        )
+    asked = f"a step with all {len(layers)} layers; is it one pipeline stage of several?"
+    require(bool(whole), "--trace", shown, asked)
     slots = {len(row) for step in whole for rows in step.values() for row in rows}
-    if len(slots) != 1:
-        raise RequestError("--trace", shown, f"the same k for every token, not {sorted(slots)}")
+    require(len(slots) == 1, "--trace", shown, f"the same k for every token, not {sorted(slots)}")
     experts = np.concatenate(
         [np.stack([np.array(step[layer]) for layer in layers], axis=1) for step in whole]
     )
@@ -377,7 +354,7 @@ def read_megatron(paths: Sequence[Path], given: Given, shown: str) -> tuple[Trac
     lengths = [len(step[layers[0]]) for step in whole]
     names = [f"decoder.layers.{layer}" for layer in layers]
     num_experts = given.experts(int(experts.max()), "Megatron-LM")
-    return _trace(experts, None, lengths, names, num_experts, slots.pop(), given.model, "megatron"), notes
+    return _trace(experts, None, lengths, names, num_experts, given.model, "megatron"), notes
 
 
 def _megatron_line(line: str, path: Path) -> tuple[int, int, int, list[list[int]] | None]:
@@ -402,10 +379,9 @@ def _rows(path: Path, columns: int, skip: int = 0) -> Iterable[tuple[int, ...]]:
             if number < skip or not line.strip():
                 continue
             cells = line.strip().split(",")
-            if len(cells) != columns or not all(cell.isascii() and cell.isdigit() for cell in cells):
-                raise RequestError(
-                    "--trace", f"{path}, line {number + 1}: {line.strip()[:40]}", f"{columns} whole numbers"
-                )
+            numbers = len(cells) == columns and all(cell.isascii() and cell.isdigit() for cell in cells)
+            where = f"{path}, line {number + 1}: {line.strip()[:40]}"
+            require(numbers, "--trace", where, f"{columns} whole numbers")
             yield tuple(map(int, cells))
 
 
@@ -415,19 +391,16 @@ def _trace(
     lengths: Sequence[int],
     names: list[str],
     num_experts: int,
-    slots: int,
     model: str,
     source: str,
 ) -> Trace:
-    if int(experts.min()) < NO_EXPERT:
-        raise RequestError(
-            "trace", f"one with expert {int(experts.min())}", "ids from 0, or -1 in an empty slot"
-        )
+    least = int(experts.min())
+    require(least >= NO_EXPERT, "trace", f"one with expert {least}", "ids from 0, or -1 in an empty slot")
     meta = TraceMeta(
         model=model,
         source=source,
         layer_names=names,
         num_experts=[num_experts] * len(names),
-        experts_per_token=[slots] * len(names),
+        experts_per_token=[experts.shape[2]] * len(names),
     )
     return Trace(experts.astype(np.int16), tokens, np.array(lengths, np.int64), meta)

@@ -78,8 +78,8 @@ def test_resumes_and_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     from rmoe.probes import runner
 
     units: list[runner.ProbeUnit] = []
-    real = runner.carry_out
-    monkeypatch.setattr(runner, "carry_out", lambda unit: units.append(unit) or real(unit))
+    real = runner.ProbeUnit.carry_out
+    monkeypatch.setattr(runner.ProbeUnit, "carry_out", lambda unit: units.append(unit) or real(unit))
     first = run(["smoe"], ["lookup"], 2, tmp_path, knobs=FEW)
     assert [unit.lanes for unit in units] == [[("lookup", 0), ("lookup", 1)]]
     results = tmp_path / "results.jsonl"

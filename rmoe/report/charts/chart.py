@@ -250,6 +250,11 @@ class Panels:
         """Of the names of a panel's axes: none, 2, 3, ..."""
         return "" if panel == 0 else str(panel + 1)
 
+    def figure(self) -> dict[str, Any]:
+        """What a chart of these panels is drawn from: `data`, `layout` and the fields about its size."""
+        size = {"height": self.height, "wide": True, "narrow": self.narrow}
+        return {"data": self.data, "layout": self.layout, **size}
+
     def add(self, panel: int, trace: dict[str, Any]) -> None:
         """Put a trace onto a panel."""
         place = self._suffix(panel)
@@ -275,6 +280,10 @@ def _panel_title(text: str, x: Sequence[float], y: Sequence[float]) -> dict[str,
     }
 
 
+def numbered_axis(title: str, count: int, **more: Any) -> dict[str, Any]:
+    """An axis of things numbered from 0, with a tick on whole numbers only."""
+    return axis(title, tickmode="linear", tick0=0, dtick=max(1, count // 8), **more)
+
+
 def layer_axis(layers: int, **more: Any) -> dict[str, Any]:
-    """An axis of layers, numbered from 0, with a tick on whole numbers only."""
-    return axis("layer", tickmode="linear", tick0=0, dtick=max(1, layers // 8), **more)
+    return numbered_axis("layer", layers, **more)

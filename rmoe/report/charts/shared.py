@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from rmoe.report.charts.chart import (
     SEQUENTIAL,
@@ -19,6 +19,15 @@ from rmoe.report.charts.chart import (
 from rmoe.results.analysis import LayerMeasure, ModelAnalysis
 
 GAPS_UP_TO = 40  # cells in a line, over all maps in it
+
+T = TypeVar("T")
+Having: TypeAlias = Sequence[tuple[ModelAnalysis, T]]
+"""The models that have a measure, at least one, each with its own."""
+Looks: TypeAlias = dict[str, Style]
+Line: TypeAlias = tuple[str, Sequence[float | None], Style, dict[str, Any]]
+"""A name, a value per layer, a look, and what else plotly gets."""
+Maker: TypeAlias = Callable[[Any, Looks], Iterator[Chart]]
+"""Of a `Having` and the models' looks: the charts of the measure."""
 
 
 def token_count(counts: Sequence[int]) -> str:
@@ -44,9 +53,9 @@ def heat_maps(
     titled: Sequence[tuple[str, Sequence[Sequence[float | None]]]],
     columns: int,
     across: dict[str, Any],
-    down: dict[str, Any],
     colour: dict[str, Any],
     hover: str,
+    down: dict[str, Any] | None = None,
     places_across: Sequence[Sequence[float]] | None = None,
 ) -> Panels:
     """Heat maps side by side on one colour scale.
@@ -54,15 +63,17 @@ def heat_maps(
     Args:
         titled: title and rows of each.
         columns: maps in a line, at most.
-        across, down: axes.
+        across: axis.
         colour: of the colour axis.
         hover: plotly template.
+        down: axis; None is layers, from the top.
         places_across: where each map's columns stand; None counts them from 0.
     """
     bare = {"showgrid": False}
     titles = [title for title, _ in titled]
     rows = max(len(values) for _, values in titled)
     cells = max(len(row) for _, values in titled for row in values)
+    down = down or layer_axis(rows, autorange="reversed")
     panels = Panels(titles, columns, across | bare, down | bare, row_height=_map_height(rows))
     for layout in (panels.layout, panels.narrow.layout):
         layout["coloraxis"] = {"colorscale": SEQUENTIAL, **colour}
@@ -97,7 +108,7 @@ def layer_lines(
     definition: str,
     unit: str,
     sample: str,
-    series: Sequence[tuple[str, Sequence[float | None], Style, dict]],
+    series: Sequence[Line],
 ) -> Chart:
     """One line per model over layers."""
     layers = max(len(values) for _, values, _, _ in series)
@@ -125,36 +136,21 @@ def layer_lines(
     )
 
 
-def measured(
-    models: Sequence[ModelAnalysis], looks: dict[str, Style], field: str
-) -> list[tuple[str, LayerMeasure, Style]]:
-    return [(m.name, getattr(m, field), looks[m.name]) for m in models if getattr(m, field) is not None]
+def measure_chart(id: str, section: str, title: str, definition: str, unit: str) -> Maker:
+    """A maker of the chart of a `LayerMeasure`; the legend gives the overall value."""
 
-
-def measure_chart(
-    models: Sequence[ModelAnalysis],
-    looks: dict[str, Style],
-    field: str,
-    section: str,
-    title: str,
-    definition: str,
-    unit: str,
-) -> list[Chart]:
-    """A `LayerMeasure` of every model that has it; the legend gives the overall figure."""
-    having = measured(models, looks, field)
-    if not having:
-        return []
-    return [
-        layer_lines(
-            field.replace("_", "-"),
+    def make(having: Having[LayerMeasure], looks: Looks) -> Iterator[Chart]:
+        yield layer_lines(
+            id,
             section,
             title,
             definition + " In brackets: over all layers.",
             unit,
-            token_count([measure.n for _, measure, _ in having]),
+            token_count([measure.n for _, measure in having]),
             [
-                (name, measure.values, look, {"name": f"{label(name)} ({measure.overall:.3f})"})
-                for name, measure, look in having
+                (m.name, measure.values, looks[m.name], {"name": f"{label(m.name)} ({measure.overall:.3f})"})
+                for m, measure in having
             ],
         )
-    ]
+
+    return make

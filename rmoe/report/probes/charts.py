@@ -105,12 +105,8 @@ def _figure(
         definition=definition,
         unit=unit,
         sample=_seeds(summary.cards, summary),
-        data=panels.data,
-        layout=panels.layout,
         rows=rows,
-        height=panels.height,
-        wide=True,
-        narrow=panels.narrow,
+        **panels.figure(),
     )
 
 

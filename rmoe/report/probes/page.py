@@ -9,18 +9,8 @@ from rmoe.report.charts.chart import counted
 from rmoe.report.page import laid_out, written
 from rmoe.report.probes import table
 from rmoe.report.probes.charts import probe_charts
-from rmoe.report.table import signed
+from rmoe.report.table import Cell, Column, signed
 from rmoe.results.probes import MEAN, Card, Score, Summary
-
-
-@dataclass(frozen=True)
-class Cell:
-    """`shade`: regret within 0 to 1, for the colour."""
-
-    text: str
-    value: float
-    shade: float
-    note: str
 
 
 @dataclass(frozen=True)
@@ -29,12 +19,6 @@ class Row:
     note: str
     baseline: bool
     cells: list[Cell]
-
-
-@dataclass(frozen=True)
-class Column:
-    title: str
-    note: str
 
 
 def write_page(folder: Path, summary: Summary, single_file: bool = False) -> Path:
@@ -49,7 +33,10 @@ def render(summary: Summary, plotly: str | None = None) -> str:
         "facts": _facts(summary),
         "verdict": finding(summary),
         "notes": [f"{c.router} was trained one seed at a time: {c.note}" for c in summary.cards if c.note],
-        "columns": [Column("router", ""), *(Column(name, "regret") for name in table.columns(summary))],
+        "columns": [
+            Column("router", numeric=False),
+            *(Column(name, "regret") for name in table.columns(summary)),
+        ],
         "table": [_row(card, summary) for card in summary.cards],
         "caption": table.caption(summary),
         "about": _about(summary),
@@ -86,7 +73,7 @@ def _row(card: Card, summary: Summary) -> Row:
 
 def _cell(score: Score, text: str) -> Cell:
     note = score.against.verdict if score.against is not None else ""
-    return Cell(text, score.mean, min(max(score.mean, 0.0), 1.0), note)
+    return Cell(text, score.mean, note, shade=min(max(score.mean, 0.0), 1.0))
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
