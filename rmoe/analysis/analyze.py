@@ -23,7 +23,7 @@ from rmoe.analysis.saturation import FlipRate, Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
 from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
 from rmoe.errors import RequestError
-from rmoe.moe import RoutedLayer, check_reading
+from rmoe.moe import check_reading
 from rmoe.moe.recorder import Recorder
 from rmoe.moe.records import RoutingBatch
 from rmoe.results import analysis as schema
@@ -163,11 +163,6 @@ class _Pass:
             raise RequestError("tokenizer", f"one that gives id {len(token_counts) - 1}", allowed)
         self.device = embedding.weight.device
 
-    @property
-    def called(self) -> list[RoutedLayer]:
-        """The layer of each record."""
-        return self.recorder.called if self.streamed is None else self.streamed.called
-
     def require_read(self, blocks: np.ndarray) -> None:
         """Check that the model is read correctly, on the start of the text.
 
@@ -202,7 +197,7 @@ class _Pass:
             batch = self.streamed.batch(chunk)
         if self.measures is None:  # how many classes a router has shows in what it returns
             layers, _, classes = batch.probs.shape
-            by_layer = batch.layer_experts, tuple(layer.top_k for layer in self.called)
+            by_layer = batch.layer_experts, tuple(layer.top_k for layer in self.recorder.called)
             sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes, *by_layer)
             self.measures = RoutingMeasures(
                 sizes, self.token_counts, self.options.explored_tokens, self.options.measures
@@ -220,7 +215,7 @@ class _Pass:
             layers=sizes.num_layers,
             experts=sizes.num_experts,
             experts_per_token=sizes.experts_per_token,
-            layer_names=self.recorder.names if self.streamed is None else self.streamed.names,
+            layer_names=self.recorder.names,
             check=self.check,
             similarity=self._similarity(weights),
             router_weights=self._router_weights(weights),
@@ -273,8 +268,8 @@ class _Pass:
         if "weights" not in self.options.measures:
             return []
         if self.streamed is not None:
-            return [self.streamed.weights[layer.name] for layer in self.called]
-        return [layer_weights(layer, self.shared) for layer in self.called]
+            return [self.streamed.weights[layer.name] for layer in self.recorder.called]
+        return [layer_weights(layer, self.shared) for layer in self.recorder.called]
 
     def _similarity(self, weights: Sequence[LayerWeights]) -> schema.Similarity | None:
         values = [one.similarity for one in weights if one.similarity is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from rmoe.moe.layers import RoutedLayer
 from rmoe.moe.recorder import Recorder, listen
 from rmoe.moe.records import RoutingRecord
+from rmoe.moe.tokens import first_tensor
 
 EXPERTS_PER_LAYER = 3
 """The busiest, one of middling load, and the idlest: the last is where tokens would change that should not."""
@@ -107,7 +109,7 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
             listen(recorder.layers, lambda layer, record: last.update({layer.name: record}))
         )
 
-        def look(layer: RoutedLayer, block: nn.Module, args: Any, kwargs: Any) -> None:
+        def look(layer: RoutedLayer, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if hearing.paused or layer.name not in last:
                 return
             record = last.pop(layer.name)
@@ -121,14 +123,8 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
                 hearing.paused = False
 
         for layer in recorder.layers:
-
-            def after(
-                block: nn.Module, args: Any, kwargs: Any, output: Any, layer: RoutedLayer = layer
-            ) -> None:
-                look(layer, block, args, kwargs)
-
             block = model.get_submodule(layer.name)
-            stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
+            stack.enter_context(block.register_forward_hook(partial(look, layer), with_kwargs=True))
         recorder.run(input_ids)
     return ReadingCheck(input_ids.numel(), tuple(found), tuple(dict.fromkeys(unchecked)))
 
@@ -169,9 +165,8 @@ def _sample(record: RoutingRecord, num_experts: int, count: int) -> list[int]:
 
 def _output(block: nn.Module, args: Any, kwargs: Any) -> Tensor:
     """The block's output for the T tokens, [T, d]."""
-    output = block(*args, **kwargs)
-    while not isinstance(output, Tensor):
-        output = output[0]
+    output = first_tensor(block(*args, **kwargs))
+    assert output is not None
     return output.reshape(-1, output.shape[-1])
 
 

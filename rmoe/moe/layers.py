@@ -6,6 +6,7 @@ called. Its stack is the outermost `ModuleList` above it; an encoder-decoder has
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,25 @@ def require_layers(model: nn.Module) -> list[RoutedLayer]:
     if not layers:
         raise RequestError("MODEL", kind_of(model), "a model with MoE layers: a router beside experts")
     return layers
+
+
+def names_of_calls(layers: Iterable[str]) -> list[str]:
+    """Of each call its layer's name, with the pass where a layer runs more than once.
+
+    >>> names_of_calls(["a", "b", "a"])
+    ['a', 'b', 'a (pass 2)']
+    """
+    seen: Counter[str] = Counter()
+    names = []
+    for name in layers:
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} (pass {seen[name]})")
+    return names
+
+
+def layer_of_call(name: str) -> str:
+    """The layer's name in one of `names_of_calls`."""
+    return name.split(" (pass ")[0]
 
 
 def kind_of(model: nn.Module) -> str:
