@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.insight import Predictability, Saliency
 from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes, require_measures
 from rmoe.analysis.regret import TOKENS, RouteRegret
-from rmoe.analysis.saturation import FlipRate, Saturation
+from rmoe.analysis.saturation import Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
 from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
 from rmoe.errors import RequestError
@@ -108,7 +108,6 @@ def analyze_models(
     if stability:
         _require_alike(passes)
     saturation: Saturation | None = None
-    flips: FlipRate | None = None
     with _evaluating([subject.model for subject in subjects]):
         if options.check:
             for one in passes:
@@ -118,18 +117,19 @@ def analyze_models(
             input_ids = torch.from_numpy(blocks[start : start + options.batch_size].astype(np.int64))
             batches = [one.update(start // options.batch_size, input_ids) for one in passes]
             if stability and saturation is None:  # a looped model has more records than layers
-                records = len(batches[0].experts)
-                saturation, flips = Saturation(records), FlipRate(records)
-            if saturation is not None and flips is not None:
-                for comparison in (saturation, flips):
-                    comparison.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
+                saturation = Saturation(len(batches[0].experts))
+            if saturation is not None:
+                saturation.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
         analyses = [one.result(blocks, token_text) for one in passes]
-    if saturation is not None and flips is not None:
-        steps = [subject.step for subject in subjects]
-        values = [saturation.result().tolist()]
-        stable = schema.Saturation(from_step=steps[1:2], to_step=steps[:1], values=values, n=saturation.n)
-        changed, anywhere = flips.result()
-        flipped = schema.Flips(other=subjects[1].name, values=changed.tolist(), any_layer=anywhere, n=flips.n)
+    if saturation is not None:
+        n, steps, values = (
+            saturation.n,
+            [subject.step for subject in subjects],
+            [saturation.result().tolist()],
+        )
+        stable = schema.Saturation(from_step=steps[1:2], to_step=steps[:1], values=values, n=n)
+        changed, anywhere = saturation.flips()
+        flipped = schema.Flips(other=subjects[1].name, values=changed.tolist(), any_layer=anywhere, n=n)
         analyses[0] = msgspec.structs.replace(analyses[0], saturation=stable, flips=flipped)
     return analyses
 
@@ -144,18 +144,15 @@ class _Pass:
         self.check: schema.ReadingCheck | None = None
         self.shared = find_shared(subject.model, self.recorder.layers)
         self.measures: RoutingMeasures | None = None
-        names, layers = options.measures, self.recorder.layers
-        live = self.streamed is None
+        layers, names = self.recorder.layers, options.measures if self.streamed is None else ()
         self.predictability = (
             Predictability(layers, self.shared, int(token_counts.sum()) // 2)
-            if live and "predictability" in names and len(layers) > 1
+            if "predictability" in names and len(layers) > 1
             else None
         )
-        self.saliency = Saliency(layers) if live and "saliency" in names else None
+        self.saliency = Saliency(layers) if "saliency" in names else None
         self.contributions = (
-            RouteContributions(subject.model, layers, self.shared)
-            if live and "contributions" in names
-            else None
+            RouteContributions(subject.model, layers, self.shared) if "contributions" in names else None
         )
         embedding = subject.model.get_input_embeddings()  # type: ignore[operator]
         if len(token_counts) > len(embedding.weight):
@@ -175,7 +172,7 @@ class _Pass:
             passed=found.passed,
             summary=found.summary(),
             tokens=found.tokens,
-            experts=[schema.ExpertCheck(**asdict(one)) for one in found.experts],
+            experts=list(found.experts),
         )
         if not found.passed:
             allowed = f"a model whose routing can be read, or --no-check; the check {found.summary()}"
@@ -302,8 +299,7 @@ class _Pass:
 
     def _balance(self, blocks: np.ndarray) -> schema.BalanceAudit | None:
         sample = self._gradient_sample("balance", blocks)
-        audit = audit_balance(self.subject.model, self.recorder.layers, sample)
-        return None if audit is None else schema.BalanceAudit(**asdict(audit))
+        return audit_balance(self.subject.model, self.recorder.layers, sample)
 
     def _regret(self, blocks: np.ndarray) -> schema.Regret | None:
         if self.streamed is not None or "regret" not in self.options.measures or self.recorder.two_sided:
@@ -355,10 +351,7 @@ def _or_none(values: np.ndarray) -> list[list[float | None]]:
 def _summary(model: nn.Module, sizes: Sizes) -> str:
     kind = model.config.model_type  # type: ignore[union-attr]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    return (
-        f"{kind}, {millions:.1f}M parameters, {sizes.num_layers} MoE layers, "
-        f"{sizes.num_experts} experts, {sizes.experts_per_token} per token"
-    )
+    return f"{kind}, {millions:.1f}M parameters, {sizes}"
 
 
 @contextmanager

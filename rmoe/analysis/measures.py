@@ -88,6 +88,9 @@ class Sizes:
     layer_experts: tuple[int, ...] = ()
     layer_top_k: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.num_layers} MoE layers, {self.num_experts} experts, {self.experts_per_token} per token"
+
 
 def load_fields(counts: np.ndarray, n: int, layer_experts: Sequence[int] = ()) -> dict[str, Any]:
     """What [L, E] assignments of `n` tokens say, whoever counted them; `layer_experts` as of `load_imbalance`."""
@@ -140,22 +143,20 @@ class ChoiceMeasures:
             ids = tracked_tokens(token_counts, layers, experts)
             self.affinity = TokenAffinity(layers, experts, len(token_counts), ids)
 
-    def update(self, experts: Tensor, first: Tensor | None, token_ids: Tensor | None) -> None:
+    def update(self, experts: Tensor, first: Tensor, token_ids: Tensor | None) -> None:
         """Add the next tokens.
 
         Args:
             experts: [L, T, K] int64, E in an empty slot.
-            first: [L, T] int64, the first choice; needed if `ranked`.
+            first: [L, T] int64, the first choice; used if `ranked`.
             token_ids: [T] int64; needed with `token_counts`.
         """
         self.load.update(experts)
         if self.coactivation is not None:
             self.coactivation.update(experts)
         if self.chosen is not None:
-            assert first is not None
             self.chosen.update(first)
         if self.paths is not None:
-            assert first is not None
             self.paths.update(first)
         if self.affinity is not None:
             assert token_ids is not None

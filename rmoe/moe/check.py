@@ -19,38 +19,16 @@ from rmoe.moe.layers import RoutedLayer
 from rmoe.moe.recorder import Recorder, listen
 from rmoe.moe.records import RoutingRecord
 from rmoe.moe.tokens import first_tensor
+from rmoe.results.analysis import ExpertCheck
 
 EXPERTS_PER_LAYER = 3
 """The busiest, one of middling load, and the idlest: the last is where tokens would change that should not."""
-
-MISSED = 0.05
-"""Share of an expert's tokens that may stay as they are: a small part of a sum is rounded away."""
 
 LOUDER = 64.0
 """Where silence changes nothing, the expert's weights are multiplied by this: a part that was rounded away shows."""
 
 
-@dataclass(frozen=True)
-class SilencedExpert:
-    """What happened when one expert was silenced.
-
-    Attributes:
-        layer: name of the layer. expert: its number.
-        said: tokens said to use it. missed: of those, how many did not change. extra: tokens that changed, but
-            should not.
-        change: mean over the tokens that use it of `|y - y'| / |y|`, `y` the block's output; 0 without any.
-    """
-
-    layer: str
-    expert: int
-    said: int
-    missed: int
-    extra: int
-    change: float
-
-    @property
-    def passed(self) -> bool:
-        return self.extra == 0 and self.missed <= MISSED * self.said
+SilencedExpert = ExpertCheck
 
 
 @dataclass(frozen=True)
@@ -145,8 +123,8 @@ def _silence_some(
                 changed |= (_output(block, args, kwargs) != whole).any(-1)
         sizes = (difference / scale)[uses]
         yield SilencedExpert(
-            layer.name,
-            expert,
+            layer=layer.name,
+            expert=expert,
             said=int(uses.sum()),
             missed=int((~changed[uses]).sum()),
             extra=int((difference > noise)[~uses].sum()),
