@@ -17,7 +17,8 @@ from rmoe.analysis.balance import audit_balance
 from rmoe.analysis.contribution import RouteContributions
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.insight import Predictability, Saliency
-from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes, require_measures
+from rmoe.analysis.measures import RoutingMeasures, Sizes
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.regret import TOKENS, RouteRegret
 from rmoe.analysis.saturation import Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
@@ -49,33 +50,6 @@ class Subject:
     model: nn.Module
     step: int = 0
     streamed: StreamedRouting | None = None
-
-
-@dataclass(frozen=True)
-class AnalysisOptions:
-    """How much is looked at.
-
-    Attributes:
-        batch_size: blocks per forward pass. No figure depends on it, beyond rounding.
-        gradient_tokens: about so many tokens, in whole blocks, for the gradient split and the balance audit; 0 leaves
-            them out.
-        explored_tokens: so many tokens are kept for the token explorer.
-        measures: what is measured, of `MEASURES`.
-        check: silence some experts first, and refuse a model that is read wrongly (`rmoe.moe.check_reading`).
-    """
-
-    batch_size: int = 8
-    gradient_tokens: int = 2048
-    explored_tokens: int = 256
-    measures: tuple[str, ...] = DEFAULT_MEASURES
-    check: bool = True
-
-    def __post_init__(self) -> None:
-        require_measures(self.measures, MEASURES)
-        for name, least in (("batch_size", 1), ("gradient_tokens", 0), ("explored_tokens", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise RequestError(name, value, f"at least {least}")
 
 
 def analyze_models(

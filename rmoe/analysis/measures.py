@@ -28,48 +28,11 @@ from rmoe.analysis.load import (
     relative_load_quantiles,
 )
 from rmoe.analysis.mutual_information import ChosenMutualInformation, DigitisedMutualInformation
+from rmoe.analysis.options import DEFAULT_MEASURES
 from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.token_affinity import TokenAffinity, tracked_tokens
-from rmoe.errors import RequestError
 from rmoe.moe.records import RoutingBatch
 from rmoe.results import analysis as schema
-
-MEASURES = {
-    "load": "share of assignments per expert, its spread, dead experts, coverage, what a capacity limit drops",
-    "coactivation": "experts chosen together, in a layer and from one to the next",
-    "paths": "the most frequent paths of first choices",
-    "mutual-information": "between layers, of scores and of first choices",
-    "confidence": "gate entropy, inner and outer balance",
-    "tokens": "tokens that an expert takes most, and the token explorer",
-    "contexts": "where in the text each expert has its largest weights",
-    "weights": "similarity of experts, norm of routers",
-    "gradients": "the router's gradient by part of the loss, on --gradient-tokens",
-    "predictability": "the next layer's choice from the input and the state of the router below",
-    "saliency": "REAP's saliency of each expert; runs every expert once more",
-    "balance": "the model's own balance loss beside Switch's, and its gradient, on --gradient-tokens",
-    "regret": "the loss if the next expert had been chosen; runs 64 rows of the text for each layer",
-    "contributions": "what speaks for the chosen experts: the layers below, the recurrent state",
-}
-OF_CHOICES = ("load", "coactivation", "paths", "mutual-information", "tokens")
-"""What needs only who was chosen: measured of a trace."""
-
-NOT_BY_DEFAULT = ("predictability", "saliency", "balance", "regret", "contributions")
-WHOLE_MODEL = ("gradients", *NOT_BY_DEFAULT)
-"""What needs all layers at once: not measured of a streamed model."""
-
-DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in NOT_BY_DEFAULT)
-
-
-def require_measures(names: Collection[str], allowed: Collection[str]) -> None:
-    """Check a choice of measures.
-
-    Raises:
-        RequestError: it is empty, or has one that is not allowed.
-    """
-    if not names or not set(names) <= set(allowed):
-        wrong = next((name for name in names if name not in allowed), "")
-        raise RequestError("--measures", wrong, ", ".join(allowed))
-
 
 TOP_PATHS = 20
 TOP_TOKENS = 12

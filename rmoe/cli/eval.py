@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from rmoe.cli.models import Plugins, set_up
+from rmoe.cli.models import Plugins, open_model
 from rmoe.errors import RequestError
 
 
@@ -43,29 +43,29 @@ def run(
         raise RequestError("--data", data, "a text, or --tasks: one of the two")
     if context is not None and context < 2:
         raise RequestError("--context", context, "2 or more")
-
-    set_up(plugin)
     if tasks is not None:
-        _benchmarks(model, tasks, limit, num_fewshot, context, json)
+        _benchmarks(model, plugin, tasks, limit, num_fewshot, context, json)
     else:
         assert data is not None
-        _text(model, data, context, overlap, json)
+        _text(model, plugin, data, context, overlap, json)
 
 
 def _benchmarks(
-    model: Path, tasks: str, limit: int | None, num_fewshot: int | None, context: int | None, json: bool
+    model: Path,
+    plugin: Plugins,
+    tasks: str,
+    limit: int | None,
+    num_fewshot: int | None,
+    context: int | None,
+    json: bool,
 ) -> None:
     if limit is not None and limit < 1:
         raise RequestError("--limit", limit, "1 or more")
 
-    from rmoe.cli.models import model_folder
     from rmoe.evaluation import parse_benchmarks, run_benchmarks
-    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 
     benchmarks = parse_benchmarks(tasks)
-    folder = model_folder(model)
-    language_model, tokenizer = load_language_model(folder), load_tokenizer(folder)
-    require_rows(language_model, tokenizer, folder)
+    language_model, tokenizer, _ = open_model(model, plugin)
     results = run_benchmarks(
         language_model,
         tokenizer,
@@ -88,15 +88,11 @@ def _benchmarks(
         print(f"{task}: {', '.join(said)}")
 
 
-def _text(model: Path, data: str, context: int | None, overlap: int, json: bool) -> None:
-    from rmoe.cli.models import model_folder
+def _text(model: Path, plugin: Plugins, data: str, context: int | None, overlap: int, json: bool) -> None:
     from rmoe.data import DataConfig, prepare
     from rmoe.training.evaluation import evaluate
-    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 
-    folder = model_folder(model)
-    language_model = load_language_model(folder)
-    require_rows(language_model, load_tokenizer(folder), folder)
+    language_model, _, folder = open_model(model, plugin)
     if context is None:
         context = min(getattr(language_model.config, "max_position_embeddings", 4096), 4096)
     corpus = prepare(DataConfig(path=data, tokenizer=str(folder), split="whole"), context)

@@ -37,8 +37,9 @@ def run(
     """
     import msgspec
 
-    from rmoe.cli.models import model_folder, set_up
+    from rmoe.cli.models import set_up
     from rmoe.finetune.run import finetune
+    from rmoe.places import model_folder
     from rmoe.training.run import Stopped
 
     set_up(plugin)

@@ -42,13 +42,9 @@ def run(
 
     import torch
 
-    from rmoe.cli.models import model_folder, set_up
-    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
+    from rmoe.cli.models import open_model
 
-    set_up(plugin)
-    folder = model_folder(model)
-    language_model, tokenizer = load_language_model(folder), load_tokenizer(folder)
-    require_rows(language_model, tokenizer, folder)
+    language_model, tokenizer, _ = open_model(model, plugin)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p}

@@ -58,9 +58,9 @@ def run(
     if out is None:
         raise RequestError("--out", None, "a folder that is new or empty")
 
-    from rmoe.cli.models import model_folder, set_up
+    from rmoe.cli.models import set_up
     from rmoe.graft import GraftSpec, graft_folder, move_adapter, undo_folder, upcycle_folder
-    from rmoe.places import require_writable
+    from rmoe.places import model_folder, require_writable
 
     require_writable(out)
     set_up(plugin)

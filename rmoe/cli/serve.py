@@ -49,11 +49,9 @@ def run(
         if not ok:
             raise RequestError(option, value, "a sensible number (see --help)")
 
-    from rmoe.cli.models import model_folder, set_up
+    from rmoe.cli.models import open_model
     from rmoe.places import display_name
 
-    set_up(plugin)
-    folder = model_folder(model)
     try:
         import uvicorn
 
@@ -63,12 +61,9 @@ def run(
         raise RequestError("rmoe serve", str(error), 'installed with pip install "rmoe[serve]"') from error
     import torch
 
-    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
-
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    served, tokenizer = load_language_model(folder, device=device), load_tokenizer(folder)
-    require_rows(served, tokenizer, folder)
+    served, tokenizer, folder = open_model(model, plugin, device)
     name = name or display_name(folder)
     longest = getattr(served.config, "max_position_embeddings", 4096)
     limits = Limits(max_length=max_length or longest, concurrent=concurrent, waiting=waiting)

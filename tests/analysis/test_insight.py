@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.contexts import TopContexts
 from rmoe.analysis.insight import Predictability, Saliency
 from rmoe.analysis.load import coverage, dead_experts, hottest_steps, max_violation, relative_load_quantiles
-from rmoe.analysis.measures import MEASURES
+from rmoe.analysis.options import MEASURES, AnalysisOptions
 from rmoe.analysis.probe import RIDGE, ChoiceProbe, top_k_recall
 from rmoe.analysis.saturation import Saturation
 from rmoe.cli.main import main

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import rmoe
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.streaming import memory
 from rmoe.analysis.streaming.run import Progress, StreamedRouting, stream_routing
 from rmoe.analysis.streaming.store import CannotResume, form_of, made_again, require_space
