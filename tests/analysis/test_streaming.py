@@ -289,7 +289,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_free_memory_obeys_the_process_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory.free_memory(CPU)
     assert 0 < whole < 1 << 50
-    used = memory._own("VmData")
+    used = memory._field("/proc/self/status", "VmData", 0)
     limits = {
         memory.resource.RLIMIT_DATA: used + (64 << 20),
         memory.resource.RLIMIT_AS: memory.resource.RLIM_INFINITY,
