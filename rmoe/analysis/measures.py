@@ -281,20 +281,15 @@ class Explorer:
         order = weights.masked_fill(experts == num_experts, -torch.inf).argsort(
             stable=True, dim=-1, descending=True
         )
-        experts, weights = (
-            experts.gather(-1, order).transpose(0, 1),
-            weights.gather(-1, order).transpose(0, 1),
-        )
-        used = (experts < num_experts).sum(-1)  # [T, L]
+        used = (experts < num_experts).sum(-1).T.tolist()  # [T][L]
+        rows = [part.gather(-1, order).transpose(0, 1).tolist() for part in (experts, weights)]
         return [
             schema.Token(
                 text=token_text(token_id),
-                experts=[
-                    row[:count] for row, count in zip(experts[t].tolist(), used[t].tolist(), strict=True)
-                ],
-                weights=[
-                    row[:count] for row, count in zip(weights[t].tolist(), used[t].tolist(), strict=True)
-                ],
+                experts=[row[:count] for row, count in zip(chosen, counts, strict=True)],
+                weights=[row[:count] for row, count in zip(weighed, counts, strict=True)],
             )
-            for t, token_id in enumerate(torch.cat(self._ids).tolist())
+            for token_id, chosen, weighed, counts in zip(
+                torch.cat(self._ids).tolist(), *rows, used, strict=True
+            )
         ]

@@ -60,7 +60,6 @@ def run(
         hidden_states: where they are between two layers of a streamed model; default the disk if they take more than
             a quarter of the free memory.
         single_file: put the plotting library inside the page, so that it can be sent alone.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     from rmoe.analysis.command import Streaming, analyze_folders, analyze_trace_file
     from rmoe.places import require_writable

@@ -6,14 +6,12 @@ import json as jsonlib
 import math
 from pathlib import Path
 
-import tyro
-
-from rmoe.cli.models import Plugins, open_model
+from rmoe.cli.models import Model, Plugins, open_model
 from rmoe.errors import RequestError
 
 
 def run(
-    model: tyro.conf.Positional[Path],
+    model: Model,
     *,
     data: str | None = None,
     tasks: str | None = None,
@@ -27,7 +25,6 @@ def run(
     """Bits per byte and perplexity of a model on a whole text, or benchmark tasks of lm-evaluation-harness.
 
     Args:
-        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
         data: a text file, a folder of texts, a .gz, .jsonl, .csv or .parquet of text, or hf:NAME.
         tasks: names separated by commas, `arc_easy,hellaswag`; with a local file in the place of the task's own
             data, `arc_easy=FILE` (arc_easy, arc_challenge, piqa, lambada_openai, lambada_standard, gsm8k).
@@ -36,7 +33,6 @@ def run(
         context: tokens of one forward pass; default what the model was trained with, at most 4096.
         overlap: tokens each pass repeats from the one before, so that every token is predicted from at least so
             many; 1 is the cheapest and the harshest.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
         json: print one JSON object; with --tasks in the harness's own format.
     """
     if (data is None) == (tasks is None):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import tyro
-
-from rmoe.cli.models import Plugins
+from rmoe.cli.models import Model, Plugins
 from rmoe.errors import RequestError
 
 
 def run(
-    model: tyro.conf.Positional[Path],
+    model: Model,
     *,
     prompt: str,
     max_new_tokens: int = 200,
@@ -23,13 +19,11 @@ def run(
     """Continue a text.
 
     Args:
-        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
         prompt: the text to continue.
         max_new_tokens: how many tokens to add, at most.
         temperature: 0 takes the likeliest token each time; above it tokens are drawn.
         top_p: draw only from the likeliest tokens that hold this much of the probability.
         seed: of the draws.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     for name, value, allowed, ok in (
         ("--prompt", prompt, "a text that is not empty", bool(prompt)),

@@ -50,7 +50,6 @@ def run(
         top_k: with --upcycle, experts for each token.
         undo: write the model that MODEL was grafted from, and check that it is that, bit for bit.
         keep_trained: with --undo, the base as training has changed it.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
         json: print JSON.
     """
     if model is None:

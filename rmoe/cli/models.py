@@ -12,7 +12,16 @@ from rmoe.places import model_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Plugins: TypeAlias = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Model: TypeAlias = Annotated[
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(help="a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub."),
+]
+Plugins: TypeAlias = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(help="modules or files (`my_router.py`) that register the routers of MODEL."),
+]
 
 
 def set_up(plugins: tuple[str, ...]) -> None:

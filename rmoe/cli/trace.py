@@ -32,7 +32,6 @@ def run(
         device: as torch names it; default a GPU if there is one.
         format: rmoe, a safetensors file that `rmoe analyze --trace` reads; or vllm, JSON lines as vLLM's server
             returns them.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     from rmoe.analysis.command import trace_folder
     from rmoe.places import require_writable
