@@ -96,14 +96,10 @@ def analyze_models(
                 saturation.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
         analyses = [one.result(blocks, token_text) for one in passes]
     if saturation is not None:
-        n, steps, values = (
-            saturation.n,
-            [subject.step for subject in subjects],
-            [saturation.result().tolist()],
-        )
-        stable = schema.Saturation(from_step=steps[1:2], to_step=steps[:1], values=values, n=n)
-        changed, anywhere = saturation.flips()
-        flipped = schema.Flips(other=subjects[1].name, values=changed.tolist(), any_layer=anywhere, n=n)
+        first, second, n = subjects[0], subjects[1], saturation.n
+        values, (changed, anywhere) = saturation.result().tolist(), saturation.flips()
+        stable = schema.Saturation(from_step=[second.step], to_step=[first.step], values=[values], n=n)
+        flipped = schema.Flips(other=second.name, values=changed.tolist(), any_layer=anywhere, n=n)
         analyses[0] = msgspec.structs.replace(analyses[0], saturation=stable, flips=flipped)
     return analyses
 
