@@ -51,7 +51,7 @@ def choose_tokenizer(model: str, vocab_size: int) -> tuple[str, str | None]:
     A checkpoint of a run has none of its own: its tokenizer is that of the run's `model/`.
 
     Args:
-        model: a folder, or an id of the Hub.
+        model: its folder.
         vocab_size: rows of the model's embedding.
 
     Returns:
@@ -61,7 +61,7 @@ def choose_tokenizer(model: str, vocab_size: int) -> tuple[str, str | None]:
         RequestError: a folder without tokenizer files whose model cannot read bytes.
     """
     folder = Path(model)
-    if not folder.is_dir() or _has_tokenizer(folder):
+    if _has_tokenizer(folder):
         return model, None
     of_run = folder.resolve().parent.parent / "model"
     if folder.resolve().parent.name == "checkpoints" and _has_tokenizer(of_run):

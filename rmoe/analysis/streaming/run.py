@@ -200,7 +200,7 @@ class _Run:
             and [checksum((walker.args, walker.kwargs)) for walker in self.walkers] != self.state.arrived
         ):
             return None
-        done = self._bytes_before(first)
+        done = sum(map(self.model.bytes_of, list(self.model.units)[:first]))
         while not all(walker.done for walker in self.walkers):
             units = {walker.unit if not walker.done else "the end" for walker in self.walkers}
             if len(units) > 1:
@@ -212,10 +212,6 @@ class _Run:
             total = max(self.model.total_bytes, read)
             self.report(Progress(unit, read, total, time.perf_counter() - began, done))
         return self.state
-
-    def _bytes_before(self, stage: int) -> int:
-        units = list(self.model.units)[:stage]
-        return sum(self.model.bytes_of(unit) for unit in units)
 
     def _one_layer(self, unit: str) -> None:
         stage = self.state.stage
