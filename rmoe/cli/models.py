@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 Model: TypeAlias = Annotated[
     Path,
     tyro.conf.Positional,
-    tyro.conf.arg(help="a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub."),
+    tyro.conf.arg(
+        metavar="MODEL",
+        help="a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.",
+    ),
 ]
 Plugins: TypeAlias = Annotated[
     tuple[str, ...],
