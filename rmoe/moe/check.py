@@ -29,6 +29,7 @@ LOUDER = 64.0
 
 
 SilencedExpert = ExpertCheck
+"""What happened when one expert was silenced."""
 
 
 @dataclass(frozen=True)
