@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from results import write_result
 
-from rmoe.analysis.analyze import CHECKED_TOKENS, AnalysisOptions
+from rmoe.analysis.analyze import CHECKED_TOKENS
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.measures import RoutingMeasures, Sizes
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.weights import layer_weights
 from rmoe.moe import check_reading
 from rmoe.moe.recorder import Recorder

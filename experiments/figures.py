@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 import rmoe
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.token_text import TokenText
 from rmoe.compare.evaluate import measure_routing
 from rmoe.data import DataConfig, prepare

@@ -66,6 +66,20 @@ def model_place(name: str | Path, field: str = "MODEL") -> Path:
     raise RequestError(field, text, allowed)
 
 
+def model_folder(name: str | Path, field: str = "MODEL") -> Path:
+    """`model_place`; a run's folder stands for the `model/` in it.
+
+    Raises:
+        RequestError: nothing is there, or a run that has no model yet.
+    """
+    path = model_place(name, field)
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+        raise RequestError(field, str(path), "a finished run, or one of its checkpoints")
+    return path
+
+
 def require_writable(out: Path) -> None:
     """Check, before any work, that the folder `--out` can be made and written.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,13 +17,14 @@ from rmoe.analysis.balance import audit_balance
 from rmoe.analysis.contribution import RouteContributions
 from rmoe.analysis.gradients import find_shared, router_gradients
 from rmoe.analysis.insight import Predictability, Saliency
-from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, RoutingMeasures, Sizes, require_measures
+from rmoe.analysis.measures import RoutingMeasures, Sizes
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.regret import TOKENS, RouteRegret
-from rmoe.analysis.saturation import FlipRate, Saturation
+from rmoe.analysis.saturation import Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
 from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
 from rmoe.errors import RequestError
-from rmoe.moe import RoutedLayer, check_reading
+from rmoe.moe import check_reading
 from rmoe.moe.recorder import Recorder
 from rmoe.moe.records import RoutingBatch
 from rmoe.results import analysis as schema
@@ -49,33 +50,6 @@ class Subject:
     model: nn.Module
     step: int = 0
     streamed: StreamedRouting | None = None
-
-
-@dataclass(frozen=True)
-class AnalysisOptions:
-    """How much is looked at.
-
-    Attributes:
-        batch_size: blocks per forward pass. No figure depends on it, beyond rounding.
-        gradient_tokens: about so many tokens, in whole blocks, for the gradient split and the balance audit; 0 leaves
-            them out.
-        explored_tokens: so many tokens are kept for the token explorer.
-        measures: what is measured, of `MEASURES`.
-        check: silence some experts first, and refuse a model that is read wrongly (`rmoe.moe.check_reading`).
-    """
-
-    batch_size: int = 8
-    gradient_tokens: int = 2048
-    explored_tokens: int = 256
-    measures: tuple[str, ...] = DEFAULT_MEASURES
-    check: bool = True
-
-    def __post_init__(self) -> None:
-        require_measures(self.measures, MEASURES)
-        for name, least in (("batch_size", 1), ("gradient_tokens", 0), ("explored_tokens", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise RequestError(name, value, f"at least {least}")
 
 
 def analyze_models(
@@ -108,7 +82,6 @@ def analyze_models(
     if stability:
         _require_alike(passes)
     saturation: Saturation | None = None
-    flips: FlipRate | None = None
     with _evaluating([subject.model for subject in subjects]):
         if options.check:
             for one in passes:
@@ -118,18 +91,15 @@ def analyze_models(
             input_ids = torch.from_numpy(blocks[start : start + options.batch_size].astype(np.int64))
             batches = [one.update(start // options.batch_size, input_ids) for one in passes]
             if stability and saturation is None:  # a looped model has more records than layers
-                records = len(batches[0].experts)
-                saturation, flips = Saturation(records), FlipRate(records)
-            if saturation is not None and flips is not None:
-                for comparison in (saturation, flips):
-                    comparison.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
+                saturation = Saturation(len(batches[0].experts))
+            if saturation is not None:
+                saturation.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
         analyses = [one.result(blocks, token_text) for one in passes]
-    if saturation is not None and flips is not None:
-        steps = [subject.step for subject in subjects]
-        values = [saturation.result().tolist()]
-        stable = schema.Saturation(from_step=steps[1:2], to_step=steps[:1], values=values, n=saturation.n)
-        changed, anywhere = flips.result()
-        flipped = schema.Flips(other=subjects[1].name, values=changed.tolist(), any_layer=anywhere, n=flips.n)
+    if saturation is not None:
+        first, second, n = subjects[0], subjects[1], saturation.n
+        values, (changed, anywhere) = saturation.result().tolist(), saturation.flips()
+        stable = schema.Saturation(from_step=[second.step], to_step=[first.step], values=[values], n=n)
+        flipped = schema.Flips(other=second.name, values=changed.tolist(), any_layer=anywhere, n=n)
         analyses[0] = msgspec.structs.replace(analyses[0], saturation=stable, flips=flipped)
     return analyses
 
@@ -144,29 +114,21 @@ class _Pass:
         self.check: schema.ReadingCheck | None = None
         self.shared = find_shared(subject.model, self.recorder.layers)
         self.measures: RoutingMeasures | None = None
-        names, layers = options.measures, self.recorder.layers
-        live = self.streamed is None
+        layers, names = self.recorder.layers, options.measures if self.streamed is None else ()
         self.predictability = (
             Predictability(layers, self.shared, int(token_counts.sum()) // 2)
-            if live and "predictability" in names and len(layers) > 1
+            if "predictability" in names and len(layers) > 1
             else None
         )
-        self.saliency = Saliency(layers) if live and "saliency" in names else None
+        self.saliency = Saliency(layers) if "saliency" in names else None
         self.contributions = (
-            RouteContributions(subject.model, layers, self.shared)
-            if live and "contributions" in names
-            else None
+            RouteContributions(subject.model, layers, self.shared) if "contributions" in names else None
         )
         embedding = subject.model.get_input_embeddings()  # type: ignore[operator]
         if len(token_counts) > len(embedding.weight):
             allowed = f"ids below {subject.name}'s vocabulary size ({len(embedding.weight)})"
             raise RequestError("tokenizer", f"one that gives id {len(token_counts) - 1}", allowed)
         self.device = embedding.weight.device
-
-    @property
-    def called(self) -> list[RoutedLayer]:
-        """The layer of each record."""
-        return self.recorder.called if self.streamed is None else self.streamed.called
 
     def require_read(self, blocks: np.ndarray) -> None:
         """Check that the model is read correctly, on the start of the text.
@@ -180,7 +142,7 @@ class _Pass:
             passed=found.passed,
             summary=found.summary(),
             tokens=found.tokens,
-            experts=[schema.ExpertCheck(**asdict(one)) for one in found.experts],
+            experts=list(found.experts),
         )
         if not found.passed:
             allowed = f"a model whose routing can be read, or --no-check; the check {found.summary()}"
@@ -202,7 +164,7 @@ class _Pass:
             batch = self.streamed.batch(chunk)
         if self.measures is None:  # how many classes a router has shows in what it returns
             layers, _, classes = batch.probs.shape
-            by_layer = batch.layer_experts, tuple(layer.top_k for layer in self.called)
+            by_layer = batch.layer_experts, tuple(layer.top_k for layer in self.recorder.called)
             sizes = Sizes(layers, batch.num_experts, self.recorder.experts_per_token, classes, *by_layer)
             self.measures = RoutingMeasures(
                 sizes, self.token_counts, self.options.explored_tokens, self.options.measures
@@ -220,7 +182,7 @@ class _Pass:
             layers=sizes.num_layers,
             experts=sizes.num_experts,
             experts_per_token=sizes.experts_per_token,
-            layer_names=self.recorder.names if self.streamed is None else self.streamed.names,
+            layer_names=self.recorder.names,
             check=self.check,
             similarity=self._similarity(weights),
             router_weights=self._router_weights(weights),
@@ -273,8 +235,8 @@ class _Pass:
         if "weights" not in self.options.measures:
             return []
         if self.streamed is not None:
-            return [self.streamed.weights[layer.name] for layer in self.called]
-        return [layer_weights(layer, self.shared) for layer in self.called]
+            return [self.streamed.weights[layer.name] for layer in self.recorder.called]
+        return [layer_weights(layer, self.shared) for layer in self.recorder.called]
 
     def _similarity(self, weights: Sequence[LayerWeights]) -> schema.Similarity | None:
         values = [one.similarity for one in weights if one.similarity is not None]
@@ -307,8 +269,7 @@ class _Pass:
 
     def _balance(self, blocks: np.ndarray) -> schema.BalanceAudit | None:
         sample = self._gradient_sample("balance", blocks)
-        audit = audit_balance(self.subject.model, self.recorder.layers, sample)
-        return None if audit is None else schema.BalanceAudit(**asdict(audit))
+        return audit_balance(self.subject.model, self.recorder.layers, sample)
 
     def _regret(self, blocks: np.ndarray) -> schema.Regret | None:
         if self.streamed is not None or "regret" not in self.options.measures or self.recorder.two_sided:
@@ -360,10 +321,7 @@ def _or_none(values: np.ndarray) -> list[list[float | None]]:
 def _summary(model: nn.Module, sizes: Sizes) -> str:
     kind = model.config.model_type  # type: ignore[union-attr]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    return (
-        f"{kind}, {millions:.1f}M parameters, {sizes.num_layers} MoE layers, "
-        f"{sizes.num_experts} experts, {sizes.experts_per_token} per token"
-    )
+    return f"{kind}, {millions:.1f}M parameters, {sizes}"
 
 
 @contextmanager

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rmoe.analysis.gradients import MeanGradient, norms, trainable_aux_loss
 from rmoe.moe import RoutedLayer, RoutingRecord, listen
+from rmoe.results.analysis import BalanceAudit
 from rmoe.routing.contract import count_assignments
-
-
-@dataclass(frozen=True)
-class BalanceAudit:
-    """Means over a sample's batches.
-
-    Attributes:
-        model: `aux_loss` that the model, as it is configured, returns beside its loss; without its coefficient. None if
-            it returns none that can be trained.
-        switch: [L] Switch's balance loss (arXiv:2101.03961, Eq. 4) without its coefficient, 1 for even load.
-
-                E sum_i f_i P_i     f_i: share of assignments, P_i: mean probability of expert i
-
-        gradient: [L] norm of the gradient of `model` by the router's own parameters; None without a loss. Part of
-            it comes through the layers above. 0: the loss does not reach the router.
-        tokens: in the sample.
-    """
-
-    model: float | None
-    switch: list[float]
-    gradient: list[float] | None
-    tokens: int
 
 
 def audit_balance(
@@ -40,13 +18,17 @@ def audit_balance(
 ) -> BalanceAudit | None:
     """Audit a language model in evaluation mode; its parameters and their gradients stay as they are.
 
+    The gradient comes in part through the layers above; 0: the loss does not reach the router. Switch's loss is
+
+        E sum_i f_i P_i     f_i: share of assignments, P_i: mean probability of expert i (arXiv:2101.03961, Eq. 4)
+
     Args:
         model: whose layers each run once.
         layers: its routed layers.
         batches: [B, S] token ids each, of one shape.
 
     Returns:
-        None without a batch.
+        Means over the batches; None without one.
     """
     if not batches:
         return None

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 import rmoe
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
-from rmoe.analysis.measures import OF_CHOICES, WHOLE_MODEL, require_measures
-from rmoe.analysis.reading import Part, Reading, choose_tokenizer, read_text
+from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import OF_CHOICES, WHOLE_MODEL, AnalysisOptions, TextOptions, require_measures
+from rmoe.analysis.reading import choose_tokenizer, read_text
 from rmoe.analysis.streaming.memory import checkpoint_bytes, free_memory
 from rmoe.analysis.streaming.run import Hidden, Progress, StreamedRouting, stream_routing
 from rmoe.analysis.streaming.weights import StreamedModel
 from rmoe.analysis.token_text import TokenText
-from rmoe.analysis.tracing import analyze_trace, layers_of, record_trace, require_fit
+from rmoe.analysis.tracing import analyze_trace, layers_and_vocabulary, record_trace, require_fit
 from rmoe.data.encode import ByteEncoder, load_encoder
 from rmoe.errors import RequestError
-from rmoe.moe import require_layers
-from rmoe.places import display_name, expand, model_place
-from rmoe.results.analysis import Analysis, ModelAnalysis, TextInfo
+from rmoe.moe import RoutedLayer, require_layers
+from rmoe.places import display_name, expand, model_folder
+from rmoe.results.analysis import Analysis, TextInfo
 from rmoe.results.engine_traces import Given, read_any_trace
 from rmoe.results.trace import Trace
 
@@ -52,24 +52,14 @@ class Streaming:
         """Whether this model is to be streamed."""
         return self.asked or checkpoint_bytes(path) > free_memory(device)
 
-    def run(
-        self, path: Path, model: StreamedModel, blocks: np.ndarray, batch_size: int, number: int
-    ) -> StreamedRouting:
-        """Stream the model with this place in the command."""
-        folder = self.folder / str(number)
-        return stream_routing(path, blocks, batch_size, folder, model.device, self.hidden, self.report, model)
-
 
 def analyze_folders(
     models: Sequence[str],
-    data: str | None,
-    part: Part | None,
-    tokens: int,
-    sequence_length: int | None,
+    text: TextOptions,
     device: str | None,
     options: AnalysisOptions,
-    streaming: Streaming | None = None,
-    dtype: str = "auto",
+    streaming: Streaming,
+    dtype: str,
 ) -> Analysis:
     """Analyse one model, or two side by side.
 
@@ -77,24 +67,23 @@ def analyze_folders(
     is compared token by token (saturation). Where that cannot be, a note says so and the rest is reported.
 
     Args:
-        models: one or two model folders, run folders, or names of the Hub; see `rmoe.places.model_place`.
-        data, part, tokens: see `reading.read_text`.
-        sequence_length: S; None is `SEQUENCE_LENGTH`, or the models' longest if that is less.
+        models: one or two, see `rmoe.places.model_folder`.
+        text: see `reading.read_text`.
         device: as torch names it; None is a GPU if there is one.
         options: sizes of the samples.
-        streaming: where layer by layer keeps its files, and whether it is asked for; without it a model larger than
-            memory is loaded nevertheless.
+        streaming: where layer by layer keeps its files, and whether it is asked for.
         dtype: that the last model is loaded in; "auto" is that of its files. Two of one model, the second in another
             dtype, show how often its choice flips.
 
     Raises:
         RequestError: whatever is wrong with the models, the text or the options.
     """
-    paths = [model_path(str(model_place(model))) for model in models]
+    paths = [model_folder(model) for model in models]
+    names = _names(paths)
     target = _device(device)
-    in_parts = [streaming is not None and streaming.applies(Path(path), target) for path in paths]
+    in_parts = [streaming.applies(path, target) for path in paths]
     streamed = [
-        StreamedModel(Path(p), target) if part else None for p, part in zip(paths, in_parts, strict=True)
+        StreamedModel(path, target) if part else None for path, part in zip(paths, in_parts, strict=True)
     ]
     loaded = [
         rmoe.load(path, device=target, dtype=dtype if i == len(paths) - 1 else "auto")
@@ -102,34 +91,32 @@ def analyze_folders(
         else part.model
         for i, (path, part) in enumerate(zip(paths, streamed, strict=True))
     ]
+    needs_loss = {"gradients", "balance"} & {*options.measures} if options.gradient_tokens else set()
+    needs_loss |= {"regret"} & {*options.measures}
     for path, model in zip(paths, loaded, strict=True):
-        needs_loss = {"gradients", "balance"} & {*options.measures} if options.gradient_tokens else set()
-        needs_loss |= {"regret"} & {*options.measures}
         if needs_loss and not model.can_generate():
             without = ", ".join(sorted(needs_loss))
             allowed = f"a language model, not {type(model).__name__}, or --measures without {without}"
-            raise RequestError("MODEL", path, allowed)
+            raise RequestError("MODEL", str(path), allowed)
     layers = [require_layers(model) for model in loaded]  # before anything slow
-    vocabulary = [model.get_input_embeddings().weight.shape[0] for model in loaded]
-    length = _sequence_length(sequence_length, loaded)
-    readings = [
-        read_text(path, size, data, part, tokens, length)
-        for path, size in zip(paths, vocabulary, strict=True)
-    ]
+    length = _sequence_length(text.sequence_length, loaded)
+    readings = [read_text(path, model, text, length) for path, model in zip(paths, loaded, strict=True)]
     notes = [reading.note for reading in readings if reading.note]
     routings: list[StreamedRouting | None] = []
     for i, (path, layered, reading) in enumerate(zip(paths, streamed, readings, strict=True)):
-        if layered is None or streaming is None:
+        if layered is None:
             routings.append(None)
             continue
-        routings.append(streaming.run(Path(path), layered, reading.blocks, options.batch_size, i))
+        folder, size = streaming.folder / str(i), options.batch_size
+        how = streaming.hidden, streaming.report, layered
+        routings.append(stream_routing(path, reading.blocks, size, folder, target, *how))
         needs: list[str] = [n for n in WHOLE_MODEL if n in options.measures]
         needs += ["the check of the reading"] if options.check else []
         skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
-        notes.append(f"{_names(paths)[i]} was read layer by layer{skipped}")
+        notes.append(f"{names[i]} was read layer by layer{skipped}")
     subjects = [
-        Subject(name, model, trained_steps(Path(path)), routing)
-        for name, model, path, routing in zip(_names(paths), loaded, paths, routings, strict=True)
+        Subject(name, model, trained_steps(path), routing)
+        for name, model, path, routing in zip(names, loaded, paths, routings, strict=True)
     ]
     together = len(readings) > 1 and np.array_equal(readings[0].blocks, readings[1].blocks)
     shapes = [(len(found), found[0].num_experts) for found in layers]
@@ -142,7 +129,12 @@ def analyze_folders(
             subjects, readings[0].blocks, readings[0].token_text, options, stability=stability
         )
     else:
-        analyses = _one_by_one(subjects, readings, options)
+        analyses = []
+        for subject, reading in zip(subjects, readings, strict=True):
+            analyses += analyze_models([subject], reading.blocks, reading.token_text, options)
+            options = replace(
+                options, explored_tokens=0
+            )  # tokens to explore are the same for all, or the first's
     for routing in routings:
         if routing is not None:
             routing.close()
@@ -164,81 +156,53 @@ def analyze_trace_file(
         RequestError: an unknown format, a trace that does not fit, a measure that needs more than choices.
     """
     require_measures(measures, OF_CHOICES)
-    place = None if model is None else Path(model_path(str(model_place(model))))
-    given = given if place is None else _of_model(given, place)
-    found, notes = read_any_trace(expand(path, "--trace"), given)
-    name = Path(path).name
+    place = expand(path, "--trace")
     token_text: Callable[[int], str] = "#{}".format
-    if place is not None:
-        config = require_fit(found, place)
-        name = display_name(place)
-        tokenizer, note = choose_tokenizer(str(place), config.get_text_config().vocab_size)
+    if model is None:
+        found, notes = read_any_trace(place, given)
+        name = (found.meta.model if isinstance(found, Trace) else "") or place.name
+        if isinstance(found, Trace) and found.tokens is not None:
+            notes.append("tokens are shown by their ids: name the MODEL beside --trace to see their text")
+    else:
+        folder = model_folder(model)
+        layers, vocabulary = layers_and_vocabulary(folder)
+        found, notes = read_any_trace(place, _of_model(given, layers, folder))
+        require_fit(found, layers, vocabulary)
+        name = display_name(folder)
+        tokenizer, note = choose_tokenizer(str(folder), vocabulary)
         notes += [note] if note else []
         token_text = TokenText((ByteEncoder() if tokenizer == "bytes" else load_encoder(tokenizer)).tokenizer)
-    elif isinstance(found, Trace):
-        name = found.meta.model or name
-        if found.tokens is not None:
-            notes.append("tokens are shown by their ids: name the MODEL beside --trace to see their text")
     analysis, more = analyze_trace(found, name, token_text, measures)
     tokens = len(found.experts) if isinstance(found, Trace) else analysis.frequency_n
     digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]:
+    for file in sorted(place.glob("*.jsonl")) if place.is_dir() else [place]:
         digest.update(file.read_bytes())
-    text = TextInfo(name=Path(path).name, sha256=digest.hexdigest(), tokens=tokens)
+    text = TextInfo(name=place.name, sha256=digest.hexdigest(), tokens=tokens)
     return Analysis(text=text, models=[analysis], notes=notes + more)
 
 
-def _of_model(given: Given, place: Path) -> Given:
+def _of_model(given: Given, layers: Sequence[RoutedLayer], folder: Path) -> Given:
     """E and k by the model, where the user gave neither; both must be the same in all its layers."""
-    layers = layers_of(place)
     experts, slots = {layer.num_experts for layer in layers}, {layer.top_k for layer in layers}
     return replace(
         given,
         num_experts=given.num_experts or (max(experts) if len(experts) == 1 else None),
         experts_per_token=given.experts_per_token or (max(slots) if len(slots) == 1 else None),
-        model=display_name(place),
+        model=display_name(folder),
     )
 
 
-def trace_folder(
-    model: str,
-    data: str | None,
-    part: Part | None,
-    tokens: int,
-    sequence_length: int | None,
-    batch_size: int,
-    device: str | None,
-) -> Trace:
+def trace_folder(model: str, text: TextOptions, batch_size: int, device: str | None) -> Trace:
     """Record the routing of one model on a text. Arguments as of `analyze_folders`.
 
     Raises:
         RequestError: whatever is wrong with the model or the text.
     """
-    path = model_path(str(model_place(model)))
+    path = model_folder(model)
     loaded = rmoe.load(path, device=_device(device))
     require_layers(loaded)
-    vocabulary = loaded.get_input_embeddings().weight.shape[0]
-    length = _sequence_length(sequence_length, [loaded])
-    reading = read_text(path, vocabulary, data, part, tokens, length)
+    reading = read_text(path, loaded, text, _sequence_length(text.sequence_length, [loaded]))
     return record_trace(loaded, reading.blocks, _names([path])[0], batch_size)
-
-
-def _one_by_one(
-    subjects: Sequence[Subject], readings: Sequence[Reading], options: AnalysisOptions
-) -> list[ModelAnalysis]:
-    """Each model with its own reading; only the first has tokens to explore, which must be the same for all."""
-    analyses = []
-    for index, (subject, reading) in enumerate(zip(subjects, readings, strict=True)):
-        explored = options.explored_tokens if index == 0 else 0
-        own = replace(options, explored_tokens=explored)
-        analyses += analyze_models([subject], reading.blocks, reading.token_text, own)
-    return analyses
-
-
-def model_path(model: str) -> str:
-    """The model folder that is meant: a run folder stands for the `model/` in it."""
-    inside = Path(model) / "model"
-    return str(inside) if (inside / "config.json").is_file() else model
 
 
 def trained_steps(folder: Path) -> int:
@@ -251,12 +215,10 @@ def trained_steps(folder: Path) -> int:
         return 0
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def _names(paths: Sequence[Path]) -> list[str]:
     """A short name for each: its folder's, or its run's; the whole path where that would not tell them apart."""
-    resolved = [Path(path).resolve() for path in paths]
     short = [
-        real.parent.name if real.name == "model" else display_name(Path(path))
-        for path, real in zip(paths, resolved, strict=True)
+        path.resolve().parent.name if path.resolve().name == "model" else display_name(path) for path in paths
     ]
     if len(set(short)) == len(short):
         return short

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rmoe.graft.modules import GraftedGate
 from rmoe.moe import RoutedLayer, RoutingRecord, listen, scorer_matrix
+from rmoe.moe.tokens import first_tensor
 from rmoe.routing.router import BaseRouter
 
 LINEAR = 0.02
@@ -109,30 +110,30 @@ class RouteContributions:
     @staticmethod
     def _listen_to_element(stack: ExitStack, passed: _Element, element: nn.Module) -> None:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            passed.entered = _tokens(_first(args, kwargs))
+            passed.entered = _tokens(first_tensor(args, kwargs))
             passed.normed = []
 
         def part(module: nn.Module, args: Any, output: Any) -> None:
-            read = _first(args)
+            read = first_tensor(args)
             if isinstance(output, Tensor) and read is not None and output.shape == read.shape:
                 passed.normed.append((output.data_ptr(), _tokens(read), output))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            left = _first(output)
+            left = first_tensor(output)
             passed.left_by_norm = any(left is out for _, _, out in passed.normed)
             passed.normed = []
 
-        stack.callback(element.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        stack.callback(element.register_forward_hook(leave).remove)
+        stack.enter_context(element.register_forward_pre_hook(enter, with_kwargs=True))
+        stack.enter_context(element.register_forward_hook(leave))
         for child in element.children():
-            stack.callback(child.register_forward_hook(part).remove)
+            stack.enter_context(child.register_forward_hook(part))
 
     def _listen_to_gate(self, stack: ExitStack, heard: _Heard, layer: RoutedLayer) -> None:
         gate = layer.gate
         passed = self._passed[layer.index] if self._elements else _Element()
 
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            read = _first(args, kwargs)
+            read = first_tensor(args, kwargs)
             if read is None:
                 return
             heard.read = _tokens(read)
@@ -146,11 +147,11 @@ class RouteContributions:
             if len(args) > 1 and args[1]:  # `forward` and not a call: this hook is not for that run
                 heard.without = gate.forward(args[0], (), *args[2:], **kwargs)[0].logits.detach()
 
-        stack.callback(gate.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        stack.enter_context(gate.register_forward_pre_hook(keep, with_kwargs=True))
         if isinstance(gate, GraftedGate):
-            stack.callback(gate.router_offset.register_forward_hook(offset).remove)
+            stack.enter_context(gate.router_offset.register_forward_hook(offset))
         elif isinstance(gate, BaseRouter):
-            stack.callback(gate.register_forward_hook(again, with_kwargs=True).remove)
+            stack.enter_context(gate.register_forward_hook(again, with_kwargs=True))
 
     def update(self) -> None:
         """Add what was heard."""
@@ -269,19 +270,6 @@ def _is_linear(logits: Tensor, product: Tensor) -> bool:
     return bool(
         (rest - rest.mean(0)).square().mean() <= LINEAR**2 * (logits - logits.mean(0)).square().mean()
     )
-
-
-def _first(*values: Any) -> Tensor | None:
-    """The first tensor in nested arguments."""
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-        inner = (
-            value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-        )
-        if (found := _first(*inner)) is not None:
-            return found
-    return None
 
 
 def _tokens(value: Tensor | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,15 +96,11 @@ def recurrence_cut(layers: Sequence[RoutedLayer]) -> Iterator[list[bool]]:
     def before_grafted(module: Any, args: tuple, kwargs: dict) -> None:
         module.incoming = detach(module.incoming)  # a grafted gate carries its state for the length of a call
 
-    handles = []
-    for layer in layers:
-        hook = before_grafted if isinstance(layer.gate, GraftedGate) else before
-        handles.append(layer.gate.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hook = before_grafted if isinstance(layer.gate, GraftedGate) else before
+            hooks.enter_context(layer.gate.register_forward_pre_hook(hook, with_kwargs=True))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class MeanGradient:

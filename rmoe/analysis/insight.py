@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,13 +62,11 @@ class Predictability:
                 state = module.outgoing or ()
             self._states.append(state[0].detach() if state else None)
 
-        handles = [layer.gate.register_forward_pre_hook(keep) for layer in self.layers]
-        handles += [layer.gate.register_forward_hook(keep_state) for layer in self.layers]
-        try:
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                hooks.enter_context(layer.gate.register_forward_pre_hook(keep))
+                hooks.enter_context(layer.gate.register_forward_hook(keep_state))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def update(self, batch: RoutingBatch) -> None:
         """Add what was heard."""
@@ -121,34 +120,27 @@ class Saliency:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within, a forward pass is heard."""
-        handles = [
-            layer.experts.register_forward_pre_hook(self._hook(index, layer), with_kwargs=True)
-            for index, layer in enumerate(self.layers)
-            if layer.reader.at == "experts"
-        ]
-        try:
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self.layers):
+                if layer.reader.at == "experts":
+                    add = partial(self._add, index, layer)
+                    hooks.enter_context(layer.experts.register_forward_pre_hook(add, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, index: int, layer: RoutedLayer) -> Any:
-        def add(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if len(given) != 3 or given[1].dim() != 2 or given[1].is_floating_point():
-                return
-            hidden, chosen, weights = given
-            for slot in range(chosen.shape[1]):
-                one, weight = chosen[:, slot : slot + 1], weights[:, slot : slot + 1]
-                # `forward` and not a call: hooks, this one among them, are not for these runs.
-                output = layer.experts.forward(hidden, one, torch.ones_like(weight))
-                value = output.detach().reshape(len(one), -1).float().norm(dim=-1) * weight[:, 0].float()
-                used = (one[:, 0] < layer.num_experts) & (weight[:, 0] != 0)
-                ids = one[:, 0][used].cpu()
-                self._sums[index].index_add_(0, ids, value[used].double().cpu())
-                self._counts[index].index_add_(0, ids, torch.ones_like(ids))
-
-        return add
+    def _add(self, index: int, layer: RoutedLayer, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(given) != 3 or given[1].dim() != 2 or given[1].is_floating_point():
+            return
+        hidden, chosen, weights = given
+        for slot in range(chosen.shape[1]):
+            one, weight = chosen[:, slot : slot + 1], weights[:, slot : slot + 1]
+            # `forward` and not a call: hooks, this one among them, are not for these runs.
+            output = layer.experts.forward(hidden, one, torch.ones_like(weight))
+            value = output.detach().reshape(len(one), -1).float().norm(dim=-1) * weight[:, 0].float()
+            used = (one[:, 0] < layer.num_experts) & (weight[:, 0] != 0)
+            ids = one[:, 0][used].cpu()
+            self._sums[index].index_add_(0, ids, value[used].double().cpu())
+            self._counts[index].index_add_(0, ids, torch.ones_like(ids))
 
     def result(self) -> Tensor:
         """[L, E] float32."""

@@ -28,48 +28,11 @@ from rmoe.analysis.load import (
     relative_load_quantiles,
 )
 from rmoe.analysis.mutual_information import ChosenMutualInformation, DigitisedMutualInformation
+from rmoe.analysis.options import DEFAULT_MEASURES
 from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.token_affinity import TokenAffinity, tracked_tokens
-from rmoe.errors import RequestError
 from rmoe.moe.records import RoutingBatch
 from rmoe.results import analysis as schema
-
-MEASURES = {
-    "load": "share of assignments per expert, its spread, dead experts, coverage, what a capacity limit drops",
-    "coactivation": "experts chosen together, in a layer and from one to the next",
-    "paths": "the most frequent paths of first choices",
-    "mutual-information": "between layers, of scores and of first choices",
-    "confidence": "gate entropy, inner and outer balance",
-    "tokens": "tokens that an expert takes most, and the token explorer",
-    "contexts": "where in the text each expert has its largest weights",
-    "weights": "similarity of experts, norm of routers",
-    "gradients": "the router's gradient by part of the loss, on --gradient-tokens",
-    "predictability": "the next layer's choice from the input and the state of the router below",
-    "saliency": "REAP's saliency of each expert; runs every expert once more",
-    "balance": "the model's own balance loss beside Switch's, and its gradient, on --gradient-tokens",
-    "regret": "the loss if the next expert had been chosen; runs 64 rows of the text for each layer",
-    "contributions": "what speaks for the chosen experts: the layers below, the recurrent state",
-}
-OF_CHOICES = ("load", "coactivation", "paths", "mutual-information", "tokens")
-"""What needs only who was chosen: measured of a trace."""
-
-NOT_BY_DEFAULT = ("predictability", "saliency", "balance", "regret", "contributions")
-WHOLE_MODEL = ("gradients", *NOT_BY_DEFAULT)
-"""What needs all layers at once: not measured of a streamed model."""
-
-DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in NOT_BY_DEFAULT)
-
-
-def require_measures(names: Collection[str], allowed: Collection[str]) -> None:
-    """Check a choice of measures.
-
-    Raises:
-        RequestError: it is empty, or has one that is not allowed.
-    """
-    if not names or not set(names) <= set(allowed):
-        wrong = next((name for name in names if name not in allowed), "")
-        raise RequestError("--measures", wrong, ", ".join(allowed))
-
 
 TOP_PATHS = 20
 TOP_TOKENS = 12
@@ -87,6 +50,9 @@ class Sizes:
     num_classes: int
     layer_experts: tuple[int, ...] = ()
     layer_top_k: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.num_layers} MoE layers, {self.num_experts} experts, {self.experts_per_token} per token"
 
 
 def load_fields(counts: np.ndarray, n: int, layer_experts: Sequence[int] = ()) -> dict[str, Any]:
@@ -140,22 +106,20 @@ class ChoiceMeasures:
             ids = tracked_tokens(token_counts, layers, experts)
             self.affinity = TokenAffinity(layers, experts, len(token_counts), ids)
 
-    def update(self, experts: Tensor, first: Tensor | None, token_ids: Tensor | None) -> None:
+    def update(self, experts: Tensor, first: Tensor, token_ids: Tensor | None) -> None:
         """Add the next tokens.
 
         Args:
             experts: [L, T, K] int64, E in an empty slot.
-            first: [L, T] int64, the first choice; needed if `ranked`.
+            first: [L, T] int64, the first choice; used if `ranked`.
             token_ids: [T] int64; needed with `token_counts`.
         """
         self.load.update(experts)
         if self.coactivation is not None:
             self.coactivation.update(experts)
         if self.chosen is not None:
-            assert first is not None
             self.chosen.update(first)
         if self.paths is not None:
-            assert first is not None
             self.paths.update(first)
         if self.affinity is not None:
             assert token_ids is not None
@@ -317,20 +281,15 @@ class Explorer:
         order = weights.masked_fill(experts == num_experts, -torch.inf).argsort(
             stable=True, dim=-1, descending=True
         )
-        experts, weights = (
-            experts.gather(-1, order).transpose(0, 1),
-            weights.gather(-1, order).transpose(0, 1),
-        )
-        used = (experts < num_experts).sum(-1)  # [T, L]
+        used = (experts < num_experts).sum(-1).T.tolist()  # [T][L]
+        rows = [part.gather(-1, order).transpose(0, 1).tolist() for part in (experts, weights)]
         return [
             schema.Token(
                 text=token_text(token_id),
-                experts=[
-                    row[:count] for row, count in zip(experts[t].tolist(), used[t].tolist(), strict=True)
-                ],
-                weights=[
-                    row[:count] for row, count in zip(weights[t].tolist(), used[t].tolist(), strict=True)
-                ],
+                experts=[row[:count] for row, count in zip(chosen, counts, strict=True)],
+                weights=[row[:count] for row, count in zip(weighed, counts, strict=True)],
             )
-            for t, token_id in enumerate(torch.cat(self._ids).tolist())
+            for token_id, chosen, weighed, counts in zip(
+                torch.cat(self._ids).tolist(), *rows, used, strict=True
+            )
         ]

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from rmoe.analysis.options import TextOptions
 from rmoe.analysis.token_text import TokenText
 from rmoe.data import DataConfig, prepare
 from rmoe.errors import RequestError
 from rmoe.results.analysis import TextInfo
-
-Part = Literal["whole", "train", "valid", "test"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,7 +51,7 @@ def choose_tokenizer(model: str, vocab_size: int) -> tuple[str, str | None]:
     A checkpoint of a run has none of its own: its tokenizer is that of the run's `model/`.
 
     Args:
-        model: a folder, or an id of the Hub.
+        model: its folder.
         vocab_size: rows of the model's embedding.
 
     Returns:
@@ -62,7 +61,7 @@ def choose_tokenizer(model: str, vocab_size: int) -> tuple[str, str | None]:
         RequestError: a folder without tokenizer files whose model cannot read bytes.
     """
     folder = Path(model)
-    if not folder.is_dir() or _has_tokenizer(folder):
+    if _has_tokenizer(folder):
         return model, None
     of_run = folder.resolve().parent.parent / "model"
     if folder.resolve().parent.name == "checkpoints" and _has_tokenizer(of_run):
@@ -77,43 +76,41 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def read_text(
-    model: str, vocab_size: int, data: str | None, part: Part | None, tokens: int, sequence_length: int
-) -> Reading:
-    """Read the first `tokens` tokens of a text, cut to whole blocks, with the model's tokenizer.
+def read_text(folder: Path, model: PreTrainedModel, text: TextOptions, sequence_length: int) -> Reading:
+    """Read the first tokens of a text, cut to whole blocks, with the model's tokenizer.
 
     Args:
-        model: a folder, or an id of the Hub.
-        vocab_size: rows of the model's embedding.
-        data: as `DataConfig.path`; None is the Python standard library's source.
-        part: which split; None is all of a text that was named, and the test split of the standard library.
-        tokens: at most so many.
+        folder: the model's.
+        model: what was loaded from it; its embedding's rows limit the ids.
+        text: without a split all of a text that was named, and the test split of the standard library.
         sequence_length: S.
 
     Raises:
         RequestError: no tokenizer, one that does not fit the model, or a text shorter than a block.
     """
-    if tokens < sequence_length:
-        raise RequestError("--tokens", tokens, f"at least one block, --sequence-length ({sequence_length})")
-    tokenizer, note = choose_tokenizer(model, vocab_size)
-    part = part or ("whole" if data is not None else "test")
-    whole = part == "whole"
+    if text.tokens < sequence_length:
+        allowed = f"at least one block, --sequence-length ({sequence_length})"
+        raise RequestError("--tokens", text.tokens, allowed)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    tokenizer, note = choose_tokenizer(str(folder), vocab_size)
+    split = text.split or ("whole" if text.data is not None else "test")
+    whole = split == "whole"
     corpus = prepare(
         DataConfig(
-            path=data,
+            path=text.data,
             tokenizer=tokenizer,
             split="whole" if whole else "auto",
-            max_bytes=tokens * _MAX_BYTES_PER_TOKEN if whole else None,
+            max_bytes=text.tokens * _MAX_BYTES_PER_TOKEN if whole else None,
         ),
         sequence_length,
     )
-    ids = corpus.blocks("test" if part == "whole" else part).tokens
-    count = min(len(ids), tokens) // sequence_length
+    ids = corpus.blocks("test" if split == "whole" else split).tokens
+    count = min(len(ids), text.tokens) // sequence_length
     blocks = np.array(ids[: count * sequence_length]).reshape(count, sequence_length)
     needed = 256 if corpus.manifest.tokenizer.name == "bytes" else corpus.manifest.tokenizer.vocab_size
     if needed > vocab_size:
         allowed = f"one with at most as many entries as the model's vocabulary ({vocab_size})"
         raise RequestError("tokenizer", f"{tokenizer} with {needed} entries", allowed)
     source = corpus.manifest.source
-    text = TextInfo(name=source.name, sha256=source.sha256, tokens=blocks.size)
-    return Reading(blocks, text, TokenText(corpus.tokenizer), note)
+    info = TextInfo(name=source.name, sha256=source.sha256, tokens=blocks.size)
+    return Reading(blocks, info, TokenText(corpus.tokenizer), note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +78,7 @@ class RouteRegret:
     def _losses(self, ids: Tensor, recording: Recording, changed: Sequence[Recording]) -> Tensor:
         """[1 + rows, S - 1] float64 next-token losses on the CPU: as it was routed, then as changed."""
         every = [recording, *changed]
-        whole = Recording(
-            recording.layers, recording.num_experts, recording.top_k, [one.sequences[0] for one in every]
-        )
+        whole = replace(recording, sequences=[one.sequences[0] for one in every])
         with replay(self.model, whole):
             output = self.model(input_ids=ids.expand(len(every), -1), use_cache=False)
         return torch.stack(
@@ -105,5 +104,4 @@ def _exchanges(
             following = probs[position].index_fill(0, chosen, -1.0).argmax()
             ids = sequence.ids.clone()
             ids[position, layer, slot] = following
-            changed = type(sequence)(sequence.tokens, ids)
-            yield layer, at, Recording(recording.layers, recording.num_experts, recording.top_k, [changed])
+            yield layer, at, replace(recording, sequences=[replace(sequence, ids=ids)])

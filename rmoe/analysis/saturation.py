@@ -1,4 +1,4 @@
-"""Routing stability between two checkpoints of one model (router saturation)."""
+"""Routing stability between two checkpoints of one model (router saturation), or between two precisions."""
 
 from __future__ import annotations
 
@@ -29,38 +29,28 @@ def shared_choice(experts: Tensor, other: Tensor, num_experts: int) -> Tensor:
 
 
 class Saturation:
-    """Streams the mean of `shared_choice` per layer."""
+    """Streams the mean of `shared_choice` per layer, and how often two models choose different sets of experts."""
 
     def __init__(self, num_layers: int) -> None:
         self.n = 0
         self._sum = torch.zeros(num_layers, dtype=torch.float64)
+        self._changed = torch.zeros(num_layers, dtype=torch.int64)
+        self._any = 0
 
     def update(self, experts: Tensor, other: Tensor, num_experts: int) -> None:
-        """Add tokens: [L, T, K] int64 of both checkpoints, for the same tokens."""
-        self._sum += shared_choice(experts, other, num_experts).sum(-1)
+        """Add tokens: [L, T, K] int64 of both models, for the same tokens; `num_experts` in empty slots."""
+        shared = shared_choice(experts, other, num_experts)
+        changed = shared < 1
+        self._sum += shared.sum(-1)
+        self._changed += changed.sum(-1)
+        self._any += int(changed.any(0).sum())
         self.n += experts.shape[1]
 
     def result(self) -> np.ndarray:
         """[L] float64 in [0, 1]."""
         return (self._sum / max(self.n, 1)).numpy()
 
-
-class FlipRate:
-    """Streams how often two models choose different sets of experts for the same token."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.n = 0
-        self._changed = torch.zeros(num_layers, dtype=torch.int64)
-        self._any = 0
-
-    def update(self, experts: Tensor, other: Tensor, num_experts: int) -> None:
-        """Add tokens: [L, T, K] int64 of both models; `num_experts` in empty slots."""
-        changed = shared_choice(experts, other, num_experts) < 1
-        self._changed += changed.sum(-1)
-        self._any += int(changed.any(0).sum())
-        self.n += experts.shape[1]
-
-    def result(self) -> tuple[np.ndarray, float]:
-        """Share of tokens that differ, [L] and in any layer."""
+    def flips(self) -> tuple[np.ndarray, float]:
+        """Share of tokens whose experts differ, [L] and in any layer."""
         n = max(self.n, 1)
         return self._changed.numpy() / n, self._any / n

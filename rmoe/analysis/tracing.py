@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
-from rmoe.analysis.measures import OF_CHOICES, ChoiceMeasures, Sizes, load_fields
+from rmoe.analysis.measures import ChoiceMeasures, Sizes, load_fields
+from rmoe.analysis.options import OF_CHOICES
 from rmoe.errors import RequestError
 from rmoe.model.loading import empty_model
 from rmoe.moe import Recorder, RoutedLayer, RoutingRecord, require_layers
@@ -120,7 +121,7 @@ def analyze_trace(
     return (
         schema.ModelAnalysis(
             name=name,
-            summary=f"{meta.source} trace, {_of_sizes(sizes)}",
+            summary=f"{meta.source} trace, {sizes}",
             layers=sizes.num_layers,
             experts=num_experts,
             experts_per_token=slots,
@@ -143,7 +144,7 @@ def _of_counts(found: ExpertCounts, name: str) -> schema.ModelAnalysis:
     n = int(tokens[0])
     return schema.ModelAnalysis(
         name=name,
-        summary=f"{found.source} trace, {_of_sizes(Sizes(layers, experts, slots, experts))}",
+        summary=f"{found.source} trace, {Sizes(layers, experts, slots, experts)}",
         layers=layers,
         experts=experts,
         experts_per_token=slots,
@@ -152,18 +153,12 @@ def _of_counts(found: ExpertCounts, name: str) -> schema.ModelAnalysis:
     )
 
 
-def _of_sizes(sizes: Sizes) -> str:
-    return f"{sizes.num_layers} MoE layers, {sizes.num_experts} experts, {sizes.experts_per_token} per token"
-
-
-def require_fit(found: Trace | ExpertCounts, model: Path) -> PreTrainedConfig:
-    """Check that a trace can be of a model, whose weights are not read.
+def require_fit(found: Trace | ExpertCounts, layers: Sequence[RoutedLayer], vocabulary: int) -> None:
+    """Check that a trace can be of a model with these layers and so many token ids.
 
     Raises:
         RequestError: other layers, experts, k, or token ids beyond the vocabulary.
     """
-    config = _config(model)
-    layers = layers_of(model)
     if isinstance(found, ExpertCounts):
         traced = [(found.counts.shape[1], found.experts_per_token)] * len(found.layer_names)
     else:
@@ -175,31 +170,21 @@ def require_fit(found: Trace | ExpertCounts, model: Path) -> PreTrainedConfig:
         if of_trace != of_model:
             said = f"a trace with (experts, k) {of_trace} in layer {index}"
             raise RequestError("--trace", said, f"the model's {of_model}")
-    vocabulary = config.get_text_config().vocab_size
     if isinstance(found, Trace) and found.tokens is not None and int(found.tokens.max()) >= vocabulary:
         said = f"a trace with token id {int(found.tokens.max())}"
         raise RequestError("--trace", said, f"ids below the model's vocabulary size ({vocabulary})")
-    return config
 
 
-def layers_of(model: Path) -> list[RoutedLayer]:
-    """The MoE layers of a model folder, whose weights are not read.
+def layers_and_vocabulary(folder: Path) -> tuple[list[RoutedLayer], int]:
+    """The MoE layers of a model folder, whose weights are not read, and how many token ids it has.
 
     Raises:
         RequestError: not a model folder, or a model without MoE layers.
     """
     try:
-        return require_layers(empty_model(_config(model)))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return require_layers(empty_model(config)), config.get_text_config().vocab_size
     except RequestError:
         raise
     except Exception as error:  # what a damaged configuration makes transformers raise is anyone's guess
-        raise RequestError("MODEL", str(model), f"a model folder ({error})") from error
-
-
-def _config(model: Path) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError("MODEL", str(model), f"a model folder ({error})") from error
+        raise RequestError("MODEL", str(folder), f"a model folder ({error})") from error

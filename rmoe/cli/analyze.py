@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from rmoe.analysis.options import DEFAULT_MEASURES, MEASURES, OF_CHOICES, AnalysisOptions, TextOptions
 from rmoe.cli.arguments import names
 from rmoe.cli.models import Plugins, set_up
 from rmoe.errors import RequestError, one_line
@@ -23,20 +25,14 @@ def run(
     trace: str | None = None,
     experts: int | None = None,
     experts_per_token: int | None = None,
-    data: str | None = None,
+    text: Annotated[TextOptions, tyro.conf.arg(name="")] = TextOptions(),  # noqa: B008  frozen
     compare_with: str | None = None,
-    tokens: int = 131_072,
-    sequence_length: int | None = None,
-    split: Literal["whole", "train", "valid", "test"] | None = None,
-    batch_size: int = 8,
-    gradient_tokens: int = 2048,
-    explored_tokens: int = 256,
+    options: Annotated[AnalysisOptions, tyro.conf.arg(name="")] = AnalysisOptions(),  # noqa: B008  frozen
     device: str | None = None,
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     measures: str | None = None,
     stream: bool = False,
     hidden_states: Literal["auto", "memory", "disk"] = "auto",
-    check: bool = True,
     single_file: bool = False,
     plugin: Plugins = (),
 ) -> None:
@@ -48,15 +44,10 @@ def run(
         trace: measure recorded routing instead: of `rmoe trace`, vLLM, SGLang, Megatron-LM or llama.cpp.
         experts: E, for a trace that does not say it.
         experts_per_token: k, for a trace that does not say it.
-        data: a text, as for training; default the test split of the Python standard library's source.
+        text: see `TextOptions`.
+        options: see `AnalysisOptions`.
         compare_with: a second model, shown beside the first; with equal tokenizer, layers and experts also how
             much of each token's routing the two share.
-        tokens: at most so many tokens of the text, from its start.
-        sequence_length: tokens per block; default 512, or the model's longest if that is less.
-        split: which part of the text; default all of it.
-        batch_size: blocks per forward pass.
-        gradient_tokens: tokens for the router's gradient split and the balance audit; 0 leaves them out.
-        explored_tokens: tokens kept for the token explorer.
         device: as torch names it; default a GPU if there is one.
         dtype: that the model is loaded in, with --compare-with the second model; default that of its files.
             `--compare-with MODEL --dtype bf16` shows how often the choice flips.
@@ -68,14 +59,9 @@ def run(
             free memory. A run that was killed is resumed by the same command.
         hidden_states: where they are between two layers of a streamed model; default the disk if they take more than
             a quarter of the free memory.
-        check: first silence a few experts of each layer, one at a time, on 128 tokens, and see that exactly the tokens
-            said to use them change; a model that is read wrongly is refused.
         single_file: put the plotting library inside the page, so that it can be sent alone.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
-    from rmoe.analysis.analyze import AnalysisOptions
     from rmoe.analysis.command import Streaming, analyze_folders, analyze_trace_file
-    from rmoe.analysis.measures import DEFAULT_MEASURES, MEASURES, OF_CHOICES
     from rmoe.places import require_writable
     from rmoe.report.page import write_report
     from rmoe.results.analysis import write_analysis
@@ -85,7 +71,7 @@ def run(
     set_up(plugin)
     if trace is not None:
         for option, value in (
-            ("--data", data),
+            ("--data", text.data),
             ("--compare-with", compare_with),
             ("--stream", stream or None),
         ):
@@ -103,7 +89,7 @@ def run(
             raise RequestError("MODEL", None, "a model folder, or --trace FILE")
         every = DEFAULT_MEASURES if measures is None else tuple(MEASURES)
         chosen = every if measures in (None, "all") else names(measures)
-        options = AnalysisOptions(batch_size, gradient_tokens, explored_tokens, chosen, check)
+        options = replace(options, measures=chosen)
         streaming = Streaming(
             out / "stream",
             stream,
@@ -111,9 +97,7 @@ def run(
             lambda progress: print(one_line(str(progress)), file=sys.stderr),
         )
         models = [model] if compare_with is None else [model, compare_with]
-        analysis = analyze_folders(
-            models, data, split, tokens, sequence_length, device, options, streaming, _DTYPES[dtype]
-        )
+        analysis = analyze_folders(models, text, device, options, streaming, _DTYPES[dtype])
     for note in analysis.notes:
         print(one_line(note))
     for model_analysis in analysis.models:

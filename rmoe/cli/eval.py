@@ -6,14 +6,12 @@ import json as jsonlib
 import math
 from pathlib import Path
 
-import tyro
-
-from rmoe.cli.models import Plugins, set_up
+from rmoe.cli.models import Model, Plugins, open_model
 from rmoe.errors import RequestError
 
 
 def run(
-    model: tyro.conf.Positional[Path],
+    model: Model,
     *,
     data: str | None = None,
     tasks: str | None = None,
@@ -27,7 +25,6 @@ def run(
     """Bits per byte and perplexity of a model on a whole text, or benchmark tasks of lm-evaluation-harness.
 
     Args:
-        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
         data: a text file, a folder of texts, a .gz, .jsonl, .csv or .parquet of text, or hf:NAME.
         tasks: names separated by commas, `arc_easy,hellaswag`; with a local file in the place of the task's own
             data, `arc_easy=FILE` (arc_easy, arc_challenge, piqa, lambada_openai, lambada_standard, gsm8k).
@@ -36,36 +33,35 @@ def run(
         context: tokens of one forward pass; default what the model was trained with, at most 4096.
         overlap: tokens each pass repeats from the one before, so that every token is predicted from at least so
             many; 1 is the cheapest and the harshest.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
         json: print one JSON object; with --tasks in the harness's own format.
     """
     if (data is None) == (tasks is None):
         raise RequestError("--data", data, "a text, or --tasks: one of the two")
     if context is not None and context < 2:
         raise RequestError("--context", context, "2 or more")
-
-    set_up(plugin)
     if tasks is not None:
-        _benchmarks(model, tasks, limit, num_fewshot, context, json)
+        _benchmarks(model, plugin, tasks, limit, num_fewshot, context, json)
     else:
         assert data is not None
-        _text(model, data, context, overlap, json)
+        _text(model, plugin, data, context, overlap, json)
 
 
 def _benchmarks(
-    model: Path, tasks: str, limit: int | None, num_fewshot: int | None, context: int | None, json: bool
+    model: Path,
+    plugin: Plugins,
+    tasks: str,
+    limit: int | None,
+    num_fewshot: int | None,
+    context: int | None,
+    json: bool,
 ) -> None:
     if limit is not None and limit < 1:
         raise RequestError("--limit", limit, "1 or more")
 
-    from rmoe.cli.models import model_folder
     from rmoe.evaluation import parse_benchmarks, run_benchmarks
-    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 
     benchmarks = parse_benchmarks(tasks)
-    folder = model_folder(model)
-    language_model, tokenizer = load_language_model(folder), load_tokenizer(folder)
-    require_rows(language_model, tokenizer, folder)
+    language_model, tokenizer, _ = open_model(model, plugin)
     results = run_benchmarks(
         language_model,
         tokenizer,
@@ -88,15 +84,11 @@ def _benchmarks(
         print(f"{task}: {', '.join(said)}")
 
 
-def _text(model: Path, data: str, context: int | None, overlap: int, json: bool) -> None:
-    from rmoe.cli.models import model_folder
+def _text(model: Path, plugin: Plugins, data: str, context: int | None, overlap: int, json: bool) -> None:
     from rmoe.data import DataConfig, prepare
     from rmoe.training.evaluation import evaluate
-    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 
-    folder = model_folder(model)
-    language_model = load_language_model(folder)
-    require_rows(language_model, load_tokenizer(folder), folder)
+    language_model, _, folder = open_model(model, plugin)
     if context is None:
         context = min(getattr(language_model.config, "max_position_embeddings", 4096), 4096)
     corpus = prepare(DataConfig(path=data, tokenizer=str(folder), split="whole"), context)

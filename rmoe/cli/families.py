@@ -34,13 +34,10 @@ def run(*, json: bool = False) -> None:
 
 def markdown_table(rows: Rows) -> str:
     """The rows as docs/families.md has them, ending in a newline."""
+    yes = {True: "yes", False: "no"}
     lines = ["| model type | read | graft | why not, or how far |", "|---|---|---|---|"]
     lines += [
-        f"| `{row['model_type']}` | {_yes(row['read'])} | {_yes(row['graft'])} | {row['note'].replace('|', '/')} |"
+        f"| `{row['model_type']}` | {yes[row['read']]} | {yes[row['graft']]} | {row['note'].replace('|', '/')} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
-
-
-def _yes(does: bool) -> str:
-    return "yes" if does else "no"

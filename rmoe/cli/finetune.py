@@ -8,13 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from rmoe.cli.models import Plugins
+from rmoe.cli.models import Model, Plugins
 from rmoe.errors import one_line
 from rmoe.finetune.config import FinetuneConfig
 
 
 def run(
-    model: tyro.conf.Positional[Path],
+    model: Model,
     *,
     data: Path,
     out: Path,
@@ -26,19 +26,18 @@ def run(
     """Fine-tune a model: the answers of instructions, or the labels of texts. Writes OUT/model.
 
     Args:
-        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
         data: rows as JSON lines, a JSON array, csv or parquet: `instruction`, `input`, `output`; conversations as
             `messages` or ShareGPT's `conversations`, in the tokenizer's chat template; or `text`, `label`.
         out: the run's folder: new, empty, or with --resume the run to go on with.
         settings: see the table below.
         resume: go on from the newest valid checkpoint in --out.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
         json: print the result as JSON.
     """
     import msgspec
 
-    from rmoe.cli.models import model_folder, set_up
+    from rmoe.cli.models import set_up
     from rmoe.finetune.run import finetune
+    from rmoe.places import model_folder
     from rmoe.training.run import Stopped
 
     set_up(plugin)

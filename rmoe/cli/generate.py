@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import tyro
-
-from rmoe.cli.models import Plugins
+from rmoe.cli.models import Model, Plugins
 from rmoe.errors import RequestError
 
 
 def run(
-    model: tyro.conf.Positional[Path],
+    model: Model,
     *,
     prompt: str,
     max_new_tokens: int = 200,
@@ -23,13 +19,11 @@ def run(
     """Continue a text.
 
     Args:
-        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
         prompt: the text to continue.
         max_new_tokens: how many tokens to add, at most.
         temperature: 0 takes the likeliest token each time; above it tokens are drawn.
         top_p: draw only from the likeliest tokens that hold this much of the probability.
         seed: of the draws.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     for name, value, allowed, ok in (
         ("--prompt", prompt, "a text that is not empty", bool(prompt)),
@@ -42,13 +36,9 @@ def run(
 
     import torch
 
-    from rmoe.cli.models import model_folder, set_up
-    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
+    from rmoe.cli.models import open_model
 
-    set_up(plugin)
-    folder = model_folder(model)
-    language_model, tokenizer = load_language_model(folder), load_tokenizer(folder)
-    require_rows(language_model, tokenizer, folder)
+    language_model, tokenizer, _ = open_model(model, plugin)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p}

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from rmoe.cli.models import Plugins
-from rmoe.errors import RequestError, one_line
+from rmoe.errors import one_line
 
 
 def run(
-    model: tyro.conf.Positional[Path | None] = None,
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     *,
-    out: Path | None = None,
+    out: Path,
     router: str = "rmoe",
     width: int | None = None,
     pure: bool = False,
@@ -50,17 +51,11 @@ def run(
         top_k: with --upcycle, experts for each token.
         undo: write the model that MODEL was grafted from, and check that it is that, bit for bit.
         keep_trained: with --undo, the base as training has changed it.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
         json: print JSON.
     """
-    if model is None:
-        raise RequestError("model", None, "a model folder")
-    if out is None:
-        raise RequestError("--out", None, "a folder that is new or empty")
-
-    from rmoe.cli.models import model_folder, set_up
+    from rmoe.cli.models import set_up
     from rmoe.graft import GraftSpec, graft_folder, move_adapter, undo_folder, upcycle_folder
-    from rmoe.places import require_writable
+    from rmoe.places import model_folder, require_writable
 
     require_writable(out)
     set_up(plugin)

@@ -1,16 +1,30 @@
-"""What verbs that take a MODEL have in common: where it is, and its tokenizer."""
+"""What verbs that take a MODEL have in common."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 
-from rmoe.errors import RequestError
-from rmoe.places import model_place
+from rmoe.places import model_folder
 
-Plugins: TypeAlias = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model: TypeAlias = Annotated[
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="MODEL",
+        help="a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.",
+    ),
+]
+Plugins: TypeAlias = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(help="modules or files (`my_router.py`) that register the routers of MODEL."),
+]
 
 
 def set_up(plugins: tuple[str, ...]) -> None:
@@ -27,15 +41,18 @@ def set_up(plugins: tuple[str, ...]) -> None:
     load_plugins(plugins)
 
 
-def model_folder(path: str | Path, field: str = "MODEL") -> Path:
-    """The model folder that is meant; see `rmoe.places.model_place`. A run's folder stands for the `model/` in it.
+def open_model(
+    model: Path, plugins: tuple[str, ...], device: str | None = None
+) -> tuple[PreTrainedModel, Any, Path]:
+    """A language model, its tokenizer, and the folder of both.
 
     Raises:
-        RequestError: nothing is there, or a run that has no model yet.
+        RequestError: whatever is wrong with one of them, or they do not fit each other.
     """
-    path = model_place(path, field)
-    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
-        if not (path / "model").is_dir():
-            raise RequestError(field, str(path), "a finished run, or one of its checkpoints")
-        return path / "model"
-    return path
+    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
+
+    set_up(plugins)
+    folder = model_folder(model)
+    language_model, tokenizer = load_language_model(folder, device=device), load_tokenizer(folder)
+    require_rows(language_model, tokenizer, folder)
+    return language_model, tokenizer, folder

@@ -91,19 +91,8 @@ def _table(runs: list[RunStatus]) -> str:
             "-" if item.checkpoint is None else str(item.checkpoint),
         ]
 
-    heads = [
-        "run",
-        "router",
-        "seed",
-        "state",
-        "step",
-        "loss",
-        "valid",
-        "tokens/s",
-        "left",
-        "quiet",
-        "checkpoint",
-    ]
+    heads = ["run", "router", "seed", "state", "step", "loss", "valid", "tokens/s"]
+    heads += ["left", "quiet", "checkpoint"]
     rows = [heads, *map(line, runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     return "\n".join(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-import tyro
-
-from rmoe.cli.models import Plugins
+from rmoe.cli.models import Model, Plugins
 from rmoe.errors import RequestError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def run(
-    model: tyro.conf.Positional[Path],
+    model: Model,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -30,7 +27,6 @@ def run(
     Requests are computed one at a time; a closed connection stops its request and frees its slot.
 
     Args:
-        model: a model folder, the folder of a finished run, or hf:NAME of the Hugging Face Hub.
         host: where to listen. There is no authentication: anything but loopback is open to whoever can reach it.
         port: 0 takes a free one and says which.
         name: what clients call the model; default its folder's name.
@@ -38,7 +34,6 @@ def run(
         concurrent: requests that may hold a slot.
         waiting: requests that may wait for one; more are answered with 429.
         device: cpu, cuda, or auto.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     for option, value, ok in (
         ("--port", port, 0 <= port <= 65_535),
@@ -49,11 +44,9 @@ def run(
         if not ok:
             raise RequestError(option, value, "a sensible number (see --help)")
 
-    from rmoe.cli.models import model_folder, set_up
+    from rmoe.cli.models import open_model
     from rmoe.places import display_name
 
-    set_up(plugin)
-    folder = model_folder(model)
     try:
         import uvicorn
 
@@ -63,12 +56,9 @@ def run(
         raise RequestError("rmoe serve", str(error), 'installed with pip install "rmoe[serve]"') from error
     import torch
 
-    from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
-
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    served, tokenizer = load_language_model(folder, device=device), load_tokenizer(folder)
-    require_rows(served, tokenizer, folder)
+    served, tokenizer, folder = open_model(model, plugin, device)
     name = name or display_name(folder)
     longest = getattr(served.config, "max_position_embeddings", 4096)
     limits = Limits(max_length=max_length or longest, concurrent=concurrent, waiting=waiting)

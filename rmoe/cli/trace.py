@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rmoe.analysis.options import TextOptions
 from rmoe.cli.models import Plugins, set_up
 from rmoe.errors import RequestError, one_line
 
@@ -15,10 +16,7 @@ def run(
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     *,
     out: Path,
-    data: str | None = None,
-    tokens: int = 131_072,
-    sequence_length: int | None = None,
-    split: Literal["whole", "train", "valid", "test"] | None = None,
+    text: Annotated[TextOptions, tyro.conf.arg(name="")] = TextOptions(),  # noqa: B008  frozen
     batch_size: int = 8,
     device: str | None = None,
     format: Literal["rmoe", "vllm"] = "rmoe",
@@ -29,15 +27,11 @@ def run(
     Args:
         model: a model folder, a run folder, or hf:NAME of the Hugging Face Hub.
         out: the file to write: expert ids [tokens, layers, k], token ids, and what they belong to.
-        data: a text, as for training; default the test split of the Python standard library's source.
-        tokens: at most so many tokens of the text, from its start.
-        sequence_length: tokens per block; default 512, or the model's longest if that is less.
-        split: which part of the text; default all of it.
+        text: see `TextOptions`.
         batch_size: blocks per forward pass.
         device: as torch names it; default a GPU if there is one.
         format: rmoe, a safetensors file that `rmoe analyze --trace` reads; or vllm, JSON lines as vLLM's server
             returns them.
-        plugin: modules or files (`my_router.py`) that register the routers of MODEL.
     """
     from rmoe.analysis.command import trace_folder
     from rmoe.places import require_writable
@@ -50,7 +44,7 @@ def run(
         raise RequestError("--batch-size", batch_size, "at least 1")
     require_writable(out.absolute().parent)
     set_up(plugin)
-    trace = trace_folder(model, data, split, tokens, sequence_length, batch_size, device)
+    trace = trace_folder(model, text, batch_size, device)
     out.parent.mkdir(parents=True, exist_ok=True)
     if format == "vllm":
         write_vllm(out, trace)

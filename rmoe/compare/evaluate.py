@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.snapshot import over_training
 from rmoe.analysis.token_text import TokenText
 from rmoe.data import prepare

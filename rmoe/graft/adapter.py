@@ -98,7 +98,7 @@ def strip(folder: Path, model: PreTrainedModel, place: Path, base: WeightFolder 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], base: Base) -> None:
     """Write `graft.safetensors`, `config.json` and the code that finds this package."""
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
-    section = config[GRAFT_SECTION] | {POINTER: base.to_dict()}
+    section = config[GRAFT_SECTION] | {POINTER: msgspec.to_builtins(base)}
     write_json(folder / CONFIG, config | {GRAFT_SECTION: section})
     write_auto_code(folder, CODE, AUTO_MAP)
 

@@ -21,8 +21,7 @@ from rmoe.graft.modules import (
     grafted_layer_class,
 )
 from rmoe.graft.spec import GraftSpec
-from rmoe.model.initialize import keyed_generator
-from rmoe.routing.initial import Initialized
+from rmoe.routing.initial import Initialized, draw
 from rmoe.routing.options import Geometry
 from rmoe.routing.recurrence import SharedRecurrence
 
@@ -103,13 +102,5 @@ def _rebind_replica(backbone: nn.Module, args: Any) -> None:
 def initialize_graft(model: nn.Module, seed: int) -> None:
     """Start values of the graft's parameters, each drawn in float32 from a generator keyed by (seed, its name)."""
     for path, module in model.named_modules():
-        if not isinstance(module, Initialized):
-            continue
-        for name, start in module.initializers().items():
-            parameter = getattr(module, name)
-            if parameter is None or parameter.is_meta:
-                continue
-            value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            start(value, keyed_generator(seed, f"{path}.{name}"))
-            with torch.no_grad():
-                parameter.copy_(value)
+        if isinstance(module, Initialized):
+            draw(module, module.initializers(), seed, f"{path}.")

@@ -97,20 +97,15 @@ def grafted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]
         "__reduce_ex__": reduce_as(grafted_config_class, base),
     }
     config_class = type(CLASS_PREFIX + base.__name__, (base,), body)
-    for auto, base_model in _family_models(base):
+    families: dict[Any, type[PreTrainedModel]] = {}
+    for auto, base_model in model_classes(base):
+        families.setdefault(auto, base_model)
+    for auto, base_model in families.items():
         model_class = grafted_model_class(base_model, config_class)  # type: ignore[arg-type]
         auto.register(config_class, model_class, exist_ok=True)
         if auto is AutoModelForCausalLM:
             announce_causal_lm(f"{GRAFT_MODEL_TYPE}-{base.model_type}", model_class.__name__)
     return config_class
-
-
-def _family_models(base: type[PreTrainedConfig]) -> list[tuple[Any, type[PreTrainedModel]]]:
-    """(Auto class, model class) for every task the family has a model for."""
-    found: dict[Any, type[PreTrainedModel]] = {}
-    for auto, model_class in model_classes(base):
-        found.setdefault(auto, model_class)
-    return list(found.items())
 
 
 @cache

@@ -81,11 +81,6 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         relative = os.path.relpath(os.path.realpath(self.path), os.path.realpath(adapter))
         return msgspec.structs.replace(self, relative=relative)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        values: dict[str, Any] = msgspec.to_builtins(self)
-        return values
-
     def locate(self, adapter: Path) -> Path:
         """The base's folder: its absolute path, else the path from the adapter, else the Hub's cache.
 

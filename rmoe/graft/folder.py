@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from rmoe.errors import RequestError
 from rmoe.graft.adapter import write_adapter
@@ -36,6 +40,7 @@ from rmoe.graft.files import (
 from rmoe.graft.spec import GraftSpec
 from rmoe.model.auto_code import write_auto_code
 from rmoe.model.card import write_card
+from rmoe.model.loading import empty_model, model_class
 from rmoe.model.weights import (
     CONFIG,
     INDEX,
@@ -86,7 +91,7 @@ def graft_folder(source: Path, out: Path, spec: GraftSpec, *, full: bool = False
     config = read_json(source / CONFIG)
     if config.get("model_type") == GRAFT_MODEL_TYPE:
         raise RequestError("model", str(source), "a model without a graft; --undo takes one off")
-    model = _empty_model(source, config, weights)
+    model = _empty_model(config, weights)
     gates = attach(model, spec).gate_paths()
     added = {name: tensor for name, tensor in model.state_dict().items() if is_graft_tensor(name)}
     architecture = type(model).__name__
@@ -129,19 +134,15 @@ def _write_standalone(
     write_auto_code(folder, CODE, AUTO_MAP)
 
 
-def _empty_model(source: Path, config: dict[str, Any], weights: WeightFolder) -> PreTrainedModel:
-    """The base model on the meta device: its modules without their weights."""
+def _empty_model(config: dict[str, Any], weights: WeightFolder) -> PreTrainedModel:
+    """The base model without its weights, in the dtype for the graft."""
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise RequestError("model_type", model_type, f"one of {len(CONFIG_MAPPING)} that transformers knows")
     parsed = CONFIG_MAPPING[model_type].from_dict(dict(config))
-    named = getattr(transformers, (config.get("architectures") or ["AutoModelForCausalLM"])[0], None)
-    if not isinstance(named, type) or not issubclass(named, PreTrainedModel):
-        named = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(parsed), None)
-    if named is None:
+    if model_class(parsed) is AutoModelForCausalLM and type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RequestError("architectures", config.get("architectures"), "a model class of transformers")
-    with torch.device("meta"):
-        model = named(parsed)
+    model = empty_model(parsed)
     return model.to(_parameter_dtype(config, weights))
 
 

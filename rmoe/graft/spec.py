@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from rmoe.errors import RequestError
 from rmoe.routing.recurrence import BaseRecurrence, Recurrence
@@ -29,15 +29,9 @@ class GraftSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        recurrence = self.recurrence
-        if not (isinstance(recurrence, Recurrence.Config) and _can_graft(recurrence)):
-            raise RequestError(
-                "--router", recurrence.kind, "a router with a recurrence; `rmoe zoo` lists them"
-            )
-        if recurrence.concat_hidden:
-            raise RequestError(
-                "recurrence.concat_hidden", True, "false: the gate reads x beside the state already"
-            )
+        if not _can_graft(self.recurrence):
+            allowed = "a router with a recurrence; `rmoe zoo` lists them"
+            raise RequestError("--router", self.recurrence.kind, allowed)
         for name, kind in (("pure", bool), ("seed", int)):
             if type(getattr(self, name)) is not kind:
                 raise RequestError(f"graft.{name}", getattr(self, name), kind.__name__)
@@ -55,13 +49,13 @@ class GraftSpec:
         Raises:
             RequestError: unknown row, a row without recurrence, `p` <= 0.
         """
-        from rmoe.routing.zoo import resolve
+        from rmoe.routing.zoo import ZOO, resolve
 
         recurrence = (resolve(router) if isinstance(router, str) else router).recurrence
-        if not (isinstance(recurrence, Recurrence.Config) and _can_graft(recurrence)):
-            raise RequestError(
-                "--router", router if isinstance(router, str) else recurrence.kind, _graftable()
-            )
+        if not _can_graft(recurrence):
+            rows = [name for name, row in ZOO.items() if _can_graft(row.spec.recurrence)]
+            allowed = f"a router with a recurrence: {', '.join(rows)}"
+            raise RequestError("--router", router if isinstance(router, str) else recurrence.kind, allowed)
         if width is not None:
             if width <= 0:
                 raise RequestError("--width", width, "1 or more")
@@ -78,13 +72,6 @@ class GraftSpec:
         return cls(recurrence=recurrence, pure=data["pure"], seed=data["seed"])  # type: ignore[arg-type]
 
 
-def _can_graft(recurrence: BaseRecurrence.Config) -> bool:
-    """Whether a row has a state `h` of its own, to be added to what the gate reads."""
+def _can_graft(recurrence: BaseRecurrence.Config) -> TypeGuard[Recurrence.Config]:
+    """Whether a row has a state `h` of its own, to be added to the `x` that the gate reads."""
     return isinstance(recurrence, Recurrence.Config) and not recurrence.concat_hidden
-
-
-def _graftable() -> str:
-    from rmoe.routing.zoo import ZOO
-
-    rows = [name for name, row in ZOO.items() if _can_graft(row.spec.recurrence)]
-    return f"a router with a recurrence: {', '.join(rows)}"

@@ -8,17 +8,8 @@ import torch
 from torch import nn
 
 from rmoe.compat import is_loaded
-from rmoe.routing.initial import fill, initializers_of, keyed_generator, own_tensors
+from rmoe.routing.initial import fill, initializers_of, own_tensors
 from rmoe.routing.step_state import StepState
-
-__all__ = [
-    "count_parameters",
-    "initialize",
-    "initialize_missing",
-    "initializers_of",
-    "keyed_generator",
-    "own_tensors",
-]
 
 
 def initialize(model: nn.Module, seed: int) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from rmoe.model.initialize import initialize, keyed_generator
 from rmoe.routing.contract import RouterContext, State, logit_variance
+from rmoe.routing.initial import fill, keyed_generator
 from rmoe.routing.options import Geometry
 from rmoe.routing.router import Router, build_router, build_shared
 from rmoe.routing.spec import RouterSpec
@@ -22,7 +21,6 @@ class _Routers(nn.Module):
 
     def __init__(self, spec: RouterSpec, geometry: Geometry) -> None:
         super().__init__()
-        self.config = SimpleNamespace(initializer_range=geometry.initializer_range)
         self.router_shared = build_shared(spec, geometry)
         layers = (replace(geometry, layer_index=index) for index in range(geometry.num_layers))
         self.layers = nn.ModuleList(build_router(spec, layer) for layer in layers)
@@ -38,7 +36,7 @@ def initial_logit_std(spec: RouterSpec, geometry: Geometry, seed: int = 0) -> fl
         None for a router that has no scorer.
     """
     routers = _Routers(spec, geometry).eval()
-    initialize(routers, seed)
+    fill(routers, seed, geometry.initializer_range)
     if not all(isinstance(router, Router) for router in routers.layers):
         return None
     state: State = ()

@@ -109,7 +109,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def layout_digest(weights: WeightFolder) -> str:
     """One sha256 over the names, dtypes and shapes of all tensors, whatever files they are in."""
-    layout = {name: [entry["dtype"], entry["shape"]] for _, _, name, entry in _entries(weights)}
+    layout = {name: [entry["dtype"], entry["shape"]] for _, _, name, entry in entries(weights)}
     return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
 
 
@@ -120,7 +120,7 @@ def sample_digest(weights: WeightFolder) -> str:
     last and two between.
     """
     each: dict[str, str] = {}
-    for file, start, name, entry in _entries(weights):
+    for file, start, name, entry in entries(weights):
         begin, end = entry["data_offsets"]
         hasher = hashlib.sha256()
         with open(weights.path / file, "rb", buffering=0) as stream:
@@ -131,7 +131,7 @@ def sample_digest(weights: WeightFolder) -> str:
     return hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()
 
 
-def _entries(weights: WeightFolder) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
+def entries(weights: WeightFolder) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
     """(file, where its data starts, tensor's name, dtype and shape and offsets), from the safetensors headers."""
     for file in weights.files:
         with open(weights.path / file, "rb") as stream:

@@ -41,9 +41,7 @@ class RoutingCallback(TrainerCallback):
         self.trainer, self.per_layer = trainer, per_layer
         self._hooks = ExitStack()
         self._layers: list[RoutedLayer] = []
-        self._counts: dict[str, Tensor] = {}
-        self._entropy: dict[str, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
+        self._sums: dict[str, list[Tensor]] = {}  # of each layer: assignments per expert, entropy, tokens
         self._heard: list[tuple[RoutedLayer, RoutingRecord]] = []
         self._listening = False
 
@@ -54,7 +52,7 @@ class RoutingCallback(TrainerCallback):
             RequestError: the model is no MoE, or cannot be read.
         """
         self._hooks.close()  # of a training that ended with an exception
-        self._forget()
+        self._sums = {}
         self._layers = require_layers(model)
         current = self._hooks.enter_context(passes(model, self._begin, self._end))
 
@@ -82,14 +80,14 @@ class RoutingCallback(TrainerCallback):
         self._log(control)
 
     def _log(self, control: Any) -> None:
-        if control.should_log and self._counts:
+        if control.should_log and self._sums:
             self.trainer.log(self.measures())
             control.should_log = True  # a log takes it back, and the Trainer's own is still to come
-            self._forget()
+            self._sums = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was."""
-        self._forget()
+        self._sums = {}
         self._hooks.close()
 
     def _begin(self, tokens: Tokens) -> Pass:
@@ -106,39 +104,33 @@ class RoutingCallback(TrainerCallback):
             same = len(record.experts) == done.tokens.total  # an encoder's tokens are not the decoder's
             one = record.select(real.to(record.experts.device)) if same else record
             probs = one.probs.detach().float()
-            entropy = torch.special.entr(probs).sum()
-            for sums, value in (
-                (self._counts, count_assignments(one.experts, one.num_experts)),
-                (self._entropy, entropy),
-                (self._tokens, torch.tensor(len(one.experts), device=probs.device)),
-            ):
-                sums[layer.name] = sums[layer.name] + value if layer.name in sums else value
+            sums = [
+                count_assignments(one.experts, one.num_experts),
+                torch.special.entr(probs).sum(),
+                torch.tensor(len(one.experts), device=probs.device),
+            ]
+            if (before := self._sums.get(layer.name)) is not None:
+                sums = [a + b for a, b in zip(before, sums, strict=True)]
+            self._sums[layer.name] = sums
 
     def measures(self) -> dict[str, float]:
         """The values over what was heard since the last time, the same on every rank."""
-        names = list(self._counts)
-        counts, entropies, tokens = (
-            {name: summed_over_ranks(value) for name, value in sums.items()}
-            for sums in (self._counts, self._entropy, self._tokens)
-        )
-        load = {name: counts[name].float() / counts[name].float().mean().clamp(min=1e-9) for name in names}
-        violation = {name: float(load[name].max()) - 1 for name in names}
-        dead = {name: int((counts[name] == 0).sum()) for name in names}
-        entropy = {name: float(entropies[name] / tokens[name].clamp(min=1)) for name in names}
-        every = torch.cat([load[name].cpu() for name in names])
+        loads, layers = [], {}
+        for name, sums in self._sums.items():
+            counts, entropy, tokens = map(summed_over_ranks, sums)
+            load = counts.float() / counts.float().mean().clamp(min=1e-9)
+            loads.append(load.cpu())
+            layers[name] = {
+                "max_violation": float(load.max()) - 1,
+                "dead_experts": float((counts == 0).sum()),
+                "entropy": float(entropy / tokens.clamp(min=1)),
+            }
+        every = torch.cat(loads)
         logs = {f"routing/load_{name}": float(every.quantile(q)) for name, q in QUANTILES.items()}
-        logs["routing/max_violation"] = sum(violation.values()) / len(names)
-        logs["routing/dead_experts"] = float(sum(dead.values()))
-        logs["routing/entropy"] = sum(entropy.values()) / len(names)
+        for key in ("max_violation", "dead_experts", "entropy"):
+            total = sum(values[key] for values in layers.values())
+            logs[f"routing/{key}"] = total if key == "dead_experts" else total / len(layers)
         if self.per_layer:
-            for name in names:
-                values = {
-                    "max_violation": violation[name],
-                    "dead_experts": float(dead[name]),
-                    "entropy": entropy[name],
-                }
+            for name, values in layers.items():
                 logs |= {f"routing/{name}/{key}": value for key, value in values.items()}
         return logs
-
-    def _forget(self) -> None:
-        self._counts, self._entropy, self._tokens = {}, {}, {}

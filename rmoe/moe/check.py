@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,38 +18,18 @@ from torch import Tensor, nn
 from rmoe.moe.layers import RoutedLayer
 from rmoe.moe.recorder import Recorder, listen
 from rmoe.moe.records import RoutingRecord
+from rmoe.moe.tokens import first_tensor
+from rmoe.results.analysis import ExpertCheck
 
 EXPERTS_PER_LAYER = 3
 """The busiest, one of middling load, and the idlest: the last is where tokens would change that should not."""
-
-MISSED = 0.05
-"""Share of an expert's tokens that may stay as they are: a small part of a sum is rounded away."""
 
 LOUDER = 64.0
 """Where silence changes nothing, the expert's weights are multiplied by this: a part that was rounded away shows."""
 
 
-@dataclass(frozen=True)
-class SilencedExpert:
-    """What happened when one expert was silenced.
-
-    Attributes:
-        layer: name of the layer. expert: its number.
-        said: tokens said to use it. missed: of those, how many did not change. extra: tokens that changed, but
-            should not.
-        change: mean over the tokens that use it of `|y - y'| / |y|`, `y` the block's output; 0 without any.
-    """
-
-    layer: str
-    expert: int
-    said: int
-    missed: int
-    extra: int
-    change: float
-
-    @property
-    def passed(self) -> bool:
-        return self.extra == 0 and self.missed <= MISSED * self.said
+SilencedExpert = ExpertCheck
+"""What happened when one expert was silenced."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +88,7 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
             listen(recorder.layers, lambda layer, record: last.update({layer.name: record}))
         )
 
-        def look(layer: RoutedLayer, block: nn.Module, args: Any, kwargs: Any) -> None:
+        def look(layer: RoutedLayer, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if hearing.paused or layer.name not in last:
                 return
             record = last.pop(layer.name)
@@ -121,14 +102,8 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
                 hearing.paused = False
 
         for layer in recorder.layers:
-
-            def after(
-                block: nn.Module, args: Any, kwargs: Any, output: Any, layer: RoutedLayer = layer
-            ) -> None:
-                look(layer, block, args, kwargs)
-
             block = model.get_submodule(layer.name)
-            stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
+            stack.enter_context(block.register_forward_hook(partial(look, layer), with_kwargs=True))
         recorder.run(input_ids)
     return ReadingCheck(input_ids.numel(), tuple(found), tuple(dict.fromkeys(unchecked)))
 
@@ -149,8 +124,8 @@ def _silence_some(
                 changed |= (_output(block, args, kwargs) != whole).any(-1)
         sizes = (difference / scale)[uses]
         yield SilencedExpert(
-            layer.name,
-            expert,
+            layer=layer.name,
+            expert=expert,
             said=int(uses.sum()),
             missed=int((~changed[uses]).sum()),
             extra=int((difference > noise)[~uses].sum()),
@@ -169,9 +144,8 @@ def _sample(record: RoutingRecord, num_experts: int, count: int) -> list[int]:
 
 def _output(block: nn.Module, args: Any, kwargs: Any) -> Tensor:
     """The block's output for the T tokens, [T, d]."""
-    output = block(*args, **kwargs)
-    while not isinstance(output, Tensor):
-        output = output[0]
+    output = first_tensor(block(*args, **kwargs))
+    assert output is not None
     return output.reshape(-1, output.shape[-1])
 
 

@@ -6,6 +6,7 @@ called. Its stack is the outermost `ModuleList` above it; an encoder-decoder has
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,8 +61,8 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
     Raises:
         RequestError: experts without a gate beside them, or that do not say how many they are.
     """
-    if isinstance(model, RMoEPreTrainedModel):
-        return _rmoe_layers(model)
+    # Ours says it, and may have fewer matrices: the row `dense`.
+    stated = model.config.num_experts if isinstance(model, RMoEPreTrainedModel) else None
     found = []
     for name, block in model.named_modules():
         children = dict(block.named_children())
@@ -76,7 +77,7 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
         path = f"{name}.{gate_name}" if name else gate_name
         stack, index = stack_of(model, path)
         owners = (experts, gate, block, getattr(model, "config", None))
-        num_experts = _experts_of(experts) or _size(_NUM_EXPERTS, owners, index)
+        num_experts = stated or _experts_of(experts) or _size(_NUM_EXPERTS, owners, index)
         if num_experts is None:
             raise RequestError("model", type(block).__name__, "an MoE block that says its num_experts")
         top_k = _size(_TOP_K, owners[1:], index) or 1
@@ -105,6 +106,25 @@ def require_layers(model: nn.Module) -> list[RoutedLayer]:
     return layers
 
 
+def names_of_calls(layers: Iterable[str]) -> list[str]:
+    """Of each call its layer's name, with the pass where a layer runs more than once.
+
+    >>> names_of_calls(["a", "b", "a"])
+    ['a', 'b', 'a (pass 2)']
+    """
+    seen: Counter[str] = Counter()
+    names = []
+    for name in layers:
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} (pass {seen[name]})")
+    return names
+
+
+def layer_of_call(name: str) -> str:
+    """The layer's name in one of `names_of_calls`."""
+    return name.split(" (pass ")[0]
+
+
 def kind_of(model: nn.Module) -> str:
     """How an error names a model."""
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
@@ -118,21 +138,6 @@ def stack_of(model: nn.Module, path: str) -> tuple[str, int]:
         if isinstance(model.get_submodule(above), nn.ModuleList):
             return above, int(parts[depth])
     return "", 0
-
-
-def _rmoe_layers(model: RMoEPreTrainedModel) -> list[RoutedLayer]:
-    config = model.config
-    blocks = {
-        id(block.gate): (name, block) for name, block in model.named_modules() if hasattr(block, "gate")
-    }
-    layers = []
-    for gate in model.routers:
-        name, block = blocks[id(gate)]
-        stack, index = stack_of(model, f"{name}.gate")
-        reader = reader_of(name, gate, block.experts, config.num_experts, config.num_experts_per_tok)
-        sizes = config.num_experts, config.num_experts_per_tok
-        layers.append(RoutedLayer(name, stack, index, gate, f"{name}.gate", block.experts, *sizes, reader))
-    return layers
 
 
 def _experts_of(experts: nn.Module) -> int | None:

@@ -48,7 +48,8 @@ def expert_matrices(layer: RoutedLayer) -> list[Tensor] | None:
     if inputs is None or down is None or not (inputs.is_floating_point() and down.is_floating_point()):
         return None
     first, last = inputs.detach(), down.detach()
-    if getattr(layer.experts, "is_transposed", _is_transposed(last, first)):
+    # Matrices are [E, in, out] where the first one's rows are `d`, as the last one's columns.
+    if getattr(layer.experts, "is_transposed", first.shape[1] == last.shape[2]):
         first = first.transpose(1, 2)  # [E, 2 I, d]
     else:
         last = last.transpose(1, 2)  # [E, I, d]
@@ -57,11 +58,6 @@ def expert_matrices(layer: RoutedLayer) -> list[Tensor] | None:
     if not getattr(layer.experts, "is_concatenated", True):  # gate and up projections alternate
         return [first[:, 0::2], first[:, 1::2], last]
     return [*first.chunk(2, dim=1), last]
-
-
-def _is_transposed(down: Tensor, first: Tensor) -> bool:
-    """Whether matrices are [E, in, out]: the first one's rows are then `d`, as the last one's columns."""
-    return first.shape[1] == down.shape[2]
 
 
 @torch.no_grad()

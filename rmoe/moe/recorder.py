@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rmoe.errors import RequestError
-from rmoe.moe.layers import RoutedLayer, require_layers
+from rmoe.moe.layers import RoutedLayer, names_of_calls, require_layers
 from rmoe.moe.records import RoutingBatch, RoutingRecord
 
 
@@ -33,28 +33,36 @@ def listen(
     A layer that runs more than once in a forward pass is heard each time.
     """
     outputs: dict[int, Any] = {}
-    handles = []
     listening = Listening()
-    for layer in layers:
 
-        def keep(module: nn.Module, args: Any, output: Any, layer: RoutedLayer = layer) -> None:
-            if not listening.paused:
-                outputs[id(layer)] = output
+    def keep(layer: RoutedLayer, module: nn.Module, args: Any, output: Any) -> None:
+        if not listening.paused:
+            outputs[id(layer)] = output
 
-        def read(module: nn.Module, args: Any, kwargs: Any, layer: RoutedLayer = layer) -> None:
-            if listening.paused:
-                return
-            if id(layer) not in outputs:
-                raise RequestError("MODEL", layer.name, "a layer that calls its router before its experts")
-            receive(layer, layer.reader.read(outputs.pop(id(layer)), args, kwargs))
+    def read(layer: RoutedLayer, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if listening.paused:
+            return
+        if id(layer) not in outputs:
+            raise RequestError("MODEL", layer.name, "a layer that calls its router before its experts")
+        receive(layer, layer.reader.read(outputs.pop(id(layer)), args, kwargs))
 
-        handles.append(layer.gate.register_forward_hook(keep))
-        handles.append(layer.experts.register_forward_pre_hook(read, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.gate.register_forward_hook(partial(keep, layer)))
+            before = layer.experts.register_forward_pre_hook(partial(read, layer), with_kwargs=True)
+            hooks.enter_context(before)
         yield listening
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def require_each_token(layer: RoutedLayer, record: RoutingRecord, tokens: int) -> None:
+    """Check that a layer has routed each of the tokens once.
+
+    Raises:
+        RequestError: it has routed more or fewer.
+    """
+    if len(record.experts) != tokens:
+        found = f"{len(record.experts)} decisions for {tokens} tokens"
+        raise RequestError("MODEL", layer.name, f"a layer that routes each token once, not {found}")
 
 
 class Recorder:
@@ -67,6 +75,7 @@ class Recorder:
 
     Attributes:
         layers: its MoE layers.
+        called: the layer of each record: `layers`, in a looped model some of them more than once.
         num_experts, experts_per_token: the largest E and k of them.
         two_sided: an encoder-decoder.
 
@@ -79,26 +88,16 @@ class Recorder:
         self.layers = require_layers(model)
         self.num_experts = max(layer.num_experts for layer in self.layers)
         self.experts_per_token = max(layer.top_k for layer in self.layers)
-        self._called: list[RoutedLayer] | None = None
+        self.called = self.layers
         accepted = inspect.signature(model.forward).parameters
         # The head's logits, the largest tensor of a forward pass, are not needed beyond one position.
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
 
     @property
-    def called(self) -> list[RoutedLayer]:
-        """The layer of each record: `layers`, in a looped model some of them more than once."""
-        return self.layers if self._called is None else self._called
-
-    @property
     def names(self) -> list[str]:
-        """Of each record: its layer's, with the pass where a layer runs more than once."""
-        seen: Counter[str] = Counter()
-        names = []
-        for layer in self.called:
-            seen[layer.name] += 1
-            names.append(layer.name if seen[layer.name] == 1 else f"{layer.name} (pass {seen[layer.name]})")
-        return names
+        """Of each record, see `names_of_calls`."""
+        return names_of_calls(layer.name for layer in self.called)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[RoutingRecord]:
@@ -119,15 +118,13 @@ class Recorder:
         called: list[RoutedLayer] = []
 
         def receive(layer: RoutedLayer, record: RoutingRecord) -> None:
-            if len(record.experts) != input_ids.numel():
-                found = f"{len(record.experts)} decisions for {input_ids.numel()} tokens"
-                raise RequestError("MODEL", layer.name, f"a layer that routes each token once, not {found}")
+            require_each_token(layer, record, input_ids.numel())
             called.append(layer)
             records.append(record)
 
         with listen(self.layers, receive):
             self.run(input_ids, attention_mask)
-        self._called = called
+        self.called = called
         if attention_mask is None:
             return records
         keep = attention_mask.reshape(-1).bool()

@@ -7,7 +7,7 @@ of this package's routing or of a serving engine's; `Recording.trace` and `Recor
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -89,8 +89,7 @@ class Recording:
 
     def select(self, indices: Iterable[int]) -> Recording:
         """Some of the sequences: of a batch, of the best samples."""
-        kept = [self.sequences[index] for index in indices]
-        return Recording(self.layers, self.num_experts, self.top_k, kept)
+        return replace(self, sequences=[self.sequences[index] for index in indices])
 
     @classmethod
     def of(cls, trace: Trace) -> Recording:

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from rmoe.errors import RequestError, RunError
 from rmoe.moe.forcing import Forcing
-from rmoe.moe.layers import RoutedLayer, require_layers, routed_stacks
+from rmoe.moe.layers import RoutedLayer, layer_of_call, names_of_calls, require_layers, routed_stacks
 from rmoe.moe.reading import DenseReader, ExpertsReader, RoutingReader
 from rmoe.moe.recorder import listen
 from rmoe.moe.recording import UNKNOWN, RecordedSequence, Recording
 from rmoe.moe.records import RoutingRecord
-from rmoe.moe.tokens import Tokens, cache_of, tokens_of
+from rmoe.moe.tokens import Tokens, cache_of, first_tensor, tokens_of
 from rmoe.results.trace import Trace
 
 
@@ -72,15 +72,11 @@ def passes(
         if done is not None and output is not None:
             end(done, cache_of(module, args, kwargs, output))
 
-    handles = (
+    with (
         model.register_forward_pre_hook(before, with_kwargs=True),
         model.register_forward_hook(after, with_kwargs=True, always_call=True),
-    )
-    try:
+    ):
         yield lambda: current[0] if current else None
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _one_text(model: nn.Module) -> list[RoutedLayer]:
@@ -118,12 +114,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
     def end(done: Pass, cache: Any) -> None:
         if not recording.layers:
-            seen: Counter[str] = Counter()
-            names = []
-            for name in done.called:
-                seen[name] += 1
-                names.append(name if seen[name] == 1 else f"{name} (pass {seen[name]})")
-            recording.layers = tuple(names)
+            recording.layers = tuple(names_of_calls(done.called))
             recording.num_experts = tuple(done.num_experts)
             recording.top_k = tuple(one.shape[1] for one in done.experts)
         ids = _ids(done)
@@ -202,21 +193,20 @@ def replay(model: nn.Module, recording: Recording | Trace) -> Iterator[None]:
         }
         for key, element in elements.items():
             hook = partial(where.enter, key)
-            stack.callback(element.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for (
-                part
-            ) in element.children():  # from transformers 5.24 on checkpoints lie within an element's call
+            stack.enter_context(element.register_forward_pre_hook(hook, with_kwargs=True))
+            # From transformers 5.24 on checkpoints lie within an element's call.
+            for part in element.children():
                 hook = partial(where.enter_part, key)
-                stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.enter_context(part.register_forward_pre_hook(hook, with_kwargs=True))
         for layer in layers:
-            columns = [i for i, name in enumerate(recording.layers) if name.split(" (pass ")[0] == layer.name]
+            columns = [i for i, name in enumerate(recording.layers) if layer_of_call(name) == layer.name]
             stack.enter_context(_forced(model, layer, columns, where))
         yield
 
 
 def _require_fit(layers: list[RoutedLayer], recording: Recording) -> None:
     by_name = {layer.name: layer for layer in layers}
-    names = [name.split(" (pass ")[0] for name in recording.layers]
+    names = [*map(layer_of_call, recording.layers)]
     if set(names) != set(by_name):
         allowed = f"one of the layers {sorted(by_name)}"
         raise RequestError("recording", sorted(set(names)), allowed)
@@ -297,7 +287,7 @@ class _Where:
     def enter(self, key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
         """An element of the stack is called."""
         now = self.current()
-        hidden = _first_tensor((args, tuple(kwargs.values())))
+        hidden = first_tensor(args, kwargs)
         if now is None or hidden is None:
             return self.enter_part(key, module, args, kwargs)
         self._of[key] = self._inputs[key, hidden.data_ptr(), tuple(hidden.shape)] = (now, now.times[key])
@@ -305,7 +295,7 @@ class _Where:
 
     def enter_part(self, key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A part of an element is called: outside a pass, perhaps on the element's saved input."""
-        if self.current() is not None or (hidden := _first_tensor((args, tuple(kwargs.values())))) is None:
+        if self.current() is not None or (hidden := first_tensor(args, kwargs)) is None:
             return
         found = self._inputs.get((key, hidden.data_ptr(), tuple(hidden.shape)))
         if found is not None and (key not in self._again or self._again[key][0] is module):
@@ -322,22 +312,6 @@ class _Where:
         return self._again.pop(key)[1]
 
 
-def _device(*given: Any) -> torch.device | None:
-    hidden = _first_tensor(tuple(tuple(one.values()) if isinstance(one, dict) else one for one in given))
-    return None if hidden is None else hidden.device
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    stack = [value]
-    while stack:
-        one = stack.pop(0)
-        if isinstance(one, Tensor):
-            return one
-        if isinstance(one, tuple | list):
-            stack[:0] = one
-    return None
-
-
 @contextmanager
 def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Where) -> Iterator[None]:
     """Within, the router of one layer chooses what is replayed, and it is checked that the experts are given that."""
@@ -352,7 +326,9 @@ def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Wh
     def forced(*args: Any, **kwargs: Any) -> Any:
         now, time = where.of(layer)
         assert now.ids is not None
-        ids = now.ids[:, columns[time], : layer.top_k].to(_device(args, kwargs))
+        ids = now.ids[:, columns[time], : layer.top_k]
+        if (hidden := first_tensor(args, kwargs)) is not None:
+            ids = ids.to(hidden.device)
         expected[:] = [ids]
         with Forcing(ids, layer.num_experts) as one:
             forcing[:] = [one]
@@ -374,19 +350,17 @@ def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Wh
             _require_taken(layer, expected.pop(), output[0].experts)
 
     inside.forward = forced
-    handles = (
-        layer.experts.register_forward_pre_hook(verify_experts, prepend=True, with_kwargs=True),
-        layer.gate.register_forward_hook(verify_gate),
-    )
     try:
-        yield
+        with (
+            layer.experts.register_forward_pre_hook(verify_experts, prepend=True, with_kwargs=True),
+            layer.gate.register_forward_hook(verify_gate),
+        ):
+            yield
     finally:
         if own_forward is None:
             del inside.forward  # the class's own is there again
         else:
             inside.forward = own_forward  # accelerate's hooks, or an outer replay
-        for handle in handles:
-            handle.remove()
 
 
 def _require_taken(layer: RoutedLayer, ids: Tensor, taken: Tensor) -> None:

@@ -91,3 +91,16 @@ def _given(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def _cache_in(values: Iterable[Any]) -> Any:
     return next((one for one in values if hasattr(one, "get_seq_length")), None)
+
+
+def first_tensor(*values: Any) -> Tensor | None:
+    """The first tensor in nested arguments or results."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        inner = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+        )
+        if (found := first_tensor(*inner)) is not None:
+            return found
+    return None

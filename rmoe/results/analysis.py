@@ -242,7 +242,14 @@ class ExpertCheck(Record, frozen=True, kw_only=True):
     said: int  # tokens said to use it
     missed: int  # of those, how many did not change
     extra: int  # tokens that changed, but should not
-    change: float  # mean over its tokens of |y - y'| / |y| of the block's output (largest entries)
+    change: (
+        float  # mean over its tokens of |y - y'| / |y| of the block's output (largest entries); 0 without any
+    )
+
+    @property
+    def passed(self) -> bool:
+        """No other token changed, and of its own at most 5% did not: a small part of a sum is rounded away."""
+        return self.extra == 0 and self.missed <= 0.05 * self.said
 
 
 class ReadingCheck(Record, frozen=True, kw_only=True):

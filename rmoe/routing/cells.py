@@ -13,7 +13,15 @@ from rmoe.routing.gru_cpu import GRUOnCPU
 from rmoe.routing.initial import Initialized, Initializer, constant, linear_fp32, uniform
 
 
-class GatedCell(Initialized):
+class Cell(Initialized):
+    """Base of all cells."""
+
+    def initial(self, x: Tensor) -> State:
+        """`h_0 = 0`."""
+        return (torch.zeros_like(x),)
+
+
+class GatedCell(Cell):
     """Weights of a recurrent cell, named and laid out as torch's: `gates` blocks of `[p, p]` on each side."""
 
     gates: int
@@ -34,10 +42,6 @@ class GatedCell(Initialized):
     def products(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """All gates' input and hidden terms, one matrix product each: `[T, p]` -> `[T, gates * p]` twice."""
         return linear_fp32(x, self.weight_ih, self.bias_ih), linear_fp32(h, self.weight_hh, self.bias_hh)
-
-    def initial(self, x: Tensor) -> State:
-        """`h_0 = 0`."""
-        return (torch.zeros_like(x),)
 
 
 class GRU(GatedCell):
@@ -91,7 +95,7 @@ class LSTM(GatedCell):
         return torch.zeros_like(x), torch.zeros_like(x)
 
 
-class Decay(Initialized):
+class Decay(Cell):
     """`r_l = x'_l + a_l * r_{l-1}`, a vector `a` per layer, ones at the start; none in the first (ZAYA1's EDA)."""
 
     def __init__(self, width: int, layer_index: int) -> None:
@@ -104,11 +108,8 @@ class Decay(Initialized):
     def forward(self, x: Tensor, state: State) -> State:
         return (x if self.scale is None else torch.addcmul(x, self.scale.to(x.dtype), state[0]),)
 
-    def initial(self, x: Tensor) -> State:
-        return (torch.zeros_like(x),)
 
-
-class GatedDecay(Initialized):
+class GatedDecay(Cell):
     """`h_l = x'_l + z * h_{l-1}`, `z = sig(W [norm(x'_l); norm(h_{l-1})] + b)`: a linear state that can forget.
 
     `norm` is RMSNorm without a weight. `W` starts at zero and `b` at 3, so every layer starts by keeping
@@ -134,11 +135,8 @@ class GatedDecay(Initialized):
         seen = torch.cat([F.rms_norm(part, (self.width,), eps=1e-5) for part in (x, h)], -1)  # [T, 2p]
         return (torch.addcmul(x, torch.sigmoid(linear_fp32(seen, self.weight, self.bias)), h),)
 
-    def initial(self, x: Tensor) -> State:
-        return (torch.zeros_like(x),)
 
-
-class Identity(Initialized):
+class Identity(Cell):
     """`h = x'`: the low-rank linear router, what the bottleneck alone does."""
 
     def forward(self, x: Tensor, state: State) -> State:

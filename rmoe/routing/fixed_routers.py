@@ -11,6 +11,15 @@ from rmoe.routing.options import Geometry
 from rmoe.routing.router import BaseRouter, SharedRouter
 
 
+def fixed(hidden: Tensor, experts: Tensor, weight: float, num_experts: int) -> Routing:
+    """Given experts `[T, k]`, each with this weight; logits whose softmax is that: 0 for them, -1e4 for the others."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    off = torch.full((experts.shape[0], num_experts), -1e4, dtype=dtype, device=hidden.device)
+    logits = off.scatter(-1, experts, 0.0)
+    weights = torch.full(experts.shape, weight, dtype=dtype, device=hidden.device)
+    return Routing(logits, F.softmax(logits, -1), weights, experts)
+
+
 class FixedRouter(BaseRouter):
     """Base of routers without scorer and gate: which experts, `[T, k]`, and what each of them weighs."""
 
@@ -28,11 +37,7 @@ class FixedRouter(BaseRouter):
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Routing, State]:
         experts = self.choose(hidden.shape[0], hidden.device, context.mask)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        off = torch.full((experts.shape[0], self.num_experts), -1e4, dtype=dtype, device=hidden.device)
-        logits = off.scatter(-1, experts, 0.0)
-        weights = torch.full_like(experts, self.weight, dtype=dtype)
-        return Routing(logits, F.softmax(logits, -1), weights, experts), state
+        return fixed(hidden, experts, self.weight, self.num_experts), state
 
 
 class Dense(FixedRouter):

@@ -161,7 +161,6 @@ def own_tensors(module: nn.Module, rules: dict[str, Initializer]) -> Iterator[tu
             yield name, tensor
 
 
-@torch.no_grad()
 def fill(root: nn.Module, seed: int, std: float, scope: str = "") -> None:
     """Fill every parameter below `root` from a generator keyed by (seed, scope, parameter name).
 
@@ -180,7 +179,14 @@ def fill(root: nn.Module, seed: int, std: float, scope: str = "") -> None:
         missing = dict(module.named_parameters(recurse=False)).keys() - rules.keys()
         if missing:
             raise ValueError(f"no initial value is defined for {sorted(missing)} of {prefix}")
-        for name, tensor in own_tensors(module, rules):
-            value = torch.empty(tensor.shape, dtype=torch.float32)
-            rules[name](value, keyed_generator(seed, f"{scope}{prefix}.{name}" if prefix else scope + name))
+        draw(module, rules, seed, f"{scope}{prefix}." if prefix else scope)
+
+
+@torch.no_grad()
+def draw(module: nn.Module, rules: dict[str, Initializer], seed: int, path: str) -> None:
+    """Fill a module's own parameters, but for those on the meta device, each by (seed, path and name)."""
+    for name, tensor in own_tensors(module, rules):
+        if not tensor.is_meta:
+            value = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+            rules[name](value, keyed_generator(seed, path + name))
             tensor.copy_(value)

@@ -36,10 +36,7 @@ class NormedLinear(Scorer):
     def initializers(self) -> dict[str, Initializer]:
         return {"scale": constant(1.0)}
 
-    def experts_matrix(self, shared: nn.Module | None) -> Tensor:
-        return self.linear.weight
-
-    def scaled_by(self, shared: nn.Module | None) -> ProjectionFP32:
+    def last(self, shared: nn.Module | None) -> ProjectionFP32:
         return self.linear
 
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:

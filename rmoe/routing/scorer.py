@@ -50,12 +50,17 @@ class Scorer(Initialized, Mechanism):
         self.options = options
         self.num_experts, self.features = geometry.num_experts, features
 
-    def experts_matrix(self, shared: nn.Module | None) -> Tensor | None:
+    def last(self, shared: nn.Module | None) -> ProjectionFP32 | None:
+        """The linear map that gives the logits; None where none does."""
         return None
+
+    def experts_matrix(self, shared: nn.Module | None) -> Tensor | None:
+        last = self.last(shared)
+        return None if last is None else last.weight
 
     def scaled_by(self, shared: nn.Module | None) -> nn.Module | None:
         """The module whose `rescale(factor)` multiplies the logits by a factor; None where nothing does."""
-        return None
+        return self.last(shared)
 
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
         raise NotImplementedError
@@ -98,19 +103,13 @@ class Linear(Scorer):
         self.group = None if options.shared_layers == 1 else _group_of(options, geometry.layer_index)
         self.linear = _linear(options, geometry, features) if self.group is None else None
 
-    def _weights(self, shared: nn.Module | None) -> ProjectionFP32:
+    def last(self, shared: nn.Module | None) -> ProjectionFP32:
         if self.linear is not None:
             return self.linear
         return shared.groups[self.group]  # type: ignore[union-attr,index,return-value]
 
-    def experts_matrix(self, shared: nn.Module | None) -> Tensor:
-        return self._weights(shared).weight
-
-    def scaled_by(self, shared: nn.Module | None) -> ProjectionFP32:
-        return self._weights(shared)
-
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
-        return self._weights(shared)(features)
+        return self.last(shared)(features)
 
 
 def _linear(options: Linear.Config, geometry: Geometry, features: int) -> ProjectionFP32:
@@ -157,10 +156,7 @@ class MLP(Scorer):
         self.out = ProjectionFP32(options.width, geometry.num_experts, start)
         self.dropout = options.dropout
 
-    def experts_matrix(self, shared: nn.Module | None) -> Tensor:
-        return self.out.weight
-
-    def scaled_by(self, shared: nn.Module | None) -> ProjectionFP32:
+    def last(self, shared: nn.Module | None) -> ProjectionFP32:
         return self.out
 
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
@@ -229,10 +225,7 @@ class EdaHead(Scorer):
         self.fc2 = ProjectionFP32(features, features, start, bias=True)
         self.out = ProjectionFP32(features, geometry.num_experts + options.skip_class, start)
 
-    def experts_matrix(self, shared: nn.Module | None) -> Tensor:
-        return self.out.weight
-
-    def scaled_by(self, shared: nn.Module | None) -> ProjectionFP32:
+    def last(self, shared: nn.Module | None) -> ProjectionFP32:
         return self.out
 
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:

@@ -10,6 +10,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State
+from rmoe.routing.fixed_routers import fixed
 from rmoe.routing.initial import Initializer, ProjectionFP32, linear_fp32, normal, orthogonal
 from rmoe.routing.noise import splitmix64
 from rmoe.routing.options import Geometry
@@ -58,8 +59,7 @@ class Hash(TokenRouter):
     """Roller et al. 2021: token id -> k fixed experts, weights 1/k. Nothing is learned.
 
     The table is a pure function of (table_seed, layer, token id), the k experts with the smallest hash, so every
-    run and every rank has the same one. Logits are 0 for the chosen experts and -1e4 for the others, so that
-    their softmax is the routing.
+    run and every rank has the same one.
     """
 
     class Config(TokenRouter.Config):
@@ -89,11 +89,7 @@ class Hash(TokenRouter):
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Routing, State]:
         experts = self.table[token_ids(context, "hash")]  # [T, k]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        off = torch.full((experts.shape[0], self.num_experts), -1e4, dtype=dtype, device=hidden.device)
-        logits = off.scatter(-1, experts, 0.0)
-        weights = torch.full(experts.shape, 1 / experts.shape[1], dtype=dtype, device=hidden.device)
-        return Routing(logits, F.softmax(logits, -1), weights, experts), state
+        return fixed(hidden, experts, 1 / experts.shape[1], self.num_experts), state
 
 
 class Stable(TokenRouter):

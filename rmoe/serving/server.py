@@ -265,7 +265,7 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
             await slot.__aexit__(None, None, None)
             raise
         if isinstance(response, StreamingResponse):
-            response.body_iterator = _releasing(_as_openai(response.body_iterator, include_usage), slot)
+            response.body_iterator = _as_openai(response.body_iterator, include_usage, slot)
         else:
             await slot.__aexit__(None, None, None)
         return response
@@ -371,13 +371,14 @@ def _log_failure(error: Exception) -> None:
     print(f"request failed: {said}", file=sys.stderr, flush=True)
 
 
-async def _as_openai(parts: Any, include_usage: bool | None) -> AsyncIterator[str]:
+async def _as_openai(parts: Any, include_usage: bool | None, slot: Any) -> AsyncIterator[str]:
     """Events as OpenAI sends them: errors as objects, `[DONE]` last, and usage where it was asked for.
 
     Args:
         parts: transformers' events, one or more to a part.
         include_usage: True puts the usage into an event of its own without choices; False leaves it out; None leaves
             it in the last event, where transformers puts it.
+        slot: free again when the stream ends, however it ends.
     """
     try:
         async for part in parts:
@@ -396,15 +397,6 @@ async def _as_openai(parts: Any, include_usage: bool | None) -> AsyncIterator[st
                     events.append({**chunk, "choices": [], "usage": usage})
             yield "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in events)
         yield "data: [DONE]\n\n"
-    finally:
-        await parts.aclose()
-
-
-async def _releasing(parts: Any, slot: Any) -> AsyncIterator[Any]:
-    """Pass a stream on; its slot is free when it ends, however it ends."""
-    try:
-        async for part in parts:
-            yield part
     finally:
         await parts.aclose()
         await slot.__aexit__(None, None, None)

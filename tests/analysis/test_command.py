@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rmoe.analysis.command import model_path, trained_steps
+from rmoe.analysis.command import trained_steps
 from rmoe.analysis.reading import choose_tokenizer
 from rmoe.analysis.token_text import TokenText
 from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer, word_tokenizer
 from rmoe.errors import RequestError
+from rmoe.places import model_folder
 from rmoe.results.analysis import read_analysis
 from tests.analysis.tiny_families import COMMON, TINY
 from tests.analysis.tiny_rmoe import EXPERTS, LAYERS, tiny_rmoe
@@ -224,8 +225,7 @@ def test_a_tokenizer_is_never_guessed_from_the_models_type(tmp_path: Path) -> No
 
 
 def test_steps_and_model_of_a_folder(folder: Path, tmp_path: Path) -> None:
-    assert model_path(str(folder)) == str(folder / "model")
-    assert model_path("org/name") == "org/name"
+    assert model_folder(str(folder)) == model_folder(folder / "model") == folder / "model"
     assert trained_steps(folder / "model") == 40
     assert trained_steps(Path("runs/a/checkpoints/checkpoint-1200")) == 1200
     assert trained_steps(tmp_path) == 0

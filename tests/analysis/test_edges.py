@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.analysis import measures, mutual_information
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.command import _sequence_length
 from rmoe.analysis.gradients import (
     _only_trainable,
@@ -28,6 +28,7 @@ from rmoe.analysis.mutual_information import (
     entropy_of_counts,
     mutual_information_of_counts,
 )
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.paths import FrequentPaths
 from rmoe.analysis.weights import random_similarity
 from rmoe.errors import RequestError

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.contexts import TopContexts
 from rmoe.analysis.insight import Predictability, Saliency
 from rmoe.analysis.load import coverage, dead_experts, hottest_steps, max_violation, relative_load_quantiles
-from rmoe.analysis.measures import MEASURES
+from rmoe.analysis.options import MEASURES, AnalysisOptions
 from rmoe.analysis.probe import RIDGE, ChoiceProbe, top_k_recall
-from rmoe.analysis.saturation import FlipRate
+from rmoe.analysis.saturation import Saturation
 from rmoe.cli.main import main
 from rmoe.moe import Recorder
 from rmoe.results import analysis as schema
@@ -48,15 +48,15 @@ def test_spread_of_loads() -> None:
 def test_flips_by_token_and_layer() -> None:
     one = torch.tensor([[[0, 1], [2, 3], [0, 4]], [[1, 2], [1, 2], [1, 2]]])  # [L, T, K], E = 4
     other = torch.tensor([[[1, 0], [2, 1], [0, 4]], [[2, 1], [1, 2], [1, 3]]])
-    flips = FlipRate(2)
+    flips = Saturation(2)
     flips.update(one[:, :1], other[:, :1], 4)
     flips.update(one[:, 1:], other[:, 1:], 4)
-    by_layer, anywhere = flips.result()
+    by_layer, anywhere = flips.flips()
     np.testing.assert_allclose(by_layer, [1 / 3, 1 / 3])  # the order of two experts is no difference
     assert anywhere == pytest.approx(2 / 3)
-    alone = FlipRate(2)
+    alone = Saturation(2)
     alone.update(one[:, 1:2], other[:, 1:2], 4)
-    assert alone.result()[1] == 1
+    assert alone.flips()[1] == 1
 
 
 def test_contexts_against_sorting() -> None:

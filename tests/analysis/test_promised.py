@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
-from rmoe.analysis.measures import MEASURES
+from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import MEASURES, AnalysisOptions
 from tests.graft.tiny_families import PROMISED, tiny_model
 
 IDS = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.snapshot import MEASURES, RoutingSnapshot, over_training
 from rmoe.errors import RequestError
 from rmoe.moe.recorder import Recorder

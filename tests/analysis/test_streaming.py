@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import rmoe
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.streaming import memory
 from rmoe.analysis.streaming.run import Progress, StreamedRouting, stream_routing
 from rmoe.analysis.streaming.store import CannotResume, form_of, made_again, require_space
@@ -288,7 +289,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_free_memory_obeys_the_process_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory.free_memory(CPU)
     assert 0 < whole < 1 << 50
-    used = memory._own("VmData")
+    used = memory._field("/proc/self/status", "VmData", 0)
     limits = {
         memory.resource.RLIMIT_DATA: used + (64 << 20),
         memory.resource.RLIMIT_AS: memory.resource.RLIM_INFINITY,

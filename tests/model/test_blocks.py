@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, count_parameters, head, initialize
 from rmoe.model.experts import in_whole_16_bytes
-from rmoe.model.initialize import initializers_of
 from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock
 from rmoe.model.norm import RMSNorm
 from rmoe.model.packing import split_packed
 from rmoe.routing import BalanceSpec, RouterContext, RouterStats, resolve, vary
+from rmoe.routing.initial import initializers_of
 from rmoe.routing.losses import SimilarityPreserving
 from rmoe.routing.scorer import Linear
 from tests import naive

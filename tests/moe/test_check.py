@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmoe.analysis.analyze import AnalysisOptions, Subject, analyze_models
+from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import AnalysisOptions
 from rmoe.errors import RequestError
 from rmoe.graft import graft
 from rmoe.moe import Recorder, check_reading, routed_layers

@@ -16,12 +16,12 @@ def free_memory(device: torch.device) -> int:
     """Bytes: a GPU's free memory, or what the machine has available less than this process's own limits."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limits = [_available()]
-    used = _own("VmData")
-    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+    # Not Linux: nothing is known, and a model is loaded as always.
+    limits = [_field("/proc/meminfo", "MemAvailable", 1 << 62)]
+    for kind, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            limits.append(max(soft - (used if kind == resource.RLIMIT_DATA else _own("VmSize")), 0))
+            limits.append(max(soft - _field("/proc/self/status", used, 0), 0))
     return min(limits)
 
 
@@ -71,22 +71,10 @@ def checkpoint_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def _available() -> int:
-    try:
-        return _field(Path("/proc/meminfo"), "MemAvailable")
-    except (OSError, KeyError):
-        return 1 << 62  # not Linux: nothing is known, and a model is loaded as always
-
-
-def _own(name: str) -> int:
-    try:
-        return _field(Path("/proc/self/status"), name)
-    except (OSError, KeyError):
-        return 0
-
-
-def _field(path: Path, name: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
+def _field(path: str, name: str, unknown: int) -> int:
+    """Bytes by a line `name: N kB` of a file of Linux; `unknown` where there is none."""
+    with suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return unknown

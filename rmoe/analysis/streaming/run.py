@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +31,9 @@ from rmoe.analysis.streaming.store import (
 from rmoe.analysis.streaming.walkers import Walker, at_head, at_unit
 from rmoe.analysis.streaming.weights import StreamedModel
 from rmoe.analysis.weights import layer_weights
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RunError
 from rmoe.moe import Recorder, RoutedLayer, RoutingBatch, RoutingRecord, listen
+from rmoe.moe.recorder import require_each_token
 
 Hidden = Literal["auto", "memory", "disk"]
 _SHARE_OF_MEMORY = 0.25  # that hidden states may take before they go to disk
@@ -69,7 +69,7 @@ class StreamedRouting:
 
     Attributes:
         model: without its layers' weights.
-        recorder: of the model: names and sizes of its layers.
+        recorder: of the model: names and sizes of its layers, and which were called.
         weights: what each layer's weights said, by name of the layer.
         resumed: layers that an earlier run had done; None where an earlier run could not be resumed.
     """
@@ -78,25 +78,10 @@ class StreamedRouting:
         self, model: StreamedModel, recorder: Recorder, store: Store, state: State, resumed: int | None
     ) -> None:
         self.model, self.recorder, self._store, self._state = model.model, recorder, store, state
+        by_name = {layer.name: layer for layer in recorder.layers}
+        recorder.called = [by_name[record.layer] for record in state.records]
         self.weights = state.weights
         self.resumed = resumed
-
-    @property
-    def called(self) -> list[RoutedLayer]:
-        """The layer of each record; in a looped model some of them more than once."""
-        by_name = {layer.name: layer for layer in self.recorder.layers}
-        return [by_name[record.layer] for record in self._state.records]
-
-    @property
-    def names(self) -> list[str]:
-        """Of each record, as `Recorder.names`."""
-        seen: Counter[str] = Counter()
-        names = []
-        for record in self._state.records:
-            seen[record.layer] += 1
-            again = seen[record.layer] > 1
-            names.append(f"{record.layer} (pass {seen[record.layer]})" if again else record.layer)
-        return names
 
     def batch(self, chunk: int) -> RoutingBatch:
         """Of the chunk's tokens."""
@@ -215,7 +200,7 @@ class _Run:
             and [checksum((walker.args, walker.kwargs)) for walker in self.walkers] != self.state.arrived
         ):
             return None
-        done = self._bytes_before(first)
+        done = sum(map(self.model.bytes_of, list(self.model.units)[:first]))
         while not all(walker.done for walker in self.walkers):
             units = {walker.unit if not walker.done else "the end" for walker in self.walkers}
             if len(units) > 1:
@@ -228,10 +213,6 @@ class _Run:
             self.report(Progress(unit, read, total, time.perf_counter() - began, done))
         return self.state
 
-    def _bytes_before(self, stage: int) -> int:
-        units = list(self.model.units)[:stage]
-        return sum(self.model.bytes_of(unit) for unit in units)
-
     def _one_layer(self, unit: str) -> None:
         stage = self.state.stage
         self.model.load(unit)
@@ -242,7 +223,8 @@ class _Run:
             self._fetch(i)
             output, heard = self._heard(walker, layers)
             for at, (layer, record) in enumerate(heard):
-                _require_each_token(layer, record, self.store.spans[i])
+                start, end = self.store.spans[i]
+                require_each_token(layer, record, end - start)
                 if i == 0:
                     records.append(_stored(layer, record, stage))
                 self.store.write_record(len(self.state.records) + at, i, record)
@@ -306,13 +288,6 @@ def _spill(tensors: list[Tensor], walker: Walker) -> dict[int, Tensor]:
             storage.resize_(0)
             spilled[index] = tensor
     return spilled
-
-
-def _require_each_token(layer: RoutedLayer, record: RoutingRecord, span: tuple[int, int]) -> None:
-    expected = span[1] - span[0]
-    if len(record.experts) != expected:
-        found = f"{len(record.experts)} decisions for {expected} tokens"
-        raise RequestError("MODEL", layer.name, f"a layer that routes each token once, not {found}")
 
 
 def _stored(layer: RoutedLayer, record: RoutingRecord, stage: int) -> StoredRecord:

@@ -16,7 +16,7 @@ import rmoe
 from rmoe.analysis.streaming.memory import bound_kernel_cache, give_back_freed_memory, weights_apart
 from rmoe.compat import LaterWeights, weights_later
 from rmoe.errors import RequestError
-from rmoe.model.weights import ADAPTER, CONFIG, open_weights
+from rmoe.model.weights import ADAPTER, CONFIG, entries, open_weights
 from rmoe.moe import RoutedLayer, routed_layers
 
 QUANTISERS = ("fp8", "mxfp4")
@@ -118,14 +118,9 @@ class StreamedModel:
     def _places(self, part: str) -> dict[str, list[tuple[int, int]]]:
         """File -> byte ranges of a part's tensors, neighbours joined."""
         if not self._offsets:
-            for file in open_weights(self._folder).files:
-                with (self._folder / file).open("rb") as opened:
-                    start = 8 + int.from_bytes(opened.read(8), "little")
-                    header = json.loads(opened.read(start - 8))
-                for key, entry in header.items():
-                    if key != "__metadata__":
-                        begin, end = entry["data_offsets"]
-                        self._offsets[key] = (file, start + begin, start + end)
+            for file, start, key, entry in entries(open_weights(self._folder)):
+                begin, end = entry["data_offsets"]
+                self._offsets[key] = (file, start + begin, start + end)
         joined: dict[str, list[tuple[int, int]]] = {}
         for file, begin, end in sorted(self._offsets[key] for key in self._keys[part]):
             spans = joined.setdefault(file, [])
