@@ -63,12 +63,7 @@ class Storage(ABC):
         Raises:
             Damaged: they are not this model's.
         """
-        tensors, trained = self.expected()
-        if sharded.is_sharded_checkpoint(folder):
-            sharded.check(folder, state, tensors, trained)
-        else:
-            contents.check_model(folder, tensors)
-            contents.check_optimizer(folder, state, trained)
+        sharded.check(folder, state, *self.expected())
 
     def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
         """Fill tensors in place, each process its own. Collective."""
@@ -100,22 +95,6 @@ class Whole(Storage):
             return OptimizerRecord(contents.group_settings(optimizer, self.model), len(tensors))
 
         return write
-
-    def load_model(self, folder: Path) -> None:
-        if sharded.is_sharded_checkpoint(folder):
-            super().load_model(folder)
-        else:
-            contents.load_model(folder, self.model)
-
-    def load_optimizer(self, folder: Path, state: TrainingState, optimizer: Optimizer) -> None:
-        if sharded.is_sharded_checkpoint(folder) or not self._has_groups_of(state, optimizer):
-            super().load_optimizer(folder, state, optimizer)
-        else:
-            contents.load_optimizer(folder, state, optimizer, self.model)
-
-    def _has_groups_of(self, state: TrainingState, optimizer: Optimizer) -> bool:
-        names = contents.group_names(optimizer, self.model)
-        return names == [group["params"] for group in state.param_groups]
 
     def whole_model(self) -> Any:
         return self.model
