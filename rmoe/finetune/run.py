@@ -57,7 +57,6 @@ from rmoe.training.evaluation import Evaluation
 from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
-from rmoe.training.metrics import MetricsLog
 from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
 from rmoe.training.plan import StepPlan
 from rmoe.training.progress import ProgressReport
@@ -314,7 +313,6 @@ def _train(
         collate=job.collate,
         data_sha256=request.data_sha256,
         store=CheckpointStore(out, _fingerprint(request), run.checkpoints.keep),
-        metrics=MetricsLog(out / run_folder.METRICS),
         in_unit=lambda split, loss: {"perplexity": math.exp(min(loss, 700.0))},
         evaluate=job.evaluate,
         hooks=[ProgressReport("perplexity")] if progress else [],

@@ -15,14 +15,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from rmoe.training.hooks import Hook, Running
+from rmoe.training.hooks import Hook
+
+if TYPE_CHECKING:
+    from rmoe.training.loop import Loop
 
 FOLDER, TRACE, SUMMARY = "profile", "trace.json", "summary.md"
 STAGES = ("attention", "router", "dispatch", "experts", "head", "optimizer", "other")
@@ -67,11 +70,11 @@ class StepProfiler(Hook):
         self.first, self.begun = 0, 0.0
         self.hooks: list[Any] = []
 
-    def begin(self, loop: Running) -> None:
+    def begin(self, loop: Loop) -> None:
         left = loop.plan.max_steps - loop.step
         self.first = loop.step + min(WARMUP, max(0, left - STEPS))
 
-    def step_begin(self, loop: Running) -> None:
+    def step_begin(self, loop: Loop) -> None:
         if loop.is_main and loop.step == self.first:
             self.hooks = list(mark_stages(self.model))
             activities = [ProfilerActivity.CPU]
@@ -81,7 +84,7 @@ class StepProfiler(Hook):
             self.recorder.start()
             self.begun = time.perf_counter()
 
-    def step_end(self, loop: Running) -> None:
+    def step_end(self, loop: Loop) -> None:
         if self.recorder is None or (loop.step < self.first + STEPS and not loop.ended):
             return
         if loop.device.type == "cuda":

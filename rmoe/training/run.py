@@ -40,7 +40,7 @@ from rmoe.training.hooks import Hook, Trackers
 from rmoe.training.initial_scale import fixed_batch, start_at
 from rmoe.training.learner import Learner, ModelLearner
 from rmoe.training.loop import Loop, peak_mib
-from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.metrics import read_metrics
 from rmoe.training.pipelined import PipelineLearner, build_pipeline
 from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
 from rmoe.training.plan import StepPlan
@@ -282,7 +282,6 @@ def _run(
 ) -> RunResult:
     pinned = frozenset(config.training.branch_points)
     store = CheckpointStore(out, _sealed_as(out, record), config.checkpoints.keep, pinned)
-    metrics = MetricsLog(out / run_folder.METRICS)
 
     def in_unit(split: SplitName, loss: float) -> dict[str, float]:
         return {corpus.unit: corpus.in_unit(split, loss)}
@@ -307,7 +306,6 @@ def _run(
         dataset=corpus.train,
         data_sha256=corpus.manifest.key,
         store=store,
-        metrics=metrics,
         in_unit=in_unit,
         evaluate=evaluate_on("valid", config.logging.evaluate_blocks),
         average=average,
@@ -332,7 +330,7 @@ def _run(
     if place.ranks.rank == 0:
         if routing is None:  # no stage sees the whole routing
             routing = summarize_routing(whole, corpus.valid, bf16=place.bf16)
-        logged = read_metrics(metrics.path)
+        logged = read_metrics(loop.metrics.path)
         result = RunResult(
             router=config.router,
             router_spec=record.router_spec,

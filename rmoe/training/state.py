@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rmoe.errors import one_line
 from rmoe.records import NOT_JSON, Record
+from rmoe.training.accounting import Window
 from rmoe.training.checkpoint import Damaged
 
 MODEL, OPTIMIZER, RNG, STATE = (
@@ -69,7 +70,7 @@ class TrainingState(Record, frozen=True, kw_only=True):
     sequence_length: int
     skipped_batches: int
     train_seconds: float
-    pending: dict[str, Any]
+    pending: Window
     scheduler: dict[str, Any]
     param_groups: list[dict[str, Any]]
     optimizer_tensors: int

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rmoe.data import prepare
 from rmoe.training import state as contents
+from rmoe.training.accounting import Window
 from rmoe.training.build import build_model, model_config
 from rmoe.training.checkpoint import Damaged
 from rmoe.training.storage import Whole
@@ -145,7 +146,7 @@ def test_optimizer_comes_back_bit_for_bit(tmp_path, model):
     second = optimizer()
     state = contents.TrainingState(
         step=1, seed=0, data_sha256="", batch_size=1, sequence_length=1, skipped_batches=0, train_seconds=0.0,
-        pending={}, scheduler={}, param_groups=groups, optimizer_tensors=3 * 4, host_random=[],
+        pending=Window(), scheduler={}, param_groups=groups, optimizer_tensors=3 * 4, host_random=[],
     )  # fmt: skip
     Whole(model).load_optimizer(tmp_path, state, second)
     assert [{k: v for k, v in g.items() if k != "params"} for g in second.param_groups] == [
