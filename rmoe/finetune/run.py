@@ -49,9 +49,9 @@ from rmoe.graft.undo import keep_originals
 from rmoe.model.head import count_next_tokens, next_token_loss
 from rmoe.model.weights import open_weights, tensor_sha256
 from rmoe.places import expand, require_writable
-from rmoe.records import Record, read_record, write_record
+from rmoe.records import Record, read_record, sha256, write_record
 from rmoe.training import run_folder
-from rmoe.training.checkpoint import CheckpointStore, sha256
+from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import Evaluation
 from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
