@@ -53,7 +53,8 @@ from rmoe.records import Record, read_record, sha256, write_record
 from rmoe.training import run_folder
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
-from rmoe.training.evaluation import Evaluation
+from rmoe.training.evaluation import Evaluation, inference
+from rmoe.training.flow import carry_out, enter
 from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
@@ -61,8 +62,6 @@ from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, 
 from rmoe.training.plan import StepPlan
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import publish_model
-from rmoe.training.run import find_checkpoint
-from rmoe.training.stopping import raise_unless_finished, signals
 
 REQUEST = "finetune.json"
 VERSION = 1
@@ -163,12 +162,8 @@ def finetune(
             data_sha256=sha256(data),
             valid_sha256=None if config.valid is None else sha256(config.valid),
         )
-        stack.enter_context(run_folder.locked(out))
-        if resume and (out / REQUEST).exists():
-            request = _same(out, request)
-        else:
-            run_folder.refuse_used(out, REQUEST)
-            write_record(out / REQUEST, request)
+        same = partial(_same, out, request) if resume else None
+        request = enter(stack, out, REQUEST, request, same) or request
         if (out / run_folder.RESULT).exists():
             found = read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
             return msgspec.structs.replace(found, model=str(out / run_folder.MODEL))
@@ -238,18 +233,15 @@ def _instruction_job(source: Path, data: Path, config: FinetuneConfig, tokenizer
     )
 
 
-@torch.inference_mode()
 def _answer_loss(model: nn.Module, sequences: PackedExamples) -> Evaluation:
     """Mean loss over the tokens of answers."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
     nats, targets = 0.0, 0
-    for index in range(len(sequences)):
-        row = {name: tensor[None].to(device) for name, tensor in sequences[index].items()}
-        labels = row.pop("labels")
-        nats += next_token_loss(model(**row, use_cache=False).logits, labels).item()
-        targets += int(count_next_tokens(labels))
-    model.train(training)
+    with inference(model) as device:
+        for index in range(len(sequences)):
+            row = {name: tensor[None].to(device) for name, tensor in sequences[index].items()}
+            labels = row.pop("labels")
+            nats += next_token_loss(model(**row, use_cache=False).logits, labels).item()
+            targets += int(count_next_tokens(labels))
     return Evaluation(nats, max(targets, 1), "the instruction and the answer so far")
 
 
@@ -317,10 +309,7 @@ def _train(
         evaluate=job.evaluate,
         hooks=[ProgressReport("perplexity")] if progress else [],
     )
-    checkpoint = find_checkpoint(loop, out) if resume else None
-    with signals(loop):
-        loop.run(checkpoint)
-    raise_unless_finished(loop, loop.store)
+    carry_out(loop, resume)
     return loop
 
 

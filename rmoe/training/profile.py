@@ -59,13 +59,11 @@ class StepProfiler(Hook):
     """Records `STEPS` steps of a run on its first process.
 
     Args:
-        model: whose modules are marked.
         folder: the run's.
-        tokens: of one step on this process.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, tokens: int) -> None:
-        self.model, self.folder, self.tokens = model, folder / FOLDER, tokens
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
         self.recorder: profile | None = None
         self.first, self.begun = 0, 0.0
         self.hooks: list[Any] = []
@@ -76,7 +74,7 @@ class StepProfiler(Hook):
 
     def step_begin(self, loop: Loop) -> None:
         if loop.is_main and loop.step == self.first:
-            self.hooks = list(mark_stages(self.model))
+            self.hooks = list(mark_stages(loop.model))
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
@@ -97,7 +95,8 @@ class StepProfiler(Hook):
         self.recorder.export_chrome_trace(str(self.folder / TRACE))
         rate = matrix_rate(loop.device, torch.bfloat16 if loop.bf16 else torch.float32)
         steps = loop.step - self.first
-        text = summary(self.recorder.events(), steps, seconds, self.tokens, rate, loop.device.type)
+        tokens = loop.training.batch_size * loop.training.sequence_length // loop.learner.ranks.data
+        text = summary(self.recorder.events(), steps, seconds, tokens, rate, loop.device.type)
         (self.folder / SUMMARY).write_text(text, encoding="utf-8")
         self.recorder = None
 

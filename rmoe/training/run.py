@@ -6,12 +6,12 @@ import errno
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from rmoe.compat import enable_checkpointing
@@ -25,7 +25,7 @@ from rmoe.parallel.sharding import distribute
 from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.results import run as records
-from rmoe.results.run import Averaged, InitialLogits, RunResult, TextLosses, Unit
+from rmoe.results.run import Averaged, InitialLogits, RunResult, TextLosses
 from rmoe.training import run_folder
 from rmoe.training.average import WeightAverage
 from rmoe.training.branch import begin_branch, require_branch
@@ -36,6 +36,7 @@ from rmoe.training.config import RunConfig
 from rmoe.training.disk import require_space
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
+from rmoe.training.flow import carry_out, enter, on_first_rank
 from rmoe.training.hooks import Hook, Trackers
 from rmoe.training.initial_scale import fixed_batch, start_at
 from rmoe.training.learner import Learner, ModelLearner
@@ -47,12 +48,8 @@ from rmoe.training.plan import StepPlan
 from rmoe.training.profile import StepProfiler
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, layer_curves, publish_model
-from rmoe.training.resume import newest
 from rmoe.training.run_folder import RunRecord
 from rmoe.training.run_folder import read_result as read_result
-from rmoe.training.stopping import raise_unless_finished, signals
-
-T = TypeVar("T")
 
 MAY_DIFFER = frozenset(
     {
@@ -143,8 +140,9 @@ def train(
             started_in=str(Path.cwd()),
         )
         branch = None if branch_of is None else require_branch(config, record, branch_of, MAY_DIFFER)
+        same = partial(run_folder.require_same, out, record, MAY_DIFFER) if resume else None
         if resume and (out / run_folder.RESULT).exists():
-            _enter(stack, out, record, resume)
+            enter(stack, out, run_folder.CONFIG, record, same)
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
@@ -155,7 +153,7 @@ def train(
         if config.training.gradient_checkpointing:
             enable_checkpointing(model)
         spread = spread_model(model, config, place)
-        _enter(stack, out, record, resume)
+        enter(stack, out, run_folder.CONFIG, record, same)
         if branch is not None and _begin_branch(branch, out, record):
             resume = True
         try:
@@ -178,42 +176,6 @@ def _sizes(architecture: RMoEConfig) -> dict[str, Any]:
     for name in ("transformers_version", "dtype", "architectures", "auto_map"):
         values.pop(name, None)
     return values
-
-
-def _enter(stack: ExitStack, out: Path, record: RunRecord, resume: bool) -> None:
-    """Take the folder: lock it, and either begin a run in it or make sure it is this one.
-
-    The first rank does it; what it finds wrong is raised on every rank.
-    """
-
-    def enter() -> None:
-        stack.enter_context(run_folder.locked(out))
-        if resume and (out / run_folder.CONFIG).exists():
-            run_folder.require_same(out, record, MAY_DIFFER)
-        else:
-            run_folder.refuse_used(out)
-            run_folder.begin(out, record)
-
-    on_first_rank(enter)
-
-
-def on_first_rank(action: Callable[[], T]) -> T:
-    """Do something on the first rank alone; what it returns, or finds wrong, every rank gets. Collective.
-
-    Raises:
-        RequestError: the action's, on every rank.
-    """
-    said: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            said = [action(), None]
-        except RequestError as error:
-            said = [None, (error.field, error.value, error.allowed)]
-    broadcast_object_list(said)
-    if said[1] is not None:
-        raise RequestError(*said[1])
-    found: T = said[0]
-    return found
 
 
 def _initial_logits(
@@ -286,18 +248,17 @@ def _run(
     def in_unit(split: SplitName, loss: float) -> dict[str, float]:
         return {corpus.unit: corpus.in_unit(split, loss)}
 
-    def evaluate_on(split: SplitName, limit: int | None = None) -> Any:
-        return lambda evaluated: evaluate(
-            evaluated,
-            corpus.blocks(split),
-            limit=limit,
-            bf16=place.bf16,
-            ranks=place.ranks,
-        )
+    def evaluate_on(split: SplitName, limit: int | None) -> Callable[[Any], Evaluation]:
+        return partial(evaluate, blocks=corpus.blocks(split), limit=limit, bf16=place.bf16, ranks=place.ranks)
 
     learner, accelerator = make_learner(model, config, out, place)
     steps = config.average_steps
     average = WeightAverage(learner.model, steps) if steps else None
+    hooks: list[Hook] = [Trackers(accelerator, run_folder.flat(record.config))]
+    if progress:
+        hooks.append(ProgressReport(corpus.unit))
+    if profile:
+        hooks.append(StepProfiler(out))
     loop = Loop(
         learner,
         config.training,
@@ -309,22 +270,26 @@ def _run(
         in_unit=in_unit,
         evaluate=evaluate_on("valid", config.logging.evaluate_blocks),
         average=average,
-        hooks=_hooks(config, out, learner, accelerator, corpus.unit, progress, profile),
+        hooks=hooks,
     )
-    checkpoint = find_checkpoint(loop, out) if resume else None
-    with signals(loop):
-        loop.run(checkpoint)
-    raise_unless_finished(loop, store)
+    carry_out(loop, resume)
 
-    valid = _final(loop, config, evaluate_on("valid", config.logging.final_blocks))
-    test = evaluate_on("test", config.test_blocks)(learner.evaluated) if config.logging.test else None
+    def measures(valid: Evaluation) -> dict[str, Any]:
+        """Of the weights as they are: what a result says of both splits."""
+        test = evaluate_on("test", config.test_blocks)(learner.evaluated) if config.logging.test else None
+        return {
+            "val": corpus.in_unit("valid", valid.loss),
+            "test": None if test is None else corpus.in_unit("test", test.loss),
+            "test_losses": _text_losses(test),
+        }
+
+    final = evaluate_on("valid", config.logging.final_blocks)
+    valid = _final(loop, config, final)
+    measured = measures(valid)
     averaged = None
     if average is not None:
         with average.applied():
-            averaged = (
-                evaluate_on("valid", config.logging.final_blocks)(learner.evaluated),
-                evaluate_on("test", config.test_blocks)(learner.evaluated) if config.logging.test else None,
-            )
+            averaged = Averaged(steps=sorted(steps), **measures(final(learner.evaluated)))
     routing = None if place.ranks.staged else summarize_routing(learner.model, corpus.valid, bf16=place.bf16)
     whole = learner.storage.whole_model()
     if place.ranks.rank == 0:
@@ -344,8 +309,7 @@ def _run(
             steps=loop.step,
             tokens=loop.step * config.training.batch_size * config.training.sequence_length,
             skipped_batches=loop.skipped_batches,
-            val=corpus.in_unit("valid", valid.loss),
-            test=None if test is None else corpus.in_unit("test", test.loss),
+            **measured,
             context=valid.context,
             parameters=parameter_counts(whole),
             curves=curves(logged, corpus.unit),
@@ -354,15 +318,7 @@ def _run(
             routing=routing,
             initial_logits=initial,
             layer_curves=layer_curves(logged),
-            test_losses=_text_losses(test),
-            averaged=None
-            if averaged is None
-            else Averaged(
-                steps=sorted(steps),
-                val=corpus.in_unit("valid", averaged[0].loss),
-                test=None if averaged[1] is None else corpus.in_unit("test", averaged[1].loss),
-                test_losses=_text_losses(averaged[1]),
-            ),
+            averaged=averaged,
             folder=str(out),
             model=str(out / run_folder.MODEL),
         )
@@ -390,42 +346,10 @@ def make_learner(
     return ModelLearner(model, accelerator, place.ranks, micro_batches(config, place.ranks)), accelerator
 
 
-def _hooks(
-    config: RunConfig,
-    out: Path,
-    learner: Learner,
-    accelerator: Accelerator,
-    unit: Unit,
-    progress: bool,
-    profile: bool,
-) -> list[Hook]:
-    hooks: list[Hook] = [Trackers(accelerator, run_folder.flat(config.to_dict()))]
-    if progress:
-        hooks.append(ProgressReport(unit))
-    if profile:
-        tokens = config.training.batch_size * config.training.sequence_length // learner.ranks.data
-        hooks.append(StepProfiler(learner.model, out, tokens))
-    return hooks
-
-
-def find_checkpoint(loop: Loop, out: Path) -> Path | None:
-    """The checkpoint to resume from, None for a start at step 0; metrics.jsonl is cut off there."""
-    checkpoint = newest(loop)
-    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    if loop.is_main:
-        loop.store.clear_staging()
-        loop.metrics.truncate(step)
-    if checkpoint is None:
-        say(f"no valid checkpoint in {loop.store.checkpoints}: starting at step 0")
-    else:
-        say(f"resuming {out} at step {step} of {loop.plan.max_steps}")
-    return checkpoint
-
-
 # --- after training ------------------------------------------------------------------------------
 
 
-def _final(loop: Loop, config: RunConfig, evaluated: Any) -> Evaluation:
+def _final(loop: Loop, config: RunConfig, evaluate: Callable[[Any], Evaluation]) -> Evaluation:
     """The finished model on the validation split: not twice, if the last evaluation was just that."""
     last = loop.last_evaluation
     if (
@@ -434,8 +358,7 @@ def _final(loop: Loop, config: RunConfig, evaluated: Any) -> Evaluation:
         and last[0] == loop.step
     ):
         return last[1]
-    evaluation: Evaluation = evaluated(loop.learner.evaluated)
-    return evaluation
+    return evaluate(loop.learner.evaluated)
 
 
 def _text_losses(evaluation: Evaluation | None) -> TextLosses | None:

@@ -27,7 +27,7 @@ import msgspec
 
 from rmoe.errors import RequestError
 from rmoe.places import expand
-from rmoe.records import Record, read_record, write_record
+from rmoe.records import Record, read_record
 from rmoe.results.run import RESULT_VERSION, Hardware, InitialLogits, RunResult, Versions
 
 CONFIG_VERSION = 1
@@ -154,11 +154,6 @@ def _take(descriptor: int) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-
-
-def begin(folder: Path, record: RunRecord) -> None:
-    """Write the configuration of a new run."""
-    write_record(folder / CONFIG, record)
 
 
 def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) -> None:
