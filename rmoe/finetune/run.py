@@ -180,16 +180,7 @@ def finetune(
             scores=job.score(model),
         )
         complete = partial(_complete, source, out=out, model=model, config=config)
-        card = finetuning_card(
-            source,
-            data,
-            config,
-            steps=result.steps,
-            examples=result.examples,
-            trained_parameters=trained,
-            scores=result.scores,
-            data_sha256=request.data_sha256,
-        )
+        card = finetuning_card(source, data, config, result, request.data_sha256)
         publish_model(out, model, tokenizer, card, complete)
         write_record(out / run_folder.RESULT, result)
         loop.store.clear_staging()

@@ -133,7 +133,8 @@ class PipelinePart(nn.Module):
             # Its mean is over this stage's layers.
             balance = balance + own * (len(routings) / self.num_layers)
             if self.training:
-                self._count(router_stats(tuple(routings), self.config.num_experts, None))
+                stats = router_stats(tuple(routings), self.config.num_experts, None)
+                self.stats = stats if self.stats is None else self.stats.add(stats)
         if trunk.norm is None or self.lm_head is None:
             return (hidden, *state, balance)
         return self.lm_head(trunk.norm(hidden)), balance
@@ -145,9 +146,6 @@ class PipelinePart(nn.Module):
             self.routing_noise_key += 1
             noise = CounterNoise(self.routing_noise_key.clone())
         return RouterContext(batch, length, None, None, noise)
-
-    def _count(self, stats: RouterStats) -> None:
-        self.stats = stats if self.stats is None else self.stats.add(stats)
 
 
 def _check(model: RMoEForCausalLM, count: int) -> None:

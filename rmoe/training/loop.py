@@ -41,6 +41,7 @@ from rmoe.training.hooks import Hook
 from rmoe.training.learner import Batch, Learner
 from rmoe.training.metrics import MetricsLog, Row
 from rmoe.training.optimizer import adamw, schedule
+from rmoe.training.place import say
 from rmoe.training.plan import StepPlan
 from rmoe.training.run_folder import METRICS
 
@@ -217,11 +218,9 @@ class Loop:
         self.metrics.append(
             {"kind": "skipped", "step": self.step + 1, **losses, "grad_norm": self._grad_norm}
         )
-        print(
+        say(
             f"left out the batch of step {self.step + 1}: loss {self._lm_loss + self._balance_loss}, gradient norm "
-            f"{self._grad_norm} ({self.skipped_batches} so far, {self.training.max_skipped_batches} allowed)",
-            file=sys.stderr,
-            flush=True,
+            f"{self._grad_norm} ({self.skipped_batches} so far, {self.training.max_skipped_batches} allowed)"
         )
 
     def end_step(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -48,30 +47,8 @@ from rmoe.training.plan import StepPlan
 from rmoe.training.profile import StepProfiler
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, layer_curves, publish_model
-from rmoe.training.run_folder import RunRecord
+from rmoe.training.run_folder import RunRecord, fingerprint
 from rmoe.training.run_folder import read_result as read_result
-
-MAY_DIFFER = frozenset(
-    {
-        "preset",
-        "data.path",  # the text's own sha256 is checked
-        "data.cache_dir",
-        "data.download",
-        "training.micro_batch_size",  # with the number of devices: the batch of a step stays what it was
-        "training.max_skipped_batches",
-        "parallel.fsdp",
-        "parallel.expert",
-        "parallel.replicate",
-        "parallel.tensor",
-        "parallel.pipeline",
-        "checkpoints.keep",
-        "logging.final_blocks",
-        "logging.test_blocks",
-        "logging.test",
-        "logging.report_to",
-    }
-)
-"""Settings that may change when a run is resumed: none decides what is learned."""
 
 MOST_STRETCHES = 10_000  # of the test split in a result
 
@@ -139,8 +116,8 @@ def train(
             hardware=hardware(threads),
             started_in=str(Path.cwd()),
         )
-        branch = None if branch_of is None else require_branch(config, record, branch_of, MAY_DIFFER)
-        same = partial(run_folder.require_same, out, record, MAY_DIFFER) if resume else None
+        branch = None if branch_of is None else require_branch(config, record, branch_of)
+        same = partial(run_folder.require_same, out, record) if resume else None
         if resume and (out / run_folder.RESULT).exists():
             enter(stack, out, run_folder.CONFIG, record, same)
             say(f"{out} is finished already: nothing to do")
@@ -154,7 +131,7 @@ def train(
             enable_checkpointing(model)
         spread = spread_model(model, config, place)
         enter(stack, out, run_folder.CONFIG, record, same)
-        if branch is not None and _begin_branch(branch, out, record):
+        if branch is not None and on_first_rank(partial(begin_branch, branch, out, record)):
             resume = True
         try:
             return _run(config, out, corpus, spread, record, initial, place, resume, progress, profile)
@@ -192,39 +169,6 @@ def _initial_logits(
 def _sealed_as(out: Path, record: RunRecord) -> str:
     """The fingerprint the checkpoints of `out` have: of the run as it was started, wherever its files lie now."""
     return fingerprint(run_folder.read_run(out) if (out / run_folder.CONFIG).exists() else record)
-
-
-def fingerprint(record: RunRecord) -> str:
-    """What makes two runs the same run: every setting but those of `MAY_DIFFER`, the model, the data."""
-    settings = {
-        name: value for name, value in run_folder.flat(record.config).items() if name not in MAY_DIFFER
-    }
-    identity = msgspec.json.encode(
-        [settings, record.model, record.plugins, record.data_sha256], order="sorted"
-    )
-    return hashlib.sha256(identity).hexdigest()
-
-
-def _begin_branch(branch: Path, out: Path, record: RunRecord) -> bool:
-    """Begin at the longer run's checkpoint, if this one has none; a wrong request leaves the folder empty. Collective.
-
-    Returns:
-        Whether it did.
-    """
-
-    def begin() -> bool:
-        if CheckpointStore(out, "").found():
-            return False
-        source_run = fingerprint(run_folder.read_run(branch.parents[1]))
-        try:
-            begin_branch(branch, source_run, CheckpointStore(out, fingerprint(record)))
-        except RequestError:
-            for name in (run_folder.CONFIG, run_folder.METRICS):
-                (out / name).unlink(missing_ok=True)
-            raise
-        return True
-
-    return on_first_rank(begin)
 
 
 # --- training ------------------------------------------------------------------------------------
