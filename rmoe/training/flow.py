@@ -17,7 +17,7 @@ from rmoe.records import Record, write_record
 from rmoe.training import resume
 from rmoe.training.loop import Loop
 from rmoe.training.place import say
-from rmoe.training.run_folder import checkpoint_step, locked, refuse_used
+from rmoe.training.run_folder import locked, refuse_used
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def carry_out(loop: Loop, resumed: bool) -> None:
 def _found(loop: Loop) -> Path | None:
     """The checkpoint to resume from, None for a start at step 0; metrics.jsonl is cut off there."""
     checkpoint = resume.newest(loop)
-    step = (checkpoint and checkpoint_step(checkpoint)) or 0
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if loop.is_main:
         loop.store.clear_staging()
         loop.metrics.truncate(step)

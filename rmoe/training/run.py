@@ -134,7 +134,7 @@ def train(
         if branch is not None and on_first_rank(partial(begin_branch, branch, out, record)):
             resume = True
         try:
-            return _run(config, out, corpus, spread, record, initial, place, resume, progress, profile)
+            return _run(config, out, corpus, spread, record, place, resume, progress, profile)
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
@@ -180,7 +180,6 @@ def _run(
     corpus: Corpus,
     model: RMoEForCausalLM | Pipeline,
     record: RunRecord,
-    initial: InitialLogits | None,
     place: Place,
     resume: bool,
     progress: bool,
@@ -260,7 +259,7 @@ def _run(
             seconds_per_1k_steps=1000 * loop.train_seconds / loop.step,
             peak_mib=peak_mib(loop.device),
             routing=routing,
-            initial_logits=initial,
+            initial_logits=record.initial_logits,
             layer_curves=layer_curves(logged),
             averaged=averaged,
             folder=str(out),

@@ -9,7 +9,7 @@ can read them back, and the same out of the files that whole processes write (`r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,8 +26,6 @@ from rmoe.training.state import Header, TrainingState
 PATTERN = "shard-*.safetensors"
 MODEL, OPTIMIZER = "model/", "optimizer/"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-Read = Callable[[Path, Mapping[str, Tensor]], None]
 
 
 def is_sharded_checkpoint(folder: Path) -> bool:
@@ -58,6 +56,25 @@ def adopt(parts: Path, folder: Path) -> None:
     parts.rmdir()
 
 
+def stored_in(folder: Path) -> tuple[dict[str, Header], dict[str, Header]]:
+    """The headers of (the model's, the optimizer's) tensors; for parts the shape is the elements in all together.
+
+    Raises:
+        Damaged: a file is not safetensors.
+    """
+    if not is_sharded_checkpoint(folder):
+        return contents.headers(folder / contents.MODEL), contents.headers(folder / contents.OPTIMIZER)
+    model: dict[str, Header] = {}
+    moments: dict[str, Header] = {}
+    for path in sorted(folder.glob(PATTERN)):
+        for key, (shape, dtype) in contents.headers(path).items():
+            found = moments if key.startswith(OPTIMIZER) else model
+            name = key.removeprefix(OPTIMIZER).removeprefix(MODEL)
+            (before,), _ = found.get(name, ([0], dtype))
+            found[name] = [before + math.prod(shape)], dtype
+    return model, moments
+
+
 def check(
     folder: Path, state: TrainingState, expected: Mapping[str, Tensor], trained: Mapping[str, Tensor]
 ) -> None:
@@ -73,42 +90,18 @@ def check(
     for name in sorted(grouped ^ trained.keys()):
         problem = "not trained here" if name in grouped else "without optimizer state"
         raise Damaged(f"{contents.STATE}: {name} is {problem}")
-    model, moments = _stored(folder)
+    model, moments = stored_in(folder)
     flat = is_sharded_checkpoint(folder)
-    contents.check_tensors(model, expected, contents.MODEL, flat)
+    files = (PATTERN, PATTERN) if flat else (contents.MODEL, contents.OPTIMIZER)
+    contents.check_tensors(model, expected, files[0], flat)
     wanted: dict[str, Tensor] = {}
     for name in {key.rpartition("/")[0] or key for key in moments}:  # one that never had a gradient has none
         if name not in trained:
-            raise Damaged(f"{contents.OPTIMIZER}: {name} is no trained parameter of this model")
+            raise Damaged(f"{files[1]}: {name} is no trained parameter of this model")
         wanted |= {f"{name}/{slot}": trained[name] for slot in MOMENTS} | {f"{name}/step": torch.zeros(())}
-    contents.check_tensors(moments, wanted, contents.OPTIMIZER, flat)
+    contents.check_tensors(moments, wanted, files[1], flat)
     if len(moments) != state.optimizer_tensors:
-        raise Damaged(f"{contents.OPTIMIZER}: {len(moments)} tensors, not {state.optimizer_tensors}")
-
-
-def load_optimizer(
-    folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer, model: nn.Module, read: Read
-) -> None:
-    """Read the optimizer's tensors into moments made for the purpose, cut up as their parameters are.
-
-    Groups may be cut differently than when they were saved (one per device mesh): settings go by parameter.
-
-    Args:
-        read: `read`, or what does the same for tensors cut in another way.
-    """
-    _, stored = _stored(folder)
-    settings = {name: group for group in state.param_groups for name in group["params"]}
-    for group, names in zip(optimizer.param_groups, contents.group_names(optimizer, model), strict=True):
-        for key, value in settings[names[0]].items() if names else ():
-            if key != "params":
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-        for parameter, name in zip(group["params"], names, strict=True):
-            if f"{name}/step" in stored:
-                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                moments = {slot: torch.zeros_like(parameter) for slot in MOMENTS}
-                optimizer.state[parameter] = {"step": step, **moments}
-    moments = contents.optimizer_tensors(optimizer, model)
-    read(folder, {f"{OPTIMIZER}{name}": tensor for name, tensor in moments.items()})
+        raise Damaged(f"{files[1]}: {len(moments)} optimizer tensors, not {state.optimizer_tensors}")
 
 
 @torch.no_grad()
@@ -139,22 +132,3 @@ def read(folder: Path, targets: Mapping[str, Tensor], alone: bool = False) -> No
 
 def _with_dimension(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
-
-
-def _stored(folder: Path) -> tuple[dict[str, Header], dict[str, Header]]:
-    """The headers of (the model's, the optimizer's) tensors; for parts the shape is the elements in all together.
-
-    Raises:
-        Damaged: a file is not safetensors.
-    """
-    if not is_sharded_checkpoint(folder):
-        return contents.headers(folder / contents.MODEL), contents.headers(folder / contents.OPTIMIZER)
-    model: dict[str, Header] = {}
-    moments: dict[str, Header] = {}
-    for path in sorted(folder.glob(PATTERN)):
-        for key, (shape, dtype) in contents.headers(path).items():
-            found = moments if key.startswith(OPTIMIZER) else model
-            name = key.removeprefix(OPTIMIZER).removeprefix(MODEL)
-            (before,), _ = found.get(name, ([0], dtype))
-            found[name] = [before + math.prod(shape)], dtype
-    return model, moments

@@ -256,7 +256,8 @@ def check_tensors(
         shape, dtype = found[name]
         wanted = [tensor.numel()] if flat else list(tensor.shape)
         if shape != wanted:
-            raise Damaged(f"{where}: {name} has shape {shape}, not {wanted}")
+            said = f"{shape[0]} elements, not {wanted[0]}" if flat else f"shape {shape}, not {wanted}"
+            raise Damaged(f"{where}: {name} has {said}")
         if dtype != _DTYPES.get(tensor.dtype):
             raise Damaged(f"{where}: {name} is {dtype}, not {tensor.dtype}")
 

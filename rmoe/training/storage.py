@@ -74,8 +74,24 @@ class Storage(ABC):
         self.read(folder, sharded.tensors_of(self.model))
 
     def load_optimizer(self, folder: Path, state: TrainingState, optimizer: Optimizer) -> None:
-        """Load the optimizer's state, each process its own. Collective."""
-        sharded.load_optimizer(folder, state, optimizer, self.model, self.read)
+        """Load the optimizer's state into moments made for it, cut up as their parameters are. Collective.
+
+        Groups may be cut differently than when they were saved (one per device mesh): settings go by parameter.
+        """
+        _, stored = sharded.stored_in(folder)
+        settings = {name: group for group in state.param_groups for name in group["params"]}
+        members = contents.group_names(optimizer, self.model)
+        for group, names in zip(optimizer.param_groups, members, strict=True):
+            for key, value in settings[names[0]].items() if names else ():
+                if key != "params":
+                    group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+            for parameter, name in zip(group["params"], names, strict=True):
+                if f"{name}/step" in stored:
+                    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    moments = {slot: torch.zeros_like(parameter) for slot in sharded.MOMENTS}
+                    optimizer.state[parameter] = {"step": step, **moments}
+        tensors = contents.optimizer_tensors(optimizer, self.model)
+        self.read(folder, {f"{sharded.OPTIMIZER}{name}": tensor for name, tensor in tensors.items()})
 
     @abstractmethod
     def whole_model(self) -> Any:

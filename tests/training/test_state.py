@@ -157,7 +157,7 @@ def test_optimizer_comes_back_bit_for_bit(tmp_path, model):
             assert torch.equal(second.state[parameter][slot], value), slot
 
     fewer = msgspec.structs.replace(state, param_groups=[{"params": groups[0]["params"]}])
-    for wrong, reason in ((fewer, "without optimizer state"), (state, "tensors, not 12")):
+    for wrong, reason in ((fewer, "without optimizer state"), (state, "optimizer tensors, not 12")):
         with pytest.raises(Damaged, match=reason):
             Whole(model).check(tmp_path, wrong)
 
