@@ -216,9 +216,6 @@ def decoded(text: mmap, span: Range, tokenizer: str) -> Iterator[str]:
 class TokenizerChoice:
     """The tokenizer of a request, before the text has been seen.
 
-    Args:
-        config: the request.
-
     Raises:
         RequestError: the tokenizer cannot be loaded, or a word vocabulary is asked for without a training split.
     """

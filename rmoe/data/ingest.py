@@ -33,7 +33,6 @@ def prepare(config: DataConfig, sequence_length: int) -> Corpus:
     """The corpus of a request, from the cache when it is there.
 
     Args:
-        config: text, tokenizer and split.
         sequence_length: tokens per block, at least 2. It does not change the token files.
 
     Raises:

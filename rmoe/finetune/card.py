@@ -29,8 +29,6 @@ def finetuning_card(
     Args:
         source: the folder of the model it was made from; the licence its card states is passed on.
         data: the task file.
-        config: the settings.
-        result: what came of it.
         data_sha256: of the task file.
     """
     labels = config.task == "classification"

@@ -44,8 +44,6 @@ def segments_of(item: Conversation, tokenizer: Any, number: int) -> list[list[Se
     makes for it.
 
     Args:
-        item: the conversation.
-        tokenizer: of the model.
         number: of the item in its file, for messages.
 
     Raises:

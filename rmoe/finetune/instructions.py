@@ -148,8 +148,6 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
 
     Args:
         rows: the examples of each sequence.
-        length: of every sequence.
-        pad: the id of padding.
         masked: False leaves the mask out, see `needs_mask`.
     """
 

@@ -65,7 +65,6 @@ def evaluate(
     Args:
         model: takes `input_ids` `[B, S]`, returns `.logits` `[B, S, V]`, or None where another process has them;
             put into eval mode and back.
-        blocks: of a split.
         limit: only so many blocks, from the first; None is all.
         bf16: under bfloat16 autocast, as the model was trained.
         ranks: with several processes each group that sees the same takes its share; the sums are added.

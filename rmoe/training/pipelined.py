@@ -39,12 +39,7 @@ def build_pipeline(model: RMoEForCausalLM, config: RunConfig, place: Place) -> P
 
 
 class PipelineLearner(Learner):
-    """A stage of a pipeline, which cuts the batch of a step up itself.
-
-    Args:
-        pipeline: on its device.
-        ranks: which processes see which sequences.
-    """
+    """A stage of a pipeline, which cuts the batch of a step up itself."""
 
     parts = 1
 

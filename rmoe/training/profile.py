@@ -56,11 +56,7 @@ class Spent:
 
 
 class StepProfiler(Hook):
-    """Records `STEPS` steps of a run on its first process.
-
-    Args:
-        folder: the run's.
-    """
+    """Records `STEPS` steps of the run in `folder` on its first process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER

@@ -193,9 +193,6 @@ def require_same(folder: Path, record: RunRecord) -> None:
 
     The content of text, tokenizer and plugins decides, not where they lie now.
 
-    Args:
-        record: what is asked for.
-
     Raises:
         RequestError: naming the first setting that differs.
     """
