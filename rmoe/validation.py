@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ Positive = Annotated[float, Meta(gt=0, description="a value above 0")]
 PositiveInt = Annotated[int, Meta(gt=0, description="a value above 0")]
 NotNegative = Annotated[float, Meta(ge=0, description="0 or more")]
 NotNegativeInt = Annotated[int, Meta(ge=0, description="0 or more")]
+AtLeastOne = Annotated[int, Meta(ge=1, description="1 or more")]
 Share = Annotated[float, Meta(ge=0, lt=1, description="0 to below 1")]
 
 
@@ -39,6 +41,17 @@ def check(name: str, value: object, annotation: Any) -> None:
     if not _fits(value, annotation):
         bare = _without_bounds(annotation)
         raise RequestError(name, value, _bounds(annotation) if _fits(value, bare) else _phrase(bare))
+
+
+def check_fields(owner: Any, section: str) -> None:
+    """`check` every field of a dataclass, named `section.field`.
+
+    Raises:
+        RequestError: see `check`.
+    """
+    hints = typing.get_type_hints(type(owner), include_extras=True)
+    for field in dataclasses.fields(owner):
+        check(f"{section}.{field.name}", getattr(owner, field.name), hints[field.name])
 
 
 def _fits(value: object, annotation: Any) -> bool:

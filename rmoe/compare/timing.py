@@ -116,7 +116,6 @@ def time_steps(config: RunConfig, steps: int) -> Measured:
     from rmoe.training.checkpoint import CheckpointStore
     from rmoe.training.environment import hardware
     from rmoe.training.loop import Loop, peak_mib
-    from rmoe.training.metrics import MetricsLog
     from rmoe.training.place import place_of, torch_settings
     from rmoe.training.plan import StepPlan
     from rmoe.training.run import make_learner, spread_model
@@ -137,7 +136,6 @@ def time_steps(config: RunConfig, steps: int) -> Measured:
             dataset=corpus.train,
             data_sha256=corpus.manifest.key,
             store=CheckpointStore(out, "timing"),
-            metrics=MetricsLog(out / "metrics.jsonl"),
             in_unit=lambda split, loss: {},
             hooks=[clock],
         )

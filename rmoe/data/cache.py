@@ -12,7 +12,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
@@ -22,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rmoe.data.manifest import MANIFEST_VERSION, CorpusManifest
-from rmoe.records import durable_rename, read_record
+from rmoe.records import durable_rename, read_record, sha256
 
 log = logging.getLogger(__name__)
 _STAGING = ".staging-"
@@ -96,7 +95,5 @@ def _checksums(folder: Path) -> str:
     """The content of SHA256SUMS: every other file below the folder, in order."""
     lines: list[str] = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS"):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+        lines.append(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n")
     return "".join(lines)

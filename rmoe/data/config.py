@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from rmoe.errors import RequestError
 from rmoe.places import expand
+from rmoe.validation import AtLeastOne, check_fields
 
 SplitRule = Literal["auto", "enwik8", "wikitext-103", "whole"]
 SplitName = Literal["train", "valid", "test"]
@@ -43,19 +46,14 @@ class DataConfig:
     tokenizer: str = "bytes"
     split: SplitRule = "auto"
     text_field: str = "text"
-    max_vocab: int | None = None
-    min_count: int = 1
-    max_bytes: int | None = None
+    max_vocab: Annotated[int, Meta(ge=4, description="at least 4")] | None = None
+    min_count: AtLeastOne = 1
+    max_bytes: AtLeastOne | None = None
     download: bool = False
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if self.split not in ("auto", "enwik8", "wikitext-103", "whole"):
-            raise RequestError("data.split", self.split, "auto, enwik8, wikitext-103 or whole")
-        for name, least in (("max_vocab", 4), ("min_count", 1), ("max_bytes", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise RequestError(f"data.{name}", value, f"at least {least}")
+        check_fields(self, "data")
         if self.max_bytes is not None and self.split in ("enwik8", "wikitext-103"):
             raise RequestError(
                 "data.max_bytes", self.max_bytes, f"unset with the published split {self.split}"

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from mmap import mmap
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,26 +26,6 @@ from rmoe.places import display_name, model_place
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 _PIECES_PER_BATCH = 64
-
-
-class Encoder(Protocol):
-    """A tokenizer and how a corpus goes through it.
-
-    Attributes:
-        name: for the manifest.
-        tokenizer: of transformers.
-        num_ids: ids in a token file are below this; it sets the file's dtype.
-        counts_words: whether one token is one word (or line end), so that perplexity is per word.
-    """
-
-    name: str
-    tokenizer: Any
-    num_ids: int
-    counts_words: bool
-
-    def encode(self, text: mmap, span: Range) -> Iterator[NDArray[np.unsignedinteger]]:
-        """The ids of a range of the text, in parts."""
-        ...
 
 
 class ByteEncoder:
@@ -110,6 +90,13 @@ class HubEncoder:
             verbose=False,
         )["input_ids"]
         return np.concatenate([np.asarray(ids, dtype=np.uint32) for ids in encoded])
+
+
+Encoder = ByteEncoder | WordEncoder | HubEncoder
+"""A tokenizer of transformers, and `encode`: the ids of a range of the text, in parts.
+
+Ids are below `num_ids`, which sets the token file's dtype; where a token `counts_words`, perplexity is per word.
+"""
 
 
 class _Known(dict[str, int]):
@@ -215,9 +202,6 @@ def decoded(text: mmap, span: Range, tokenizer: str) -> Iterator[str]:
 
 class TokenizerChoice:
     """The tokenizer of a request, before the text has been seen.
-
-    Args:
-        config: the request.
 
     Raises:
         RequestError: the tokenizer cannot be loaded, or a word vocabulary is asked for without a training split.

@@ -33,7 +33,6 @@ def prepare(config: DataConfig, sequence_length: int) -> Corpus:
     """The corpus of a request, from the cache when it is there.
 
     Args:
-        config: text, tokenizer and split.
         sequence_length: tokens per block, at least 2. It does not change the token files.
 
     Raises:
@@ -48,8 +47,19 @@ def prepare(config: DataConfig, sequence_length: int) -> Corpus:
     source, sizes = measure(text)
     key = _key(config, choice, source, sizes)
     entry = config.cache_folder / "corpora" / key[:32]
-    manifest = read_entry(entry, key) or build(entry, key, config, text, source, choice, sequence_length)
-    manifest.require(sequence_length)
+    manifest = read_entry(entry, key)
+    if manifest is not None:
+        manifest.require(sequence_length)
+    else:
+        try:
+            with staging_folder(entry.parent) as staging:
+                manifest = encode_into(staging, key, config, text, source, choice)
+                manifest.require(sequence_length)
+                write_record(staging / "manifest.json", manifest)
+                publish(staging, entry, key)
+        except OSError as error:
+            what = f"the corpus cache {entry.parent} cannot be written ({error})"
+            raise RunError(what, "nothing", config.another_cache) from error
     # The same text under another name is the same entry, but goes by the name it was asked for.
     return Corpus(entry, msgspec.structs.replace(manifest, source=source), sequence_length)
 
@@ -111,28 +121,6 @@ def measure(text: Text | SplitTexts) -> tuple[Source, list[int]]:
 def parts(text: Text | SplitTexts) -> list[Text]:
     """The one text, or train, valid and test in this order."""
     return [text] if isinstance(text, Text) else [text.splits[split] for split in SPLITS]
-
-
-def build(
-    entry: Path,
-    key: str,
-    config: DataConfig,
-    text: Text | SplitTexts,
-    source: Source,
-    choice: TokenizerChoice,
-    sequence_length: int,
-) -> CorpusManifest:
-    """Make a cache entry: whole in its place, or not at all."""
-    try:
-        with staging_folder(entry.parent) as staging:
-            manifest = encode_into(staging, key, config, text, source, choice)
-            manifest.require(sequence_length)
-            write_record(staging / "manifest.json", manifest)
-            publish(staging, entry, key)
-    except OSError as error:
-        what = f"the corpus cache {entry.parent} cannot be written ({error})"
-        raise RunError(what, "nothing", config.another_cache) from error
-    return manifest
 
 
 def encode_into(

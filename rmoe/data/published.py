@@ -6,7 +6,6 @@ be larger than the corpus can be. Imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import urllib.error
 import urllib.request
@@ -14,13 +13,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rmoe.data.config import SPLITS, DataConfig
 from rmoe.data.text import SplitTexts, Text, open_text, read_bytes
 from rmoe.errors import RequestError, RunError
 from rmoe.places import expand
-from rmoe.records import atomic_write
+from rmoe.records import atomic_write, sha256
 
 ENWIK8_BYTES = 100_000_000
 ENWIK8_CUTS = (90_000_000, 95_000_000)
@@ -56,7 +56,7 @@ def enwik8_text(config: DataConfig) -> Text:
     """enwik8, or any other text that asks for its split: a file, a `.gz`, or a zip with the member `enwik8`."""
     path = _fetched(config) if config.path is None else expand(config.path, "data.path")
     if zipfile.is_zipfile(path):
-        return Text("enwik8", lambda: _read_member(path, "enwik8"))
+        return Text("enwik8", partial(_read_member, path, "enwik8"))
     return open_text(str(path), config.text_field)
 
 
@@ -66,23 +66,17 @@ def wikitext103_texts(config: DataConfig) -> SplitTexts:
     for kind in ("tokens", "raw"):
         files = {split: f"wiki.{split}.{kind}" for split in SPLITS}
         if path.is_dir() and all((path / file).is_file() for file in files.values()):
-            return SplitTexts(path.name, {split: _file_text(path / file) for split, file in files.items()})
+            texts = {split: Text(file, partial(read_bytes, path / file)) for split, file in files.items()}
+            return SplitTexts(path.name, texts)
         if (
             path.is_file()
             and zipfile.is_zipfile(path)
             and all(_members(path, file) for file in files.values())
         ):
-            return SplitTexts(path.stem, {split: _member_text(path, file) for split, file in files.items()})
+            texts = {split: Text(file, partial(_read_member, path, file)) for split, file in files.items()}
+            return SplitTexts(path.stem, texts)
     allowed = "a folder or zip with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens (or .raw)"
     raise RequestError("data.path", str(path), allowed)
-
-
-def _file_text(path: Path) -> Text:
-    return Text(path.name, lambda: read_bytes(path))
-
-
-def _member_text(archive: Path, file: str) -> Text:
-    return Text(file, lambda: _read_member(archive, file))
 
 
 def _members(archive: Path, file: str) -> list[zipfile.ZipInfo]:
@@ -114,7 +108,7 @@ def _fetched(config: DataConfig) -> Path:
     """The archive of `config.split` in the cache, downloaded if that is asked for and it is not there yet."""
     wanted = DOWNLOADS[config.split]
     target = config.cache_folder / "downloads" / wanted.url.rpartition("/")[2]
-    if target.is_file() and _sha256(target) == wanted.sha256:
+    if target.is_file() and sha256(target) == wanted.sha256:
         return target
     where = f"the path of {wanted.url} ({wanted.bytes / 1e6:.0f} MB), fetched by you"
     if not config.download:
@@ -127,7 +121,7 @@ def _fetched(config: DataConfig) -> Path:
     try:
         with atomic_write(target, f".{os.getpid()}.part") as staged:
             _download(wanted, staged)
-            if _sha256(staged) != wanted.sha256:
+            if sha256(staged) != wanted.sha256:
                 raise RunError(
                     f"{wanted.url} is not the published file", "nothing", f"give data.path: {where}"
                 )
@@ -148,8 +142,3 @@ def _download(wanted: Download, target: Path) -> None:
         while size <= wanted.bytes and (chunk := answer.read(_CHUNK)):
             file.write(chunk)
             size += len(chunk)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

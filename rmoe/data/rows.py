@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import sys
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,9 @@ from rmoe.records import NOT_JSON
 ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
 _PARQUET = b"PAR1"
 _BATCH = 1000
+_CHUNK = 1 << 20
+# A compressed file that unpacks to more is refused: 64 MiB of gzip can hold 64 GiB of nothing.
+MAX_UNPACKED_BYTES = 64 * 2**30
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
@@ -62,19 +67,19 @@ def has_rows(path: Path) -> bool:
 
 def read_rows(
     path: Path,
-    content: Iterable[bytes],
     allowed: str,
     columns: Collection[str] | None = None,
     prefix: str = "",
+    field: str = "data.path",
 ) -> Iterator[Row]:
     """The rows of a file, in order; blank lines are passed over.
 
     Args:
         path: the file.
-        content: its bytes in pieces, unpacked if `.gz`; parquet is opened by its path.
         allowed: what a row must be, for messages.
         columns: of parquet, read only these.
         prefix: stands before the file's name in messages.
+        field: what named the file, for errors about the whole of it.
 
     Raises:
         RequestError: the file is missing, unreadable or damaged, or a row is not a table of names and values; it names
@@ -83,10 +88,33 @@ def read_rows(
     name = prefix + path.name
     if _is_parquet(path):
         return _parquet_rows(path, name, columns)
-    lines = read_lines(content, name)
+    lines = read_lines(read_bytes(path, field), name)
     if text_suffix(path) in (".csv", ".tsv"):
         return _csv_rows(lines, name, allowed, tabs=text_suffix(path) == ".tsv")
     return _json_rows(lines, name, allowed)
+
+
+def read_bytes(path: Path, field: str = "data.path") -> Iterator[bytes]:
+    """A file's bytes in pieces, unpacked if `.gz`.
+
+    Raises:
+        RequestError: it cannot be read, is not whole, or unpacks to more than `MAX_UNPACKED_BYTES`.
+    """
+    packed = path.suffix.lower() == ".gz"
+    size = 0
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                size += len(chunk)
+                if packed and size > MAX_UNPACKED_BYTES:
+                    limit = (
+                        f"at most {MAX_UNPACKED_BYTES} bytes when unpacked (unpack it yourself to use more)"
+                    )
+                    raise RequestError(field, str(path), limit)
+                yield chunk
+    except (OSError, EOFError, zlib.error) as error:
+        kind = "a whole gzip file" if packed else "a readable file"
+        raise RequestError(field, str(path), f"{kind} ({error})") from error
 
 
 def read_lines(content: Iterable[bytes], name: str) -> Iterator[tuple[int, bytes]]:

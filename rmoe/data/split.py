@@ -25,7 +25,6 @@ def cut(text: mmap, rule: SplitRule) -> dict[SplitName, Range]:
     """Byte ranges of the splits of one text.
 
     Args:
-        text: all of it.
         rule: `auto`, `enwik8` or `whole`.
 
     Raises:
@@ -53,8 +52,6 @@ def gap_after(text: mmap, target: int, stop: int | None = None) -> int:
     does not continue a UTF-8 character.
 
     Args:
-        text: to look in.
-        target: where to begin.
         stop: where the text ends; None is all of it.
     """
     stop = len(text) if stop is None else stop

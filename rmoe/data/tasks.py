@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
 
-from rmoe.data.rows import Row
-from rmoe.data.text import rows_of
+from rmoe.data.rows import Row, read_rows
 from rmoe.errors import RequestError
 from rmoe.places import expand
 
 
 class Task(msgspec.Struct, frozen=True):
     """One item of a task file."""
+
+    may_be_empty: ClassVar[tuple[str, ...]] = ()  # keys whose text may be empty
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Self:
@@ -36,20 +37,15 @@ class Task(msgspec.Struct, frozen=True):
     @classmethod
     def fits(cls, keys: Collection[str]) -> bool:
         """Whether a row with these keys is of this kind."""
-        return required(cls) <= set(keys)
+        return {field.name for field in msgspec.structs.fields(cls) if field.required} <= set(keys)
 
     def problem(self) -> str | None:
         """What is wrong with an item whose keys and types are right, naming the key; None if nothing is."""
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if isinstance(value, str) and not value.strip() and name not in self.may_be_empty():
+            if isinstance(value, str) and not value.strip() and name not in self.may_be_empty:
                 return f"`{name}` is empty"
         return None
-
-    @classmethod
-    def may_be_empty(cls) -> Collection[str]:
-        """Keys whose text may be empty."""
-        return ()
 
 
 class MultipleChoice(Task, frozen=True):
@@ -80,14 +76,11 @@ class Labelled(Task, frozen=True):
 class Instruction(Task, frozen=True):
     """An instruction, its input (may be empty) and the output to learn; or a `Conversation`."""
 
+    may_be_empty: ClassVar[tuple[str, ...]] = ("input",)
+
     instruction: str
     output: str
     input: str = ""
-
-    @classmethod
-    def may_be_empty(cls) -> Collection[str]:
-        """See `Task.may_be_empty`."""
-        return ("input",)
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Self:
@@ -214,7 +207,7 @@ def read_tasks(
     """
     items: list[T] = []
     allowed = f"an object with {described(kind)}"
-    for row in rows_of(expand(path, field), allowed, columns_of(kind), field=field):
+    for row in read_rows(expand(path, field), allowed, columns_of(kind), field=field):
         try:
             item = kind.of(row.values if row.typed else _read_cells(row, kind))
             problem = item.problem()
@@ -237,7 +230,7 @@ def kind_of(path: Path) -> type[Task]:
         RequestError: the file has no row, or its first is of no kind.
     """
     allowed = "objects with " + ", or ".join(described(kind) for kind in KINDS)
-    for row in rows_of(path, allowed):
+    for row in read_rows(path, allowed):
         for kind in KINDS:
             if kind.fits(row.values.keys()):
                 return kind
@@ -266,11 +259,6 @@ def _read_cell(cell: str) -> Any:
         except (msgspec.DecodeError, RecursionError):
             return cell
     return cell
-
-
-def required(kind: type[Task]) -> set[str]:
-    """The keys a row must have."""
-    return {field.name for field in msgspec.structs.fields(kind) if field.required}
 
 
 def described(kind: type[Task]) -> str:

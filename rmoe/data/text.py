@@ -7,18 +7,16 @@ byte for byte; the documents of a folder, of a file of rows (JSON, csv, parquet)
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import platform
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rmoe.data.config import SplitName
-from rmoe.data.rows import Row, encoding_of, has_rows, read_rows, text_suffix
+from rmoe.data.rows import encoding_of, has_rows, read_bytes, read_rows, text_suffix
 from rmoe.errors import RequestError
 from rmoe.places import expand
 
@@ -30,11 +28,8 @@ TEXT_SUFFIXES = frozenset(
         ".txt", ".text", ".md", ".rst", ".py", ".tex", ".xml", ".html", ".tokens", ".jsonl", ".ndjson", ".parquet",
     }
 )  # fmt: skip
-# A compressed file that unpacks to more is refused: 64 MiB of gzip can hold 64 GiB of nothing.
-MAX_UNPACKED_BYTES = 64 * 2**30
 # Read as text these would be noise, and nothing would say so.
 _NOT_TEXT = frozenset({".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".arrow"})
-_CHUNK = 1 << 20
 _NOT_OURS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
@@ -200,7 +195,7 @@ def read_documents(path: Path, field: str) -> Iterator[bytes]:
         RequestError: a row has no text in `field`; it names file and line.
     """
     allowed = f"a JSON object with text in the field {field!r}"
-    for row in rows_of(path, allowed, {field}, "data.path: "):
+    for row in read_rows(path, allowed, {field}, "data.path: "):
         text = row.values.get(field)
         if not isinstance(text, str):
             columns = "" if row.typed else f"; columns {', '.join(row.values)}"
@@ -210,36 +205,6 @@ def read_documents(path: Path, field: str) -> Iterator[bytes]:
             yield text.encode()
         except UnicodeError as error:
             raise RequestError(row.where, str(error), allowed) from None
-
-
-def rows_of(
-    path: Path, allowed: str, columns: set[str] | None = None, prefix: str = "", field: str = "data.path"
-) -> Iterator[Row]:
-    """See `rmoe.data.rows.read_rows`; `field` is what named the file, for errors about the whole of it."""
-    return read_rows(path, read_bytes(path, field), allowed, columns, prefix)
-
-
-def read_bytes(path: Path, field: str = "data.path") -> Iterator[bytes]:
-    """A file's bytes in pieces, unpacked if `.gz`.
-
-    Raises:
-        RequestError: it cannot be read, is not whole, or unpacks to more than `MAX_UNPACKED_BYTES`.
-    """
-    packed = path.suffix.lower() == ".gz"
-    size = 0
-    try:
-        with gzip.open(path) if packed else path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                size += len(chunk)
-                if packed and size > MAX_UNPACKED_BYTES:
-                    limit = (
-                        f"at most {MAX_UNPACKED_BYTES} bytes when unpacked (unpack it yourself to use more)"
-                    )
-                    raise RequestError(field, str(path), limit)
-                yield chunk
-    except (OSError, EOFError, zlib.error) as error:
-        kind = "a whole gzip file" if packed else "a readable file"
-        raise RequestError(field, str(path), f"{kind} ({error})") from error
 
 
 def _first(chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RequestError, RunError, one_line
 from rmoe.evaluation.local_tasks import LOCAL, local_task
 from rmoe.places import expand
 
@@ -90,7 +90,9 @@ def run_benchmarks(
     remote = [benchmark.name for benchmark in benchmarks if benchmark.file is None]
     manager = TaskManager(include_defaults=bool(remote))
     for name in remote:
-        _require_task(name, manager.all_tasks)
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3) or sorted(LOCAL)
+            raise RequestError("--tasks", name, f"a task of the harness, such as {', '.join(near)}")
     with TemporaryDirectory(prefix="rmoe-tasks-") as folder:
         tasks: list[Any] = [
             benchmark.name
@@ -116,15 +118,7 @@ def run_benchmarks(
         except (OSError, ConnectionError) as error:
             if not remote:
                 raise
-            what = (
-                f"the data of {', '.join(remote)} could not be fetched: {' '.join(str(error).split())[:200]}"
-            )
+            what = f"the data of {', '.join(remote)} could not be fetched: {one_line(str(error))[:200]}"
             local = f"with a network, or from a file: --tasks {remote[0]}=FILE"
             raise RunError(what, "nothing was written", local) from error
     return results
-
-
-def _require_task(name: str, known: list[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or sorted(LOCAL)
-        raise RequestError("--tasks", name, f"a task of the harness, such as {', '.join(near)}")

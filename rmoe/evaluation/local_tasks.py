@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from rmoe.data.tasks import MultipleChoice, Passage, Question, Task, read_tasks
 from rmoe.errors import RequestError
 
@@ -25,18 +27,14 @@ def _piqa(item: Any) -> dict[str, Any]:
     return {"goal": item.question, "sol1": item.choices[0], "sol2": item.choices[1], "label": item.label}
 
 
-def _same(item: Any) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in item.__struct_fields__}
-
-
 # task -> kind of its file's lines, and a line as that task's columns
 LOCAL: dict[str, tuple[type[Task], Callable[[Any], dict[str, Any]]]] = {
     "arc_easy": (MultipleChoice, _arc),
     "arc_challenge": (MultipleChoice, _arc),
     "piqa": (MultipleChoice, _piqa),
-    "lambada_openai": (Passage, _same),
-    "lambada_standard": (Passage, _same),
-    "gsm8k": (Question, _same),
+    "lambada_openai": (Passage, structs.asdict),
+    "lambada_standard": (Passage, structs.asdict),
+    "gsm8k": (Question, structs.asdict),
 }
 
 _FOLDERS = {

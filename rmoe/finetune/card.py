@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.model.card import Metric, ModelCard, stated_license
+
+if TYPE_CHECKING:
+    from rmoe.finetune.run import FinetuneResult
 
 _LOAD = {
     "instruction": "import rmoe\n\nmodel = rmoe.load(folder)",
@@ -18,45 +22,34 @@ _LOAD = {
 
 
 def finetuning_card(
-    source: Path,
-    data: Path,
-    config: FinetuneConfig,
-    *,
-    steps: int,
-    examples: int,
-    trained_parameters: int,
-    scores: dict[str, float],
-    data_sha256: str,
+    source: Path, data: Path, config: FinetuneConfig, result: FinetuneResult, data_sha256: str
 ) -> ModelCard:
     """Base model, data, what was trained, metrics and how to load it.
 
     Args:
         source: the folder of the model it was made from; the licence its card states is passed on.
         data: the task file.
-        config: the settings.
-        steps: optimizer steps done.
-        examples: examples learned from.
-        trained_parameters: how many numbers were trained.
-        scores: on the validation file.
         data_sha256: of the task file.
     """
     labels = config.task == "classification"
     return ModelCard(
         title=f"{source.name}-{config.task}",
         summary=(
-            f"{source.name}, fine-tuned on {'labelled texts' if labels else 'instructions'} for {steps:,} steps. "
-            "It has had no evaluation beyond the metrics below."
+            f"{source.name}, fine-tuned on {'labelled texts' if labels else 'instructions'} "
+            f"for {result.steps:,} steps. It has had no evaluation beyond the metrics below."
         ),
         data=data.name,
-        metrics=tuple(Metric(split="validation", unit=name, value=value) for name, value in scores.items()),
+        metrics=tuple(
+            Metric(split="validation", unit=name, value=value) for name, value in result.scores.items()
+        ),
         load=_LOAD[config.task],
         task="text-classification" if labels else "text-generation",
         base=source.name,
         license=stated_license(source),
         tables={
-            "Data": {"file": data.name, "sha256": data_sha256, "examples": f"{examples:,}"},
+            "Data": {"file": data.name, "sha256": data_sha256, "examples": f"{result.examples:,}"},
             "Training": {
-                "trained": f"{config.train}, {trained_parameters:,} parameters",
+                "trained": f"{config.train}, {result.trained_parameters:,} parameters",
                 "frozen": config.freeze,
                 "LoRA rank": config.lora_rank or "-",
                 "epochs": config.epochs,

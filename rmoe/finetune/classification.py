@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -16,6 +17,7 @@ from rmoe.compat import model_classes
 from rmoe.data.tasks import Labelled
 from rmoe.errors import RequestError
 from rmoe.model.weights import open_weights
+from rmoe.training.evaluation import inference
 
 _HEADS = ("score.", "lm_head.")
 
@@ -68,12 +70,10 @@ class LabelledTexts(Dataset[dict[str, Any]]):
 
     def collate(self, batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` `[B, longest]`, `labels` `[B]`; padding on the right."""
-        longest = max(len(item["input_ids"]) for item in batch)
-        rows = [item["input_ids"] + [self.pad] * (longest - len(item["input_ids"])) for item in batch]
-        mask = [[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in batch]
+        rows = [torch.tensor(item["input_ids"], dtype=torch.int64) for item in batch]
         return {
-            "input_ids": torch.tensor(rows),
-            "attention_mask": torch.tensor(mask),
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             "labels": torch.tensor([item["labels"] for item in batch]),
         }
 
@@ -90,19 +90,14 @@ def label_set(items: Sequence[Labelled]) -> list[int | str]:
     return labels
 
 
-@torch.inference_mode()
 def predict(model: PreTrainedModel, texts: LabelledTexts, batch_size: int = 64) -> list[int]:
     """The label index the model gives each text."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
     predicted: list[int] = []
-    for start in range(0, len(texts), batch_size):
-        batch = texts.collate([texts[i] for i in range(start, min(start + batch_size, len(texts)))])
-        logits = model(
-            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
-        ).logits
-        predicted += logits.argmax(-1).tolist()
-    model.train(training)
+    with inference(model) as device:
+        for start in range(0, len(texts), batch_size):
+            batch = texts.collate([texts[i] for i in range(start, min(start + batch_size, len(texts)))])
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            predicted += model(**inputs).logits.argmax(-1).tolist()
     return predicted
 
 

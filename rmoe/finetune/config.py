@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from rmoe.errors import RequestError
 from rmoe.training.config import CheckpointConfig, LoggingConfig, RunConfig, TrainingConfig, require
+
+TRAINING_OPTIONS = {option.name for option in fields(TrainingConfig)}
+"""Of these, the ones that `FinetuneConfig` has too mean the same there."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +81,8 @@ class FinetuneConfig:
         try:
             training = TrainingConfig(
                 max_steps=steps,
-                batch_size=self.batch_size,
-                micro_batch_size=self.micro_batch_size,
-                sequence_length=self.sequence_length,
-                learning_rate=self.learning_rate,
                 warmup_steps=math.ceil(self.warmup_ratio * steps),
-                max_grad_norm=self.max_grad_norm,
-                seed=self.seed,
-                threads=self.threads,
-                device=self.device,
-                precision=self.precision,
-                gradient_checkpointing=self.gradient_checkpointing,
+                **{name: value for name, value in asdict(self).items() if name in TRAINING_OPTIONS},
             )
         except RequestError as error:
             option = error.field.removeprefix("training.").replace("_", "-")

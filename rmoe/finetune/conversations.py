@@ -11,6 +11,10 @@ from rmoe.errors import RequestError, one_line
 
 # Stanford Alpaca's, so that one question and its answer are the same example whichever form the file has.
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PREAMBLE_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
 HEADINGS = {"system": "### System:", "user": "### Instruction:"}
 ANSWER = "### Response:\n"
 
@@ -40,8 +44,6 @@ def segments_of(item: Conversation, tokenizer: Any, number: int) -> list[list[Se
     makes for it.
 
     Args:
-        item: the conversation.
-        tokenizer: of the model.
         number: of the item in its file, for messages.
 
     Raises:

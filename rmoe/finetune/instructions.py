@@ -20,19 +20,8 @@ from transformers import PreTrainedModel
 from rmoe.data.blocks import IGNORED
 from rmoe.data.tasks import Conversation, Instruction
 from rmoe.errors import RequestError
-from rmoe.finetune.conversations import Segment, segments_of
+from rmoe.finetune.conversations import ANSWER, HEADINGS, PREAMBLE, PREAMBLE_WITH_INPUT, Segment, segments_of
 from rmoe.model import RMoEForCausalLM
-
-# The prompts of Stanford Alpaca, which the paper fine-tunes on.
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 
 
 @dataclass(frozen=True)
@@ -53,9 +42,11 @@ class Example:
 
 
 def prompt_of(item: Instruction) -> str:
-    """What stands before the answer."""
-    template = PROMPT_WITH_INPUT if item.input.strip() else PROMPT
-    return template.format(instruction=item.instruction, input=item.input)
+    """What stands before the answer: the prompts of Stanford Alpaca, which the paper fine-tunes on."""
+    question = f"{HEADINGS['user']}\n{item.instruction}\n\n"
+    if not item.input.strip():
+        return f"{PREAMBLE}\n\n{question}{ANSWER}"
+    return f"{PREAMBLE_WITH_INPUT}\n\n{question}### Input:\n{item.input}\n\n{ANSWER}"
 
 
 def drafts(items: Sequence[Instruction], tokenizer: Any) -> list[list[Segment]]:
@@ -157,8 +148,6 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
 
     Args:
         rows: the examples of each sequence.
-        length: of every sequence.
-        pad: the id of padding.
         masked: False leaves the mask out, see `needs_mask`.
     """
 

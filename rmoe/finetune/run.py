@@ -49,21 +49,19 @@ from rmoe.graft.undo import keep_originals
 from rmoe.model.head import count_next_tokens, next_token_loss
 from rmoe.model.weights import open_weights, tensor_sha256
 from rmoe.places import expand, require_writable
-from rmoe.records import Record, read_record, write_record
+from rmoe.records import Record, read_record, sha256, write_record
 from rmoe.training import run_folder
-from rmoe.training.checkpoint import CheckpointStore, sha256
+from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
-from rmoe.training.evaluation import Evaluation
+from rmoe.training.evaluation import Evaluation, inference
+from rmoe.training.flow import carry_out, enter
 from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
-from rmoe.training.metrics import MetricsLog
 from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
 from rmoe.training.plan import StepPlan
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import publish_model
-from rmoe.training.run import find_checkpoint
-from rmoe.training.stopping import raise_unless_finished, signals
 
 REQUEST = "finetune.json"
 VERSION = 1
@@ -164,12 +162,8 @@ def finetune(
             data_sha256=sha256(data),
             valid_sha256=None if config.valid is None else sha256(config.valid),
         )
-        stack.enter_context(run_folder.locked(out))
-        if resume and (out / REQUEST).exists():
-            request = _same(out, request)
-        else:
-            run_folder.refuse_used(out, REQUEST)
-            write_record(out / REQUEST, request)
+        same = partial(_same, out, request) if resume else None
+        request = enter(stack, out, REQUEST, request, same) or request
         if (out / run_folder.RESULT).exists():
             found = read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
             return msgspec.structs.replace(found, model=str(out / run_folder.MODEL))
@@ -186,16 +180,7 @@ def finetune(
             scores=job.score(model),
         )
         complete = partial(_complete, source, out=out, model=model, config=config)
-        card = finetuning_card(
-            source,
-            data,
-            config,
-            steps=result.steps,
-            examples=result.examples,
-            trained_parameters=trained,
-            scores=result.scores,
-            data_sha256=request.data_sha256,
-        )
+        card = finetuning_card(source, data, config, result, request.data_sha256)
         publish_model(out, model, tokenizer, card, complete)
         write_record(out / run_folder.RESULT, result)
         loop.store.clear_staging()
@@ -239,18 +224,15 @@ def _instruction_job(source: Path, data: Path, config: FinetuneConfig, tokenizer
     )
 
 
-@torch.inference_mode()
 def _answer_loss(model: nn.Module, sequences: PackedExamples) -> Evaluation:
     """Mean loss over the tokens of answers."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
     nats, targets = 0.0, 0
-    for index in range(len(sequences)):
-        row = {name: tensor[None].to(device) for name, tensor in sequences[index].items()}
-        labels = row.pop("labels")
-        nats += next_token_loss(model(**row, use_cache=False).logits, labels).item()
-        targets += int(count_next_tokens(labels))
-    model.train(training)
+    with inference(model) as device:
+        for index in range(len(sequences)):
+            row = {name: tensor[None].to(device) for name, tensor in sequences[index].items()}
+            labels = row.pop("labels")
+            nats += next_token_loss(model(**row, use_cache=False).logits, labels).item()
+            targets += int(count_next_tokens(labels))
     return Evaluation(nats, max(targets, 1), "the instruction and the answer so far")
 
 
@@ -314,15 +296,11 @@ def _train(
         collate=job.collate,
         data_sha256=request.data_sha256,
         store=CheckpointStore(out, _fingerprint(request), run.checkpoints.keep),
-        metrics=MetricsLog(out / run_folder.METRICS),
         in_unit=lambda split, loss: {"perplexity": math.exp(min(loss, 700.0))},
         evaluate=job.evaluate,
         hooks=[ProgressReport("perplexity")] if progress else [],
     )
-    checkpoint = find_checkpoint(loop, out) if resume else None
-    with signals(loop):
-        loop.run(checkpoint)
-    raise_unless_finished(loop, loop.store)
+    carry_out(loop, resume)
     return loop
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
-from rmoe.validation import require
+from rmoe.validation import AtLeastOne, check_fields, require
 
 
 @dataclass(frozen=True)
@@ -21,16 +20,14 @@ class ParallelConfig:
             travels through the stages at a time.
     """
 
-    fsdp: int = 1
-    expert: int = 1
-    replicate: int = 1
-    tensor: int = 1
-    pipeline: int = 1
+    fsdp: AtLeastOne = 1
+    expert: AtLeastOne = 1
+    replicate: AtLeastOne = 1
+    tensor: AtLeastOne = 1
+    pipeline: AtLeastOne = 1
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            size = getattr(self, item.name)
-            require(size >= 1, f"parallel.{item.name}", size, "1 or more")
+        check_fields(self, "parallel")
         divides = (self.fsdp * self.tensor) % self.expert == 0
         require(divides, "parallel.expert", self.expert, f"a divisor of parallel.fsdp ({self.fsdp})")
         alone = self.pipeline == 1 or self.fsdp * self.tensor == 1

@@ -133,7 +133,8 @@ class PipelinePart(nn.Module):
             # Its mean is over this stage's layers.
             balance = balance + own * (len(routings) / self.num_layers)
             if self.training:
-                self._count(router_stats(tuple(routings), self.config.num_experts, None))
+                stats = router_stats(tuple(routings), self.config.num_experts, None)
+                self.stats = stats if self.stats is None else self.stats.add(stats)
         if trunk.norm is None or self.lm_head is None:
             return (hidden, *state, balance)
         return self.lm_head(trunk.norm(hidden)), balance
@@ -145,9 +146,6 @@ class PipelinePart(nn.Module):
             self.routing_noise_key += 1
             noise = CounterNoise(self.routing_noise_key.clone())
         return RouterContext(batch, length, None, None, noise)
-
-    def _count(self, stats: RouterStats) -> None:
-        self.stats = stats if self.stats is None else self.stats.add(stats)
 
 
 def _check(model: RMoEForCausalLM, count: int) -> None:
@@ -231,12 +229,16 @@ class Pipeline:
     @torch.no_grad()
     def forward(self, input_ids: Tensor) -> Tensor | None:
         """Logits `[B, S, V]` of a batch, on the last stage; nothing is kept for a backward pass."""
+        _, leaving = self._through(input_ids)
+        return leaving[0] if self.is_last else None
+
+    def _through(self, input_ids: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What enters this stage and what leaves it, which the next is sent."""
         entering = (input_ids,) if self.index == 0 else tuple(_receive(self.rank - 1, self.device))
         leaving = self.part(*entering)
-        if self.is_last:
-            return leaving[0]
-        _send(leaving, self.rank + 1)
-        return None
+        if not self.is_last:
+            _send(leaving, self.rank + 1)
+        return entering, leaving
 
     def _build(self, example: Tensor) -> Schedule1F1B:
         """The schedule, from the shapes that a micro-batch has between stages.
@@ -246,10 +248,7 @@ class Pipeline:
         """
         self.part.eval()
         with torch.no_grad():
-            entering = (example,) if self.index == 0 else tuple(_receive(self.rank - 1, self.device))
-            leaving = self.part(*entering)
-            if not self.is_last:
-                _send(leaving, self.rank + 1)
+            entering, leaving = self._through(example)
         self.part.train()
         stage = PipelineStage(
             self.part,
@@ -300,29 +299,6 @@ class Pipeline:
                 square += p.grad.double().square().sum()
         dist.all_reduce(square, group=self.stages)
         return float(square.sqrt())
-
-    def clip(self, max_norm: float) -> float:
-        """Scale the whole model's gradients to a norm of at most `max_norm`; returns the norm before."""
-        parameters = list(self.part.parameters())
-        norm = self.norm(parameters)
-        if norm > max_norm:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(max_norm / (norm + 1e-6))
-        return norm
-
-    def update_routers(self, step: int, total_steps: int) -> None:
-        """As the model's: once after each optimizer step, with the routing of that step."""
-        assert self.stats is not None
-        stats = self.stats
-        if self.replicas > 1:
-            stats = stats.map(self._over_copies)
-        self.part.update_routers(stats, step, total_steps)
-
-    def _over_copies(self, part: Tensor) -> Tensor:
-        part = part.clone()
-        dist.all_reduce(part, group=self.copies)
-        return part
 
     def _gathered_stats(self) -> RouterStats | None:
         every: list[Any] = [None] * self.count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,25 +60,20 @@ class StepSums:
         return lm_loss, balance_loss, bad == 0 and bool(np.isfinite(lm_loss + balance_loss)), asked > 0
 
 
+@dataclass
 class Window:
     """Sums since the last metrics row. Plain numbers: a checkpoint carries them, so rows survive a kill."""
 
-    def __init__(self, saved: dict[str, Any] | None = None) -> None:
-        saved = saved or {}
-        self.steps: int = saved.get("steps", 0)
-        self.lm_loss: float = saved.get("lm_loss", 0.0)
-        self.balance_loss: float = saved.get("balance_loss", 0.0)
-        self.tokens: int = saved.get("tokens", 0)
-        self.seconds: float = saved.get("seconds", 0.0)
-        self.counts: list[list[int]] = saved.get("counts", [])
-        self.entropy: list[float] = saved.get("entropy", [])
-        self.logit_variance: list[float] = saved.get("logit_variance", [])
-        self.dropped: int = saved.get("dropped", 0)
-        self.routed: int = saved.get("routed", 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `Window(saved)` takes."""
-        return dict(vars(self))
+    steps: int = 0
+    lm_loss: float = 0.0
+    balance_loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    counts: list[list[int]] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    logit_variance: list[float] = field(default_factory=list)
+    dropped: int = 0
+    routed: int = 0
 
     def add(self, lm_loss: float, balance_loss: float, tokens: int, stats: RouterStats | None) -> None:
         """Add an optimizer step that was taken."""

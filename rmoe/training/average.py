@@ -76,7 +76,7 @@ class WeightAverage:
             Damaged: it is not this model's.
         """
         if count:
-            contents.check_tensors(folder / AVERAGE, self._tensors())
+            contents.check_tensors(contents.headers(folder / AVERAGE), self._tensors(), AVERAGE)
 
     def load(self, folder: Path, count: int) -> None:
         """Go back to what `save` wrote after `count` additions."""

@@ -18,8 +18,7 @@ class StepBatches(Sampler[list[int]]):
     processes that see different ones. So a step sees the same sequences however many processes there are.
 
     Args:
-        num_blocks: length of the dataset.
-        seed: of the data order.
+        num_blocks: of the dataset.
         size: sequences of a micro-batch.
         parts: micro-batches of a process in a step.
         steps: the steps to take, counted from 0.

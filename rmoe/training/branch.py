@@ -21,16 +21,15 @@ from rmoe.training.metrics import MetricsLog, read_metrics
 from rmoe.training.run_folder import CHECKPOINTS, RunRecord, flat, read_run, require_equal, settings_of
 
 FIELD = "--branch-of"
-MAY_DIFFER = ("training.max_steps", "training.branch_points", "training.average", "training.average_every")
+LENGTH = ("training.max_steps", "training.branch_points", "training.average", "training.average_every")
 
 
-def require_branch(config: RunConfig, record: RunRecord, source: Path, may_differ: frozenset[str]) -> Path:
+def require_branch(config: RunConfig, record: RunRecord, source: Path) -> Path:
     """The checkpoint that a run begins at; nothing is written.
 
     Args:
         record: of the run to begin.
         source: folder of the longer run.
-        may_differ: settings that decide nothing.
 
     Raises:
         RequestError: the run in `source` is another one, too short, or did not keep that checkpoint.
@@ -58,25 +57,33 @@ def require_branch(config: RunConfig, record: RunRecord, source: Path, may_diffe
     free = {name for name in flat(record.config) if name.startswith(("logging.", "checkpoints."))}
     parts = ("config", "model", "plugins", "data_sha256")
     was, now = (settings_of(each, parts) for each in (stored, record))
-    require_equal(was, now, free.union(may_differ, MAY_DIFFER), f"the run in {source}")
+    require_equal(was, now, free.union(run_folder.MAY_DIFFER, LENGTH), f"the run in {source}")
     return source / CHECKPOINTS / f"checkpoint-{step}"
 
 
-def begin_branch(checkpoint: Path, source_run: str, store: CheckpointStore) -> None:
-    """Copy a checkpoint and the metrics up to it into a new run's folder.
+def begin_branch(checkpoint: Path, out: Path, record: RunRecord) -> bool:
+    """Copy a checkpoint and the metrics up to it into a new run's folder, unless that has a checkpoint.
 
     Args:
         checkpoint: from `require_branch`.
-        source_run: fingerprint of the run it belongs to.
-        store: of the new run.
+        out: the new run's folder, which a wrong request leaves empty.
+        record: of the new run.
+
+    Returns:
+        Whether it did.
 
     Raises:
         RequestError: it is not there or damaged.
     """
     source, step = checkpoint.parents[1], int(checkpoint.name.rpartition("-")[2])
+    store = CheckpointStore(out, run_folder.fingerprint(record))
+    if store.found():
+        return False
     try:
-        verify(checkpoint, step, source_run)
+        verify(checkpoint, step, run_folder.fingerprint(read_run(source)))
     except Damaged as reason:
+        for name in (run_folder.CONFIG, run_folder.METRICS):
+            (out / name).unlink(missing_ok=True)
         allowed = f"a run that kept {checkpoint.name} (training.branch_points): {reason}"
         raise RequestError(FIELD, str(source), allowed) from None
 
@@ -90,6 +97,7 @@ def begin_branch(checkpoint: Path, source_run: str, store: CheckpointStore) -> N
         for path in checkpoint.iterdir():
             if path.name != MANIFEST:
                 shutil.copyfile(path, folder / path.name)
+    return True
 
 
 def _moved_by_length(spec: RouterSpec) -> str | None:

@@ -7,20 +7,11 @@ import dataclasses
 from torch import nn
 
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters, initialize
-from rmoe.plugins import load_plugins
+from rmoe.plugins import load_plugins as load_plugins
 from rmoe.results.run import Parameters
 from rmoe.routing.spec import RouterSpec, with_options
 from rmoe.routing.zoo import resolve
 from rmoe.training.config import RunConfig
-
-__all__ = [
-    "build_model",
-    "load_plugins",
-    "model_config",
-    "parameter_counts",
-    "router_parameters",
-    "router_spec",
-]
 
 
 def router_spec(config: RunConfig) -> RouterSpec:

@@ -21,12 +21,11 @@ import msgspec
 from safetensors import SafetensorError
 
 from rmoe.errors import RunError, one_line
-from rmoe.records import NOT_JSON, Record, durable_rename, indented, sync
+from rmoe.records import NOT_JSON, Record, durable_rename, indented, sha256, sync
 from rmoe.training.run_folder import CHECKPOINTS, checkpoints_of
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
-_CHUNK = 1 << 20
 
 
 class Seal(Record, frozen=True, kw_only=True):
@@ -111,7 +110,7 @@ class CheckpointStore:
         except (OSError, SafetensorError) as error:
             _remove(staged)
             raise RunError(
-                f"could not save {target.name}: {_phrase(error)}",
+                f"could not save {target.name}: {one_line(str(error))}",
                 self.saved(),
                 "free disk space, then --resume",
             ) from error
@@ -201,7 +200,7 @@ def verify(folder: Path, step: int, run: str) -> None:
     except FileNotFoundError:
         raise Damaged(f"no {MANIFEST}") from None
     except (OSError, *NOT_JSON) as error:
-        raise Damaged(f"unreadable {MANIFEST}: {_phrase(error)}") from None
+        raise Damaged(f"unreadable {MANIFEST}: {one_line(str(error))}") from None
     manifest = sealed.manifest
     if _own_sha256(manifest) != sealed.sha256:
         raise Damaged(f"sha256 mismatch: {MANIFEST}")
@@ -225,18 +224,9 @@ def verify(folder: Path, step: int, run: str) -> None:
         try:
             found = sha256(path)
         except OSError as error:
-            raise Damaged(f"unreadable {name}: {_phrase(error)}") from None
+            raise Damaged(f"unreadable {name}: {one_line(str(error))}") from None
         if found != expected.sha256:
             raise Damaged(f"sha256 mismatch: {name}")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _own_sha256(manifest: CheckpointManifest) -> str:
@@ -252,7 +242,3 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _phrase(error: Exception) -> str:
-    return one_line(str(error))

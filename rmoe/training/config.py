@@ -7,6 +7,7 @@ Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 import msgspec
 import tyro
+from msgspec import Meta
 
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError
 from rmoe.parallel.config import ParallelConfig
 from rmoe.places import PREFIX, expand
-from rmoe.validation import require
+from rmoe.validation import AtLeastOne, NotNegative, NotNegativeInt, Share, check_fields, require
 
 if TYPE_CHECKING:
     from rmoe.training.run_folder import RunRecord
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 PRESETS = Path(__file__).parents[1] / "presets"
 
 C = TypeVar("C")
+
+Rate = Annotated[float, Meta(gt=0, le=sys.float_info.max, description="above 0")]
+OFF_OR_TWO = "0, which is off, or 2 or more"
 
 
 @dataclass(frozen=True)
@@ -113,55 +118,38 @@ class TrainingConfig:
         average_every: steps between those averaged; None is the interval of the checkpoints.
     """
 
-    max_steps: int = 200
-    batch_size: int = 8
-    micro_batch_size: int | None = None
-    sequence_length: int = 256
-    learning_rate: float = 1e-3
-    router_learning_rate: float | None = None
-    min_learning_rate: float = 0.0
+    max_steps: AtLeastOne = 200
+    batch_size: AtLeastOne = 8
+    micro_batch_size: AtLeastOne | None = None
+    sequence_length: AtLeastOne = 256
+    learning_rate: Rate = 1e-3
+    router_learning_rate: Rate | None = None
+    min_learning_rate: NotNegative = 0.0
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     branch_points: tuple[int, ...] = ()
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    threads: int | None = None
+    warmup_steps: NotNegativeInt = 20
+    weight_decay: NotNegative = 0.0
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: NotNegative = 1e-8
+    max_grad_norm: NotNegative = 1.0
+    seed: Annotated[int, Meta(ge=0, lt=2**31, description="0 to 2**31 - 1")] = 0
+    threads: AtLeastOne | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     deterministic: bool = True
     gradient_checkpointing: bool = False
     compile: bool = False
-    max_skipped_batches: int = 3
-    initial_logit_std: float | None = None
-    average: int = 0
-    average_every: int | None = None
+    max_skipped_batches: NotNegativeInt = 3
+    initial_logit_std: Rate | None = None
+    average: Annotated[int, Meta(ge=0, description=OFF_OR_TWO)] = 0
+    average_every: AtLeastOne | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "sequence_length"):
-            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
-        for name in (
-            "min_learning_rate",
-            "adam_epsilon",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "max_skipped_batches",
-        ):
-            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 to below 1")
-        for name in ("learning_rate", "router_learning_rate", "initial_logit_std"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < float("inf"), f"training.{name}", value, "above 0")
+        check_fields(self, "training")
         self._check_min_learning_rate()
-        require(0 <= self.seed < 2**31, "training.seed", self.seed, "0 to 2**31 - 1")
-        require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "1 or more")
         micro = self.micro_batch_size
-        divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
+        divides = micro is None or self.batch_size % micro == 0
         require(divides, "training.micro_batch_size", micro, f"a divisor of batch_size ({self.batch_size})")
         self._check_wsd()
         self._check_average()
@@ -197,21 +185,10 @@ class TrainingConfig:
         require(not points, "training.branch_points", ", ".join(map(str, points)), allowed)
 
     def _check_average(self) -> None:
-        require(
-            self.average >= 0 and self.average != 1,
-            "training.average",
-            self.average,
-            "0, which is off, or 2 or more",
-        )
-        every = self.average_every
-        require(every is None or every >= 1, "training.average_every", every, "1 or more")
-        reach = (self.average - 1) * (every or 1)
-        require(
-            reach < self.max_steps,
-            "training.average",
-            self.average,
-            f"fewer: the run has {self.max_steps} steps",
-        )
+        require(self.average != 1, "training.average", self.average, OFF_OR_TWO)
+        reach = (self.average - 1) * (self.average_every or 1)
+        fits = reach < self.max_steps
+        require(fits, "training.average", self.average, f"fewer: the run has {self.max_steps} steps")
 
 
 @dataclass(frozen=True)
@@ -228,18 +205,16 @@ class LoggingConfig:
         report_to: also log through these, by transformers' names: tensorboard, trackio, wandb, mlflow.
     """
 
-    every: int = 10
-    evaluate_every: int | None = None
-    evaluate_blocks: int | None = None
-    final_blocks: int | None = None
-    test_blocks: int | None = None
+    every: AtLeastOne = 10
+    evaluate_every: AtLeastOne | None = None
+    evaluate_blocks: AtLeastOne | None = None
+    final_blocks: AtLeastOne | None = None
+    test_blocks: AtLeastOne | None = None
     test: bool = True
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("every", "evaluate_every", "evaluate_blocks", "final_blocks", "test_blocks"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"logging.{name}", value, "1 or more")
+        check_fields(self, "logging")
 
 
 @dataclass(frozen=True)
@@ -251,12 +226,11 @@ class CheckpointConfig:
         keep: how many of the newest valid ones stay.
     """
 
-    every: int | None = None
-    keep: int = 2
+    every: AtLeastOne | None = None
+    keep: Annotated[int, Meta(ge=2, description="2 or more: one could be damaged")] = 2
 
     def __post_init__(self) -> None:
-        require(self.every is None or self.every >= 1, "checkpoints.every", self.every, "1 or more")
-        require(self.keep >= 2, "checkpoints.keep", self.keep, "2 or more: one could be damaged")
+        check_fields(self, "checkpoints")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmoe.analysis.histogram import StreamingHistogram
@@ -65,7 +65,6 @@ def evaluate(
     Args:
         model: takes `input_ids` `[B, S]`, returns `.logits` `[B, S, V]`, or None where another process has them;
             put into eval mode and back.
-        blocks: of a split.
         limit: only so many blocks, from the first; None is all.
         bf16: under bfloat16 autocast, as the model was trained.
         ranks: with several processes each group that sees the same takes its share; the sums are added.
@@ -76,7 +75,7 @@ def evaluate(
     by_block = torch.zeros(stop, dtype=torch.float64)
     mine = torch.arange(ranks.data_rank, stop, ranks.data)
     targets = done = 0
-    with _inference(model, bf16) as device:
+    with inference(model, bf16) as device:
         for batch in batches:
             labels = batch["labels"].to(device)
             logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
@@ -107,7 +106,7 @@ def summarize_routing(
     """
     limit = max(1, tokens // blocks.sequence_length)
     snapshot = RoutingSnapshot(model.config.num_experts)
-    with _inference(model, bf16) as device:
+    with inference(model, bf16) as device:
         for batch in _batches(blocks, limit):
             snapshot.update(model(input_ids=batch["input_ids"].to(device), output_routing=True).routing)
     measures = snapshot.measures()
@@ -149,7 +148,7 @@ def _batches(
 
 
 @contextmanager
-def _inference(model: PreTrainedModel, bf16: bool) -> Iterator[torch.device]:
+def inference(model: nn.Module, bf16: bool = False) -> Iterator[torch.device]:
     """Eval mode without gradients, under autocast if asked; yields the model's device."""
     training = model.training
     device = next(model.parameters()).device

@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
 
 from rmoe.training.metrics import Row
-from rmoe.training.plan import StepPlan
 
-
-class Running(Protocol):
-    """What a hook may read of the loop.
-
-    Attributes:
-        plan: what happens at which step.
-        step: optimizer steps done, skipped ones included.
-        is_main: whether this is the process that reports.
-        device: of this process.
-        bf16: whether the model runs under bfloat16 autocast.
-    """
-
-    plan: StepPlan
-    step: int
-
-    @property
-    def is_main(self) -> bool: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def bf16(self) -> bool: ...
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is no step after this one."""
-        ...
+if TYPE_CHECKING:
+    from rmoe.training.loop import Loop
 
 
 class Hook:
     """Every method does nothing unless overridden."""
 
-    def begin(self, loop: Running) -> None:
+    def begin(self, loop: Loop) -> None:
         """Before the first step of this process; a resumed run is at its step already."""
 
-    def step_begin(self, loop: Running) -> None:
+    def step_begin(self, loop: Loop) -> None:
         """Before the batches of a step are computed; `loop.step` does not count it yet."""
 
-    def step_end(self, loop: Running) -> None:
+    def step_end(self, loop: Loop) -> None:
         """After a step, skipped or not; `loop.step` counts it."""
 
-    def log(self, loop: Running, row: Row) -> None:
+    def log(self, loop: Loop, row: Row) -> None:
         """A `train` or `eval` row of metrics.jsonl."""
 
     def end(self) -> None:
@@ -75,25 +47,19 @@ class Trackers(Hook):
             for name, value in settings.items()
         }
 
-    def begin(self, loop: Running) -> None:
+    def begin(self, loop: Loop) -> None:
         self.accelerator.init_trackers("rmoe", self.settings)
 
-    def log(self, loop: Running, row: Row) -> None:
-        numbers = {name: value for name, value in scalars(row).items() if name != "step"}
-        self.accelerator.log({f"{row['kind']}/{name}": value for name, value in numbers.items()}, row["step"])
+    def log(self, loop: Loop, row: Row) -> None:
+        numbers: dict[str, float] = {}
+        for name, value in row.items():
+            if isinstance(value, list):
+                numbers |= {f"{row['kind']}/{name}/{index}": item for index, item in enumerate(value)}
+            elif isinstance(value, int | float) and name != "step":
+                numbers[f"{row['kind']}/{name}"] = value
+        self.accelerator.log(numbers, row["step"])
 
     def end(self) -> None:
         # Not `accelerator.end_training()`: it would also end the process group.
         for tracker in self.accelerator.trackers:
             tracker.finish()
-
-
-def scalars(row: Row) -> dict[str, float]:
-    """A row's numbers, lists as `name/0`, `name/1`, ...: what TensorBoard and its like take."""
-    flat: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, int | float):
-            flat[name] = value
-        elif isinstance(value, list):
-            flat |= {f"{name}/{index}": item for index, item in enumerate(value)}
-    return flat

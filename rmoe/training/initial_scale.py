@@ -7,8 +7,6 @@ deviation over experts, as a root mean square over tokens: what is common to all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.results.run import InitialLogits
 from rmoe.routing.contract import logit_variance
+from rmoe.training.evaluation import inference
 
 FIELD = "training.initial_logit_std"
 MOST_TOKENS = 4096
@@ -78,7 +77,7 @@ def require_scale(model: RMoEForCausalLM, target: float) -> None:
 
 def measure(model: RMoEForCausalLM, ids: Tensor) -> list[float]:
     """Standard deviation of each layer's raw logits, as the gate gets them, `[L]`."""
-    with _evaluating(model):
+    with inference(model):
         stats = model(input_ids=ids, use_cache=False).router_stats
     return (stats.logit_variance.double() / stats.tokens).sqrt().tolist()
 
@@ -119,7 +118,7 @@ def _own_variances(model: RMoEForCausalLM, ids: Tensor) -> list[float]:
     scorers: list[Any] = [router.scorer for router in model.routers]
     handles = [scorer.register_forward_hook(note) for scorer in scorers]
     try:
-        with _evaluating(model):
+        with inference(model):
             model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
@@ -131,14 +130,3 @@ def _scaled_by(model: RMoEForCausalLM, scorer: Any) -> nn.Module | None:
     shared = model.trunk.router_shared
     module: nn.Module | None = scorer.scaled_by(None if shared is None else shared.scorer)
     return module
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

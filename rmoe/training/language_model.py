@@ -42,9 +42,6 @@ def require_rows(model: PreTrainedModel, tokenizer: Any, folder: Path, *others: 
     """Check that the model's embedding has a row for every id that the tokenizer gives a text.
 
     Args:
-        model: with an input embedding.
-        tokenizer: of the model.
-        folder: where they are from.
         others: ids that are used beside the text's own, an end or padding.
 
     Raises:

@@ -106,12 +106,10 @@ def status_of(folder: Path) -> RunStatus:
     training = config.training
     metrics = folder / METRICS
     rows = read_metrics(metrics) if metrics.exists() else []
-    trained = _last(rows, "train")
-    evaluated = _last(rows, "eval")
     step = max((row["step"] for row in rows), default=0)
     checkpoint = max((step for step, path in checkpoints_of(folder) if path.is_dir()), default=None)
     state = _state(folder, step, checkpoint)
-    rate = _figure(trained, "tokens_per_s")
+    rate = _last(rows, "train", "tokens_per_s")
     return RunStatus(
         folder=str(folder),
         router=config.router,
@@ -119,8 +117,8 @@ def status_of(folder: Path) -> RunStatus:
         state=state,
         step=step,
         steps=training.max_steps,
-        loss=_figure(trained, "loss"),
-        validation=_figure(evaluated, "loss"),
+        loss=_last(rows, "train", "loss"),
+        validation=_last(rows, "eval", "loss"),
         tokens_per_s=rate,
         seconds_left=seconds_left(config, step, rate) if state == "running" else None,
         quiet_s=max(time.time() - metrics.stat().st_mtime, 0.0) if metrics.exists() else None,
@@ -136,13 +134,10 @@ def seconds_left(config: RunConfig, step: int, tokens_per_s: float | None) -> fl
     return (training.max_steps - step) * training.batch_size * training.sequence_length / tokens_per_s
 
 
-def _figure(row: Row | None, name: str) -> float | None:
-    value = None if row is None else row.get(name)
+def _last(rows: list[Row], kind: str, name: str) -> float | None:
+    """A number of the last row of a kind."""
+    value = next((row.get(name) for row in reversed(rows) if row.get("kind") == kind), None)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _last(rows: list[Row], kind: str) -> Row | None:
-    return next((row for row in reversed(rows) if row.get("kind") == kind), None)
 
 
 def _state(folder: Path, step: int, checkpoint: int | None) -> State:

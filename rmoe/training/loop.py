@@ -41,8 +41,9 @@ from rmoe.training.hooks import Hook
 from rmoe.training.learner import Batch, Learner
 from rmoe.training.metrics import MetricsLog, Row
 from rmoe.training.optimizer import adamw, schedule
+from rmoe.training.place import say
 from rmoe.training.plan import StepPlan
-from rmoe.training.resume import Identity
+from rmoe.training.run_folder import METRICS
 
 
 class Loop:
@@ -56,15 +57,17 @@ class Loop:
         dataset: sequences; their order is `rmoe.data.blocks.BlockSampler`'s.
         collate: makes a batch of them; None stacks tensors of one shape.
         data_sha256: of the data; a checkpoint of a run on other data is refused.
-        store: where checkpoints go.
-        metrics: where rows go.
+        store: where checkpoints go; rows go beside them, into metrics.jsonl.
         in_unit: a split's mean loss per token (nats) as `{"bits_per_byte": ...}` or the like, for the rows.
         evaluate: evaluates the model on the validation split; None where there is none.
         average: takes the weights after its steps; None where none are averaged.
         hooks: watch.
 
     Attributes:
+        model: the learner's.
+        device, bf16, is_main: of this process: where it computes, whether under bfloat16 autocast, whether it writes.
         step: optimizer steps done, skipped ones included.
+        identity: what a checkpoint must have in common with the run that resumes from it.
         skipped_batches: steps skipped so far because of NaN or infinity.
         train_seconds: wall clock of training steps so far, without evaluation and saving.
         diverged: it ended because more batches were bad than allowed.
@@ -84,18 +87,25 @@ class Loop:
         collate: Callable[..., Any] | None = None,
         data_sha256: str,
         store: CheckpointStore,
-        metrics: MetricsLog,
         in_unit: Callable[[SplitName, float], dict[str, float]],
         evaluate: Callable[[nn.Module], Evaluation] | None = None,
         average: WeightAverage | None = None,
         hooks: Sequence[Hook] = (),
     ) -> None:
         self.learner, self.training, self.plan, self.accelerator = learner, training, plan, accelerator
+        self.model, self.device, self.is_main = learner.model, accelerator.device, accelerator.is_main_process
+        self.bf16 = accelerator.mixed_precision == "bf16"
         self.dataset, self.collate = dataset, collate
-        self.store, self.metrics, self.in_unit, self._evaluate = store, metrics, in_unit, evaluate
+        self.store, self.metrics = store, MetricsLog(store.folder / METRICS)
+        self.in_unit, self._evaluate = in_unit, evaluate
         self.average, self.hooks = average, hooks
-        self.identity = Identity(training.seed, data_sha256, training.batch_size, training.sequence_length)
-        self._router_parameters = list(router_parameters(learner.model).values())
+        self.identity: dict[str, Any] = {
+            "seed": training.seed,
+            "data_sha256": data_sha256,
+            "batch_size": training.batch_size,
+            "sequence_length": training.sequence_length,
+        }
+        self._router_parameters = list(router_parameters(self.model).values())
         self._parameters = list(learner.model.parameters())
         self.optimizer = adamw(learner.model, training, self._router_parameters)
         self.scheduler = schedule(self.optimizer, training, plan.max_steps)
@@ -140,7 +150,7 @@ class Loop:
         set_seed(self.training.seed + 1_000_003 * (ranks.rank % ranks.same if ranks.staged else 0))
         if checkpoint is not None:
             resume.load(self, checkpoint)
-        self.learner.model.train()
+        self.model.train()
         for hook in self.hooks:
             hook.begin(self)
         self._clock = time.perf_counter()
@@ -171,7 +181,7 @@ class Loop:
         if self.learner.has_routers:
             # Noise is keyed by (seed and rank, forward passes of a rank so far).
             seed = (self.training.seed + 1_000_003 * ranks.data_rank) % 2**31
-            self.learner.model.set_routing_noise(seed, self.step * self.learner.forward_passes)
+            self.model.set_routing_noise(seed, self.step * self.learner.forward_passes)
         for hook in self.hooks:
             hook.step_begin(self)
 
@@ -194,7 +204,7 @@ class Loop:
             self.learner.clip(self.training.max_grad_norm, self._norm)
         self.optimizer.step()
         if self.learner.has_routers and self.sums.stats is not None:
-            self.learner.model.update_routers(self.sums.stats, self.step + 1, self.plan.max_steps)
+            self.model.update_routers(self.sums.stats, self.step + 1, self.plan.max_steps)
 
     def skip(self) -> None:
         """Report a step that is not taken: without gradients the optimizer changes nothing."""
@@ -208,11 +218,9 @@ class Loop:
         self.metrics.append(
             {"kind": "skipped", "step": self.step + 1, **losses, "grad_norm": self._grad_norm}
         )
-        print(
+        say(
             f"left out the batch of step {self.step + 1}: loss {self._lm_loss + self._balance_loss}, gradient norm "
-            f"{self._grad_norm} ({self.skipped_batches} so far, {self.training.max_skipped_batches} allowed)",
-            file=sys.stderr,
-            flush=True,
+            f"{self._grad_norm} ({self.skipped_batches} so far, {self.training.max_skipped_batches} allowed)"
         )
 
     def end_step(self) -> None:
@@ -276,26 +284,6 @@ class Loop:
     def ended(self) -> bool:
         """Whether there is no step after this one."""
         return self.step >= self.plan.max_steps or self.stopped or self.diverged
-
-    @property
-    def model(self) -> Any:
-        """The learner's."""
-        return self.learner.model
-
-    @property
-    def device(self) -> torch.device:
-        """Of this process."""
-        return self.accelerator.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes."""
-        return self.accelerator.is_main_process
-
-    @property
-    def bf16(self) -> bool:
-        """Whether the model runs under bfloat16 autocast."""
-        return self.accelerator.mixed_precision == "bf16"
 
 
 def peak_mib(device: torch.device) -> float:

@@ -23,7 +23,6 @@ and for `"kind": "eval"`: `split`, `loss` (nats per token), the figure in the co
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class MetricsLog:
 
     def append(self, row: Row) -> None:
         """Add a row. NaN and infinity are written as null: JSON has neither."""
-        line = msgspec.json.encode(_finite(row)) + b"\n"
+        line = msgspec.json.encode(row) + b"\n"
         with self.path.open("ab", buffering=0) as file:
             file.write(line)
 
@@ -71,11 +70,3 @@ def read_metrics(path: Path) -> list[Row]:
         if isinstance(row.get("step"), int):
             rows.append(row)
     return rows
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

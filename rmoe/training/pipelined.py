@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from rmoe.errors import RequestError
@@ -34,20 +35,11 @@ def build_pipeline(model: RMoEForCausalLM, config: RunConfig, place: Place) -> P
     if share % micro:
         allowed = f"a divisor of {share}, a pipeline's share of a batch"
         raise RequestError("training.micro_batch_size", micro, allowed)
-    if place.cpu:
-        device = torch.device("cpu")
-    else:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return Pipeline(model, share // micro, device, config.parallel.replicate)
+    return Pipeline(model, share // micro, PartialState().device, config.parallel.replicate)
 
 
 class PipelineLearner(Learner):
-    """A stage of a pipeline, which cuts the batch of a step up itself.
-
-    Args:
-        pipeline: on its device.
-        ranks: which processes see which sequences.
-    """
+    """A stage of a pipeline, which cuts the batch of a step up itself."""
 
     parts = 1
 

@@ -15,14 +15,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from rmoe.training.hooks import Hook, Running
+from rmoe.training.hooks import Hook
+
+if TYPE_CHECKING:
+    from rmoe.training.loop import Loop
 
 FOLDER, TRACE, SUMMARY = "profile", "trace.json", "summary.md"
 STAGES = ("attention", "router", "dispatch", "experts", "head", "optimizer", "other")
@@ -53,27 +56,21 @@ class Spent:
 
 
 class StepProfiler(Hook):
-    """Records `STEPS` steps of a run on its first process.
+    """Records `STEPS` steps of the run in `folder` on its first process."""
 
-    Args:
-        model: whose modules are marked.
-        folder: the run's.
-        tokens: of one step on this process.
-    """
-
-    def __init__(self, model: nn.Module, folder: Path, tokens: int) -> None:
-        self.model, self.folder, self.tokens = model, folder / FOLDER, tokens
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
         self.recorder: profile | None = None
         self.first, self.begun = 0, 0.0
         self.hooks: list[Any] = []
 
-    def begin(self, loop: Running) -> None:
+    def begin(self, loop: Loop) -> None:
         left = loop.plan.max_steps - loop.step
         self.first = loop.step + min(WARMUP, max(0, left - STEPS))
 
-    def step_begin(self, loop: Running) -> None:
+    def step_begin(self, loop: Loop) -> None:
         if loop.is_main and loop.step == self.first:
-            self.hooks = list(mark_stages(self.model))
+            self.hooks = list(mark_stages(loop.model))
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
@@ -81,7 +78,7 @@ class StepProfiler(Hook):
             self.recorder.start()
             self.begun = time.perf_counter()
 
-    def step_end(self, loop: Running) -> None:
+    def step_end(self, loop: Loop) -> None:
         if self.recorder is None or (loop.step < self.first + STEPS and not loop.ended):
             return
         if loop.device.type == "cuda":
@@ -94,7 +91,8 @@ class StepProfiler(Hook):
         self.recorder.export_chrome_trace(str(self.folder / TRACE))
         rate = matrix_rate(loop.device, torch.bfloat16 if loop.bf16 else torch.float32)
         steps = loop.step - self.first
-        text = summary(self.recorder.events(), steps, seconds, self.tokens, rate, loop.device.type)
+        tokens = loop.training.batch_size * loop.training.sequence_length // loop.learner.ranks.data
+        text = summary(self.recorder.events(), steps, seconds, tokens, rate, loop.device.type)
         (self.folder / SUMMARY).write_text(text, encoding="utf-8")
         self.recorder = None
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rmoe.results.run import Unit
-from rmoe.training.hooks import Hook, Running
+from rmoe.training.hooks import Hook
 from rmoe.training.metrics import Row
+
+if TYPE_CHECKING:
+    from rmoe.training.loop import Loop
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -32,7 +35,7 @@ class ProgressReport(Hook):
         self.said = ""
         self.begun, self.first_step, self.last_line = 0.0, 0, 0.0
 
-    def begin(self, loop: Running) -> None:
+    def begin(self, loop: Loop) -> None:
         if not loop.is_main:
             return
         self.begun, self.first_step = time.monotonic(), loop.step
@@ -49,11 +52,11 @@ class ProgressReport(Hook):
             self.task = self.bar.add_task("", total=loop.plan.max_steps, completed=loop.step, said="")
             self.bar.start()
 
-    def step_end(self, loop: Running) -> None:
+    def step_end(self, loop: Loop) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=loop.step)
 
-    def log(self, loop: Running, row: Row) -> None:
+    def log(self, loop: Loop, row: Row) -> None:
         if not loop.is_main or self.unit not in row:
             return
         unit = self.unit.replace("_", " ")
@@ -72,7 +75,7 @@ class ProgressReport(Hook):
             self.bar.stop()
             self.bar = None
 
-    def _line(self, loop: Running, text: str) -> None:
+    def _line(self, loop: Loop, text: str) -> None:
         self.last_line = time.monotonic()
         line = f"step {loop.step}/{loop.plan.max_steps}  {text}"
         if self.bar is not None:
@@ -80,7 +83,7 @@ class ProgressReport(Hook):
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def _left(self, loop: Running) -> str:
+    def _left(self, loop: Loop) -> str:
         done = loop.step - self.first_step
         if not done:
             return "?"

@@ -63,10 +63,7 @@ def curves(rows: list[Row], unit: Unit) -> dict[str, Curve]:
     }
     found = {}
     for name, (kind, field, said) in wanted.items():
-        points = [
-            (row["step"], row[field]) for row in rows if row["kind"] == kind and row.get(field) is not None
-        ]
-        if points:
+        if points := _points(rows, kind, field):
             values = [sum(v) / len(v) if isinstance(v, list) else v for _, v in points]
             found[name] = Curve(unit=said, step=[step for step, _ in points], value=values)
     return found
@@ -76,8 +73,11 @@ def layer_curves(rows: list[Row]) -> dict[str, LayerCurve]:
     """Gate entropy and scale of the logits by layer, to five digits."""
     found = {}
     for name, unit in (("gate_entropy", "nats"), ("logit_std", "standard deviation over experts")):
-        points = [(row["step"], row[name]) for row in rows if row["kind"] == "train" and row.get(name)]
-        if points:
+        if points := _points(rows, "train", name):
             values = [[float(f"{value:.5g}") for value in layers] for _, layers in points]
             found[name] = LayerCurve(unit=unit, step=[step for step, _ in points], value=values)
     return found
+
+
+def _points(rows: list[Row], kind: str, name: str) -> list[tuple[int, Any]]:
+    return [(row["step"], row[name]) for row in rows if row["kind"] == kind and row.get(name) is not None]

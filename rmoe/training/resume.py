@@ -5,7 +5,6 @@ What is in which file is `rmoe.training.state`'s business, where the tensors com
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +13,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from rmoe.errors import RequestError
 from rmoe.training import state as contents
-from rmoe.training.accounting import Window
 from rmoe.training.checkpoint import Damaged
 from rmoe.training.storage import OptimizerRecord
 
 if TYPE_CHECKING:
     from rmoe.training.loop import Loop
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a checkpoint must have in common with the run that resumes from it."""
-
-    seed: int
-    data_sha256: str
-    batch_size: int
-    sequence_length: int
 
 
 def save(loop: Loop) -> None:
@@ -54,10 +42,10 @@ def _state(
 ) -> contents.TrainingState:
     return contents.TrainingState(
         step=loop.step,
-        **asdict(loop.identity),
+        **loop.identity,
         skipped_batches=loop.skipped_batches,
         train_seconds=loop.train_seconds,
-        pending=loop.window.to_dict(),
+        pending=loop.window,
         scheduler=loop.scheduler.state_dict(),
         param_groups=optimizer.groups,
         optimizer_tensors=optimizer.tensors,
@@ -87,7 +75,7 @@ def _check(loop: Loop, folder: Path) -> None:
         RequestError: it is whole, but of a run with another seed, data or batch.
     """
     state = contents.read_state(folder)
-    for name, now in asdict(loop.identity).items():
+    for name, now in loop.identity.items():
         was = getattr(state, name)
         if was != now:
             raise RequestError(name, now, f"{was!r}, as {folder} was trained with")
@@ -107,7 +95,7 @@ def load(loop: Loop, folder: Path) -> None:
     loop.scheduler.load_state_dict(contents.for_groups(state.scheduler, groups))
     loop.step = loop.saved_step = state.step
     loop.skipped_batches, loop.train_seconds = state.skipped_batches, state.train_seconds
-    loop.window = Window(state.pending)
+    loop.window = state.pending
     if loop.average is not None:
         loop.average.load(folder, state.averaged)
 
@@ -121,4 +109,4 @@ def load_random(loop: Loop, folder: Path) -> None:
     if rank < len(state.host_random) and tensors:
         contents.restore_random(state.host_random[rank], tensors, loop.device)
     else:  # more ranks than the checkpoint was written by: a stream of its own for each new one
-        torch.manual_seed((loop.identity.seed + 1_000_003 * rank + state.step) % 2**31)
+        torch.manual_seed((loop.training.seed + 1_000_003 * rank + state.step) % 2**31)

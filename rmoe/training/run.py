@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from rmoe.compat import enable_checkpointing
@@ -25,7 +24,7 @@ from rmoe.parallel.sharding import distribute
 from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.results import run as records
-from rmoe.results.run import Averaged, InitialLogits, RunResult, TextLosses, Unit
+from rmoe.results.run import Averaged, InitialLogits, RunResult, TextLosses
 from rmoe.training import run_folder
 from rmoe.training.average import WeightAverage
 from rmoe.training.branch import begin_branch, require_branch
@@ -36,45 +35,20 @@ from rmoe.training.config import RunConfig
 from rmoe.training.disk import require_space
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
+from rmoe.training.flow import carry_out, enter, on_first_rank
 from rmoe.training.hooks import Hook, Trackers
 from rmoe.training.initial_scale import fixed_batch, start_at
 from rmoe.training.learner import Learner, ModelLearner
 from rmoe.training.loop import Loop, peak_mib
-from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.metrics import read_metrics
 from rmoe.training.pipelined import PipelineLearner, build_pipeline
 from rmoe.training.place import Place, accelerator_of, micro_batches, place_of, say, torch_settings
 from rmoe.training.plan import StepPlan
 from rmoe.training.profile import StepProfiler
 from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import curves, layer_curves, publish_model
-from rmoe.training.resume import newest
-from rmoe.training.run_folder import RunRecord
+from rmoe.training.run_folder import RunRecord, fingerprint
 from rmoe.training.run_folder import read_result as read_result
-from rmoe.training.stopping import raise_unless_finished, signals
-
-T = TypeVar("T")
-
-MAY_DIFFER = frozenset(
-    {
-        "preset",
-        "data.path",  # the text's own sha256 is checked
-        "data.cache_dir",
-        "data.download",
-        "training.micro_batch_size",  # with the number of devices: the batch of a step stays what it was
-        "training.max_skipped_batches",
-        "parallel.fsdp",
-        "parallel.expert",
-        "parallel.replicate",
-        "parallel.tensor",
-        "parallel.pipeline",
-        "checkpoints.keep",
-        "logging.final_blocks",
-        "logging.test_blocks",
-        "logging.test",
-        "logging.report_to",
-    }
-)
-"""Settings that may change when a run is resumed: none decides what is learned."""
 
 MOST_STRETCHES = 10_000  # of the test split in a result
 
@@ -142,9 +116,10 @@ def train(
             hardware=hardware(threads),
             started_in=str(Path.cwd()),
         )
-        branch = None if branch_of is None else require_branch(config, record, branch_of, MAY_DIFFER)
+        branch = None if branch_of is None else require_branch(config, record, branch_of)
+        same = partial(run_folder.require_same, out, record) if resume else None
         if resume and (out / run_folder.RESULT).exists():
-            _enter(stack, out, record, resume)
+            enter(stack, out, run_folder.CONFIG, record, same)
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
@@ -155,11 +130,11 @@ def train(
         if config.training.gradient_checkpointing:
             enable_checkpointing(model)
         spread = spread_model(model, config, place)
-        _enter(stack, out, record, resume)
-        if branch is not None and _begin_branch(branch, out, record):
+        enter(stack, out, run_folder.CONFIG, record, same)
+        if branch is not None and on_first_rank(partial(begin_branch, branch, out, record)):
             resume = True
         try:
-            return _run(config, out, corpus, spread, record, initial, place, resume, progress, profile)
+            return _run(config, out, corpus, spread, record, place, resume, progress, profile)
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
@@ -180,42 +155,6 @@ def _sizes(architecture: RMoEConfig) -> dict[str, Any]:
     return values
 
 
-def _enter(stack: ExitStack, out: Path, record: RunRecord, resume: bool) -> None:
-    """Take the folder: lock it, and either begin a run in it or make sure it is this one.
-
-    The first rank does it; what it finds wrong is raised on every rank.
-    """
-
-    def enter() -> None:
-        stack.enter_context(run_folder.locked(out))
-        if resume and (out / run_folder.CONFIG).exists():
-            run_folder.require_same(out, record, MAY_DIFFER)
-        else:
-            run_folder.refuse_used(out)
-            run_folder.begin(out, record)
-
-    on_first_rank(enter)
-
-
-def on_first_rank(action: Callable[[], T]) -> T:
-    """Do something on the first rank alone; what it returns, or finds wrong, every rank gets. Collective.
-
-    Raises:
-        RequestError: the action's, on every rank.
-    """
-    said: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            said = [action(), None]
-        except RequestError as error:
-            said = [None, (error.field, error.value, error.allowed)]
-    broadcast_object_list(said)
-    if said[1] is not None:
-        raise RequestError(*said[1])
-    found: T = said[0]
-    return found
-
-
 def _initial_logits(
     resumed: Path | None, model: RMoEForCausalLM, corpus: Corpus, target: float | None
 ) -> InitialLogits | None:
@@ -232,39 +171,6 @@ def _sealed_as(out: Path, record: RunRecord) -> str:
     return fingerprint(run_folder.read_run(out) if (out / run_folder.CONFIG).exists() else record)
 
 
-def fingerprint(record: RunRecord) -> str:
-    """What makes two runs the same run: every setting but those of `MAY_DIFFER`, the model, the data."""
-    settings = {
-        name: value for name, value in run_folder.flat(record.config).items() if name not in MAY_DIFFER
-    }
-    identity = msgspec.json.encode(
-        [settings, record.model, record.plugins, record.data_sha256], order="sorted"
-    )
-    return hashlib.sha256(identity).hexdigest()
-
-
-def _begin_branch(branch: Path, out: Path, record: RunRecord) -> bool:
-    """Begin at the longer run's checkpoint, if this one has none; a wrong request leaves the folder empty. Collective.
-
-    Returns:
-        Whether it did.
-    """
-
-    def begin() -> bool:
-        if CheckpointStore(out, "").found():
-            return False
-        source_run = fingerprint(run_folder.read_run(branch.parents[1]))
-        try:
-            begin_branch(branch, source_run, CheckpointStore(out, fingerprint(record)))
-        except RequestError:
-            for name in (run_folder.CONFIG, run_folder.METRICS):
-                (out / name).unlink(missing_ok=True)
-            raise
-        return True
-
-    return on_first_rank(begin)
-
-
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -274,7 +180,6 @@ def _run(
     corpus: Corpus,
     model: RMoEForCausalLM | Pipeline,
     record: RunRecord,
-    initial: InitialLogits | None,
     place: Place,
     resume: bool,
     progress: bool,
@@ -282,23 +187,21 @@ def _run(
 ) -> RunResult:
     pinned = frozenset(config.training.branch_points)
     store = CheckpointStore(out, _sealed_as(out, record), config.checkpoints.keep, pinned)
-    metrics = MetricsLog(out / run_folder.METRICS)
 
     def in_unit(split: SplitName, loss: float) -> dict[str, float]:
         return {corpus.unit: corpus.in_unit(split, loss)}
 
-    def evaluate_on(split: SplitName, limit: int | None = None) -> Any:
-        return lambda evaluated: evaluate(
-            evaluated,
-            corpus.blocks(split),
-            limit=limit,
-            bf16=place.bf16,
-            ranks=place.ranks,
-        )
+    def evaluate_on(split: SplitName, limit: int | None) -> Callable[[Any], Evaluation]:
+        return partial(evaluate, blocks=corpus.blocks(split), limit=limit, bf16=place.bf16, ranks=place.ranks)
 
     learner, accelerator = make_learner(model, config, out, place)
     steps = config.average_steps
     average = WeightAverage(learner.model, steps) if steps else None
+    hooks: list[Hook] = [Trackers(accelerator, run_folder.flat(record.config))]
+    if progress:
+        hooks.append(ProgressReport(corpus.unit))
+    if profile:
+        hooks.append(StepProfiler(out))
     loop = Loop(
         learner,
         config.training,
@@ -307,32 +210,35 @@ def _run(
         dataset=corpus.train,
         data_sha256=corpus.manifest.key,
         store=store,
-        metrics=metrics,
         in_unit=in_unit,
         evaluate=evaluate_on("valid", config.logging.evaluate_blocks),
         average=average,
-        hooks=_hooks(config, out, learner, accelerator, corpus.unit, progress, profile),
+        hooks=hooks,
     )
-    checkpoint = find_checkpoint(loop, out) if resume else None
-    with signals(loop):
-        loop.run(checkpoint)
-    raise_unless_finished(loop, store)
+    carry_out(loop, resume)
 
-    valid = _final(loop, config, evaluate_on("valid", config.logging.final_blocks))
-    test = evaluate_on("test", config.test_blocks)(learner.evaluated) if config.logging.test else None
+    def measures(valid: Evaluation) -> dict[str, Any]:
+        """Of the weights as they are: what a result says of both splits."""
+        test = evaluate_on("test", config.test_blocks)(learner.evaluated) if config.logging.test else None
+        return {
+            "val": corpus.in_unit("valid", valid.loss),
+            "test": None if test is None else corpus.in_unit("test", test.loss),
+            "test_losses": _text_losses(test),
+        }
+
+    final = evaluate_on("valid", config.logging.final_blocks)
+    valid = _final(loop, config, final)
+    measured = measures(valid)
     averaged = None
     if average is not None:
         with average.applied():
-            averaged = (
-                evaluate_on("valid", config.logging.final_blocks)(learner.evaluated),
-                evaluate_on("test", config.test_blocks)(learner.evaluated) if config.logging.test else None,
-            )
+            averaged = Averaged(steps=sorted(steps), **measures(final(learner.evaluated)))
     routing = None if place.ranks.staged else summarize_routing(learner.model, corpus.valid, bf16=place.bf16)
     whole = learner.storage.whole_model()
     if place.ranks.rank == 0:
         if routing is None:  # no stage sees the whole routing
             routing = summarize_routing(whole, corpus.valid, bf16=place.bf16)
-        logged = read_metrics(metrics.path)
+        logged = read_metrics(loop.metrics.path)
         result = RunResult(
             router=config.router,
             router_spec=record.router_spec,
@@ -346,25 +252,16 @@ def _run(
             steps=loop.step,
             tokens=loop.step * config.training.batch_size * config.training.sequence_length,
             skipped_batches=loop.skipped_batches,
-            val=corpus.in_unit("valid", valid.loss),
-            test=None if test is None else corpus.in_unit("test", test.loss),
+            **measured,
             context=valid.context,
             parameters=parameter_counts(whole),
             curves=curves(logged, corpus.unit),
             seconds_per_1k_steps=1000 * loop.train_seconds / loop.step,
             peak_mib=peak_mib(loop.device),
             routing=routing,
-            initial_logits=initial,
+            initial_logits=record.initial_logits,
             layer_curves=layer_curves(logged),
-            test_losses=_text_losses(test),
-            averaged=None
-            if averaged is None
-            else Averaged(
-                steps=sorted(steps),
-                val=corpus.in_unit("valid", averaged[0].loss),
-                test=None if averaged[1] is None else corpus.in_unit("test", averaged[1].loss),
-                test_losses=_text_losses(averaged[1]),
-            ),
+            averaged=averaged,
             folder=str(out),
             model=str(out / run_folder.MODEL),
         )
@@ -392,42 +289,10 @@ def make_learner(
     return ModelLearner(model, accelerator, place.ranks, micro_batches(config, place.ranks)), accelerator
 
 
-def _hooks(
-    config: RunConfig,
-    out: Path,
-    learner: Learner,
-    accelerator: Accelerator,
-    unit: Unit,
-    progress: bool,
-    profile: bool,
-) -> list[Hook]:
-    hooks: list[Hook] = [Trackers(accelerator, run_folder.flat(config.to_dict()))]
-    if progress:
-        hooks.append(ProgressReport(unit))
-    if profile:
-        tokens = config.training.batch_size * config.training.sequence_length // learner.ranks.data
-        hooks.append(StepProfiler(learner.model, out, tokens))
-    return hooks
-
-
-def find_checkpoint(loop: Loop, out: Path) -> Path | None:
-    """The checkpoint to resume from, None for a start at step 0; metrics.jsonl is cut off there."""
-    checkpoint = newest(loop)
-    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    if loop.is_main:
-        loop.store.clear_staging()
-        loop.metrics.truncate(step)
-    if checkpoint is None:
-        say(f"no valid checkpoint in {loop.store.checkpoints}: starting at step 0")
-    else:
-        say(f"resuming {out} at step {step} of {loop.plan.max_steps}")
-    return checkpoint
-
-
 # --- after training ------------------------------------------------------------------------------
 
 
-def _final(loop: Loop, config: RunConfig, evaluated: Any) -> Evaluation:
+def _final(loop: Loop, config: RunConfig, evaluate: Callable[[Any], Evaluation]) -> Evaluation:
     """The finished model on the validation split: not twice, if the last evaluation was just that."""
     last = loop.last_evaluation
     if (
@@ -436,8 +301,7 @@ def _final(loop: Loop, config: RunConfig, evaluated: Any) -> Evaluation:
         and last[0] == loop.step
     ):
         return last[1]
-    evaluation: Evaluation = evaluated(loop.learner.evaluated)
-    return evaluation
+    return evaluate(loop.learner.evaluated)
 
 
 def _text_losses(evaluation: Evaluation | None) -> TextLosses | None:

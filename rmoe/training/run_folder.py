@@ -14,6 +14,7 @@ Imports no torch.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import socket
@@ -27,7 +28,7 @@ import msgspec
 
 from rmoe.errors import RequestError
 from rmoe.places import expand
-from rmoe.records import Record, read_record, write_record
+from rmoe.records import Record, read_record
 from rmoe.results.run import RESULT_VERSION, Hardware, InitialLogits, RunResult, Versions
 
 CONFIG_VERSION = 1
@@ -35,6 +36,28 @@ CONFIG, LOCK, METRICS, MODEL, RESULT = "config.json", "run.lock", "metrics.jsonl
 CHECKPOINTS = "checkpoints"
 SECONDS_TO_LOOK = 0.2  # after which whoever holds a run's lock is not only looking
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+
+MAY_DIFFER = frozenset(
+    {
+        "preset",
+        "data.path",  # the text's own sha256 is checked
+        "data.cache_dir",
+        "data.download",
+        "training.micro_batch_size",  # with the number of devices: the batch of a step stays what it was
+        "training.max_skipped_batches",
+        "parallel.fsdp",
+        "parallel.expert",
+        "parallel.replicate",
+        "parallel.tensor",
+        "parallel.pipeline",
+        "checkpoints.keep",
+        "logging.final_blocks",
+        "logging.test_blocks",
+        "logging.test",
+        "logging.report_to",
+    }
+)
+"""Settings that may change when a run is resumed: none decides what is learned."""
 
 
 class RunRecord(Record, frozen=True, kw_only=True):
@@ -156,24 +179,24 @@ def _take(descriptor: int) -> None:
             time.sleep(0.01)
 
 
-def begin(folder: Path, record: RunRecord) -> None:
-    """Write the configuration of a new run."""
-    write_record(folder / CONFIG, record)
+def fingerprint(record: RunRecord) -> str:
+    """What makes two runs the same run: every setting but those of `MAY_DIFFER`, the model, the data."""
+    settings = {name: value for name, value in flat(record.config).items() if name not in MAY_DIFFER}
+    identity = msgspec.json.encode(
+        [settings, record.model, record.plugins, record.data_sha256], order="sorted"
+    )
+    return hashlib.sha256(identity).hexdigest()
 
 
-def require_same(folder: Path, record: RunRecord, may_differ: frozenset[str]) -> None:
+def require_same(folder: Path, record: RunRecord) -> None:
     """Check that what is asked for now is the run that is in the folder.
 
     The content of text, tokenizer and plugins decides, not where they lie now.
 
-    Args:
-        record: what is asked for.
-        may_differ: dotted names below `config` that change no result, `checkpoints.keep` for one.
-
     Raises:
         RequestError: naming the first setting that differs.
     """
-    stored = read_run(folder)
+    stored, may_differ = read_run(folder), MAY_DIFFER
     tokenizers = [str(flat(each.config).get("data.tokenizer")) for each in (stored, record)]
     if stored.data_sha256 == record.data_sha256 or len({Path(name).name for name in tokenizers}) == 1:
         may_differ |= {"data.tokenizer"}  # of another place, or it is the hash that has to be said

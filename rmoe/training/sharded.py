@@ -1,32 +1,31 @@
-"""The tensors of a run whose processes hold parts of them, through `torch.distributed.checkpoint`, as safetensors.
+"""The tensors of a checkpoint, checked and read back whole or in parts; written in parts.
 
-Every process writes its own parts, `shard-*.safetensors` with the offsets in the header; nobody ever holds the whole
-model and nothing is pickled (torch's own format has a pickled index). Names are `model/<name>` and
-`optimizer/<parameter>/<slot>`. Any number of processes, and any layout, can read them back, and `read` gets the same
-tensors, whole or in parts, out of a checkpoint that whole processes wrote (`rmoe.training.state`).
+Where processes hold parts (FSDP2), each writes its own, `shard-*.safetensors` with the offsets in the header, through
+`torch.distributed.checkpoint`: nobody ever holds the whole model and nothing is pickled (torch's own format has a
+pickled index). Names are `model/<name>` and `optimizer/<parameter>/<slot>`. Any number of processes, and any layout,
+can read them back, and the same out of the files that whole processes write (`rmoe.training.state`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import Damaged
-from rmoe.training.state import TrainingState
+from rmoe.training.state import Header, TrainingState
 
 PATTERN = "shard-*.safetensors"
 MODEL, OPTIMIZER = "model/", "optimizer/"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-Read = Callable[[Path, Mapping[str, Tensor]], None]
 
 
 def is_sharded_checkpoint(folder: Path) -> bool:
@@ -57,60 +56,52 @@ def adopt(parts: Path, folder: Path) -> None:
     parts.rmdir()
 
 
+def stored_in(folder: Path) -> tuple[dict[str, Header], dict[str, Header]]:
+    """The headers of (the model's, the optimizer's) tensors; for parts the shape is the elements in all together.
+
+    Raises:
+        Damaged: a file is not safetensors.
+    """
+    if not is_sharded_checkpoint(folder):
+        return contents.headers(folder / contents.MODEL), contents.headers(folder / contents.OPTIMIZER)
+    model: dict[str, Header] = {}
+    moments: dict[str, Header] = {}
+    for path in sorted(folder.glob(PATTERN)):
+        for key, (shape, dtype) in contents.headers(path).items():
+            found = moments if key.startswith(OPTIMIZER) else model
+            name = key.removeprefix(OPTIMIZER).removeprefix(MODEL)
+            (before,), _ = found.get(name, ([0], dtype))
+            found[name] = [before + math.prod(shape)], dtype
+    return model, moments
+
+
 def check(
     folder: Path, state: TrainingState, expected: Mapping[str, Tensor], trained: Mapping[str, Tensor]
 ) -> None:
-    """Compare names of the parts, and how much of each tensor they hold, with the model's.
+    """Compare the tensors of a checkpoint of either kind with the model's, before any is loaded.
 
     Args:
         expected: `unique_tensors` of the whole model. trained: of these, what has optimizer state.
 
     Raises:
-        Damaged: anything is missing, added, or of another size.
+        Damaged: anything is missing, added, or of another shape or dtype; of parts the elements are counted.
     """
-    sizes = _sizes(folder)
-    slots = [name.removeprefix(OPTIMIZER) for name in sizes if name.startswith(OPTIMIZER)]
-    contents.check_slots(slots, state.optimizer_tensors)
-    wanted = {f"{MODEL}{name}": max(t.numel(), 1) for name, t in expected.items()}
-    for group in state.param_groups:
-        for name in group["params"]:
-            if name not in trained:
-                raise Damaged(f"{name} is no trained parameter of this model")
-            if f"{name}/step" in slots:  # one that never had a gradient has no state
-                for slot in MOMENTS:
-                    wanted[f"{OPTIMIZER}{name}/{slot}"] = trained[name].numel()
-                wanted[f"{OPTIMIZER}{name}/step"] = 1
-    for name in sorted(wanted.keys() | sizes.keys()):
-        if name not in sizes:
-            raise Damaged(f"{name} is missing")
-        if name not in wanted:
-            raise Damaged(f"{name} is not in this model")
-        if sizes[name] != wanted[name]:
-            raise Damaged(f"{name} has {sizes[name]} elements, not {wanted[name]}")
-
-
-def load_optimizer(
-    folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer, model: nn.Module, read: Read
-) -> None:
-    """Read the optimizer's tensors into moments made for the purpose, cut up as their parameters are.
-
-    Groups may be cut differently than when they were saved (one per device mesh): settings go by parameter.
-
-    Args:
-        read: `read`, or what does the same for tensors cut in another way.
-    """
-    present = _stepped(folder)
-    settings = {name: stored for stored in state.param_groups for name in stored["params"]}
-    for group, names in zip(optimizer.param_groups, contents.group_names(optimizer, model), strict=True):
-        for key, value in settings[names[0]].items() if names else ():
-            if key != "params":
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-        for parameter, name in zip(group["params"], names, strict=True):
-            if name in present:
-                moments = {slot: torch.zeros_like(parameter) for slot in MOMENTS}
-                optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **moments}
-    moments = contents.optimizer_tensors(optimizer, model)
-    read(folder, {f"{OPTIMIZER}{name}": tensor for name, tensor in moments.items()})
+    grouped = {name for group in state.param_groups for name in group.get("params", ())}
+    for name in sorted(grouped ^ trained.keys()):
+        problem = "not trained here" if name in grouped else "without optimizer state"
+        raise Damaged(f"{contents.STATE}: {name} is {problem}")
+    model, moments = stored_in(folder)
+    flat = is_sharded_checkpoint(folder)
+    files = (PATTERN, PATTERN) if flat else (contents.MODEL, contents.OPTIMIZER)
+    contents.check_tensors(model, expected, files[0], flat)
+    wanted: dict[str, Tensor] = {}
+    for name in {key.rpartition("/")[0] or key for key in moments}:  # one that never had a gradient has none
+        if name not in trained:
+            raise Damaged(f"{files[1]}: {name} is no trained parameter of this model")
+        wanted |= {f"{name}/{slot}": trained[name] for slot in MOMENTS} | {f"{name}/step": torch.zeros(())}
+    contents.check_tensors(moments, wanted, files[1], flat)
+    if len(moments) != state.optimizer_tensors:
+        raise Damaged(f"{files[1]}: {len(moments)} optimizer tensors, not {state.optimizer_tensors}")
 
 
 @torch.no_grad()
@@ -122,47 +113,22 @@ def read(folder: Path, targets: Mapping[str, Tensor], alone: bool = False) -> No
         alone: this process reads for itself; otherwise all do so together.
     """
     targets = {name: t.detach() for name, t in targets.items()}
+    wanted: dict[str, Tensor] = {}  # what torch reads: parts, or of parts
     if is_sharded_checkpoint(folder):
         wanted = {name: _with_dimension(t) for name, t in targets.items()}
     else:
-        wanted = {}
         for prefix, file in ((MODEL, contents.MODEL), (OPTIMIZER, contents.OPTIMIZER)):
             own = {name.removeprefix(prefix): t for name, t in targets.items() if name.startswith(prefix)}
-            wanted |= {name: t for name, t in own.items() if t.dim()}
+            wanted |= {name: t for name, t in own.items() if isinstance(t, DTensor)}
+            if own.keys() <= wanted.keys():
+                continue
             with safe_open(folder / file, framework="pt") as stored:
-                for name in own.keys() - wanted.keys():  # scalars, which torch's reader cannot take parts of
+                for name in own.keys() - wanted.keys():
                     own[name].copy_(stored.get_tensor(name))
-    together = torch.distributed.is_available() and torch.distributed.is_initialized() and not alone
-    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not together)
+    if wanted:
+        together = torch.distributed.is_available() and torch.distributed.is_initialized() and not alone
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not together)
 
 
 def _with_dimension(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
-
-
-def _stepped(folder: Path) -> set[str]:
-    """The parameters that a checkpoint has optimizer state of."""
-    if is_sharded_checkpoint(folder):
-        names = [name.removeprefix(OPTIMIZER) for name in _sizes(folder) if name.startswith(OPTIMIZER)]
-    else:
-        with safe_open(folder / contents.OPTIMIZER, framework="pt") as file:
-            names = list(file.keys())
-    return {name.removesuffix("/step") for name in names if name.endswith("/step")}
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Elements of each tensor in all parts together, from their headers.
-
-    Raises:
-        Damaged: a part is not safetensors.
-    """
-    sizes: dict[str, int] = {}
-    for path in sorted(folder.glob(PATTERN)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    elements = math.prod(file.get_slice(name).get_shape())
-                    sizes[name] = sizes.get(name, 0) + elements
-        except (SafetensorError, OSError) as error:
-            raise Damaged(f"{path.name}: {' '.join(str(error).split())}") from None
-    return sizes

@@ -13,7 +13,7 @@ No pickle is written or read.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rmoe.errors import one_line
 from rmoe.records import NOT_JSON, Record
+from rmoe.training.accounting import Window
 from rmoe.training.checkpoint import Damaged
 
 MODEL, OPTIMIZER, RNG, STATE = (
@@ -68,7 +70,7 @@ class TrainingState(Record, frozen=True, kw_only=True):
     sequence_length: int
     skipped_batches: int
     train_seconds: float
-    pending: dict[str, Any]
+    pending: Window
     scheduler: dict[str, Any]
     param_groups: list[dict[str, Any]]
     optimizer_tensors: int
@@ -85,7 +87,7 @@ def read_state(folder: Path) -> TrainingState:
     try:
         state = msgspec.json.decode((folder / STATE).read_bytes(), type=TrainingState)
     except (OSError, *NOT_JSON) as error:
-        raise Damaged(f"{STATE}: {' '.join(str(error).split())}") from None
+        raise Damaged(f"{STATE}: {one_line(str(error))}") from None
     if state.schema_version != STATE_VERSION:
         raise Damaged(f"{STATE} has version {state.schema_version}, not {STATE_VERSION}")
     return state
@@ -119,25 +121,6 @@ def save_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `model.safetensors`, under the names the model itself uses (`unique_tensors`)."""
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(plain, folder / MODEL, metadata={"format": "pt"})
-
-
-def check_model(folder: Path, expected: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and dtypes with `unique_tensors` of a model, reading headers only.
-
-    Raises:
-        Damaged: anything is missing, added, or different.
-    """
-    check_tensors(folder / MODEL, expected)
-
-
-def load_model(folder: Path, model: nn.Module) -> None:
-    """Load `model.safetensors`; nothing is missing and nothing is left over, or nothing is loaded.
-
-    Raises:
-        Damaged: see `check_model`.
-    """
-    check_model(folder, unique_tensors(model))
-    model.load_state_dict(load_file(folder / MODEL), strict=False)  # strict by the check; ties have one name
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -187,75 +170,6 @@ def for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
     return fitted
 
 
-def check_optimizer(folder: Path, state: TrainingState, trained: Mapping[str, Tensor]) -> None:
-    """Check that the optimizer's tensors belong to these parameters, before anything is loaded.
-
-    Raises:
-        Damaged: a parameter the model lacks, or a moment of another shape.
-    """
-    grouped = {name for group in state.param_groups for name in group.get("params", ())}
-    for name in sorted(grouped ^ trained.keys()):
-        raise Damaged(
-            f"{STATE}: {name} is {'not trained here' if name in grouped else 'without optimizer state'}"
-        )
-    headers = _headers(folder / OPTIMIZER)
-    for key, shape in headers.items():
-        name, _, slot = key.rpartition("/")
-        if name not in grouped:
-            raise Damaged(f"{OPTIMIZER}: {name or key} is no trained parameter of this model")
-        if slot != "step" and shape[0] != list(trained[name].shape):
-            raise Damaged(f"{OPTIMIZER}: {key} has shape {shape[0]}, not {list(trained[name].shape)}")
-    check_slots(headers, state.optimizer_tensors)
-
-
-def check_slots(keys: Iterable[str], number: int) -> None:
-    """Check that no parameter has lost part or all of its optimizer state.
-
-    A parameter that never had a gradient has none, so the number of tensors is what was written down.
-
-    Args:
-        keys: `<parameter>/<slot>` of all tensors.
-        number: how many there were when the checkpoint was written.
-
-    Raises:
-        Damaged: a tensor is missing or added.
-    """
-    slots: dict[str, set[str]] = {}
-    for key in keys:
-        name, _, slot = key.rpartition("/")
-        slots.setdefault(name, set()).add(slot)
-    every = set().union(*slots.values())
-    for name, own in sorted(slots.items()):
-        if own != every:
-            raise Damaged(f"{name} lacks {', '.join(sorted(every - own))} of the optimizer")
-    found = sum(map(len, slots.values()))
-    if found != number:
-        raise Damaged(f"{found} optimizer tensors, not {number}")
-
-
-def load_optimizer(
-    folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer, model: nn.Module
-) -> None:
-    """Load `optimizer.safetensors` and the groups' settings.
-
-    Raises:
-        Damaged: the groups are not the optimizer's.
-    """
-    names = group_names(optimizer, model)
-    if names != [group["params"] for group in state.param_groups]:
-        raise Damaged(f"{STATE}: its parameter groups are not this optimizer's")
-    index = {name: position for position, name in enumerate(name for group in names for name in group)}
-    slots: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / OPTIMIZER).items():
-        name, _, slot = key.rpartition("/")
-        slots.setdefault(index[name], {})[slot] = tensor
-    groups = []
-    for stored, current in zip(state.param_groups, optimizer.param_groups, strict=True):
-        settings = {key: tuple(v) if isinstance(current.get(key), tuple) else v for key, v in stored.items()}
-        groups.append(settings | {"params": [index[name] for name in stored["params"]]})
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
-
-
 # --- random numbers -------------------------------------------------------------------------------
 
 
@@ -302,11 +216,14 @@ def load_random(folder: Path, rank: int) -> dict[str, Tensor]:
     }
 
 
-# --- shared ---------------------------------------------------------------------------------------
+# --- headers --------------------------------------------------------------------------------------
+
+Header = tuple[list[int], str]
+"""Shape and dtype of a tensor, the latter by safetensors' name."""
 
 
-def _headers(path: Path) -> dict[str, tuple[list[int], str]]:
-    """(shape, dtype) of every tensor in a file.
+def headers(path: Path) -> dict[str, Header]:
+    """The header of every tensor in a file.
 
     Raises:
         Damaged: it is not a safetensors file.
@@ -316,21 +233,33 @@ def _headers(path: Path) -> dict[str, tuple[list[int], str]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
             return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise Damaged(f"{path.name}: {' '.join(str(error).split())}") from None
+        raise Damaged(f"{path.name}: {one_line(str(error))}") from None
 
 
-def check_tensors(path: Path, expected: Mapping[str, Tensor]) -> None:
-    found = _headers(path)
+def check_tensors(
+    found: Mapping[str, Header], expected: Mapping[str, Tensor], where: str, flat: bool = False
+) -> None:
+    """Compare what a checkpoint has with what a model expects, reading headers only.
+
+    Args:
+        where: the file, for messages.
+        flat: `found` has the number of elements for a shape.
+
+    Raises:
+        Damaged: anything is missing, added, or different.
+    """
     for name in sorted(expected.keys() - found.keys()):
-        raise Damaged(f"{path.name}: {name} is missing")
+        raise Damaged(f"{where}: {name} is missing")
     for name in sorted(found.keys() - expected.keys()):
-        raise Damaged(f"{path.name}: {name} is not in this model")
+        raise Damaged(f"{where}: {name} is not in this model")
     for name, tensor in expected.items():
         shape, dtype = found[name]
-        if shape != list(tensor.shape):
-            raise Damaged(f"{path.name}: {name} has shape {shape}, not {list(tensor.shape)}")
+        wanted = [tensor.numel()] if flat else list(tensor.shape)
+        if shape != wanted:
+            said = f"{shape[0]} elements, not {wanted[0]}" if flat else f"shape {shape}, not {wanted}"
+            raise Damaged(f"{where}: {name} has {said}")
         if dtype != _DTYPES.get(tensor.dtype):
-            raise Damaged(f"{path.name}: {name} is {dtype}, not {tensor.dtype}")
+            raise Damaged(f"{where}: {name} is {dtype}, not {tensor.dtype}")
 
 
 _DTYPES = {

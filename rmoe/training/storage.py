@@ -63,12 +63,7 @@ class Storage(ABC):
         Raises:
             Damaged: they are not this model's.
         """
-        tensors, trained = self.expected()
-        if sharded.is_sharded_checkpoint(folder):
-            sharded.check(folder, state, tensors, trained)
-        else:
-            contents.check_model(folder, tensors)
-            contents.check_optimizer(folder, state, trained)
+        sharded.check(folder, state, *self.expected())
 
     def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
         """Fill tensors in place, each process its own. Collective."""
@@ -79,8 +74,24 @@ class Storage(ABC):
         self.read(folder, sharded.tensors_of(self.model))
 
     def load_optimizer(self, folder: Path, state: TrainingState, optimizer: Optimizer) -> None:
-        """Load the optimizer's state, each process its own. Collective."""
-        sharded.load_optimizer(folder, state, optimizer, self.model, self.read)
+        """Load the optimizer's state into moments made for it, cut up as their parameters are. Collective.
+
+        Groups may be cut differently than when they were saved (one per device mesh): settings go by parameter.
+        """
+        _, stored = sharded.stored_in(folder)
+        settings = {name: group for group in state.param_groups for name in group["params"]}
+        members = contents.group_names(optimizer, self.model)
+        for group, names in zip(optimizer.param_groups, members, strict=True):
+            for key, value in settings[names[0]].items() if names else ():
+                if key != "params":
+                    group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+            for parameter, name in zip(group["params"], names, strict=True):
+                if f"{name}/step" in stored:
+                    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    moments = {slot: torch.zeros_like(parameter) for slot in sharded.MOMENTS}
+                    optimizer.state[parameter] = {"step": step, **moments}
+        tensors = contents.optimizer_tensors(optimizer, self.model)
+        self.read(folder, {f"{sharded.OPTIMIZER}{name}": tensor for name, tensor in tensors.items()})
 
     @abstractmethod
     def whole_model(self) -> Any:
@@ -100,22 +111,6 @@ class Whole(Storage):
             return OptimizerRecord(contents.group_settings(optimizer, self.model), len(tensors))
 
         return write
-
-    def load_model(self, folder: Path) -> None:
-        if sharded.is_sharded_checkpoint(folder):
-            super().load_model(folder)
-        else:
-            contents.load_model(folder, self.model)
-
-    def load_optimizer(self, folder: Path, state: TrainingState, optimizer: Optimizer) -> None:
-        if sharded.is_sharded_checkpoint(folder) or not self._has_groups_of(state, optimizer):
-            super().load_optimizer(folder, state, optimizer)
-        else:
-            contents.load_optimizer(folder, state, optimizer, self.model)
-
-    def _has_groups_of(self, state: TrainingState, optimizer: Optimizer) -> bool:
-        names = contents.group_names(optimizer, self.model)
-        return names == [group["params"] for group in state.param_groups]
 
     def whole_model(self) -> Any:
         return self.model

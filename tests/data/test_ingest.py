@@ -300,7 +300,7 @@ def test_sequence_length_of_one_predicts_nothing(request_for) -> None:
 
 
 def test_gzip_bomb(request_for, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmoe.data.text.MAX_UNPACKED_BYTES", 10_000_000)
+    monkeypatch.setattr("rmoe.data.rows.MAX_UNPACKED_BYTES", 10_000_000)
     with pytest.raises(RequestError, match="at most 10000000 bytes when unpacked"):
         prepare(request_for(gzip.compress(bytes(10_000_001)), "bomb.gz"), 32)
     assert not cache.exists()

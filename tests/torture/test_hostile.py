@@ -49,8 +49,7 @@ def carry_out(case: Case) -> tuple[int, str]:
 
 def look_at_checkpoints(run: Path) -> int:
     """What resuming does first; a checkpoint that does not verify must not be handed on."""
-    from rmoe.training.run import fingerprint
-    from rmoe.training.run_folder import read_run
+    from rmoe.training.run_folder import fingerprint, read_run
 
     store = CheckpointStore(run, fingerprint(read_run(run)))
     found = store.newest_valid(lambda folder: read_state(folder) and None)

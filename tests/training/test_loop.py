@@ -18,7 +18,7 @@ from rmoe.training.build import build_model, model_config
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
-from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.metrics import read_metrics
 from rmoe.training.place import place_of
 from rmoe.training.plan import StepPlan
 from rmoe.training.run import make_learner
@@ -51,7 +51,6 @@ def loop_of(config, out: Path, dataset: object = None, model: object = None) -> 
         dataset=corpus.train if dataset is None else dataset,
         data_sha256="",
         store=CheckpointStore(out, "test"),
-        metrics=MetricsLog(out / "metrics.jsonl"),
         in_unit=lambda split, loss: {"nats": loss},
         evaluate=lambda model: pytest.fail("no evaluation was asked for"),
     )
@@ -174,14 +173,14 @@ def test_step_sums_on_one_rank():
 
 
 def test_window_survives_a_checkpoint():
-    import json
+    import msgspec
 
     stats = RouterStats(
         torch.tensor([[1, 3]]), torch.tensor(2), torch.tensor([0.5]), torch.tensor([1]), torch.tensor([2.0])
     )
     window = Window()
     window.add(1.0, 0.5, 2, stats)
-    window = Window(json.loads(json.dumps(window.to_dict())))
+    window = msgspec.json.decode(msgspec.json.encode(window), type=Window)
     window.add(3.0, 0.5, 2, stats)
     window.seconds = 2.0
     assert window.row() == {
