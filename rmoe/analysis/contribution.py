@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rmoe.graft.modules import GraftedGate
 from rmoe.moe import RoutedLayer, RoutingRecord, listen, scorer_matrix
+from rmoe.moe.reading import is_own
 from rmoe.moe.tokens import first_tensor
-from rmoe.routing.router import BaseRouter
 
 LINEAR = 0.02
 """Of the logits' spread: how far they may be from linear in the router's input. bfloat16 rounds them to 0.4%."""
@@ -150,7 +150,7 @@ class RouteContributions:
         stack.enter_context(gate.register_forward_pre_hook(keep, with_kwargs=True))
         if isinstance(gate, GraftedGate):
             stack.enter_context(gate.router_offset.register_forward_hook(offset))
-        elif isinstance(gate, BaseRouter):
+        elif is_own(gate):
             stack.enter_context(gate.register_forward_hook(again, with_kwargs=True))
 
     def update(self) -> None:

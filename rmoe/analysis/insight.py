@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rmoe.analysis.probe import ChoiceProbe, top_k_recall
 from rmoe.graft.modules import GraftedGate
 from rmoe.moe import RoutedLayer, RoutingBatch, scorer_matrix
-from rmoe.routing.router import BaseRouter
+from rmoe.moe.reading import is_own
 
 
 class Predictability:
@@ -57,7 +57,7 @@ class Predictability:
             self._inputs.append(args[0].detach().reshape(-1, args[0].shape[-1]))
 
         def keep_state(module: nn.Module, args: Any, output: Any) -> None:
-            state = () if not isinstance(module, BaseRouter) else output[1]
+            state = output[1] if is_own(module) else ()
             if isinstance(module, GraftedGate):
                 state = module.outgoing or ()
             self._states.append(state[0].detach() if state else None)

@@ -201,6 +201,9 @@ def _set_up(
     require(fetch == "no" or not lengths, "--lengths", lengths, allowed)
     allowed = "model with --sweep: the chosen models are evaluated here"
     require(fetch != "result" or not plan.sweep, "engine.fetch", fetch, allowed)
+    allowed = "auto with engine.fetch model: finished models are evaluated on this machine, which has no GPU"
+    here = fetch != "model" or training.device != "cuda" or torch.cuda.is_available()
+    require(here, "training.device", training.device, allowed)
     wants, sharing = place(plan.config, options.engine, jobs, on_gpu)
     plan = replace(plan, config=plan.config.with_setting("training.threads", sharing.threads))
     prepared = prepare(plan.config.data, training.sequence_length)

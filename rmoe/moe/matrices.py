@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.moe.layers import RoutedLayer
+from rmoe.moe.reading import is_own
 from rmoe.routing.initial import Initialized
-from rmoe.routing.router import BaseRouter
 
 
 def scorer_matrix(layer: RoutedLayer, shared: Any) -> Tensor | None:
@@ -19,8 +19,8 @@ def scorer_matrix(layer: RoutedLayer, shared: Any) -> Tensor | None:
         layer: whose router.
         shared: an RMoE model's shared router parameters, where some routers keep their matrix.
     """
-    if isinstance(layer.gate, BaseRouter):
-        matrix = layer.gate.experts_matrix(shared)
+    if is_own(layer.gate):
+        matrix: Tensor | None = layer.gate.experts_matrix(shared)  # type: ignore[operator]
         return None if matrix is None else matrix.detach()
     of_graft = {
         id(parameter)

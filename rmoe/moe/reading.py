@@ -191,10 +191,14 @@ def record_of(
     return RoutingRecord(logits, scores / scores.sum(-1, keepdim=True), experts, weights, num_experts)
 
 
+def is_own(gate: nn.Module) -> bool:
+    """Whether a gate is a router of this package, or PEFT's `modules_to_save` around one, which does what that does."""
+    return any(isinstance(module, BaseRouter) for module in (gate, *gate.children()))
+
+
 def reader_of(name: str, gate: nn.Module, experts: nn.Module, num_experts: int, top_k: int) -> Reader:
     """The reader that fits how gate and experts are called."""
-    # PEFT's `modules_to_save` puts a wrapper around a router, which gives what the router gives.
-    if any(isinstance(module, BaseRouter) for module in (gate, *gate.children())):
+    if is_own(gate):
         return RoutingReader(name, num_experts, top_k, "own")
     named = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
     if len(named) == 1:

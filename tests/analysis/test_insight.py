@@ -204,6 +204,24 @@ def test_the_probes_read_the_input_and_the_state_of_the_layer_below(name: str) -
     assert state != linear
 
 
+def test_a_router_that_peft_trains_whole_is_measured_as_itself() -> None:
+    """Its matrix, its state and what the state adds to the logits."""
+    peft = pytest.importorskip("peft")
+    ids = torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(0))
+    options = AnalysisOptions(measures=("predictability", "contributions"))
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["gate"])
+    plain, wrapped = tiny_rmoe(), peft.get_peft_model(tiny_rmoe(), settings).eval()
+    one, two = (
+        analyze_models([Subject("it", model)], ids.numpy(), str, options)[0] for model in (plain, wrapped)
+    )
+    assert one.predictability is not None
+    assert None not in (one.predictability.state_probe or [None])
+    assert one.predictability == two.predictability
+    assert one.contributions == two.contributions
+    assert one.contributions is not None
+    assert None not in one.contributions.state[1:]
+
+
 def test_probes_in_the_file() -> None:
     ids = torch.randint(3, 60, (16, 16), generator=torch.Generator().manual_seed(5)).numpy()
     options = AnalysisOptions(batch_size=3, measures=("predictability",))

@@ -15,6 +15,7 @@ import pytest
 
 from rmoe.compare import plan as plans
 from rmoe.compare.compare import Options, compare
+from rmoe.compare.engines import EngineConfig
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError, RunError
 from rmoe.results.rows import Failure, append_row, read_rows
@@ -155,6 +156,10 @@ def test_another_comparison_in_the_folder_is_refused(shared):
         ),
         ({"match_logits": -1.0}, r"initial_logit_std is -1.0; allowed: above 0"),
         (
+            {"config": "cuda", "options": Options(engine=EngineConfig(kind="ray", fetch="model"))},
+            r"training.device is 'cuda'; allowed: auto with engine.fetch model",
+        ),
+        (
             {"lengths": (2, 4), "sweep": ["learning_rate=1e-3,1e-2"], "config": "wsd"},
             r"--lengths is '2,4'; allowed: left out with --sweep",
         ),
@@ -168,13 +173,15 @@ def test_another_comparison_in_the_folder_is_refused(shared):
         ),
     ],
 )
-def test_a_wrong_request_writes_nothing(tmp_path, arguments, said):
+def test_a_wrong_request_writes_nothing(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = config_of(tmp_path)
     wrong = {
         "router": config.with_setting("router", "xmoe"),
         "k": config.with_setting("model.num_experts_per_tok", 9),
         "wide": config.with_setting("moe_intermediate_size", 200),
         "wsd": config.with_setting("schedule", "wsd"),
+        "cuda": config.with_setting("training.device", "cuda"),
     }
     call = {"config": config, "routers": ["smoe", "rmoe"], "seeds": 1, "options": QUIET} | arguments
     call["config"] = wrong.get(call["config"], config) if isinstance(call["config"], str) else call["config"]
