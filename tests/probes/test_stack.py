@@ -116,7 +116,7 @@ def test_what_cannot_be_stacked_runs_one_by_one_and_says_so(monkeypatch: pytest.
 
     def peeking(self: Linear, features: torch.Tensor, shared: object, noise: object) -> torch.Tensor:
         scale = 2.0 if features.sum().item() > 1e9 else 1.0  # .item() is refused under vmap
-        return scale * self._weights(None)(features)
+        return scale * self.last(None)(features)
 
     want = ensemble("smoe", LANES)
     monkeypatch.setattr(Linear, "forward", peeking)
