@@ -209,6 +209,8 @@ def enter(
     _refuse_other(folder)
     if (folder / COMPARISON).exists():
         stored = read_record(folder / COMPARISON, ComparisonRecord, COMPARISON_VERSION)
+        # Settings that came after it was begun have their defaults.
+        stored = msgspec.structs.replace(stored, config=RunConfig.from_dict(stored.config).to_dict())
         _require_same(folder, stored, record, plan.routers)
         changes = stored.changes | record.changes
         write_record(folder / COMPARISON, msgspec.structs.replace(record, changes=changes))

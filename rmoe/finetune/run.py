@@ -353,6 +353,8 @@ def _same(out: Path, now: Request) -> Request:
     parts = ["config", "data_sha256", "model_sha256", "valid_sha256"]
     if was.valid_sha256 is None and was.config.get("valid") is not None:
         parts.remove("valid_sha256")  # an earlier release did not write it
-    before, after = (run_folder.settings_of(each, parts) for each in (was, now))
+    # Settings that came after it was begun have their defaults.
+    whole = msgspec.structs.replace(was, config=FinetuneConfig().to_dict() | was.config)
+    before, after = (run_folder.settings_of(each, parts) for each in (whole, now))
     run_folder.require_equal(before, after, PLACES, f"the run in {out}")
     return was

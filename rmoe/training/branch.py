@@ -10,15 +10,21 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import msgspec
-
 from rmoe.errors import RequestError
 from rmoe.routing.spec import RouterSpec
 from rmoe.training import run_folder
 from rmoe.training.checkpoint import MANIFEST, CheckpointStore, Damaged, verify
 from rmoe.training.config import RunConfig
 from rmoe.training.metrics import MetricsLog, read_metrics
-from rmoe.training.run_folder import CHECKPOINTS, RunRecord, flat, read_run, require_equal, settings_of
+from rmoe.training.run_folder import (
+    CHECKPOINTS,
+    RunRecord,
+    completed,
+    flat,
+    read_run,
+    require_equal,
+    settings_of,
+)
 
 FIELD = "--branch-of"
 LENGTH = ("training.max_steps", "training.branch_points", "training.average", "training.average_every")
@@ -43,9 +49,8 @@ def require_branch(config: RunConfig, record: RunRecord, source: Path) -> Path:
         )
     if config.average_steps and min(config.average_steps) <= step:
         raise RequestError("training.average", config.training.average, f"averages after step {step} alone")
-    stored = read_run(source)
-    longer = RunConfig.from_dict(stored.config)  # settings that came after it was trained have their defaults
-    stored = msgspec.structs.replace(stored, config=longer.to_dict())
+    stored = completed(read_run(source))
+    longer = RunConfig.from_dict(stored.config)
     if longer.training.max_steps < config.training.max_steps:
         allowed = f"at most {longer.training.max_steps}, the steps of the run in {source}"
         raise RequestError("training.max_steps", config.training.max_steps, allowed)

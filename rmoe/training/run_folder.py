@@ -188,6 +188,21 @@ def fingerprint(record: RunRecord) -> str:
     return hashlib.sha256(identity).hexdigest()
 
 
+def completed(record: RunRecord) -> RunRecord:
+    """A stored record with the defaults of settings and router options that came after it was written.
+
+    Raises:
+        RequestError: it has some that are no more.
+    """
+    from rmoe.routing.spec import RouterSpec
+    from rmoe.training.config import RunConfig
+
+    model = record.model
+    if "router" in model:
+        model = {**model, "router": RouterSpec.from_dict(model["router"]).to_dict()}
+    return msgspec.structs.replace(record, config=RunConfig.from_dict(record.config).to_dict(), model=model)
+
+
 def require_same(folder: Path, record: RunRecord) -> None:
     """Check that what is asked for now is the run that is in the folder.
 
@@ -196,7 +211,7 @@ def require_same(folder: Path, record: RunRecord) -> None:
     Raises:
         RequestError: naming the first setting that differs.
     """
-    stored, may_differ = read_run(folder), MAY_DIFFER
+    stored, may_differ = completed(read_run(folder)), MAY_DIFFER
     tokenizers = [str(flat(each.config).get("data.tokenizer")) for each in (stored, record)]
     if stored.data_sha256 == record.data_sha256 or len({Path(name).name for name in tokenizers}) == 1:
         may_differ |= {"data.tokenizer"}  # of another place, or it is the hash that has to be said
