@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -183,3 +184,16 @@ def test_threads_do_not_follow_from_jobs():
     assert share(model, training, 5, on_gpu=False).jobs == 5
     large = RunConfig.from_preset("pretrain-0.9b")
     assert share(large.model, large.training, None, on_gpu=True).jobs is None  # as many as the GPUs take
+
+
+def test_a_comparison_of_a_version_with_fewer_settings_goes_on(tmp_path):
+    plans.enter(tmp_path / "out", plan(), "a" * 64)
+    path = tmp_path / "out" / plans.COMPARISON
+    stored = json.loads(path.read_text())
+    del stored["config"]["training"]["average"]
+    path.write_text(json.dumps(stored))
+    averaged = plan()
+    averaged = replace(averaged, config=averaged.config.with_setting("training.average", 2))
+    with pytest.raises(RequestError, match=r"training.average is 2; allowed: 0"):
+        plans.enter(tmp_path / "out", averaged, "a" * 64)
+    plans.enter(tmp_path / "out", plan(), "a" * 64)

@@ -204,6 +204,19 @@ def test_another_request_is_not_resumed(models: Path, alpaca: Path, tmp_path: Pa
         tune(models / "rmoe", alpaca, tmp_path / "out", epochs=1.0)
 
 
+def test_a_request_of_a_version_with_fewer_settings_is_the_same_request(
+    models: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    tune(models / "rmoe", alpaca, tmp_path / "out", epochs=1.0)
+    request = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    del request["config"]["gradient_checkpointing"]
+    (tmp_path / "out" / "finetune.json").write_text(json.dumps(request))
+    again = tune(models / "rmoe", alpaca, tmp_path / "out", resume=True, epochs=1.0)
+    assert again.model == str(tmp_path / "out" / "model")
+    with pytest.raises(RequestError, match="gradient_checkpointing is True; allowed: False"):
+        tune(models / "rmoe", alpaca, tmp_path / "out", resume=True, epochs=1.0, gradient_checkpointing=True)
+
+
 def test_from_the_command_line(
     models: Path, alpaca: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,18 +8,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from rmoe import records
 from rmoe.errors import RequestError, RunError
+from rmoe.records import write_record
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
 from rmoe.training.run import Stopped, read_result, train
-from rmoe.training.run_folder import locked, read_run, refuse_used
+from rmoe.training.run_folder import RunRecord, locked, read_run, refuse_used, require_same
 from tests.training import tiny
 
 
@@ -380,6 +382,36 @@ def test_killed_while_its_first_file_was_written_a_run_begins_anew(tmp_path, fir
 def test_resuming_another_run_is_refused(text, finished, change, field):
     with pytest.raises(RequestError, match=f"{field} is .*as the run in .* was started with"):
         train(tiny.config(text, **change), finished, resume=True, progress=False)
+
+
+def test_a_run_of_a_version_with_fewer_settings_is_the_same_run(finished, tmp_path):
+    """Settings and router options that came later have their defaults, and no other value."""
+    stored = read_run(finished)
+    earlier = msgspec.to_builtins(stored)
+    del earlier["config"]["training"]["average"], earlier["config"]["logging"]["test_blocks"]
+    del earlier["model"]["router"]["router"]["constant_experts"]
+    write_record(tmp_path / "config.json", msgspec.convert(earlier, RunRecord))
+    require_same(tmp_path, stored)
+    for record, said in (
+        (changed(stored, "config", "training", "average", 2), "training.average is 2; allowed: 0"),
+        (
+            changed(stored, "model", "router", "router", "constant_experts", 1),
+            "constant_experts is 1; allowed: 0",
+        ),
+    ):
+        with pytest.raises(RequestError, match=said):
+            require_same(tmp_path, record)
+
+
+def changed(record: RunRecord, *path_and_value) -> RunRecord:
+    """With another value at a path of keys."""
+    *path, last, value = path_and_value
+    values = msgspec.to_builtins(record)
+    inner = values
+    for name in path:
+        inner = inner[name]
+    inner[last] = value
+    return msgspec.convert(values, RunRecord)
 
 
 def test_resuming_on_another_text_is_refused(text, tmp_path, monkeypatch):
