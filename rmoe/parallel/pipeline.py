@@ -300,6 +300,29 @@ class Pipeline:
         dist.all_reduce(square, group=self.stages)
         return float(square.sqrt())
 
+    def clip(self, max_norm: float) -> float:
+        """Scale the whole model's gradients to a norm of at most `max_norm`; returns the norm before."""
+        parameters = list(self.part.parameters())
+        norm = self.norm(parameters)
+        if norm > max_norm:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(max_norm / (norm + 1e-6))
+        return norm
+
+    def update_routers(self, step: int, total_steps: int) -> None:
+        """As the model's: once after each optimizer step, with the routing of that step."""
+        assert self.stats is not None
+        stats = self.stats
+        if self.replicas > 1:
+            stats = stats.map(self._over_copies)
+        self.part.update_routers(stats, step, total_steps)
+
+    def _over_copies(self, part: Tensor) -> Tensor:
+        part = part.clone()
+        dist.all_reduce(part, group=self.copies)
+        return part
+
     def _gathered_stats(self) -> RouterStats | None:
         every: list[Any] = [None] * self.count
         dist.all_gather_object(every, self.part.stats, group=self.stages)
