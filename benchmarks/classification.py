@@ -1,6 +1,6 @@
 """A small RMoE classifier from random weights, beside the majority class and a bag of words.
 
-    python benchmarks/classification.py --train sst2_train.jsonl.gz --dev sst2_dev.jsonl.gz [--out benchmarks/results]
+    python -m benchmarks.classification --train sst2_train.jsonl.gz --dev sst2_dev.jsonl.gz [--out benchmarks/results]
 
 Reads bytes, has seen no other text, and is trained as `rmoe finetune --task classification` does. The bag of words is
 scikit-learn's logistic regression on counts of words, with its defaults: what a small model has to be measured against.
@@ -12,13 +12,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from results import write_result
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-
+from benchmarks.results import write_result
+from experiments.classifier_study import bag_of_words
 from rmoe.data.encode import byte_tokenizer
 from rmoe.data.tasks import Labelled, read_tasks
-from rmoe.finetune.classification import scores
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import finetune
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
@@ -71,17 +68,12 @@ def main() -> None:
             by_seed.append(finetune(start, arguments.train, Path(folder, "run"), settings).scores)
         print(f"seed {seed}: {by_seed[-1]}", flush=True)
 
-    train, dev = read_tasks(arguments.train, Labelled), read_tasks(arguments.dev, Labelled)
-    words = CountVectorizer()
-    regression = LogisticRegression(max_iter=2000)
-    regression.fit(words.fit_transform([item.text for item in train]), [item.label for item in train])
-    said = regression.predict(words.transform([item.text for item in dev]))
     figures = {
-        "train": {"file": arguments.train.name, "items": len(train)},
-        "dev": {"file": arguments.dev.name, "items": len(dev)},
+        "train": {"file": arguments.train.name, "items": len(read_tasks(arguments.train, Labelled))},
+        "dev": {"file": arguments.dev.name, "items": len(read_tasks(arguments.dev, Labelled))},
         "epochs": arguments.epochs,
         "rmoe_by_seed": by_seed,
-        "bag_of_words": scores([str(label) for label in said], [str(item.label) for item in dev]),
+        "bag_of_words": bag_of_words(arguments.train, arguments.dev),
     }
     write_result("classification", figures, arguments.out)
 

@@ -9,7 +9,6 @@ run that was stopped starts again; finished runs are kept, and a file holds runs
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ import msgspec
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from experiments.lines import read_rows, require_same
+from experiments.lines import command, read_rows, require_same, write_table
 from experiments.status import exit_status
 from rmoe.compare.statistics import t_interval
 from rmoe.data.tasks import Labelled, read_tasks
@@ -214,12 +213,8 @@ def markdown(rows: Sequence[ClassifierRow], words: dict[str, dict[str, float]]) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong request."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.classifier_study", description=__doc__)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
+    parser = command("experiments.classifier_study", __doc__, Path("runs/classifier"), RESULTS)
     parser.add_argument("--models", type=Path, default=Path("runs/study/std-1/runs"))
-    parser.add_argument("--out", type=Path, default=Path("runs/classifier"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     asked = parser.parse_args(argv)
 
@@ -227,10 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.verb == "run":
             run(asked.data_dir, asked.models, asked.out, asked.seeds, asked.results)
         else:
-            words = {task: bag_of_words(*files_of(task, asked.data_dir)) for task in TASKS}
-            table = markdown(read_rows(asked.results, ClassifierRow), words)
-            asked.results.with_suffix(".md").write_text(table, encoding="utf-8")
-            print(table)
+            rows = read_rows(asked.results, ClassifierRow)
+            tasks = dict.fromkeys(row.task for row in rows)
+            words = {task: bag_of_words(*files_of(task, asked.data_dir)) for task in tasks}
+            write_table(asked.results, markdown(rows, words))
 
     return exit_status(work)
 

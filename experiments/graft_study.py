@@ -9,7 +9,6 @@ runs of one code only.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import defaultdict
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, get_wsd_schedule
 
-from experiments.lines import read_rows, require_same
+from experiments.lines import command, read_rows, require_same, write_table
 from experiments.status import exit_status
 from rmoe.compare.statistics import compare_to_baseline
 from rmoe.data import prepare
@@ -267,11 +266,7 @@ def markdown(rows: Sequence[GraftRow], baseline: str = "nothing new") -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong request."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.graft_study", description=__doc__)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("runs/graft-study"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = command("experiments.graft_study", __doc__, Path("runs/graft-study"), RESULTS)
     parser.add_argument("--seeds", type=int, default=5)
     asked = parser.parse_args(argv)
 
@@ -279,9 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.verb == "run":
             run(asked.data_dir, asked.out, asked.seeds, Size(), asked.results)
         else:
-            table = markdown(read_rows(asked.results, GraftRow))
-            asked.results.with_suffix(".md").write_text(table, encoding="utf-8")
-            print(table)
+            write_table(asked.results, markdown(read_rows(asked.results, GraftRow)))
 
     return exit_status(work)
 

@@ -1,7 +1,8 @@
-"""Result files of one finished run per line, all of one code and one setting."""
+"""Studies of one finished run per line, all of one code and one setting: their files, table and command."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -34,3 +35,24 @@ def require_same(rows: Iterable[object], mine: Mapping[str, object], path: Path)
         for name, value in mine.items():
             if value != (found := getattr(row, name)):
                 raise RequestError(name, value, f"those of the runs in {path}: {found}")
+
+
+def write_table(results: Path, table: str) -> None:
+    """Write Markdown beside the file it was made from, and print it."""
+    results.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def command(module: str, about: str | None, out: Path, results: Path) -> argparse.ArgumentParser:
+    """The command of a study that is `run`, and then has its `table`.
+
+    Args:
+        out: the default of `--out`.
+        results: of `--results`.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--results", type=Path, default=results)
+    return parser

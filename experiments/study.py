@@ -28,6 +28,7 @@ from typing import Any
 
 import msgspec
 
+from experiments.lines import write_table
 from experiments.status import exit_status
 from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
@@ -299,8 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lengths, times = beside(results, "_branches.jsonl"), beside(results, "_times.json")
             at_equal_time = section(in_reference(found, study), study.baseline, study.margin, lengths, times)
             table = "\n".join(filter(None, (table, at_equal_time)))
-            results.with_suffix(".md").write_text(table, encoding="utf-8")
-            print(table)
+            write_table(results, table)
 
     return exit_status(work)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -57,14 +56,6 @@ class Times(Record, frozen=True, kw_only=True):
     versions: Versions
 
 
-def shorter(config: RunConfig, point: int) -> RunConfig:
-    """The run whose decay, its last fifth, begins at a branch point of the configuration."""
-    training = replace(
-        config.training, max_steps=point * 5 // 4, branch_points=(), average=0, average_every=None
-    )
-    return replace(config, training=training)
-
-
 def train_branches(config: RunConfig, folder: Path, results: Path) -> int:
     """Train the shorter runs of every finished run in `folder` that kept its branch points; returns how many.
 
@@ -77,8 +68,8 @@ def train_branches(config: RunConfig, folder: Path, results: Path) -> int:
     for whole in sorted(folder.glob(f"runs/{config.router}-seed*/result.json")):
         seed = int(whole.parent.name.rpartition("-seed")[2])
         for point in config.training.branch_points:
-            branch = shorter(config.with_setting("training.seed", seed), point)
-            steps = branch.training.max_steps
+            steps = point * 5 // 4  # the last fifth is the decay
+            branch = config.with_setting("training.seed", seed).shorter(steps)
             kept = whole.parent / "checkpoints" / f"checkpoint-{point}"
             if (seed, steps) in known or not kept.exists():
                 continue

@@ -132,9 +132,8 @@ def analyze_folders(
         analyses = []
         for subject, reading in zip(subjects, readings, strict=True):
             analyses += analyze_models([subject], reading.blocks, reading.token_text, options)
-            options = replace(
-                options, explored_tokens=0
-            )  # tokens to explore are the same for all, or the first's
+            # Tokens to explore are the same for all, or the first's.
+            options = replace(options, explored_tokens=0)
     for routing in routings:
         if routing is not None:
             routing.close()

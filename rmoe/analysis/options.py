@@ -81,9 +81,7 @@ class AnalysisOptions:
     batch_size: int = 8
     gradient_tokens: int = 2048
     explored_tokens: int = 256
-    measures: tyro.conf.Suppress[tuple[str, ...]] = (
-        DEFAULT_MEASURES  # the command line has its own form of it
-    )
+    measures: tyro.conf.Suppress[tuple[str, ...]] = DEFAULT_MEASURES  # the command line's is one text
     check: bool = True
 
     def __post_init__(self) -> None:

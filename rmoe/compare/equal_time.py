@@ -132,8 +132,6 @@ def with_branch_points(config: RunConfig, lengths: Sequence[int]) -> RunConfig:
     if not all(0 < length < training.max_steps for length in lengths):
         allowed = f"1 to {training.max_steps - 1}: a branch ends before its run, which has {training.max_steps} steps"
         raise RequestError("--lengths", said, allowed)
-    points = {
-        replace(training, max_steps=length, branch_points=(), average=0).constant_steps for length in lengths
-    }
+    points = {config.shorter(length).training.constant_steps for length in lengths}
     kept = tuple(sorted(points | set(training.branch_points)))
     return replace(config, training=replace(training, branch_points=kept))

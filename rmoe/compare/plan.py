@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,11 @@ class ComparisonPlan:
     def branches(self) -> list[tuple[Run, Run]]:
         """(shorter run, the run of the plan it branches from) of the baseline, seed by seed."""
         return [
-            (Run(run.router, run.seed, {LENGTH: length}, self._branch_config(run.config, length)), run)
+            (Run(run.router, run.seed, {LENGTH: length}, run.config.shorter(length)), run)
             for run in self.runs()
             if run.router == self.baseline
             for length in self.lengths
         ]
-
-    @staticmethod
-    def _branch_config(config: RunConfig, length: int) -> RunConfig:
-        training = replace(config.training, max_steps=length, branch_points=(), average=0, average_every=None)
-        return replace(config, training=training)
 
     def config_of(self, router: str, seed: int, point: dict[str, SweepValue]) -> RunConfig:
         """The configuration of one run. With a sweep the test split waits until a point is chosen."""

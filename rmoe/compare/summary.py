@@ -359,18 +359,12 @@ def _scale_notes(routers: Sequence[RouterSummary]) -> list[str]:
             f"{scales[low]:.2g} before step 0, those of {high} {scales[high]:.2g}. That alone can move the loss by "
             "more than a router does; --match-logits 1.0 starts all of them at one scale."
         ]
-    return _parted_notes(
-        {r.router: r.layer_curves["logit_std"] for r in routers if "logit_std" in r.layer_curves}
-    )
+    return _parted_notes({r.router: r.curves["logit_std"] for r in routers if "logit_std" in r.curves})
 
 
-def _parted_notes(curves: Mapping[str, LayerCurve]) -> list[str]:
+def _parted_notes(curves: Mapping[str, Band]) -> list[str]:
     """A warning when logits that start at one scale do not stay there: at the step where they are furthest apart."""
-    # Means over layers: the swept points that routers were chosen at may differ in depth.
-    means = {
-        name: dict(zip(curve.step, (float(np.mean(layers)) for layers in curve.value), strict=True))
-        for name, curve in curves.items()
-    }
+    means = {name: dict(zip(curve.step, curve.mean, strict=True)) for name, curve in curves.items()}
     widest = (0.0, 0, "", "")
     for step in sorted(set.intersection(*map(set, means.values()))) if means else []:
         low, high = min(means, key=lambda r: means[r][step]), max(means, key=lambda r: means[r][step])

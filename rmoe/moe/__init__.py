@@ -1,7 +1,7 @@
 """Any Mixture-of-Experts model as stacks of routed layers: found, read, checked, recorded, replayed."""
 
 from rmoe.moe.callback import RoutingCallback
-from rmoe.moe.check import ReadingCheck, SilencedExpert, check_reading
+from rmoe.moe.check import ReadingCheck, check_reading
 from rmoe.moe.layers import RoutedLayer, require_layers, routed_layers, routed_stacks
 from rmoe.moe.matrices import expert_matrices, expert_vectors, scorer_matrix
 from rmoe.moe.reading import Reader
@@ -9,8 +9,10 @@ from rmoe.moe.recorder import Recorder, listen
 from rmoe.moe.recording import RecordedSequence, Recording
 from rmoe.moe.records import RoutingBatch, RoutingRecord
 from rmoe.moe.replaying import record, replay
+from rmoe.results.analysis import ExpertCheck
 
 __all__ = [
+    "ExpertCheck",
     "Reader",
     "ReadingCheck",
     "RecordedSequence",
@@ -20,7 +22,6 @@ __all__ = [
     "RoutingBatch",
     "RoutingCallback",
     "RoutingRecord",
-    "SilencedExpert",
     "check_reading",
     "expert_matrices",
     "expert_vectors",

@@ -28,10 +28,6 @@ LOUDER = 64.0
 """Where silence changes nothing, the expert's weights are multiplied by this: a part that was rounded away shows."""
 
 
-SilencedExpert = ExpertCheck
-"""What happened when one expert was silenced."""
-
-
 @dataclass(frozen=True)
 class ReadingCheck:
     """The check of one model.
@@ -43,7 +39,7 @@ class ReadingCheck:
     """
 
     tokens: int
-    experts: tuple[SilencedExpert, ...]
+    experts: tuple[ExpertCheck, ...]
     unchecked: tuple[str, ...]
 
     @property
@@ -80,7 +76,7 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
         per_layer: experts silenced in each layer.
     """
     recorder = Recorder(model)
-    found: list[SilencedExpert] = []
+    found: list[ExpertCheck] = []
     unchecked: list[str] = []
     last: dict[str, RoutingRecord] = {}
     with ExitStack() as stack:
@@ -110,7 +106,7 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
 
 def _silence_some(
     layer: RoutedLayer, block: nn.Module, args: Any, kwargs: Any, record: RoutingRecord, per_layer: int
-) -> Iterator[SilencedExpert]:
+) -> Iterator[ExpertCheck]:
     whole = _output(block, args, kwargs)
     scale = whole.abs().amax(-1)
     noise = 4 * torch.finfo(whole.dtype).eps * scale
@@ -123,7 +119,7 @@ def _silence_some(
             with scaled(layer, expert, LOUDER):
                 changed |= (_output(block, args, kwargs) != whole).any(-1)
         sizes = (difference / scale)[uses]
-        yield SilencedExpert(
+        yield ExpertCheck(
             layer=layer.name,
             expert=expert,
             said=int(uses.sum()),

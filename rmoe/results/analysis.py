@@ -242,9 +242,8 @@ class ExpertCheck(Record, frozen=True, kw_only=True):
     said: int  # tokens said to use it
     missed: int  # of those, how many did not change
     extra: int  # tokens that changed, but should not
-    change: (
-        float  # mean over its tokens of |y - y'| / |y| of the block's output (largest entries); 0 without any
-    )
+    # Mean over its tokens of |y - y'| / |y| of the block's output (largest entries); 0 without any.
+    change: float
 
     @property
     def passed(self) -> bool:

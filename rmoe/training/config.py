@@ -276,6 +276,15 @@ class RunConfig:
         last, every = self.training.max_steps, self.training.average_every or self.checkpoint_interval
         return frozenset(last - every * index for index in range(self.training.average))
 
+    def shorter(self, steps: int) -> RunConfig:
+        """Of a run of fewer steps that can branch from this one (`rmoe.training.branch`); it averages no weights.
+
+        Raises:
+            RequestError: it would be too short for its warm-up.
+        """
+        training = replace(self.training, max_steps=steps, branch_points=(), average=0, average_every=None)
+        return replace(self, training=training)
+
     @property
     def test_blocks(self) -> int | None:
         """Blocks of the test split the finished model is evaluated on; None is all."""

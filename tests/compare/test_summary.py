@@ -135,13 +135,13 @@ def started(scale: float, router: str, seed: int = 0):
 
 @pytest.mark.parametrize(("later", "warned"), [(1.49, False), (1.51, True), (0.66, True), (0.67, False)])
 def test_routers_that_leave_one_scale_are_warned_about(later, warned):
-    """Means over layers count, at the step where the arms are furthest apart."""
-    from rmoe.results.run import LayerCurve
+    """Means over layers and seeds count, at the step where the arms are furthest apart."""
+    from rmoe.results.run import Curve
 
     def logged(router: str, at_20: float):
-        values = [[0.9, 1.1], [at_20 - 0.1, at_20 + 0.1], [1.1, 1.1]]
-        curve = LayerCurve(unit="std", step=[10, 20, 30], value=values)
-        return changed(started(1.0, router), layer_curves={"logit_std": curve})
+        run = started(1.0, router)
+        curve = Curve(unit="std", step=[10, 20, 30], value=[1.0, at_20, 1.1])
+        return changed(run, curves={**run.result.curves, "logit_std": curve})
 
     rows = [logged("smoe", 1.0), logged("rmoe", later), row("hash", 0, 1.9)]
     notes = [n for n in summarise(rows, preset="small", baseline="smoe").notes if "leave it" in n]

@@ -8,7 +8,7 @@ import pytest
 from experiments import study, study_time
 from experiments.lines import read_rows
 from experiments.study_rows import study_row
-from experiments.study_time import BranchRow, Times, section, shorter, train_branches
+from experiments.study_time import BranchRow, Times, section, train_branches
 from rmoe.errors import RequestError
 from rmoe.records import read_record, write_record
 from rmoe.results.rows import Timing
@@ -46,7 +46,7 @@ def test_branches_are_the_shorter_runs(plan, tmp_path, capsys):
     assert train_branches(config, folder, results) == 0
     found = {row.key: row.test for row in read_rows(results, BranchRow)}
     assert sorted(found) == [(0, 10), (0, 15)]
-    alone = train(shorter(config, 8), tmp_path / "alone", progress=False)
+    alone = train(config.shorter(10), tmp_path / "alone", progress=False)
     assert found[0, 10] == alone.test
 
 
