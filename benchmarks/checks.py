@@ -43,12 +43,8 @@ class Check:
         return self.error is not None and self.error <= self.allowed
 
 
-def run_checks(device: str, compiled: bool = True) -> list[Check]:
-    """All of them. What fails to run is a failed check, and the others go on.
-
-    Args:
-        compiled: also through `torch.compile`, which takes most of the time.
-    """
+def run_checks(device: str, compiled: bool) -> list[Check]:
+    """All without `torch.compile`, or those through it. What fails to run is a failed check, and the others go on."""
     checks: list[Check] = []
 
     def check(name: str, allowed: float, error: Callable[[], float]) -> None:
@@ -60,6 +56,25 @@ def run_checks(device: str, compiled: bool = True) -> list[Check]:
                 Check(name, None, allowed, " ".join(f"{type(problem).__name__}: {problem}".split())[:200])
             )
 
+    if compiled:
+        variants: dict[str, dict[str, Any]] = {"compiled": {"compiled": True, "chunked": True}}
+    else:
+        variants = {
+            "as it is": {}, "loss in chunks": {"chunked": True},
+            "activation checkpointing": {"checkpointing": True},
+        }  # fmt: skip
+        check_parts(check, device)
+    for architecture, choice in ARCHITECTURES.items():
+        for variant, options in variants.items():
+            name = f"model, loss and gradients, {architecture}, float32, {variant}"
+            check(name, 1e-4, lambda c=choice, o=options: model_error(c, device, **o))
+    name = f"decoding in a static cache{', compiled' if compiled else ''}, float32"
+    check(name, 1e-4, lambda: decode_error(device, compiled))
+    return checks
+
+
+def check_parts(check: Callable[[str, float, Callable[[], float]], None], device: str) -> None:
+    """Experts and routers by themselves."""
     for architecture, choice in ARCHITECTURES.items():
         for dtype, bound in BOUNDS.items():
             for path in experts_paths(device, dtype):
@@ -72,19 +87,6 @@ def run_checks(device: str, compiled: bool = True) -> list[Check]:
                     )
     for router in ROUTERS:
         check(f"router {router}, float32", 1e-5, lambda r=router: router_error(r, device))
-    variants: dict[str, dict[str, Any]] = {
-        "as it is": {}, "loss in chunks": {"chunked": True}, "activation checkpointing": {"checkpointing": True},
-    }  # fmt: skip
-    if compiled:
-        variants["compiled"] = {"compiled": True, "chunked": True}
-    for architecture, choice in ARCHITECTURES.items():
-        for variant, options in variants.items():
-            name = f"model, loss and gradients, {architecture}, float32, {variant}"
-            check(name, 1e-4, lambda c=choice, o=options: model_error(c, device, **o))
-    for how in (False, True) if compiled else (False,):
-        name = f"decoding in a static cache{', compiled' if how else ''}, float32"
-        check(name, 1e-4, lambda h=how: decode_error(device, h))
-    return checks
 
 
 def experts_paths(device: str, dtype: torch.dtype) -> list[str]:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --text FILE [--minutes 9.5] [--out benchmarks/results]
 
-First every path is checked against float64; then the suite's cases run, the most telling first, as long as there is
-time; then SMoE and RMoE train at the medium size on the text for what is left. One JSON file and one page of tables,
-rewritten after every part, so that a machine taken away leaves what was measured. Without a GPU everything runs on
-the CPU (`--toy` for sizes that end soon), and says so.
+First every path is checked against float64; then the suite's cases run, the most telling first and what has to be
+compiled last, as long as there is time; then SMoE and RMoE train at the medium size on the text for what is left. One
+JSON file and one page of tables, rewritten after every part, so that a machine taken away leaves what was measured.
+Without a GPU everything runs on the CPU (`--toy` for sizes that end soon), and says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rmoe.training.config import CheckpointConfig, LoggingConfig, RunConfig
 from rmoe.training.run import train
 
 FOR_TRAINING = 0.3
-"""Share of the time that cases leave to training."""
+"""Share of the time that checks and cases leave to training, by default."""
 BEYOND_STEPS = 20.0
 """Seconds of a run that are not steps: evaluation, saving."""
 
@@ -47,31 +47,41 @@ class Turn:
     only: tuple[str, ...] = ()
 
 
+DECODERS = ("rmoe", "OLMoE grouped_mm", "OLMoE batched_mm", "smoe, compiled", "OLMoE batched_mm, compiled")
 TURNS = (
-    Turn("step", "medium", eager=False),
-    Turn("router", "medium", eager=False),
-    Turn("block", "medium"),
-    Turn("block", "0.9B"),
+    Turn("step", "medium"),
+    Turn("router", "medium"),
+    Turn("decode 1", "medium"),
     Turn("step", "0.9B", only=("rmoe", "OLMoE grouped_mm", "Mixtral grouped_mm")),
-    Turn("decode 1", "medium", eager=False, only=("rmoe", "OLMoE grouped_mm", "OLMoE batched_mm", "smoe, compiled",
-                                                  "OLMoE batched_mm, compiled")),
-    Turn("decode 8", "medium"),
+    Turn("block", "medium"),
     Turn("decode 64", "medium"),
     Turn("prefill", "medium"),
     Turn("router", "0.9B"),
     Turn("decode 1", "0.9B"),
     Turn("prefill", "0.9B"),
+    Turn("block", "0.9B"),
     Turn("analysis", "medium"),
     Turn("data", "medium"),
     Turn("start-up", "medium"),
+    Turn("decode 8", "medium"),
     Turn("decode 64", "0.9B"),
     Turn("step", "quick"),
-)  # fmt: skip
+    # With what is compiled, in place of the same turns without.
+    Turn("step", "medium", eager=False),
+    Turn("decode 1", "medium", eager=False, only=DECODERS),
+    Turn("router", "medium", eager=False),
+)
 TOY_TURNS = tuple(Turn(name, "toy") for name in ("router", "block", "step", "prefill", "decode 1", "data"))
 
 
 def run(
-    config: RunConfig, turns: Sequence[Turn], seconds: float, rounds: int, path: Path, compiled: bool
+    config: RunConfig,
+    turns: Sequence[Turn],
+    seconds: float,
+    rounds: int,
+    path: Path,
+    compiled: bool,
+    for_training: float = FOR_TRAINING,
 ) -> dict[str, Any]:
     """All three parts; gives the report.
 
@@ -80,20 +90,34 @@ def run(
         seconds: for everything.
         rounds: of each case.
         path: of the JSON file.
-        compiled: check `torch.compile` too.
+        compiled: check `torch.compile` too, before the first turn with what is compiled.
+        for_training: share of the time; 0 trains nothing.
     """
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report = new_report(rounds)
-    report["checks"] = [
-        {**dataclasses.asdict(check), "passed": check.passed} for check in run_checks(device, compiled)
-    ]
-    report["left_out"] = []
-    for turn in turns:
+
+    def late(what: str) -> bool:
         spent = time.monotonic() - started
-        print(f"{spent:.0f} s: {turn.case}, {turn.size}", file=sys.stderr, flush=True)
-        if spent > (1 - FOR_TRAINING) * seconds:
-            report["left_out"].append(f"{turn.case}, {turn.size}")
+        print(f"{spent:.0f} s: {what}", file=sys.stderr, flush=True)
+        if spent <= (1 - for_training) * seconds:
+            return False
+        report["left_out"].append(what)
+        return True
+
+    def check(compiled: bool) -> None:
+        found = run_checks(device, compiled)
+        report["checks"] += [{**dataclasses.asdict(check), "passed": check.passed} for check in found]
+
+    report |= {"checks": [], "left_out": []}
+    check(compiled=False)
+    to_check = compiled
+    for turn in turns:
+        if to_check and not turn.eager:
+            to_check = False
+            if not late("checks of what is compiled"):
+                check(compiled=True)
+        if late(f"{turn.case}, {turn.size}{'' if turn.eager else ', compiled'}"):
             continue
         setting = setting_for(turn.size, device)
         contestants = chosen(CASES[turn.case].contestants(setting), turn.only, turn.eager)
@@ -102,7 +126,8 @@ def run(
             extra_of_the_router(result, setting)
         merge(report, result)
         write_report(report, path)
-    report["training"] = train_both(config, seconds - (time.monotonic() - started))
+    if for_training:
+        report["training"] = train_both(config, seconds - (time.monotonic() - started))
     report["seconds"] = round(time.monotonic() - started)
     write_report(report, path)
     return report
@@ -156,6 +181,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="what SMoE and RMoE are trained on")
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--for-training", type=float, default=FOR_TRAINING, help="share of the minutes")
     parser.add_argument("--toy", action="store_true", help="sizes for a machine without a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
@@ -171,6 +197,7 @@ def main() -> None:
         options.rounds,
         options.out / report_name,
         compiled=not options.toy,
+        for_training=options.for_training,
     )
     print((options.out / report_name).with_suffix(".md").read_text())
     if not all(check["passed"] for check in report["checks"]):

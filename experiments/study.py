@@ -24,9 +24,10 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
+import torch
 
 from experiments.lines import write_table
 from experiments.status import exit_status
@@ -144,7 +145,8 @@ def run(
     """Train what neither `out` nor `collected` has, in order.
 
     Args:
-        most: stop after so many steps of the plan that trained something; None trains all.
+        jobs: runs at once; on a GPU as many share it as `engine.runs_per_gpu` says.
+        most: stop after so many turns; None trains all.
 
     Raises:
         RequestError: this code is not that of the runs so far.
@@ -159,43 +161,51 @@ def run(
         *(read_study_rows(collected, study.equal_codes) if collected.exists() else []),
     ]
     one_code([*have, versions().code], study.equal_codes)
-    known = {row.key for row in have}
-    done = 0
-    for grid, seeds in steps(study):
-        missing = [
-            (router, seed)
-            for seed in range(seeds)
-            for router in grid.routers
-            if (grid.folder, router, seed) not in known
-        ]
-        if not missing:
-            continue
-        if most is not None and done >= most:
+    for number, runs in enumerate(turns(study, {row.key for row in have}, jobs)):
+        if most is not None and number >= most:
             return
-        done += 1
-        train(study.config(grid, data_dir / TEXT), missing, out / grid.folder, jobs, engine)
-        known |= {(grid.folder, *run) for run in missing}
-        discard_checkpoints(out / grid.folder, study.baseline)
+        train(study, runs, data_dir, out, jobs, engine)
+        for folder in {grid.folder for grid, _, _ in runs}:
+            discard_checkpoints(out / folder, study.baseline)
+
+
+Run: TypeAlias = tuple[Grid, str, int]  # grid, router, seed
+
+
+def turns(study: Study, known: set[tuple[str, str, int]], jobs: int) -> Iterator[list[Run]]:
+    """What is missing, in order: whole steps of the plan, as many together as it takes to keep `jobs` busy."""
+    waiting: list[Run] = []
+    for grid, seeds in steps(study):
+        for seed in range(seeds):
+            for router in grid.routers:
+                if (grid.folder, router, seed) not in known:
+                    known.add((grid.folder, router, seed))
+                    waiting.append((grid, router, seed))
+        if len(waiting) >= jobs:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
 
 
 def train(
-    config: RunConfig, runs: Sequence[tuple[str, int]], folder: Path, jobs: int, engine: EngineConfig
+    study: Study, runs: Sequence[Run], data_dir: Path, out: Path, jobs: int, engine: EngineConfig
 ) -> None:
-    """Train (router, seed) runs in `folder/runs`, or resume them."""
-    wants, sharing = place(config, engine, jobs, on_gpu=False)
-    corpus = prepare(config.data, config.training.sequence_length)
-    work = {
-        f"{router}-seed{seed}": Train(
-            config=config.with_setting("router", router).with_setting("training.seed", seed).to_dict(),
-            folder=str(folder / "runs" / f"{router}-seed{seed}"),
-            data_sha256=corpus.manifest.key,
+    """Train runs in their grids' folders, or resume them."""
+    work = {}
+    for grid, router, seed in runs:
+        config = study.config(grid, data_dir / TEXT).with_setting("training.seed", seed)
+        work[f"{grid.folder} {router}-seed{seed}"] = Train(
+            config=config.with_setting("router", router).to_dict(),
+            folder=str(out / grid.folder / "runs" / f"{router}-seed{seed}"),
+            data_sha256=prepare(config.data, config.training.sequence_length).manifest.key,
         )
-        for router, seed in runs
-    }
-    with engine_of(engine, folder, wants, sharing.jobs, sharing.threads) as carrier:
+    on_gpu = torch.cuda.is_available() and config.training.device != "cpu"
+    wants, sharing = place(config, engine, jobs, on_gpu)
+    with engine_of(engine, out, wants, sharing.jobs, sharing.threads) as carrier:
         errors = []
         for name, answer in carrier.answers(work, wants):
-            print(f"{folder.name} {name} {answer.error or 'finished'}", file=sys.stderr, flush=True)
+            print(f"{name} {answer.error or 'finished'}", file=sys.stderr, flush=True)
             errors += [f"{name}: {answer.error}"] if answer.error else []
     if errors:
         raise RunError(errors[0], "every other run", "the same command again")
@@ -256,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--engine", default="", help="a .toml file with an [engine] table; default: this machine"
     )
-    parser.add_argument("--most", type=int, help="stop after so many (grid, seed) steps")
+    parser.add_argument(
+        "--most", type=int, help="stop after so many turns: steps of the plan that keep --jobs busy"
+    )
     parser.add_argument(
         "--equal-code",
         action="append",
