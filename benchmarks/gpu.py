@@ -39,12 +39,19 @@ BEYOND_STEPS = 20.0
 
 @dataclass(frozen=True)
 class Turn:
-    """A case at a size. `only`: contestants beside the first, all if empty; `eager`: nothing compiled."""
+    """A case at a size.
+
+    Attributes:
+        eager: nothing compiled.
+        only: contestants beside the first; all if empty.
+        products: say how much of a call is inside matrix products. Recording a step takes seconds.
+    """
 
     case: str
     size: str
     eager: bool = True
     only: tuple[str, ...] = ()
+    products: bool = False
 
 
 DECODERS = ("rmoe", "OLMoE grouped_mm", "OLMoE batched_mm", "smoe, compiled", "OLMoE batched_mm, compiled")
@@ -67,9 +74,9 @@ TURNS = (
     Turn("decode 64", "0.9B"),
     Turn("step", "quick"),
     # With what is compiled, in place of the same turns without.
-    Turn("step", "medium", eager=False),
+    Turn("step", "medium", eager=False, products=True),
     Turn("decode 1", "medium", eager=False, only=DECODERS),
-    Turn("router", "medium", eager=False),
+    Turn("router", "medium", eager=False, products=True),
 )
 TOY_TURNS = tuple(Turn(name, "toy") for name in ("router", "block", "step", "prefill", "decode 1", "data"))
 
@@ -121,7 +128,8 @@ def run(
             continue
         setting = setting_for(turn.size, device)
         contestants = chosen(CASES[turn.case].contestants(setting), turn.only, turn.eager)
-        result = measure(CASES[turn.case], setting, contestants, rounds)
+        case = dataclasses.replace(CASES[turn.case], products=turn.products)
+        result = measure(case, setting, contestants, rounds)
         if turn.case == "step":
             extra_of_the_router(result, setting)
         merge(report, result)

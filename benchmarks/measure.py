@@ -24,8 +24,8 @@ LEAST_SECONDS = 0.02
 """A contestant's turn lasts at least so long; one that needs less is called several times."""
 
 
-BUSY = 0.1
-"""Cores that others may keep busy in a round that counts as undisturbed."""
+BUSY = 0.05
+"""Share of the cores that others may keep busy in a round that counts as undisturbed."""
 
 
 class Timing(NamedTuple):
@@ -93,7 +93,7 @@ def compare(
 ) -> tuple[dict[str, Timing], float]:
     """Time each call once a round, forwards and backwards in turn (A B C, C B A), after two rounds unmeasured.
 
-    Rounds during which other processes kept more than `BUSY` of a core busy are measured again, up to as many more;
+    Rounds during which other processes kept more than `BUSY` of the cores busy are measured again, up to as many more;
     what is used are the `rounds` least disturbed.
 
     Args:
@@ -108,7 +108,8 @@ def compare(
     for name, seconds in one_round(calls, names[::-1], repeats, device).wall.items():
         repeats[name] = max(1, math.ceil(LEAST_SECONDS / seconds)) if rounds > 2 else 1
     done: list[Round] = []
-    while sum(one.others <= BUSY for one in done) < rounds and len(done) < 2 * rounds:
+    allowed = BUSY * (os.cpu_count() or 1)
+    while sum(one.others <= allowed for one in done) < rounds and len(done) < 2 * rounds:
         done.append(one_round(calls, names[:: -1 if len(done) % 2 else 1], repeats, device))
     used = sorted(done, key=lambda one: one.others)[:rounds]
     found = {}
