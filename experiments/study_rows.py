@@ -146,7 +146,7 @@ def read_study_rows(path: Path, equal_codes: Sequence[str] = ()) -> list[StudyRo
     Raises:
         RequestError: there is none, a line is no run of this study, or they were not made by one code on one text.
     """
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         raise RequestError("--results", str(path), "a file that `collect` has written")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -167,6 +167,8 @@ def append_missing(path: Path, rows: Sequence[StudyRow], equal_codes: Sequence[s
     Raises:
         RequestError: they and those in the file were not made by one code on one text.
     """
+    if not rows:
+        return 0
     known = read_study_rows(path, equal_codes) if path.exists() else []
     one_code([*known, *rows], equal_codes)
     merged = {row.key: row for row in known} | {row.key: row for row in rows}

@@ -29,14 +29,13 @@ def markdown(
     for row in rows:
         arms[row.grid, row.router][row.seed] = row
     first = rows[0]
-    cpus = ", ".join(
-        f"{cpu} ({runs} runs)" for cpu, runs in Counter(row.hardware.cpu for row in rows).items()
-    )
+    machines = Counter(row.hardware.accelerator or row.hardware.cpu for row in rows)
+    on = ", ".join(f"{machine} ({runs} runs)" for machine, runs in machines.items())
     lines = [
         f"{len(rows)} finished runs of `experiments/{plan}`; text {first.corpus.name} "
         f"(sha256 `{first.corpus.sha256[:12]}`), code {first.versions.code}, "
         + ", ".join(f"{name} {version}" for name, version in first.versions.libraries.items())
-        + f"; {cpus}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
+        + f"; {on}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
         "lower is better. "
         f"Differences are to `{baseline}` in `{reference}` (grids of another size: in the same grid), seed by seed; "
         f"intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "

@@ -46,8 +46,9 @@ def rows(code: str = "0.1.0+gabc"):
     return [study_row("std-1", one.result) for one in (*smoe, *rmoe)]
 
 
-def test_every_grid_has_a_configuration_and_routers_that_exist():
-    plan = study.read_study()
+@pytest.mark.parametrize(("name", "runs"), [("study.toml", 170), ("gpu.toml", 25)])
+def test_every_grid_has_a_configuration_and_routers_that_exist(name, runs):
+    plan = study.read_study(study.HERE / name)
     load_plugins((study.PLUGIN,))
     for stage in plan.stage:
         for grid in stage.grid:
@@ -63,7 +64,7 @@ def test_every_grid_has_a_configuration_and_routers_that_exist():
         for r in g.routers
         for s in range(stage.seeds)
     }
-    assert len(keys) == 160
+    assert len(keys) == runs
 
 
 def test_the_zoos_plan_has_rows_of_the_zoo_once_with_their_own_k():
@@ -157,6 +158,35 @@ def test_runs_of_two_versions_of_the_code_are_refused(tmp_path, capsys):
     assert len(results.read_bytes().splitlines()) == 2
     capsys.readouterr()
     assert refused(capsys, "table", "--results", str(results)).startswith("error: code is")
+
+
+def test_nothing_finished_is_no_file_and_no_table(tmp_path, capsys):
+    results = tmp_path / "study.jsonl"
+    asked = ["--out", str(tmp_path / "out"), "--results", str(results)]
+    assert study.main(["collect", *asked]) == 0
+    assert not results.exists()
+    capsys.readouterr()
+    assert refused(capsys, "table", *asked).startswith("error: --results is")
+    results.touch()
+    assert refused(capsys, "table", *asked).startswith("error: --results is")
+
+
+def test_a_turn_keeps_all_jobs_busy():
+    """Whole steps of the plan, joined until there are as many runs as jobs; nothing twice."""
+    grids = [study.Grid(folder="a", routers=["smoe", "rmoe"]), study.Grid(folder="b", routers=["smoe"])]
+    stage = study.Stage(name="one", seeds=3, grid=grids)
+    plan = msgspec.structs.replace(study.read_study(), stage=[stage])
+
+    def sizes(jobs: int) -> list[int]:
+        return [len(runs) for runs in study.turns(plan, {("a", "smoe", 0)}, jobs)]
+
+    assert sizes(1) == [1, 1, 2, 1, 2, 1]
+    assert sizes(4) == [4, 4]
+    assert sizes(100) == [8]
+    (everything,) = study.turns(plan, {("a", "smoe", 0)}, 100)
+    keys = [(grid.folder, router, seed) for grid, router, seed in everything]
+    assert len(set(keys)) == 8
+    assert keys[:2] == [("a", "rmoe", 0), ("b", "smoe", 0)]
 
 
 def test_what_is_collected_is_not_trained_again(tmp_path, monkeypatch):

@@ -130,6 +130,13 @@ def test_the_same_run_gives_the_same_bits(text, finished, tmp_path):
     assert tiny.weights(tmp_path / "again") == tiny.weights(finished)
 
 
+def test_no_memory_is_read_before_it_is_written(text, finished, tmp_path, monkeypatch):
+    """Where torch fills it with NaN, a run has the bits of one where it does not."""
+    monkeypatch.setattr("rmoe.training.place.FILL_UNINITIALIZED", True)
+    train(tiny.config(text), tmp_path / "filled", progress=False)
+    assert tiny.weights(tmp_path / "filled") == tiny.weights(finished)
+
+
 def test_another_seed_gives_others(text, finished, tmp_path):
     train(tiny.config(text, seed=1), tmp_path / "other", progress=False)
     assert tiny.weights(tmp_path / "other") != tiny.weights(finished)
