@@ -5,6 +5,7 @@
     python -m experiments.study collect --out runs/study
     python -m experiments.study branches --data-dir ../shared/data --out runs/study
     python -m experiments.study times --data-dir ../shared/data
+    python -m experiments.study routing --data-dir ../shared/data --out runs/study
     python -m experiments.study table
 
 `study.toml` is the plan, `study.md` what was fixed beforehand. `run` trains what is missing, on any machine: what
@@ -12,7 +13,8 @@
 are refused, but for those that were seen to give the same bits (`equal_codes` in `study.toml`, or `--equal-code`).
 Another plan (`--plan experiments/zoo.toml`) has results, report and run folders of its own name.
 `domains` evaluates finished models on texts they were never trained on. `branches` and `times` are what a comparison
-at equal time needs (`experiments.study_time`). `collect` copies finished runs, one line each, into
+at equal time needs (`experiments.study_time`); `routing` measures how finished models route
+(`experiments.study_routing`). `collect` copies finished runs, one line each, into
 `results/study.jsonl`; `table` writes `results/study.md` from these files alone.
 """
 
@@ -32,8 +34,9 @@ import torch
 from experiments.lines import write_table
 from experiments.status import exit_status
 from experiments.study_domains import evaluate_domains, read_domains
+from experiments.study_routing import measure_runs, routing_section
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
-from experiments.study_table import markdown
+from experiments.study_table import home, markdown
 from experiments.study_time import section, time_routers, train_branches
 from rmoe.compare.engines import EngineConfig, engine_of
 from rmoe.compare.jobs import Train
@@ -255,7 +258,9 @@ def beside(results: Path, suffix: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong request."""
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
-    parser.add_argument("verb", choices=("run", "domains", "branches", "times", "collect", "table"))
+    parser.add_argument(
+        "verb", choices=("run", "domains", "branches", "times", "routing", "collect", "table")
+    )
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, help="default: runs/ and the plan's name")
@@ -303,6 +308,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(
                     f"{router} {timing.seconds_per_1k_steps:.1f} s per 1,000 steps, {timing.peak_mib:.0f} MiB"
                 )
+        elif asked.verb == "routing":
+            rows = finished(study, out)
+            added = measure_runs(rows, asked.data_dir, TEXT, out, beside(results, "_routing.jsonl"))
+            print(f"{added} runs measured")
         elif asked.verb == "collect":
             added = append_missing(results, finished(study, out), study.equal_codes)
             print(f"{added} runs added to {results}")
@@ -311,7 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             table = markdown(found, study.baseline, study.margin, study.reference, asked.plan.name)
             lengths, times = beside(results, "_branches.jsonl"), beside(results, "_times.json")
             at_equal_time = section(in_reference(found, study), study.baseline, study.margin, lengths, times)
-            table = "\n".join(filter(None, (table, at_equal_time)))
+            routing = routing_section(
+                beside(results, "_routing.jsonl"), study.baseline, lambda grid: home(grid, study.reference)
+            )
+            table = "\n".join(filter(None, (table, at_equal_time, routing)))
             write_table(results, table)
 
     return exit_status(work)

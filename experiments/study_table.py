@@ -49,13 +49,13 @@ def markdown(
     ]
     verdicts = _verdicts(arms, baseline, margin, reference)
     for (grid, router), mine in arms.items():
-        home = _home(grid, reference)
-        against = {} if (grid, router) == (home, baseline) else arms.get((home, baseline), {})
+        own = home(grid, reference), baseline
+        against = {} if (grid, router) == own else arms.get(own, {})
         lines.append(_line(grid, router, mine, against, margin, verdicts.get((grid, router))))
     return "\n".join(lines) + "\n"
 
 
-def _home(grid: str, reference: str) -> str:
+def home(grid: str, reference: str) -> str:
     """The grid whose baseline a grid's arms are compared with."""
     return grid if grid.startswith(OWN_BASELINE) else reference
 
@@ -63,15 +63,13 @@ def _home(grid: str, reference: str) -> str:
 def _verdicts(arms: Arms, baseline: str, margin: float, reference: str) -> dict[tuple[str, str], Difference]:
     """Arm -> its difference, decided at the fixed looks with Holm's correction over the arms of its baseline."""
     found: dict[tuple[str, str], Difference] = {}
-    for home in dict.fromkeys(_home(grid, reference) for grid, _ in arms):
+    for at in dict.fromkeys(home(grid, reference) for grid, _ in arms):
         family = {
             f"{grid}/{router}": {seed: row.test for seed, row in mine.items()}
             for (grid, router), mine in arms.items()
-            if _home(grid, reference) == home
+            if home(grid, reference) == at
         }
-        judged = compare_to_baseline(
-            family, f"{home}/{baseline}", "bits_per_byte", "test", margin, looks=LOOKS
-        )
+        judged = compare_to_baseline(family, f"{at}/{baseline}", "bits_per_byte", "test", margin, looks=LOOKS)
         found |= {(name.split("/")[0], name.split("/")[1]): difference for name, difference in judged.items()}
     return found
 

@@ -1,0 +1,81 @@
+"""Routing figures of finished runs: measured once, and paired in the table."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from experiments import study
+from experiments.figures import Finished, figures_of
+from experiments.lines import read_rows
+from experiments.study_routing import SHOWN, RoutingRow, measure_runs, routing_section
+from experiments.study_rows import study_row
+from rmoe.results.run import Versions
+from rmoe.training.run import train
+
+VERSIONS = Versions(code="none", python="3", libraries={})
+
+
+def write(path, *rows: tuple[str, str, int, float]) -> None:
+    lines = [
+        msgspec.json.encode(
+            RoutingRow(grid=grid, router=router, seed=seed, figures={"entropy": value}, versions=VERSIONS)
+        )
+        for grid, router, seed, value in rows
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def at(grid: str) -> str:
+    return grid if grid.startswith("depth-") else "std-1"
+
+
+def test_a_finished_run_is_measured_once(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i * 7919 % 101}\n" for i in range(3000)))
+    small = {
+        "model": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4},
+        "training": {
+            "max_steps": 10, "batch_size": 2, "sequence_length": 16, "warmup_steps": 1, "threads": 1,
+            "average": 2, "average_every": 5, "schedule": "wsd",
+        },
+        "logging": {"evaluate_blocks": 2, "final_blocks": 2, "test_blocks": 2},
+    }  # fmt: skip
+    stage = study.Stage(name="one", seeds=1, grid=[study.Grid(folder="std-1", routers=["smoe"])])
+    plan = msgspec.structs.replace(study.read_study(), size=small, stage=[stage])
+    config = plan.config(stage.grid[0], tmp_path / "text.txt").with_setting("router", "smoe")
+    folder = tmp_path / "out" / "std-1" / "runs" / "smoe-seed0"
+    row = study_row("std-1", train(config, folder, progress=False))
+    results = tmp_path / "routing.jsonl"
+    asked = ([row], tmp_path, "text.txt", tmp_path / "out", results)
+    assert measure_runs(*asked) == 1
+    assert measure_runs(*asked) == 0
+    (found,) = read_rows(results, RoutingRow)
+    assert found.key == ("std-1", "smoe", 0)
+    assert set(SHOWN) <= found.figures.keys()
+    assert found.figures == figures_of(Finished(folder, config, tmp_path, {}, ""), ["routing"])
+
+
+def test_figures_are_paired_with_the_baseline_of_their_scale_and_depth(tmp_path):
+    path = tmp_path / "routing.jsonl"
+    write(
+        path,
+        ("std-1", "smoe", 0, 2.0), ("std-1", "smoe", 1, 2.1), ("std-1", "rmoe", 0, 2.5), ("std-1", "rmoe", 1, 2.4),
+        ("as-they-stand", "rmoe", 1, 3.1), ("std-1", "rmoe", 7, 9.0),
+        ("depth-6", "smoe", 0, 1.0), ("depth-6", "rmoe", 0, 1.25), ("depth-24", "rmoe", 0, 1.0),
+    )  # fmt: skip
+    lines = routing_section(path, "smoe", at).splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[3:8] for line in lines if line.startswith("| ")}
+    assert cells["as-they-stand"] == [" 1 ", "  ", "  ", " +1 ", "  "]
+    assert cells["depth-6"] == [" 1 ", "  ", "  ", " +0.25 ", "  "]
+    # Pairs +0.5 and +0.3: standard error 0.1, and the t of one degree of freedom is 12.706.
+    low, high = 0.4 - 12.706 * 0.1, 0.4 + 12.706 * 0.1
+    assert cells["std-1"][3] == f" +0.4 ({low:+.3g} to {high:+.3g}) "
+    assert "depth-24" not in cells
+    assert math.isclose(low, -0.8706)
+
+
+def test_no_figures_no_section(tmp_path):
+    assert routing_section(tmp_path / "none.jsonl", "smoe", at) == ""
+    write(tmp_path / "alone.jsonl", ("std-1", "smoe", 0, 2.0))
+    assert routing_section(tmp_path / "alone.jsonl", "smoe", at) == ""
