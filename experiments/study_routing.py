@@ -72,19 +72,21 @@ def measure_runs(rows: Sequence[StudyRow], data_dir: Path, text: str, out: Path,
 
 
 def routing_section(results: Path, baseline: str, home: Callable[[str], str]) -> str:
-    """Markdown: each arm's figures less those of its baseline, paired; empty without a pair.
+    """Markdown: each arm's figures less those of its grid's baseline, paired; empty without a pair.
 
     Args:
-        home: a grid -> the grid whose baseline its arms are compared with.
+        home: a grid -> the grid whose baseline its own baseline, or its arms if it has none, are compared with.
     """
     arms: dict[tuple[str, str], dict[int, Figures]] = defaultdict(dict)
     for row in read_rows(results, RoutingRow):
         arms[row.grid, row.router][row.seed] = row.figures
     lines = []
     for (grid, router), mine in sorted(arms.items()):
-        against = arms.get((home(grid), baseline), {})
+        own = router != baseline and (grid, baseline) in arms
+        base = grid if own else home(grid), baseline
+        against = {} if (grid, router) == base else arms.get(base, {})
         seeds = sorted(mine.keys() & against.keys())
-        if (grid, router) == (home(grid), baseline) or not seeds:
+        if not seeds:
             continue
         cells = [_cell([mine[s].get(f, np.nan) - against[s].get(f, np.nan) for s in seeds]) for f in SHOWN]
         lines.append(f"| {grid} | `{router}` | {len(seeds)} | " + " | ".join(cells) + " |")
@@ -92,8 +94,8 @@ def routing_section(results: Path, baseline: str, home: Callable[[str], str]) ->
         return ""
     return "\n".join(
         [
-            f"**How they route.** Less the same figure of `{baseline}` (in the same grid, or at the reference's "
-            "scale), seed by seed, with 95% t intervals over seeds; means over layers or pairs of layers, on "
+            f"**How they route.** Less the same figure of `{baseline}` in the same grid (of `{baseline}` itself, at the "
+            "reference's scale), seed by seed, with 95% t intervals over seeds; means over layers or pairs of layers, on "
             "validation text.",
             "",
             "| grid | router | pairs | " + " | ".join(SHOWN.values()) + " |",

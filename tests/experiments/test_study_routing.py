@@ -56,6 +56,19 @@ def test_a_finished_run_is_measured_once(tmp_path):
     assert found.figures == figures_of(Finished(folder, config, tmp_path, {}, ""), ["routing"])
 
 
+def test_a_grids_own_baseline_comes_first(tmp_path):
+    """As the paper starts them, RMoE stands beside SMoE as it starts that; and that SMoE beside the reference's."""
+    path = tmp_path / "routing.jsonl"
+    write(
+        path, ("std-1", "smoe", 0, 2.0), ("as-they-stand", "smoe", 0, 2.5), ("as-they-stand", "rmoe", 0, 2.75)
+    )
+    lines = routing_section(path, "smoe", at).splitlines()
+    found = {
+        line.split("|")[2].strip(): line.split("|")[6].strip() for line in lines if line.startswith("| as")
+    }
+    assert found == {"`smoe`": "+0.5", "`rmoe`": "+0.25"}
+
+
 def test_figures_are_paired_with_the_baseline_of_their_scale_and_depth(tmp_path):
     path = tmp_path / "routing.jsonl"
     write(
