@@ -94,9 +94,9 @@ def routing_section(results: Path, baseline: str, home: Callable[[str], str]) ->
         return ""
     return "\n".join(
         [
-            f"**How they route.** Less the same figure of `{baseline}` in the same grid (of `{baseline}` itself, at the "
-            "reference's scale), seed by seed, with 95% t intervals over seeds; means over layers or pairs of layers, on "
-            "validation text.",
+            f"**How they route.** Less the same figure of `{baseline}` in the same grid (of `{baseline}` "
+            "itself, at the reference's scale), seed by seed, with 95% t intervals over seeds; means over layers or "
+            "pairs of layers, on validation text.",
             "",
             "| grid | router | pairs | " + " | ".join(SHOWN.values()) + " |",
             "|---|---|---:|" + "---|" * len(SHOWN),
