@@ -36,7 +36,7 @@ from experiments.status import exit_status
 from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_routing import measure_runs, routing_section
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
-from experiments.study_table import home, markdown
+from experiments.study_table import home, markdown, over_training
 from experiments.study_time import section, time_routers, train_branches
 from rmoe.compare.engines import EngineConfig, engine_of
 from rmoe.compare.jobs import Train
@@ -323,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             routing = routing_section(
                 beside(results, "_routing.jsonl"), study.baseline, lambda grid: home(grid, study.reference)
             )
-            table = "\n".join(filter(None, (table, at_equal_time, routing)))
+            training = over_training(found, study.baseline, study.reference)
+            table = "\n".join(filter(None, (table, training, at_equal_time, routing)))
             write_table(results, table)
 
     return exit_status(work)

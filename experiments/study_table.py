@@ -55,6 +55,43 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
+def over_training(rows: Sequence[StudyRow], baseline: str, reference: str) -> str:
+    """Markdown: each arm's validation bits less those of its baseline, step by step; empty without two pairs."""
+    arms: Arms = defaultdict(dict)
+    for row in rows:
+        arms[row.grid, row.router][row.seed] = row
+    cells: dict[tuple[str, str, int], dict[int, str]] = {}
+    for (grid, router), mine in arms.items():
+        own = home(grid, reference), baseline
+        seeds = sorted(mine.keys() & arms[own].keys()) if (grid, router) != own and own in arms else []
+        if len(seeds) > 1:
+            cells[grid, router, len(seeds)] = {
+                step: f"{np.mean(values):+.4f} ({np.std(values, ddof=1):.4f})"
+                for step, values in _over_steps([(mine[s], arms[own][s]) for s in seeds]).items()
+            }
+    if not cells:
+        return ""
+    steps = sorted({step for found in cells.values() for step in found})
+    lines = [
+        f"**Over training.** Validation bits less those of `{baseline}`, seed by seed: mean, and in brackets the "
+        "standard deviation of a pair.",
+        "",
+        "| grid | router | pairs | " + " | ".join(f"{step:,}" for step in steps) + " |",
+        "|---|---|---:|" + "---|" * len(steps),
+    ]
+    for (grid, router, pairs), found in cells.items():
+        shown = " | ".join(found.get(step, "") for step in steps)
+        lines.append(f"| {grid} | `{router}` | {pairs} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _over_steps(pairs: Sequence[tuple[StudyRow, StudyRow]]) -> dict[int, list[float]]:
+    """Step -> the pairs' differences, at steps that all of them were evaluated at."""
+    curves = [[dict(zip(r.validation.step, r.validation.value, strict=True)) for r in pair] for pair in pairs]
+    shared = set.intersection(*(set(curve) for pair in curves for curve in pair))
+    return {step: [mine[step] - theirs[step] for mine, theirs in curves] for step in sorted(shared)}
+
+
 def home(grid: str, reference: str) -> str:
     """The grid whose baseline a grid's arms are compared with."""
     return grid if grid.startswith(OWN_BASELINE) else reference

@@ -12,10 +12,10 @@ from scipy import stats
 
 from experiments import study
 from experiments.study_rows import append_missing, coarser, read_study_rows, study_row, thinner
-from experiments.study_table import markdown
+from experiments.study_table import markdown, over_training
 from rmoe.records import write_record
 from rmoe.results.probes import ProbeRow
-from rmoe.results.run import Averaged, InitialLogits, LayerCurve, RunResult, TextLosses
+from rmoe.results.run import Averaged, Curve, InitialLogits, LayerCurve, RunResult, TextLosses
 from rmoe.routing.zoo import find
 from rmoe.training.build import load_plugins
 from rmoe.training.environment import versions
@@ -241,6 +241,25 @@ def test_verdicts_come_at_five_pairs_with_the_boundary_of_two_looks():
     assert "| worse |" in lines["random-smoe"]
     assert stats.ttest_1samp(gains["rmoe-p32"], 0).pvalue < 0.05
     assert "| not decided |" in lines["rmoe-p32"]  # p = 0.036: not below the first look's boundary
+
+
+def test_differences_over_training_are_paired_at_steps_that_all_have():
+    def at(router: str, seed: int, **bits: float):
+        row = study_row("std-1", run_of(router, seed, 2.0).result)
+        curve = Curve(unit="bits_per_byte", step=[int(s[1:]) for s in bits], value=list(bits.values()))
+        return msgspec.structs.replace(row, validation=curve)
+
+    found = [
+        at("smoe", 0, s200=3.0, s400=2.5), at("smoe", 1, s200=3.1, s400=2.5),
+        at("rmoe-p32", 0, s200=3.2, s400=2.6, s600=2.0), at("rmoe-p32", 1, s200=3.5, s400=2.5, s600=2.0),
+        at("random-smoe", 0, s200=3.0, s400=2.5),
+    ]  # fmt: skip
+    assert over_training(found, "smoe", "std-1").splitlines()[2:] == [
+        "| grid | router | pairs | 200 | 400 |",
+        "|---|---|---:|---|---|",
+        "| std-1 | `rmoe-p32` | 2 | +0.3000 (0.1414) | +0.0500 (0.0707) |",
+    ]
+    assert over_training(found[:3], "smoe", "std-1") == ""
 
 
 def test_what_was_evaluated_since_joins_its_run(tmp_path):
