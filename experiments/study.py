@@ -317,7 +317,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{added} runs added to {results}")
         else:
             found = read_study_rows(results, study.equal_codes)
-            table = markdown(found, study.baseline, study.margin, study.reference, asked.plan.name)
+            arms = {
+                (grid.folder, router)
+                for stage in study.stage
+                for grid in stage.grid
+                for router in grid.routers
+            }
+            table = markdown(found, study.baseline, study.margin, study.reference, asked.plan.name, arms)
             lengths, times = beside(results, "_branches.jsonl"), beside(results, "_times.json")
             at_equal_time = section(in_reference(found, study), study.baseline, study.margin, lengths, times)
             routing = routing_section(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,12 +18,18 @@ OWN_BASELINE = ("depth-", "proxy-")  # grids of another size: compared within th
 
 
 def markdown(
-    rows: Sequence[StudyRow], baseline: str, margin: float, reference: str = "std-1", plan: str = "study.toml"
+    rows: Sequence[StudyRow],
+    baseline: str,
+    margin: float,
+    reference: str = "std-1",
+    plan: str = "study.toml",
+    planned: Iterable[tuple[str, str]] = (),
 ) -> str:
     """Markdown: one row per arm.
 
     Args:
         reference: the grid whose baseline the arms of the study's size are compared with.
+        planned: every (grid, router) of the plan: verdicts are corrected for those still to come too.
     """
     arms: Arms = defaultdict(dict)
     for row in rows:
@@ -39,7 +45,8 @@ def markdown(
         "lower is better. "
         f"Differences are to `{baseline}` in `{reference}` (grids of another size: in the same grid), seed by seed; "
         f"intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "
-        "decided, with an O'Brien-Fleming boundary over both looks and Holm's correction over the arms of a baseline. "
+        "decided, with an O'Brien-Fleming boundary over both looks and Holm's correction over all arms that are planned "
+        "with a baseline. "
         f"Equivalent: within {margin:g} bits by two one-sided tests.",
         "",
         "| grid | router | initial logit std | seeds | test | difference | interval over seeds | sd of a pair "
@@ -47,7 +54,7 @@ def markdown(
         "| interval over text |",
         "|---|---|---:|---:|---:|---:|---|---:|---|---:|---:|---:|---|",
     ]
-    verdicts = _verdicts(arms, baseline, margin, reference)
+    verdicts = _verdicts(arms, baseline, margin, reference, set(planned))
     for (grid, router), mine in arms.items():
         own = home(grid, reference), baseline
         against = {} if (grid, router) == own else arms.get(own, {})
@@ -97,7 +104,9 @@ def home(grid: str, reference: str) -> str:
     return grid if grid.startswith(OWN_BASELINE) else reference
 
 
-def _verdicts(arms: Arms, baseline: str, margin: float, reference: str) -> dict[tuple[str, str], Difference]:
+def _verdicts(
+    arms: Arms, baseline: str, margin: float, reference: str, planned: set[tuple[str, str]]
+) -> dict[tuple[str, str], Difference]:
     """Arm -> its difference, decided at the fixed looks with Holm's correction over the arms of its baseline."""
     found: dict[tuple[str, str], Difference] = {}
     for at in dict.fromkeys(home(grid, reference) for grid, _ in arms):
@@ -106,7 +115,10 @@ def _verdicts(arms: Arms, baseline: str, margin: float, reference: str) -> dict[
             for (grid, router), mine in arms.items()
             if home(grid, reference) == at
         }
-        judged = compare_to_baseline(family, f"{at}/{baseline}", "bits_per_byte", "test", margin, looks=LOOKS)
+        count = sum(home(grid, reference) == at for grid, _ in planned - {(at, baseline)})
+        judged = compare_to_baseline(
+            family, f"{at}/{baseline}", "bits_per_byte", "test", margin, looks=LOOKS, planned=count
+        )
         found |= {(name.split("/")[0], name.split("/")[1]): difference for name, difference in judged.items()}
     return found
 

@@ -109,18 +109,21 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float:
     return float(max(above, below))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:
     """Holm's step-down adjustment of several p values (Holm 1979, Scand. J. Statist. 6, 65).
 
     The i-th smallest of m (from 0) is multiplied by m - i; the results never fall and never pass 1.
 
+    Args:
+        planned: tests that belong to the family, those still to come included; they count as the largest.
+
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    adjusted = [0.0] * len(p_values)
+    adjusted, tests = [0.0] * len(p_values), max(planned, len(p_values))
     highest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        highest = max(highest, min(1.0, (tests - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
 
@@ -216,6 +219,7 @@ def decide(
     margin: float,
     confidence: float = CONFIDENCE,
     looks: Looks | None = None,
+    planned: int = 0,
 ) -> dict[str, Decision]:
     """Test every router's differences, of which there are two or more; the others are skipped."""
     values = {name: list(by_seed.values()) for name, by_seed in differences.items() if len(by_seed) > 1}
@@ -234,8 +238,8 @@ def decide(
         # One-sided tests: a boundary of 5% on one side is that of 10% on both.
         doubled = over_looks(lambda found: min(1.0, 2 * equivalence_p(found, margin)))
         p_same = {name: p / 2 for name, p in doubled.items()}
-    p_holm = dict(zip(values, holm(list(p_differs.values())), strict=True))
-    p_equal_holm = dict(zip(values, holm(list(p_same.values())), strict=True))
+    p_holm = dict(zip(values, holm(list(p_differs.values()), planned), strict=True))
+    p_equal_holm = dict(zip(values, holm(list(p_same.values()), planned), strict=True))
     return {
         name: Decision(
             *tests[name],
@@ -257,6 +261,7 @@ def compare_to_baseline(
     margin: float = MARGIN_BITS,
     confidence: float = CONFIDENCE,
     looks: Looks | None = None,
+    planned: int = 0,
 ) -> dict[str, Difference]:
     """Compare every router with the baseline, over the seeds both finished.
 
@@ -265,17 +270,18 @@ def compare_to_baseline(
         margin: half-width of "equivalent", in bits.
         looks: pairs at which the verdicts were or will be looked at, see `rmoe.compare.sequential`; None is one look,
             at all there are.
+        planned: routers that will be compared, where some are still to come.
 
     Returns:
         router -> difference, without the baseline and without routers that share no seed with it. The p
-        values are corrected over all routers returned (Holm); intervals are not.
+        values are corrected over all routers returned or planned (Holm); intervals are not.
     """
     in_bits = {
         name: {seed: bits(value, unit) for seed, value in by_seed.items()}
         for name, by_seed in routers.items()
     }
     differences = paired(in_bits, baseline)
-    tests = decide(differences, margin, confidence, looks)
+    tests = decide(differences, margin, confidence, looks, planned)
 
     def difference(name: str) -> Difference:
         by_seed = differences[name]

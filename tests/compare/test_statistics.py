@@ -55,6 +55,9 @@ def test_holm_is_the_textbook_example():
     # Holm (1979) by hand: 4 x 0.005, 3 x 0.01, then 2 x 0.03 and 1 x 0.04 held up by monotony
     assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert statistics.holm([]) == []
+    # Two more are to come: the smallest counts five times, the next four times.
+    assert statistics.holm([0.01, 0.04, 0.03], planned=5) == pytest.approx([0.05, 0.12, 0.12])
+    assert statistics.holm([0.01, 0.04, 0.03], planned=1) == statistics.holm([0.01, 0.04, 0.03])
 
 
 def test_power_agrees_with_simulation():

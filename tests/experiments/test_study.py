@@ -239,6 +239,9 @@ def test_verdicts_come_at_five_pairs_with_the_boundary_of_two_looks():
         for name in gains
     }
     assert "| worse |" in lines["random-smoe"]
+    many = {("std-1", f"arm-{number}") for number in range(1000)} | {("depth-6", "rmoe"), ("std-1", "smoe")}
+    later = next(x for x in markdown(found, "smoe", 0.005, planned=many).splitlines() if "`random-smoe`" in x)
+    assert "| not decided |" in later  # its p of 0.00001 is not below 0.05 over a thousand arms to come
     assert stats.ttest_1samp(gains["rmoe-p32"], 0).pvalue < 0.05
     assert "| not decided |" in lines["rmoe-p32"]  # p = 0.036: not below the first look's boundary
 
