@@ -45,8 +45,8 @@ def markdown(
         "lower is better. "
         f"Differences are to `{baseline}` in `{reference}` (grids of another size: in the same grid), seed by seed; "
         f"intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "
-        "decided, with an O'Brien-Fleming boundary over both looks and Holm's correction over all arms that are planned "
-        "with a baseline. "
+        "decided, with an O'Brien-Fleming boundary over both looks and Holm's correction over all arms planned with "
+        "a baseline. "
         f"Equivalent: within {margin:g} bits by two one-sided tests.",
         "",
         "| grid | router | initial logit std | seeds | test | difference | interval over seeds | sd of a pair "
