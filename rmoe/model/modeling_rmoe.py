@@ -259,9 +259,11 @@ class RMoEModel(RMoEPreTrainedModel):
         rotary = self.rotary_emb(hidden, position_ids)
         state: State = ()
         routings: list[Routing] = []
-        hidden_states, attentions = [hidden], []
+        hidden_states, attentions = [], []  # kept only where they are asked for: each is `[B, S, d]` or more
         # Assisted generation lowers the number of layers: early exit.
         for layer in islice(self.layers, config.num_hidden_layers):
+            if wants_hidden:
+                hidden_states.append(hidden)
             hidden, state, routing, attention = layer(
                 hidden,
                 state,
@@ -274,12 +276,11 @@ class RMoEModel(RMoEPreTrainedModel):
                 **{CACHE: cache},
                 **kwargs,
             )
-            hidden_states.append(hidden)
-            attentions.append(attention)
+            if wants_attention:
+                attentions.append(attention)
             if routing is not None:
                 routings.append(routing)
         hidden = self.norm(hidden)
-        hidden_states[-1] = hidden
         all_routing = tuple(on_device(routing, hidden.device) for routing in routings)
         if context.mask is not None:
             context = context._replace(mask=context.mask.to(hidden.device))
@@ -290,7 +291,7 @@ class RMoEModel(RMoEPreTrainedModel):
         return RMoEModelOutputWithPast(
             last_hidden_state=hidden,
             **{CACHE: cache},
-            hidden_states=tuple(hidden_states) if wants_hidden else None,
+            hidden_states=(*hidden_states, hidden) if wants_hidden else None,
             attentions=tuple(attentions)
             if wants_attention and all(a is not None for a in attentions)
             else None,

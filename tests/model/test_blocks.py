@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -271,6 +273,24 @@ def test_exactly_one_input_and_its_context() -> None:
     assert torch.equal(out.context.token_ids, ids.reshape(-1))
     assert net.model(inputs_embeds=embeds).context.token_ids is None
     assert (net(inputs_embeds=embeds).logits - net(ids).logits).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@torch.no_grad()
+def test_hidden_states_live_only_as_long_as_they_are_needed(wanted: bool) -> None:
+    """A long prompt's would be a good part of the peak of memory."""
+    net, made, alive = model(router="rmoe").eval(), [], []
+
+    def count(module: nn.Module, args: object, result: tuple[Tensor, ...]) -> None:
+        gc.collect()
+        alive.append(sum(one() is not None for one in made))
+        made.append(weakref.ref(result[0]))
+
+    for layer in net.model.layers:
+        layer.register_forward_hook(count)
+    net(tokens(2, 6), use_cache=False, output_hidden_states=wanted)
+    # While a layer runs, the layer before it is its input.
+    assert alive == ([0, 1, 2] if wanted else [0, 1, 1])
 
 
 @pytest.mark.parametrize("position", ["pre", "post"])
