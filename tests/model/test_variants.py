@@ -74,7 +74,9 @@ def test_compiled_agrees(architecture: dict, experts: str, checkpointing: bool) 
     if checkpointing:
         net.gradient_checkpointing_enable()
     compiled = torch.compile(net, fullgraph=True)
-    assert_same(loss_and_gradients(compiled, tokens()), want)
+    # As trainers call it. Where checkpointing turns a cache off, transformers 5.24 says so, which breaks the graph of
+    # its own models too.
+    assert_same(loss_and_gradients(compiled, tokens(), use_cache=False), want)
 
 
 @since("transformers", "5.23", "its grouped product in Python cannot be traced")
