@@ -118,12 +118,10 @@ def run(
 
     report |= {"checks": [], "left_out": []}
     check(compiled=False)
-    to_check = compiled
+    first_compiled = next((turn for turn in turns if not turn.eager), None)
     for turn in turns:
-        if to_check and not turn.eager:
-            to_check = False
-            if not late("checks of what is compiled"):
-                check(compiled=True)
+        if compiled and turn is first_compiled and not late("checks of what is compiled"):
+            check(compiled=True)
         if late(f"{turn.case}, {turn.size}{'' if turn.eager else ', compiled'}"):
             continue
         setting = setting_for(turn.size, device)

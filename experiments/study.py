@@ -90,6 +90,11 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stage: list[Stage]
     reference: str = "std-1"
 
+    @property
+    def grids(self) -> list[Grid]:
+        """Of all stages, in order."""
+        return [grid for stage in self.stage for grid in stage.grid]
+
     def config(self, grid: Grid, text: Path) -> RunConfig:
         """The configuration of a grid's runs, but for router and seed."""
         config = RunConfig.from_dict({**self.size, "plugin": [PLUGIN], "preset": "study"})
@@ -156,9 +161,8 @@ def run(
         RunError: a run failed; the others of its step are finished.
     """
     load_plugins((PLUGIN,))
-    for stage in study.stage:
-        for grid in stage.grid:
-            select(grid.routers)
+    for grid in study.grids:
+        select(grid.routers)
     have = [
         *finished(study, out),
         *(read_study_rows(collected, study.equal_codes) if collected.exists() else []),
@@ -178,11 +182,12 @@ Run: TypeAlias = tuple[Grid, str, int]  # grid, router, seed
 def turns(study: Study, known: set[tuple[str, str, int]], jobs: int) -> Iterator[list[Run]]:
     """What is missing, in order: whole steps of the plan, as many together as it takes to keep `jobs` busy."""
     waiting: list[Run] = []
+    taken = set(known)
     for grid, seeds in steps(study):
         for seed in range(seeds):
             for router in grid.routers:
-                if (grid.folder, router, seed) not in known:
-                    known.add((grid.folder, router, seed))
+                if (key := (grid.folder, router, seed)) not in taken:
+                    taken.add(key)
                     waiting.append((grid, router, seed))
         if len(waiting) >= jobs:
             yield waiting
@@ -195,14 +200,23 @@ def train(
     study: Study, runs: Sequence[Run], data_dir: Path, out: Path, jobs: int, engine: EngineConfig
 ) -> None:
     """Train runs in their grids' folders, or resume them."""
-    work = {}
-    for grid, router, seed in runs:
-        config = study.config(grid, data_dir / TEXT).with_setting("training.seed", seed)
-        work[f"{grid.folder} {router}-seed{seed}"] = Train(
-            config=config.with_setting("router", router).to_dict(),
+    configs = {grid.folder: study.config(grid, data_dir / TEXT) for grid, _, _ in runs}
+    data = {
+        folder: prepare(config.data, config.training.sequence_length).manifest.key
+        for folder, config in configs.items()
+    }
+    work = {
+        f"{grid.folder} {router}-seed{seed}": Train(
+            config=configs[grid.folder]
+            .with_setting("router", router)
+            .with_setting("training.seed", seed)
+            .to_dict(),
             folder=str(out / grid.folder / "runs" / f"{router}-seed{seed}"),
-            data_sha256=prepare(config.data, config.training.sequence_length).manifest.key,
+            data_sha256=data[grid.folder],
         )
+        for grid, router, seed in runs
+    }
+    config = next(iter(configs.values()))  # a plan's grids take the same share of the machine
     on_gpu = torch.cuda.is_available() and config.training.device != "cpu"
     wants, sharing = place(config, engine, jobs, on_gpu)
     with engine_of(engine, out, wants, sharing.jobs, sharing.threads) as carrier:
@@ -231,7 +245,7 @@ def last_constant_step(result: Path) -> int:
 
 def finished(study: Study, out: Path) -> list[StudyRow]:
     """Every finished run of the study's grids, in the order of the plan."""
-    folders = dict.fromkeys(grid.folder for stage in study.stage for grid in stage.grid)
+    folders = dict.fromkeys(grid.folder for grid in study.grids)
     return [
         study_row(folder, read_result(result.parent), read_domains(result.parent))
         for folder in folders
@@ -241,7 +255,7 @@ def finished(study: Study, out: Path) -> list[StudyRow]:
 
 def reference_config(study: Study, data_dir: Path) -> RunConfig:
     """The configuration of the baseline's runs in the grid that the arms are compared with."""
-    grid = next(grid for stage in study.stage for grid in stage.grid if grid.folder == study.reference)
+    grid = next(grid for grid in study.grids if grid.folder == study.reference)
     return study.config(grid, data_dir / TEXT).with_setting("router", study.baseline)
 
 
@@ -317,12 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{added} runs added to {results}")
         else:
             found = read_study_rows(results, study.equal_codes)
-            arms = {
-                (grid.folder, router)
-                for stage in study.stage
-                for grid in stage.grid
-                for router in grid.routers
-            }
+            arms = {(grid.folder, router) for grid in study.grids for router in grid.routers}
             table = markdown(found, study.baseline, study.margin, study.reference, asked.plan.name, arms)
             lengths, times = beside(results, "_branches.jsonl"), beside(results, "_times.json")
             at_equal_time = section(in_reference(found, study), study.baseline, study.margin, lengths, times)

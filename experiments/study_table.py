@@ -31,9 +31,7 @@ def markdown(
         reference: the grid whose baseline the arms of the study's size are compared with.
         planned: every (grid, router) of the plan: verdicts are corrected for those still to come too.
     """
-    arms: Arms = defaultdict(dict)
-    for row in rows:
-        arms[row.grid, row.router][row.seed] = row
+    arms = arms_of(rows)
     first = rows[0]
     machines = Counter(row.hardware.accelerator or row.hardware.cpu for row in rows)
     on = ", ".join(f"{machine} ({runs} runs)" for machine, runs in machines.items())
@@ -62,19 +60,26 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def over_training(rows: Sequence[StudyRow], baseline: str, reference: str) -> str:
-    """Markdown: each arm's validation bits less those of its baseline, step by step; empty without two pairs."""
+def arms_of(rows: Sequence[StudyRow]) -> Arms:
+    """(grid, router) -> seed -> run."""
     arms: Arms = defaultdict(dict)
     for row in rows:
         arms[row.grid, row.router][row.seed] = row
+    return arms
+
+
+def over_training(rows: Sequence[StudyRow], baseline: str, reference: str) -> str:
+    """Markdown: each arm's validation bits less those of its baseline, step by step; empty without two pairs."""
+    arms = arms_of(rows)
     cells: dict[tuple[str, str, int], dict[int, str]] = {}
     for (grid, router), mine in arms.items():
         own = home(grid, reference), baseline
-        seeds = sorted(mine.keys() & arms[own].keys()) if (grid, router) != own and own in arms else []
+        against = {} if (grid, router) == own else arms.get(own, {})
+        seeds = sorted(mine.keys() & against.keys())
         if len(seeds) > 1:
             cells[grid, router, len(seeds)] = {
                 step: f"{np.mean(values):+.4f} ({np.std(values, ddof=1):.4f})"
-                for step, values in _over_steps([(mine[s], arms[own][s]) for s in seeds]).items()
+                for step, values in _over_steps([(mine[s], against[s]) for s in seeds]).items()
             }
     if not cells:
         return ""

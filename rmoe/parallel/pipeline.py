@@ -26,6 +26,7 @@ from rmoe.compat import CACHE
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.model.head import count_next_tokens, next_token_loss
+from rmoe.parallel.sharding import clip
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, router_stats
 from rmoe.routing.noise import CounterNoise
@@ -304,10 +305,7 @@ class Pipeline:
         """Scale the whole model's gradients to a norm of at most `max_norm`; returns the norm before."""
         parameters = list(self.part.parameters())
         norm = self.norm(parameters)
-        if norm > max_norm:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(max_norm / (norm + 1e-6))
+        clip(parameters, max_norm, torch.tensor(norm, dtype=torch.float64, device=self.device))
         return norm
 
     def update_routers(self, step: int, total_steps: int) -> None:

@@ -23,7 +23,7 @@ from rmoe.compat import forget_accelerators
 from rmoe.errors import RequestError, one_line
 from rmoe.training.config import RunConfig
 
-MEMORY: Any = torch.utils.deterministic  # its property is unknown to type checkers
+_DETERMINISTIC: Any = torch.utils.deterministic  # type checkers do not know its property
 FILL_UNINITIALIZED = False
 """Whether deterministic training fills the memory it allocates with NaN, torch's default.
 
@@ -43,19 +43,19 @@ def torch_settings(config: RunConfig) -> Iterator[int]:
     """Threads and determinism for this run, put back afterwards; yields the number of threads."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = MEMORY.fill_uninitialized_memory
+    filled = _DETERMINISTIC.fill_uninitialized_memory
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for equal bits
         torch.use_deterministic_algorithms(True)
-        MEMORY.fill_uninitialized_memory = FILL_UNINITIALIZED
+        _DETERMINISTIC.fill_uninitialized_memory = FILL_UNINITIALIZED
     try:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        MEMORY.fill_uninitialized_memory = filled
+        _DETERMINISTIC.fill_uninitialized_memory = filled
 
 
 class Ranks(msgspec.Struct, frozen=True):

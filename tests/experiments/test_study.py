@@ -20,6 +20,7 @@ from rmoe.routing.zoo import find
 from rmoe.training.build import load_plugins
 from rmoe.training.environment import versions
 from tests.compare.rows import changed, row
+from tests.experiments.small import small_study, write_text
 
 
 def run_of(router: str, seed: int, test: float, code: str = "0.1.0+gabc"):
@@ -193,20 +194,9 @@ def test_what_is_collected_is_not_trained_again(tmp_path, monkeypatch):
     """Whatever machine it was trained on: a new one has no run folders."""
     code = versions().code.removesuffix(".dirty")
     monkeypatch.setattr(study, "versions", lambda: msgspec.structs.replace(versions(), code=code))
-    (tmp_path / "text.txt").write_text("".join(f"line {i * 7919 % 101}\n" for i in range(3000)))
+    write_text(tmp_path)
     monkeypatch.setattr(study, "TEXT", "text.txt")
-    small = {
-        "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 2},
-        "training": {
-            "max_steps": 10, "batch_size": 2, "sequence_length": 16, "warmup_steps": 1, "threads": 1,
-            "average": 2, "average_every": 5, "schedule": "wsd",
-        },
-        "logging": {"evaluate_blocks": 2, "final_blocks": 2, "test_blocks": 2},
-    }  # fmt: skip
-    stage = study.Stage(name="one", seeds=2, grid=[study.Grid(folder="std-1", routers=["smoe", "rmoe"])])
-    plan = msgspec.structs.replace(
-        study.read_study(), size=small, stage=[stage], equal_codes=[code, "0.1.0+gabc"]
-    )
+    plan = msgspec.structs.replace(small_study(["smoe", "rmoe"], seeds=2), equal_codes=[code, "0.1.0+gabc"])
     collected = tmp_path / "study.jsonl"
     append_missing(collected, [study_row("std-1", run_of("smoe", 0, 2.0).result)])
     study.run(plan, tmp_path, tmp_path / "out", collected, most=1)

@@ -6,13 +6,13 @@ import math
 
 import msgspec
 
-from experiments import study
 from experiments.figures import Finished, figures_of
 from experiments.lines import read_rows
 from experiments.study_routing import SHOWN, RoutingRow, measure_runs, routing_section
 from experiments.study_rows import study_row
 from rmoe.results.run import Versions
 from rmoe.training.run import train
+from tests.experiments.small import small_study, write_text
 
 VERSIONS = Versions(code="none", python="3", libraries={})
 
@@ -32,18 +32,8 @@ def at(grid: str) -> str:
 
 
 def test_a_finished_run_is_measured_once(tmp_path):
-    (tmp_path / "text.txt").write_text("".join(f"line {i * 7919 % 101}\n" for i in range(3000)))
-    small = {
-        "model": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4},
-        "training": {
-            "max_steps": 10, "batch_size": 2, "sequence_length": 16, "warmup_steps": 1, "threads": 1,
-            "average": 2, "average_every": 5, "schedule": "wsd",
-        },
-        "logging": {"evaluate_blocks": 2, "final_blocks": 2, "test_blocks": 2},
-    }  # fmt: skip
-    stage = study.Stage(name="one", seeds=1, grid=[study.Grid(folder="std-1", routers=["smoe"])])
-    plan = msgspec.structs.replace(study.read_study(), size=small, stage=[stage])
-    config = plan.config(stage.grid[0], tmp_path / "text.txt").with_setting("router", "smoe")
+    plan = small_study(["smoe"], layers=2)
+    config = plan.config(plan.grids[0], write_text(tmp_path)).with_setting("router", "smoe")
     folder = tmp_path / "out" / "std-1" / "runs" / "smoe-seed0"
     row = study_row("std-1", train(config, folder, progress=False))
     results = tmp_path / "routing.jsonl"

@@ -14,6 +14,7 @@ from rmoe.records import read_record, write_record
 from rmoe.results.rows import Timing
 from rmoe.results.run import Hardware, Versions
 from rmoe.training.run import train
+from tests.experiments.small import small_study, write_text
 from tests.experiments.test_study import run_of
 
 VERSIONS = Versions(code="none", python="3", libraries={})
@@ -23,18 +24,9 @@ MACHINE = Hardware(cpu="a CPU", cores=2, threads=1, memory_gib=1.0, accelerator=
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     """One layer, 20 steps, shorter runs of 10 and 15; `smoe` is the only router."""
-    (tmp_path / "text.txt").write_text("".join(f"line {i * 7919 % 101}\n" for i in range(3000)))
+    write_text(tmp_path)
     monkeypatch.setattr(study, "TEXT", "text.txt")
-    small = {
-        "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 2},
-        "training": {
-            "max_steps": 20, "batch_size": 2, "sequence_length": 16, "warmup_steps": 1, "threads": 1,
-            "average": 2, "average_every": 2, "schedule": "wsd", "branch_points": [8, 12],
-        },
-        "logging": {"evaluate_blocks": 2, "final_blocks": 2, "test_blocks": 2},
-    }  # fmt: skip
-    stage = study.Stage(name="one", seeds=1, grid=[study.Grid(folder="std-1", routers=["smoe"])])
-    return msgspec.structs.replace(study.read_study(), size=small, stage=[stage])
+    return small_study(["smoe"], max_steps=20, average_every=2, branch_points=[8, 12])
 
 
 def test_branches_are_the_shorter_runs(plan, tmp_path, capsys):
