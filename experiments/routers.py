@@ -44,6 +44,16 @@ for _width in WIDTHS:
             zero_gradient=(r".*cell\..*",),
         ),
     )
+    for _without in ("np", "detach"):
+        _row = find(f"rmoe-{_without}-p{_width}")
+        register(
+            f"rmoe-norm-{_without}-p{_width}",
+            replace(
+                _row,
+                spec=vary(_row.spec, recurrence={"normalize": True}),
+                summary=f"{_row.summary}, normalised",
+            ),
+        )
 
 for _width, _entropy in ENTROPY_OF_RMOE.items():
     register(

@@ -14,7 +14,7 @@ from rmoe.results.comparison import Difference
 Arms = dict[tuple[str, str], dict[int, StudyRow]]
 
 LOOKS = (5, 8)  # pairs; fixed beforehand in study.md
-OWN_BASELINE = ("depth-", "proxy-")  # grids of another size: compared within themselves
+OWN_BASELINE = ("depth-", "proxy-", "long-")  # grids of another size: compared within themselves
 
 
 def markdown(
