@@ -47,7 +47,7 @@ def rows(code: str = "0.1.0+gabc"):
     return [study_row("std-1", one.result) for one in (*smoe, *rmoe)]
 
 
-@pytest.mark.parametrize(("name", "runs"), [("study.toml", 170), ("gpu.toml", 65)])
+@pytest.mark.parametrize(("name", "runs"), [("study.toml", 170), ("gpu.toml", 74)])
 def test_every_grid_has_a_configuration_and_routers_that_exist(name, runs):
     plan = study.read_study(study.HERE / name)
     load_plugins((study.PLUGIN,))
