@@ -52,3 +52,19 @@ def note() -> Callable[..., None]:
                 file.write(json.dumps(figures) + "\n")
 
     return write
+
+
+@pytest.fixture
+def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens could be drawn, at each draw so far."""
+    import torch
+
+    counts: list[int] = []
+    multinomial = torch.multinomial
+
+    def draw(probabilities: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        counts.extend((probabilities > 0).sum(-1).tolist())
+        return multinomial(probabilities, *args, **options)
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    return counts

@@ -41,7 +41,7 @@ def run(
     language_model, tokenizer, _ = open_model(model, plugin)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         if temperature
         else {"do_sample": False}
     )

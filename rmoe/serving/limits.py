@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rmoe.serving.neutral import MESSAGE_EXTRAS, NEUTRAL
 
@@ -87,11 +87,6 @@ def _integer(low: int, high: int) -> Any:
     return Field(None, ge=low, le=high, description=f"an integer from {low} to {high}")
 
 
-def _encodable(text: str) -> str:
-    text.encode()  # half a surrogate pair cannot be sent back
-    return text
-
-
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -126,7 +121,6 @@ class Common(BaseModel):
 
 class Completion(Common):
     prompt: str = Field(min_length=1, description="a text that is not empty, or a list of one")
-    suffix: Annotated[str, AfterValidator(_encodable)] | None = Field(None, description="a text")
 
 
 class Chat(Common):

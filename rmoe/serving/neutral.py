@@ -44,7 +44,7 @@ _BOTH = {
     "logprobs": _equal(False),
 }
 NEUTRAL: dict[str, dict[str, Neutral]] = {
-    "completion": _BOTH | {"echo": _equal(False), "best_of": _equal(1)},
+    "completion": _BOTH | {"echo": _equal(False), "best_of": _equal(1), "suffix": _equal("")},
     "chat": _BOTH
     | {
         "tools": _equal([]),

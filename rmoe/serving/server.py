@@ -28,7 +28,7 @@ from transformers.cli.serving.utils import DirectStreamer, GenerateManager, Gene
 from rmoe.compat import stream_error
 from rmoe.errors import one_line
 from rmoe.serving.limits import Limits, Refused, Slots, parse, tokens_asked
-from rmoe.serving.text import Penalties, StopText, before_stop
+from rmoe.serving.text import Penalties, StopText, Until, before_stop
 
 POLL_SECONDS = 0.1
 OWN = "rmoe_own"
@@ -43,15 +43,18 @@ class _Answer(asyncio.Queue[Any]):
 
     Args:
         tokenizer: with which the whole answer is decoded.
-        config: of the generation; None stops at no string.
+        config: of the generation.
+        stops: the stop strings.
         parsed: the streamer tells reasoning and tool calls from text: the text is not the whole answer.
     """
 
-    def __init__(self, tokenizer: Any, config: Any = None, parsed: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, config: Any = None, stops: Sequence[str] = (), parsed: bool = False
+    ) -> None:
         super().__init__()
         self.ids: list[int] = []
-        self._tokenizer, self._config, self._parsed = tokenizer, config, parsed
-        self._text, self._text_stops = "", StopText(_stops(config))
+        self._tokenizer, self._config, self._stops, self._parsed = tokenizer, config, stops, parsed
+        self._text, self._text_stops = "", StopText(stops)
 
     def put_nowait(self, item: Any) -> None:
         """Called in the loop's thread for each item, None last."""
@@ -67,7 +70,8 @@ class _Answer(asyncio.Queue[Any]):
         """What is missing of the answer at its end."""
         if self._parsed:
             return self._text_stops.rest()
-        whole = _up_to_stop(self._tokenizer.decode(self.ids, skip_special_tokens=True), self._config)
+        whole = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        whole = _up_to_stop(whole, self._stops, self._config)
         return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
 
@@ -88,15 +92,6 @@ class _Streamer(DirectStreamer):
         self.gone.set()
 
 
-def _until(gone: threading.Event) -> StoppingCriteriaList:
-    """Stop when nobody waits for the answer any more."""
-
-    def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), gone.is_set(), device=input_ids.device)
-
-    return StoppingCriteriaList([stop])
-
-
 class _Manager(GenerateManager):
     """Generation that stops when nobody waits for it any more, streamed or not."""
 
@@ -111,9 +106,9 @@ class _Manager(GenerateManager):
     ) -> tuple[asyncio.Queue, DirectStreamer]:
         """As transformers', with our streamer."""
         loop = asyncio.get_running_loop()
-        answer = _Answer(processor, gen_config, parsed=response_parser is not None)
-        streamer = _Streamer(processor, loop, answer, response_parser=response_parser)
         own = _taken(gen_config)
+        answer = _Answer(processor, gen_config, own.stops, parsed=response_parser is not None)
+        streamer = _Streamer(processor, loop, answer, response_parser=response_parser)
 
         def work() -> None:
             try:
@@ -137,17 +132,13 @@ class _Manager(GenerateManager):
             raise
         length = inputs["input_ids"].shape[-1]
         generated = sequences[0, length:]
-        text = _up_to_stop(processor.decode(generated, skip_special_tokens=True), gen_config)
+        text = _up_to_stop(processor.decode(generated, skip_special_tokens=True), own.stops, gen_config)
         return text, length, generated
 
 
-def _stops(config: Any) -> Sequence[str]:
-    return (config and config.stop_strings) or ()
-
-
-def _up_to_stop(text: str, config: Any) -> str:
+def _up_to_stop(text: str, stops: Sequence[str], config: Any) -> str:
     """The text before a stop string. One that is found is why the answer ended, were it also at its last token."""
-    ready = before_stop(text, _stops(config))
+    ready = before_stop(text, stops)
     if ready != text:
         config.max_new_tokens = None  # by which the handlers tell "length" from "stop"
     return ready
@@ -159,6 +150,7 @@ class _Own(NamedTuple):
     frequency: float = 0.0
     presence: float = 0.0
     seed: int | None = None
+    stops: tuple[str, ...] = ()
 
 
 def _taken(config: Any) -> _Own:
@@ -175,17 +167,16 @@ def _generate(
     streamer: _Streamer | None = None,
 ) -> torch.Tensor:
     """One answer, in the worker's thread. A seed holds for this answer alone: others may be asked for meanwhile."""
-    processors = LogitsProcessorList()
+    processors, length = LogitsProcessorList(), inputs["input_ids"].shape[-1]
     if own.frequency or own.presence:
-        processors.append(Penalties(own.frequency, own.presence, inputs["input_ids"].shape[-1]))
+        processors.append(Penalties(own.frequency, own.presence, length))
     with torch.random.fork_rng(enabled=own.seed is not None):
         if own.seed is not None:
             torch.manual_seed(own.seed)
         return model.generate(
             **inputs,
             generation_config=config,
-            tokenizer=processor,
-            stopping_criteria=_until(gone),
+            stopping_criteria=StoppingCriteriaList([Until(gone, processor, own.stops, length)]),
             logits_processor=processors,
             streamer=streamer,
         )
@@ -206,20 +197,27 @@ class _Sampling:
     """What both handlers leave out: a temperature means sampling, and the number of tokens is ours to say.
 
     transformers takes the frequency penalty for a repetition penalty, which divides logits and counts the prompt, has
-    no bias for completions, and seeds torch when a request arrives, not when its answer begins.
+    no bias for completions, seeds torch when a request arrives, not when its answer begins, looks for stop strings in the
+    prompt's end too, and draws from the 50 likeliest tokens alone where nobody said so. `top_p` alone samples, as OpenAI's
+    temperature is 1 by default; without both the answer is greedy.
     """
 
     def _build_generation_config(self, body: dict[str, Any], base: Any, use_cb: bool = False) -> Any:
         own = _Own(
-            body.pop("frequency_penalty", 0.0), body.pop("presence_penalty", 0.0), body.pop("seed", None)
+            body.pop("frequency_penalty", 0.0),
+            body.pop("presence_penalty", 0.0),
+            body.pop("seed", None),
+            tuple(body.pop("stop", ())),
         )
         config = super()._build_generation_config(body, base, use_cb=use_cb)  # type: ignore[misc]
         setattr(config, OWN, own)
         if bias := body.get("logit_bias"):
             config.sequence_bias = {(int(token),): float(value) for token, value in bias.items()}
-        config.do_sample = body.get("temperature", 0) > 0
+        config.do_sample = body.get("temperature", 1.0 if body.get("top_p", 1) < 1 else 0.0) > 0
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
+        elif config.top_k is None:  # what a model's own generation_config.json says stays
+            config.top_k = 0
         config.use_cache = True
         return config
 
@@ -358,7 +356,7 @@ async def _unless_gone(request: Request, work: Any) -> Any:
             done, _ = await asyncio.wait({task}, timeout=POLL_SECONDS)
             if done:
                 return task.result()
-            if await request.is_disconnected():
+            if await request.is_disconnected() and not task.done():  # done: the slot it holds is its caller's
                 raise Refused(499, "the client has gone")
     finally:
         if not task.done():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteria
+
+BYTES_OF_CHARACTER = 4
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
@@ -48,6 +52,34 @@ class StopText:
     def rest(self) -> str:
         """What was held back when the text has ended."""
         return self._held
+
+
+class Until(StoppingCriteria):
+    """Ends an answer when nobody waits for it, or when a stop string is in it; the prompt's text does not count.
+
+    Args:
+        gone: set when nobody waits any more.
+        tokenizer: of the model.
+        stops: the stop strings.
+        prompt: tokens of the prompt.
+    """
+
+    def __init__(self, gone: threading.Event, tokenizer: Any, stops: Sequence[str], prompt: int) -> None:
+        self.gone, self.tokenizer, self.stops, self.prompt = gone, tokenizer, stops, prompt
+        # The last tokens that can hold a stop string and the character before it: a token is a byte or more.
+        self._tail = BYTES_OF_CHARACTER * (max(map(len, stops), default=0) + 2)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Whether each answer `[B]` has ended, for the ids `[B, S]` so far."""
+        tails = input_ids[:, self.prompt :][:, -self._tail :]
+        ended = [self.gone.is_set() or self._stops_in(tail) for tail in tails]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def _stops_in(self, ids: Tensor) -> bool:
+        if not self.stops:
+            return False
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return before_stop(text, self.stops) != text
 
 
 class Penalties(LogitsProcessor):

@@ -22,7 +22,7 @@ from rmoe.data.encode import byte_tokenizer  # noqa: E402
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize  # noqa: E402
 from rmoe.serving.limits import Limits, Refused, parse  # noqa: E402
 from rmoe.serving.server import build_app  # noqa: E402
-from rmoe.serving.text import Penalties, StopText, before_stop  # noqa: E402
+from rmoe.serving.text import Penalties, StopText, Until, before_stop  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -70,7 +70,7 @@ NOTHING: dict[str, list[Any]] = {
     "stop": [None, []],
     "seed": [None],
     "stream": [False, None],
-    "top_p": [1, 1.0, 0.5, 0],
+    "top_p": [1, 1.0],
     "temperature": [0, 0.0],
     "logprobs": [None, False],
 }
@@ -89,7 +89,7 @@ OF_CHAT: dict[str, list[Any]] = {
     "safety_identifier": ["x"],
     "prompt_cache_key": ["x"],
 }
-OF_TEXT: dict[str, list[Any]] = {"echo": [False], "best_of": [1], "suffix": [None], "prompt": [["hi"]]}
+OF_TEXT: dict[str, list[Any]] = {"echo": [False], "best_of": [1], "suffix": [None, ""], "prompt": [["hi"]]}
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
@@ -249,6 +249,33 @@ def test_an_answer_ends_before_its_stop_string(stream: bool, client: Any) -> Non
     choices = [choice for event in answer for choice in event.choices] if stream else answer.choices
     assert "".join(choice.text for choice in choices) == whole[: whole.find(stop)]
     assert choices[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_that_begins_in_the_prompt_stops_nothing(stream: bool, client: Any) -> None:
+    body = TEXT | {"prompt": "hiz", "logit_bias": {str(ord("z")): 100}, "max_tokens": 9}
+    for stop, said, why in (("iz", "z" * 9, "length"), ("zzzz", "", "stop")):
+        answer = client.completions.create(**body, stop=[stop], stream=stream)
+        choices = [choice for event in answer for choice in event.choices] if stream else answer.choices
+        assert "".join(choice.text for choice in choices) == said
+        assert choices[-1].finish_reason == why
+
+
+def test_where_a_stop_string_is_found() -> None:
+    """After the prompt, however long the answer is, with a character cut at the head of what is decoded."""
+    tokenizer, stops = byte_tokenizer(), ["STOP"]
+    prompt, text = list(b"ab STOP"), list(("\u20ac" * 50 + "STOP").encode())
+    until = Until(threading.Event(), tokenizer, stops, len(prompt))
+    ended = [bool(until(torch.tensor([prompt + text[:n]]), None)) for n in range(len(text) + 1)]
+    assert ended == [False] * len(text) + [True]
+    until.gone.set()
+    assert bool(until(torch.tensor([prompt]), None))
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 1.0}, {"top_p": 0.9}])
+def test_sampling_draws_from_all_tokens(asked: dict[str, float], client: Any, drawn_from: list[int]) -> None:
+    client.completions.create(**TEXT, **asked)
+    assert drawn_from and min(drawn_from) > 200  # transformers' own default: the 50 likeliest
 
 
 def test_a_bias_is_heeded_by_both(client: Any) -> None:
