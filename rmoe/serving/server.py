@@ -197,9 +197,9 @@ class _Sampling:
     """What both handlers leave out: a temperature means sampling, and the number of tokens is ours to say.
 
     transformers takes the frequency penalty for a repetition penalty, which divides logits and counts the prompt, has
-    no bias for completions, seeds torch when a request arrives, not when its answer begins, looks for stop strings in the
-    prompt's end too, and draws from the 50 likeliest tokens alone where nobody said so. `top_p` alone samples, as OpenAI's
-    temperature is 1 by default; without both the answer is greedy.
+    no bias for completions, and seeds torch when a request arrives, not when its answer begins. It looks for stop
+    strings at the end of the prompt too, and draws from the 50 likeliest tokens where nobody said so. `top_p` alone
+    samples, as the temperature is 1 by default in OpenAI's API; without both the answer is greedy.
     """
 
     def _build_generation_config(self, body: dict[str, Any], base: Any, use_cb: bool = False) -> Any:

@@ -41,7 +41,7 @@ def test_generate_goes_on_with_the_prompt(capsys, run):
 
 def test_all_tokens_can_be_drawn_where_nothing_else_is_asked(capsys, run, drawn_from):
     output(capsys, "generate", run, "--prompt", "x", "--max-new-tokens", "2", "--temperature", "1")
-    assert drawn_from and min(drawn_from) > 200  # transformers' own default: the 50 likeliest
+    assert min(drawn_from, default=0) > 200  # transformers' own default: the 50 likeliest
 
 
 PLUGIN = """

@@ -275,7 +275,7 @@ def test_where_a_stop_string_is_found() -> None:
 @pytest.mark.parametrize("asked", [{"temperature": 1.0}, {"top_p": 0.9}])
 def test_sampling_draws_from_all_tokens(asked: dict[str, float], client: Any, drawn_from: list[int]) -> None:
     client.completions.create(**TEXT, **asked)
-    assert drawn_from and min(drawn_from) > 200  # transformers' own default: the 50 likeliest
+    assert min(drawn_from, default=0) > 200  # transformers' own default: the 50 likeliest
 
 
 def test_a_bias_is_heeded_by_both(client: Any) -> None:
