@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as jsonlib
 import math
 from pathlib import Path
@@ -24,13 +25,16 @@ def run(
 ) -> None:
     """Bits per byte and perplexity of a model on a whole text, or benchmark tasks of lm-evaluation-harness.
 
+    Of a dataset (hf:NAME) the test split counts, else the validation split. A model of words has no bits per byte:
+    its `<unk>` stands for any of them.
+
     Args:
         data: a text file, a folder of texts, a .gz, .jsonl, .csv or .parquet of text, or hf:NAME.
         tasks: names separated by commas, `arc_easy,hellaswag`; with a local file in the place of the task's own
             data, `arc_easy=FILE` (arc_easy, arc_challenge, piqa, lambada_openai, lambada_standard, gsm8k).
         limit: with --tasks, only so many items of each.
         num_fewshot: with --tasks, examples in the prompt; default the task's own number.
-        context: tokens of one forward pass; default what the model was trained with, at most 4096.
+        context: tokens of one forward pass; default what the model was trained with, at most 4096 and the whole text.
         overlap: tokens each pass repeats from the one before, so that every token is predicted from at least so
             many; 1 is the cheapest and the harshest.
         json: print one JSON object; with --tasks in the harness's own format.
@@ -39,6 +43,13 @@ def run(
         raise RequestError("--data", data, "a text, or --tasks: one of the two")
     if context is not None and context < 2:
         raise RequestError("--context", context, "2 or more")
+    for name, given, with_tasks in (
+        ("--limit", limit, True),
+        ("--num-fewshot", num_fewshot, True),
+        ("--overlap", overlap if overlap != 1 else None, False),
+    ):
+        if given is not None and with_tasks != (tasks is not None):
+            raise RequestError(name, given, f"unset without --{'tasks' if with_tasks else 'data'}")
     if tasks is not None:
         _benchmarks(model, plugin, tasks, limit, num_fewshot, context, json)
     else:
@@ -89,13 +100,17 @@ def _text(model: Path, plugin: Plugins, data: str, context: int | None, overlap:
     from rmoe.training.evaluation import evaluate
 
     language_model, _, folder = open_model(model, plugin)
+    corpus = prepare(DataConfig(path=data, tokenizer=str(folder), split="whole"), 2)
+    tokens = corpus.manifest.splits["test"].tokens
     if context is None:
-        context = min(getattr(language_model.config, "max_position_embeddings", 4096), 4096)
-    corpus = prepare(DataConfig(path=data, tokenizer=str(folder), split="whole"), context)
+        context = min(getattr(language_model.config, "max_position_embeddings", 4096), 4096, tokens)
+    if context > tokens:
+        raise RequestError("--context", context, f"at most {tokens}, the tokens of the text")
+    corpus = dataclasses.replace(corpus, sequence_length=context)
     evaluation = evaluate(language_model, corpus.blocks("test", overlap))
     split = corpus.manifest.splits["test"]
     figures = {
-        "bits_per_byte": evaluation.loss * split.tokens / split.bytes / math.log(2),
+        "bits_per_byte": None if corpus.unit == "perplexity" else corpus.in_unit("test", evaluation.loss),
         "perplexity_per_token": math.exp(min(evaluation.loss, 700.0)),
         "loss_nats_per_token": evaluation.loss,
         "tokens": split.tokens,
@@ -107,7 +122,8 @@ def _text(model: Path, plugin: Plugins, data: str, context: int | None, overlap:
     if json:
         print(jsonlib.dumps(figures, indent=2))
         return
+    bits = "" if figures["bits_per_byte"] is None else f"{figures['bits_per_byte']:.4f} bits per byte, "
     print(
-        f"{figures['bits_per_byte']:.4f} bits per byte, perplexity {figures['perplexity_per_token']:.3f} per token "
+        f"{bits}perplexity {figures['perplexity_per_token']:.3f} per token "
         f"over {split.tokens:,} tokens ({split.bytes:,} bytes); each predicted from {evaluation.context}"
     )

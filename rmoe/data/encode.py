@@ -246,13 +246,21 @@ def load_encoder(name: str) -> Encoder:
     except Exception as error:  # each file format has its own family of errors
         raise RequestError("data.tokenizer", name, f"{kinds} ({error})") from error
     if _alike(tokenizer, byte_tokenizer(), "model", "normalizer", "pre_tokenizer"):
-        return ByteEncoder()
+        return _with_additions(ByteEncoder(), tokenizer)
     special = {UNKNOWN: 0, END_OF_LINE: 1, PAD: 2}
     if _alike(tokenizer, word_tokenizer(special), "normalizer", "pre_tokenizer"):
-        vocabulary = tokenizer.get_vocab()
+        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
         if special.items() <= vocabulary.items():
-            return WordEncoder(vocabulary)
+            return _with_additions(WordEncoder(vocabulary), tokenizer)
     return HubEncoder(display_name(folder), tokenizer)
+
+
+def _with_additions(encoder: ByteEncoder | WordEncoder, tokenizer: Any) -> Encoder:
+    """The encoder with a tokenizer that its user gave a chat template or tokens, which no text encodes to."""
+    added = tokenizer.get_added_vocab() != encoder.tokenizer.get_added_vocab()
+    if added or tokenizer.chat_template is not None:
+        encoder.tokenizer = tokenizer
+    return encoder
 
 
 def _alike(one: Any, other: Any, *parts: str) -> bool:

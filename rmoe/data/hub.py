@@ -18,15 +18,17 @@ _NAMES: dict[SplitName, tuple[str, ...]] = {
 }
 
 
-def open_dataset(path: str, field: str) -> SplitTexts | Text:
+def open_dataset(path: str, field: str, whole: bool = False) -> SplitTexts | Text:
     """The text of a dataset.
 
     Args:
         path: `hf:NAME` or `hf:NAME:CONFIG`; NAME is a hub name or a folder written by `save_to_disk`.
         field: the column that holds the text.
+        whole: the text is for evaluation alone.
 
     Returns:
-        Its own three splits where it has them; else its `train` split, or its only one.
+        Its own three splits where it has them; else its `train` split, or its only one. With `whole` its test split,
+        else its validation split, else its only one. The name says which of several it is.
 
     Raises:
         RequestError: `datasets` is missing, the dataset cannot be loaded, or has no such column or split.
@@ -37,12 +39,12 @@ def open_dataset(path: str, field: str) -> SplitTexts | Text:
         raise RequestError(
             "data.path", path, "hf:... with the extra `data`: pip install 'rmoe[data]'"
         ) from error
-    whole = expand(path.removeprefix(PREFIX), "data.path")
+    folder = expand(path.removeprefix(PREFIX), "data.path")
     name, _, config = path.removeprefix(PREFIX).partition(":")
     try:
         loaded = (
-            datasets.load_from_disk(str(whole))
-            if whole.is_dir()
+            datasets.load_from_disk(str(folder))
+            if folder.is_dir()
             else datasets.load_dataset(name, config or None)
         )
     except Exception as error:  # the hub, the network, the builder: each has its own family of errors
@@ -54,13 +56,19 @@ def open_dataset(path: str, field: str) -> SplitTexts | Text:
                 "data.text_field", field, f"a column of {found}: {', '.join(rows.column_names)}"
             )
     named = {ours: next((n for n in names if n in splits), None) for ours, names in _NAMES.items()}
-    if all(named.values()):
+    if all(named.values()) and not whole:
         return SplitTexts(
             path, {ours: _column(ours, splits[theirs], field) for ours, theirs in named.items() if theirs}
         )
-    if "train" in splits or len(splits) == 1:
-        return _column(path, splits["train" if "train" in splits else next(iter(splits))], field)
-    raise RequestError("data.path", path, f"a dataset with a split `train` (it has {', '.join(splits)})")
+    if len(splits) == 1:
+        return _column(path, next(iter(splits.values())), field)
+    wanted = (named["test"] or named["valid"]) if whole else named["train"]
+    if wanted is None:
+        allowed = "`test` or `validation`" if whole else "`train`"
+        raise RequestError(
+            "data.path", path, f"a dataset with a split {allowed} (it has {', '.join(splits)})"
+        )
+    return _column(f"{path} ({wanted})", splits[wanted], field)
 
 
 def _column(name: str, rows: Any, field: str) -> Text:

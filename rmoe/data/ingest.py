@@ -89,15 +89,13 @@ def open_source(config: DataConfig) -> Text | SplitTexts:
     if config.path is None:
         text = standard_library()
     elif config.path.startswith(PREFIX):
-        text = open_dataset(config.path, config.text_field)
+        text = open_dataset(config.path, config.text_field, whole=config.split == "whole")
     else:
         text = open_text(config.path, config.text_field)
     if isinstance(text, Text):
-        return text.first(config.max_bytes)
+        return text.first(config.max_bytes, characters=config.tokenizer != "bytes")
     if config.max_bytes is not None:
         raise RequestError("data.max_bytes", config.max_bytes, "unset with a dataset that has its own splits")
-    if config.split == "whole":
-        return text.splits["test"]
     return text
 
 

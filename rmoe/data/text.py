@@ -40,9 +40,11 @@ class Text:
     name: str
     read: Callable[[], Iterator[bytes]]
 
-    def first(self, limit: int | None) -> Text:
-        """This text cut after `limit` bytes; None is all of it."""
-        return self if limit is None else Text(f"{self.name}[:{limit}]", lambda: _first(self.read(), limit))
+    def first(self, limit: int | None, characters: bool = False) -> Text:
+        """This text cut after `limit` bytes, or before the character cut there; None is all of it."""
+        if limit is None:
+            return self
+        return Text(f"{self.name}[:{limit}]", lambda: _first(self.read(), limit, characters))
 
 
 @dataclass(frozen=True)
@@ -207,9 +209,22 @@ def read_documents(path: Path, field: str) -> Iterator[bytes]:
             raise RequestError(row.where, str(error), allowed) from None
 
 
-def _first(chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:
+def _first(chunks: Iterator[bytes], limit: int, characters: bool) -> Iterator[bytes]:
+    held = b""  # the chunk before: the character that is cut may begin in it
     for chunk in chunks:
-        yield chunk[:limit]
-        limit -= len(chunk)
-        if limit <= 0:
+        if limit <= len(chunk):
+            last = held + chunk[:limit]
+            yield _whole_characters(last) if characters else last
             return
+        yield held
+        held, limit = chunk, limit - len(chunk)
+    yield held
+
+
+def _whole_characters(text: bytes) -> bytes:
+    """Without the beginning of a UTF-8 character at its end."""
+    for length, byte in enumerate(reversed(text[-4:]), start=1):
+        if byte & 0xC0 != 0x80:  # the first byte of a character, which says how many there are
+            wanted = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return text[:-length] if length < wanted else text
+    return text

@@ -24,6 +24,10 @@ def _arc(item: Any) -> dict[str, Any]:
 
 
 def _piqa(item: Any) -> dict[str, Any]:
+    if len(item.choices) != 2:
+        raise RequestError(
+            "--tasks", f"piqa with {len(item.choices)} choices to {item.question!r:.60}", "two choices"
+        )
     return {"goal": item.question, "sol1": item.choices[0], "sol2": item.choices[1], "label": item.label}
 
 

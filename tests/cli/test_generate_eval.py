@@ -117,6 +117,29 @@ def test_eval_counts_every_byte_once(capsys, run, tmp_path, overlap):
     assert f"{figures['bits_per_byte']:.4f} bits per byte" in output(capsys, *arguments)
 
 
+def test_a_text_shorter_than_the_context_is_one_pass(capsys, run, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"import this")
+    figures = json.loads(output(capsys, "eval", run, "--data", tmp_path / "text.txt", "--json"))
+    assert figures["tokens"] == 11
+    assert "10 tokens before it" in figures["context"]
+
+
+def test_a_model_of_words_has_no_bits_per_byte(capsys, tmp_path):
+    """Untrained, on a text of which it knows no word: one token stands for any number of bytes."""
+    from rmoe.data.encode import word_tokenizer
+    from rmoe.model import RMoEConfig, RMoEForCausalLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "moe_intermediate_size": 4}
+    RMoEForCausalLM(RMoEConfig(vocab_size=4, num_experts=2, **sizes)).save_pretrained(tmp_path / "model")
+    word_tokenizer({"<unk>": 0, "<eos>": 1, "<|pad|>": 2, "a": 3}).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("unheard-of words " * 9)
+    arguments = ["eval", tmp_path / "model", "--data", tmp_path / "text.txt"]
+    assert json.loads(output(capsys, *arguments, "--json"))["bits_per_byte"] is None
+    said = output(capsys, *arguments)
+    assert said.startswith("perplexity ")
+    assert "bits" not in said
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -128,6 +151,19 @@ def test_eval_counts_every_byte_once(capsys, run, tmp_path, overlap):
         (["eval", "{run}", "--data", "nowhere.txt"], "nowhere.txt"),
         (["eval", "{run}", "--data", "{text}", "--context", "1"], "--context is 1"),
         (["eval", "{run}", "--data", "{text}", "--overlap", "32"], "overlap is 32"),
+        (
+            ["eval", "{run}", "--data", "{text}", "--context", "99999999"],
+            "--context is 99999999; allowed: at most",
+        ),
+        (
+            ["eval", "{run}", "--data", "{text}", "--limit", "3"],
+            "--limit is 3; allowed: unset without --tasks",
+        ),
+        (["eval", "{run}", "--data", "{text}", "--num-fewshot", "0"], "--num-fewshot is 0"),
+        (
+            ["eval", "{run}", "--tasks", "piqa", "--overlap", "4"],
+            "--overlap is 4; allowed: unset without --data",
+        ),
     ],
 )
 def test_wrong_requests(capsys, monkeypatch, run, argv, said):

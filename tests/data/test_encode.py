@@ -84,6 +84,22 @@ def test_saved_byte_tokenizer_is_known_again(saved_bytes: Path) -> None:
     assert isinstance(load_encoder(str(saved_bytes)), ByteEncoder)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_what_a_user_added_to_a_tokenizer_stays(kind: str, tmp_path: Path) -> None:
+    """A chat template and tokens for it; text is encoded as before, written-out tokens as text."""
+    own = ByteEncoder() if kind == "bytes" else WordEncoder(SPECIAL | {"a": 3})
+    tokenizer = own.tokenizer
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert type(encoder) is type(own)
+    assert encoder.tokenizer.chat_template == "{{ messages }}"
+    assert "<|im_start|>" in encoder.tokenizer.get_vocab()
+    assert encode(encoder, b"a <|im_start|> a\n") == encode(own, b"a <|im_start|> a\n")
+    assert encode(encoder, b"a <|im_start|> a\n") == encoder.tokenizer("a <|im_start|> a\n")["input_ids"]
+
+
 WORDS = st.text(
     st.sampled_from("ab<unk>é\n \t\r\f\x0b\x1c\x1d\x1e\x1f\x85\xa0\u2003\u2028\u3000.,@-0"),
     min_size=1,

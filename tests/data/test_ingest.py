@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rmoe.data import DataConfig, ingest, prepare
 from rmoe.data.encode import words
-from rmoe.data.text import SEPARATOR
+from rmoe.data.text import SEPARATOR, Text
 from rmoe.errors import RequestError, RunError
 from tests.data.texts import LINES, TEXT, everything, files_below, read
 from tests.versions import since
@@ -189,6 +191,46 @@ def test_dataset_from_disk(tmp_path: Path, cache: Path) -> None:
         prepare(DataConfig(path=f"hf:{folder}", text_field="body", cache_dir=str(cache)), 32)
     with pytest.raises(RequestError, match="unset with a dataset that has its own splits"):
         prepare(DataConfig(path=f"hf:{folder}", max_bytes=9, cache_dir=str(cache)), 32)
+
+
+@pytest.mark.parametrize(
+    ("splits", "evaluated", "trained"),
+    [
+        ("train test", "test", "train"),
+        ("train validation", "validation", "train"),
+        ("train dev test", "test", None),
+        ("test", "test", "test"),
+        ("train unsupervised", None, "train"),
+        ("a b", None, None),
+    ],
+)
+def test_which_split_of_a_dataset_it_is(
+    splits: str, evaluated: str | None, trained: str | None, tmp_path: Path, cache: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = splits.split()
+    rows = {name: datasets.Dataset.from_dict({"text": [f"{name} row\n"] * 200}) for name in names}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "rows")
+    for split, wanted in (("whole", evaluated), ("auto", trained)):
+        config = DataConfig(path=f"hf:{tmp_path / 'rows'}", split=split, cache_dir=str(cache))  # type: ignore[arg-type]
+        if wanted is None and not (split == "auto" and "test" in names):
+            with pytest.raises(RequestError, match=rf"a dataset with a split .*it has {', '.join(names)}"):
+                prepare(config, 16)
+            continue
+        corpus = prepare(config, 16)
+        if wanted is None:  # all three
+            continue
+        assert read(corpus, "test").endswith(f"{wanted} row\n".encode())
+        assert corpus.manifest.source.name.endswith(f" ({wanted})" if len(names) > 1 else "rows")
+
+
+@given(st.text("aé€😀", max_size=12), st.integers(1, 40), st.integers(1, 5))
+def test_the_first_bytes_end_with_a_character(text: str, limit: int, size: int) -> None:
+    raw = text.encode()
+    whole = Text("t", lambda: iter([raw[i : i + size] for i in range(0, len(raw), size)]))
+    assert b"".join(whole.first(limit).read()) == raw[:limit]
+    expected = raw[:limit].decode(errors="ignore").encode()
+    assert b"".join(whole.first(limit, characters=True).read()) == expected
 
 
 def test_dataset_that_is_not_there(cache: Path) -> None:
