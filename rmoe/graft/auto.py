@@ -9,7 +9,7 @@ chooses weight conversions and parallel plans by.
 from __future__ import annotations
 
 import copy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from rmoe.graft.base import GRAFT_MODEL_TYPE, GRAFT_SECTION, POINTER
 from rmoe.graft.join import JoinsBase
 from rmoe.graft.modules import reduce_as
 from rmoe.graft.spec import GraftSpec
-from rmoe.model.auto_code import write_auto_code
+from rmoe.model.auto_code import save_with_code
 from rmoe.model.initialize import initialize_missing
 from rmoe.model.recompute import NonReentrant
 from rmoe.routing.initial import Initialized
@@ -121,10 +121,9 @@ def grafted_model_class(
         if not is_grafted(self):  # a classifier makes its backbone through AutoModel, which has grafted it
             attach(self, GraftSpec.from_dict(getattr(config, GRAFT_SECTION)))
 
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        base.save_pretrained(self, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_auto_code(Path(save_directory), CODE, AUTO_MAP)
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+        save = partial(base.save_pretrained, self)
+        save_with_code(self, save, Path(save_directory), kwargs, CODE, AUTO_MAP)
 
     def initialize_weights(self: Any) -> None:
         # The backbone, a model of its own, knows nothing of the graft's modules in it.

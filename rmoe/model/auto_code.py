@@ -9,9 +9,10 @@ are registered and no remote code is involved.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 AUTO_MAP = {
     "AutoConfig": "configuration_rmoe.RMoEConfig",
@@ -38,3 +39,33 @@ def write_auto_code(
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = dict(auto_map)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+HUB_KEYWORDS = (
+    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"
+)  # fmt: skip
+
+
+def save_with_code(
+    model: Any,
+    save: Callable[..., None],
+    folder: Path,
+    kwargs: dict[str, Any],
+    files: Mapping[str, str] = MappingProxyType(_FILES),
+    auto_map: Mapping[str, str] = MappingProxyType(AUTO_MAP),
+) -> None:
+    """`save_pretrained` with the files, which a model that is also uploaded then has too.
+
+    Args:
+        model: what `push_to_hub` uploads.
+        save: transformers' own `save_pretrained`, which would upload before the files are there.
+        kwargs: its keywords.
+        files, auto_map: see `write_auto_code`.
+    """
+    uploads = kwargs.pop("push_to_hub", False)
+    hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if uploads and name in kwargs}
+    save(folder, **kwargs)
+    if kwargs.get("is_main_process", True):
+        write_auto_code(folder, files, auto_map)
+        if uploads:
+            model.push_to_hub(hub.pop("repo_id", folder.name), **hub)

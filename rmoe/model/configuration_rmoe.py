@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -27,6 +28,11 @@ def _expert_parallel_plan() -> dict[str, str]:
     }
     dispatch = "ep_dispatch_experts" if "ep_dispatch_experts" in known else "moe_tp_experts"
     return projections | {"layers.*.mlp.experts": dispatch}
+
+
+def _renormalising(spec: RouterSpec, norm_topk_prob: bool) -> RouterSpec:
+    """The router with that option of its gate, where its gate has it."""
+    return vary(spec, gate={"renormalize": norm_topk_prob}) if hasattr(spec.gate, "renormalize") else spec
 
 
 MOST_LAYERS = 10_000
@@ -60,7 +66,8 @@ class RMoEConfig(PreTrainedConfig):
         attention_dropout: on attention weights.
         router: a `RouterSpec`, the name of a zoo row, or a spec as a dict; stored as the dict.
         norm_topk_prob: whether the k weights are divided by their sum. None lets the router decide; a value is
-            written into the router's gate, where that gate has the option, so the two cannot disagree.
+            written into the router's gate, where that gate has the option. The two say one thing, also where one of
+            them is set later: the last that was set decides.
         router_aux_loss_coef: weight of those balance losses that name none (the load-balance loss).
         dense_gradients: how experts that a token did not choose teach the router: None, not at all; "densemixer", as
             if all had been computed; "default", by a moving average of their outputs, which is also added to the
@@ -139,22 +146,62 @@ class RMoEConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.intermediate_size is None:
             self.intermediate_size = self.num_experts_per_tok * self.moe_intermediate_size
-        self._check_sizes()
+        self.check_sizes()
         self._resolve_router()
         self.base_model_tp_plan = self.without_absent(type(self).base_model_tp_plan)  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
-    def _check_sizes(self) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        resolved = isinstance(self.__dict__.get("router"), dict)
+        super().__setattr__(name, value)
+        if resolved and name == "router":
+            self._take_router(resolve(value))
+        elif resolved and name == "norm_topk_prob" and value is not None:
+            self._take_router(_renormalising(self.router_spec, value))
+
+    def _take_router(self, spec: RouterSpec) -> None:
+        """Store a router, and what follows from it; not through `__setattr__`, which calls this."""
+        router = spec.to_dict()
+        norm = self.__dict__.get("norm_topk_prob")
+        self.__dict__["router"] = router
+        self.__dict__["norm_topk_prob"] = (router["gate"] or {}).get("renormalize", norm)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers. A gate that was edited in place says what is saved."""
+        values: dict[str, Any] = super().to_dict()
+        gate = values["router"]["gate"] if isinstance(values.get("router"), dict) else None
+        if gate is not None and "renormalize" in gate:
+            values["norm_topk_prob"] = gate["renormalize"]
+        return values
+
+    def check_sizes(self) -> None:
+        """Refuse what cannot work: on construction, and when a model is built, for fields that were set since.
+
+        Raises:
+            RequestError: naming the field.
+        """
         positive = (
             "vocab_size",
             "hidden_size",
             "moe_intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "head_dim",
+            "num_key_value_heads",
+            "num_experts",
+            "num_experts_per_tok",
+            "intermediate_size",
         )
-        for name in (*positive, "head_dim", "num_key_value_heads", "num_experts", "num_experts_per_tok"):
+        for name in positive:
             if getattr(self, name) <= 0:
                 raise RequestError(name, getattr(self, name), "1 or more")
+        for name in ("num_shared_experts", "initializer_range", "rms_norm_eps", "router_aux_loss_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RequestError(name, getattr(self, name), "0 or more, and finite")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise RequestError(
+                "pad_token_id", self.pad_token_id, f"0 to below vocab_size ({self.vocab_size})"
+            )
         if self.num_hidden_layers > MOST_LAYERS:
             raise RequestError("num_hidden_layers", self.num_hidden_layers, f"1 to {MOST_LAYERS}")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -178,11 +225,9 @@ class RMoEConfig(PreTrainedConfig):
 
     def _resolve_router(self) -> None:
         spec = resolve(self.router)
-        if self.norm_topk_prob is not None and hasattr(spec.gate, "renormalize"):
-            spec = vary(spec, gate={"renormalize": self.norm_topk_prob})
-        self.router = router = spec.to_dict()
-        if router["gate"] is not None:
-            self.norm_topk_prob = router["gate"].get("renormalize", self.norm_topk_prob)
+        if self.norm_topk_prob is not None:
+            spec = _renormalising(spec, self.norm_topk_prob)
+        self._take_router(spec)
         spec.check_geometry(self.router_geometry(0))
         mixes = spec.router.uses_gate and not spec.router.weighs_inputs
         if self.dense_gradients is not None and not mixes:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmoe.errors import RequestError
 from rmoe.routing.contract import RouterStats, Routing, dispatched_experts
 from rmoe.routing.step_state import StepState
 
@@ -55,7 +56,13 @@ def densemixer(experts: Any, x: Tensor, routing: Routing) -> Tensor:
         experts: the layer's, with `one(n, x)`.
         x: `[T, d]`.
         routing: the decision.
+
+    Raises:
+        RequestError: the experts are wrapped, as PEFT's `target_parameters` does: one alone cannot be computed.
     """
+    if not hasattr(experts, "one"):
+        allowed = f"null with experts in a {type(experts).__name__}, which computes them all or none"
+        raise RequestError("dense_gradients", "densemixer", allowed)
     return _OfAllExperts.apply(unchosen_weights(routing, experts.num_experts), x.detach(), experts)
 
 

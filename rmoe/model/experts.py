@@ -279,15 +279,17 @@ def choose_experts(
             return "sorted_mm"
         if tokens == 1:
             return "batched_mm" if compiled else "sorted_mm"
-        return "grouped_mm"
+        return "grouped_mm" if in_whole_16_bytes(hidden, width, dtype) else "sorted_mm"
     if tokens == 1:
         return "batched_mm"
-    return "grouped_mm" if dtype == torch.bfloat16 and in_whole_16_bytes(hidden, width) else "sorted_mm"
+    return (
+        "grouped_mm" if dtype == torch.bfloat16 and in_whole_16_bytes(hidden, width, dtype) else "sorted_mm"
+    )
 
 
-def in_whole_16_bytes(hidden: int, width: int) -> bool:
-    """Whether rows of 2-byte numbers are: torch's grouped product refuses others."""
-    return hidden % 8 == 0 and width % 8 == 0
+def in_whole_16_bytes(hidden: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of both widths are: torch's grouped product refuses others."""
+    return hidden * dtype.itemsize % 16 == 0 and width * dtype.itemsize % 16 == 0
 
 
 ExpertsForward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
@@ -317,9 +319,9 @@ def heeds_autocast(function: ExpertsForward) -> ExpertsForward:
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         kind = hidden_states.device.type
         sizes = hidden_states.shape[-1], self.down_proj.shape[-1]
-        if not (torch.is_autocast_enabled(kind) and in_whole_16_bytes(*sizes)):
-            return function(self, hidden_states, top_k_index, top_k_weights)
         low = torch.get_autocast_dtype(kind)
+        if not (torch.is_autocast_enabled(kind) and in_whole_16_bytes(*sizes, low)):
+            return function(self, hidden_states, top_k_index, top_k_weights)
         return function(_Cast(self, low), hidden_states.to(low), top_k_index, top_k_weights.to(low))
 
     return forward

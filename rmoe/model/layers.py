@@ -66,7 +66,8 @@ class _Experts(Initialized):
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """`E_n(x)` of one expert, unweighted: `[*, d]` -> `[*, d]`."""
-        first = self.get_parameter("gate_up_proj" if self.gated else "up_proj")[expert]
+        # Not get_parameter: under PEFT it is computed from the base's and an adapter's.
+        first = getattr(self, "gate_up_proj" if self.gated else "up_proj")[expert]
         inner = nn.functional.linear(x, first.to(x.dtype))
         inner = self._apply_gate(inner) if self.gated else self.act_fn(inner)
         return nn.functional.linear(inner, self.down_proj[expert].to(x.dtype))

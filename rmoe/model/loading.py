@@ -116,8 +116,11 @@ def _changed(config: Any, changes: dict[str, Any]) -> Any:
             raise RequestError(name, value, f"a field of the {config.model_type} configuration")
     if not changes:
         return config
+    values = config.to_dict()
+    if "router" in changes and config.model_type == "rmoe":
+        del values["norm_topk_prob"]  # it was the old router's
     try:
-        return type(config).from_dict(config.to_dict() | changes)
+        return type(config).from_dict(values | changes)
     except RequestError:
         raise
     except Exception as error:  # transformers validates with errors of several kinds

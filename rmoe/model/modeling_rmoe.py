@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from rmoe.compat import CACHE, attention_keywords, merge_with_config_defaults, one_cache
 from rmoe.errors import RequestError
-from rmoe.model.auto_code import write_auto_code
+from rmoe.model.auto_code import save_with_code
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.head import IGNORED, LMHead, next_tokens
 from rmoe.model.initialize import initialize_missing
@@ -27,7 +27,7 @@ from rmoe.model.outputs import (
     RMoEModelOutputWithPast,
     RMoESequenceClassifierOutput,
 )
-from rmoe.model.packing import split_packed
+from rmoe.model.packing import split_packed, starts_again
 from rmoe.model.recompute import NonReentrant, keep_decisions
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, on_device, router_stats
@@ -82,9 +82,7 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """As in transformers; also writes the files that let `Auto...from_pretrained` find this package."""
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_auto_code(Path(save_directory))
+        save_with_code(self, super().save_pretrained, Path(save_directory), kwargs)
 
     @property
     def trunk(self) -> RMoEModel:
@@ -159,6 +157,7 @@ class RMoEModel(RMoEPreTrainedModel):
 
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__(config)
+        config.check_sizes()
         _check_parallelism(config)
         spec = config.router_spec
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -179,6 +178,28 @@ class RMoEModel(RMoEPreTrainedModel):
             if any(part in b for b in buffers)
         }
         self.post_init()
+
+    def _require_whole_sequences(
+        self, packed: bool, seen: int | Tensor, attention_mask: Any, position_ids: Any
+    ) -> None:
+        """Refuse what hides earlier tokens from a router that reads them, or shows it another example's.
+
+        Raises:
+            ValueError: there is a cache that holds tokens, or compiled code that cannot tell; or examples are packed.
+        """
+        kind = self.config.router_spec.router.kind
+        unknown = torch.compiler.is_compiling() and isinstance(seen, Tensor)
+        if packed or unknown or int(seen) > 0:
+            raise ValueError(
+                f"router {kind!r} reads a token's earlier tokens: call the model without a cache"
+            )
+        if position_ids is None or torch.compiler.is_compiling():
+            return
+        is_mask = isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape
+        if starts_again(position_ids, attention_mask.bool() if is_mask else None):
+            raise ValueError(
+                f"router {kind!r} reads a token's earlier tokens: give each example a row of its own"
+            )
 
     def _context(
         self, input_ids: Tensor | None, embeds: Tensor, attention_mask: Any, seen: int | Tensor
@@ -237,11 +258,8 @@ class RMoEModel(RMoEPreTrainedModel):
             # Up to transformers 5.23 attention reads such a cache by a keyword of its own.
             kwargs["cache"], cache = cache, None
         seen = 0 if cache is None or packed else cache.get_seq_length()
-        if self.reads_sequence and (packed or (isinstance(seen, int) and seen > 0)):
-            kind = config.router_spec.router.kind
-            raise ValueError(
-                f"router {kind!r} reads a token's earlier tokens: call the model without a cache"
-            )
+        if self.reads_sequence:
+            self._require_whole_sequences(packed, seen, attention_mask, position_ids)
         own_mask = attention_mask
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
@@ -315,20 +333,23 @@ def _check_parallelism(config: RMoEConfig) -> None:
 
 
 def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor | None:
-    """`[T]` bool, False at padding: what the last `length` columns of the mask say of the tokens of this call.
+    """`[T]` bool, False at padding: what the mask's columns of this call say of its tokens.
 
     Args:
-        attention_mask: `[B, past + length]`; or, for caches of a fixed size, what `generate` makes of it: `[B, 1,
-            length, size]`, whose last row sees every real token so far. None, and the masks of other shapes that
-            users make for packed sequences, mean no padding.
+        attention_mask: `[B, past + length]`, or more columns for a cache of a fixed size; or what `generate` makes
+            of it then: `[B, 1, length, size]`, whose last row sees every real token so far. None, and the masks of
+            other shapes that users make for packed sequences, mean no padding.
         length: tokens of this call. seen: tokens in the cache before it.
     """
     if not isinstance(attention_mask, Tensor):
         return None
-    if attention_mask.dim() == 2:
+    if attention_mask.dim() == 2 and attention_mask.shape[-1] <= length:
         return attention_mask[:, -length:].reshape(-1).bool()
+    columns = torch.arange(length, device=attention_mask.device) + seen
+    if attention_mask.dim() == 2:
+        surplus = columns[-1] + 1 - attention_mask.shape[-1]  # a mask may lack the first of the cached tokens
+        return attention_mask.index_select(-1, columns - surplus.clamp(min=0)).reshape(-1).bool()
     if attention_mask.dim() == 4 and attention_mask.shape[-1] > length:
-        columns = torch.arange(length, device=attention_mask.device) + seen
         last = attention_mask[:, 0, -1].index_select(-1, columns)
         return (last if last.dtype == torch.bool else last == 0).reshape(-1)
     return None

@@ -23,14 +23,22 @@ def split_packed(attention_mask: Any, position_ids: Tensor, cache: Any) -> tuple
         cache: of keys and values; nothing is packed where there is one.
 
     Returns:
-        Both as they were; or, for packed sequences, no mask, and positions by which transformers takes each token of
-        padding for an example of its own.
+        Both as they were; or, for packed sequences and in compiled code, no mask, and positions by which transformers
+        takes each token of padding for an example of its own.
     """
     is_mask = isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape
-    if cache is not None or not is_mask or torch.compiler.is_compiling():
+    if cache is not None or not is_mask:
         return attention_mask, position_ids
     real = attention_mask.bool()
-    seen = position_ids.masked_fill(~real, -1).cummax(-1).values
-    if not (real[:, 1:] & (position_ids[:, 1:] <= seen[:, :-1])).any():
+    # Compiled code cannot ask, and needs not: without a cache the positions say as much as the mask.
+    if not torch.compiler.is_compiling() and not starts_again(position_ids, real):
         return attention_mask, position_ids
     return None, position_ids.masked_fill(~real, _PADDING)
+
+
+def starts_again(position_ids: Tensor, real: Tensor | None) -> bool:
+    """Whether a row `[B, S]` holds several examples: the position of a real token is not beyond all before it."""
+    if real is None:
+        return bool((position_ids.diff(dim=-1) <= 0).any())
+    seen = position_ids.masked_fill(~real, -1).cummax(-1).values
+    return bool((real[:, 1:] & (position_ids[:, 1:] <= seen[:, :-1])).any())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
@@ -12,6 +14,21 @@ from rmoe.errors import RequestError
 from rmoe.model.modeling_rmoe import RMoEModel
 from rmoe.routing.balance import summed_over_ranks
 from rmoe.routing.contract import RouterStats
+
+
+def _warn_of_lost_state(trunk: RMoEModel) -> None:
+    """An adapter holds its own parameters and copies: what moves in the base's routers is not saved with it."""
+    moving = [
+        name
+        for router in trunk.routers
+        if not isinstance(getattr(router, "modules_to_save", None), nn.Module)
+        for name, _ in router.named_buffers()
+        if name in router.state_dict()
+    ]
+    if moving:
+        named = sorted({name.rpartition(".")[2] for name in moving})
+        said = f"the routers' {', '.join(named)} will move, and the adapter does not save them"
+        warnings.warn(f'{said}: add modules_to_save=["gate"] to its configuration', stacklevel=3)
 
 
 class RouterUpdates(TrainerCallback):
@@ -35,12 +52,17 @@ class RouterUpdates(TrainerCallback):
 
         Raises:
             RequestError: `model` holds no RMoE model.
+
+        Warns:
+            UserWarning: `model` has a PEFT adapter that does not save what will move.
         """
         found = next((module for module in model.modules() if isinstance(module, RMoEModel)), None)
         if found is None:
             raise RequestError(
                 "model", type(model).__name__, "an RMoE model: its routers have state to update"
             )
+        if hasattr(model, "peft_config"):
+            _warn_of_lost_state(found)
         self._trunk, self._stats = found, None
         self._handle = found.register_forward_hook(self._add)
 

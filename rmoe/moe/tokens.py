@@ -59,8 +59,9 @@ def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     real = torch.ones(batch, length, dtype=torch.bool)
     past: int | Tensor | None = held if mask is None else None
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        real = mask[:, -length:].bool().cpu()
-        past = mask[:, :-length].bool().sum(-1) if mask.shape[1] == held + length else None
+        first = min(held, mask.shape[1] - length)  # a static cache's mask may go on behind this call's tokens
+        real = mask[:, first : first + length].bool().cpu()
+        past = mask[:, :held].bool().sum(-1) if first == held else None
     elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == length <= mask.shape[3] - held:
         own = mask[:, 0].diagonal(held, -2, -1)  # a static cache's: whether a token may attend to itself
         real = (own if own.dtype == torch.bool else own == 0).expand(batch, -1).cpu()

@@ -473,7 +473,25 @@ def test_packed_examples_are_told_to_attention_by_positions(
     for other in ((mask, positions, object()), (None, positions, None), (mask[:, 1:], positions, None)):
         assert all(a is b for a, b in zip(split_packed(*other), other[:2], strict=True))
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    assert all(a is b for a, b in zip(split_packed(mask, positions, None), (mask, positions), strict=True))
+    got_mask, got = split_packed(mask, positions, None)  # compiled code cannot ask
+    assert got_mask is None
+    assert torch.equal(got, torch.where(mask.bool(), positions, -2))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_examples_with_padding_do_not_see_each_other(compiled: bool) -> None:
+    net, one, two = model(router="rmoe", experts="batched_mm").eval(), tokens(1, 5), tokens(1, 6, seed=1)
+    positions, mask = packed([5, 6, -3], [-3, 5, 6])
+    both = torch.cat((one, two), 1)
+    ids = torch.cat((torch.nn.functional.pad(both, (0, 3)), torch.nn.functional.pad(both, (3, 0))))
+    call = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
+    with torch.no_grad():
+        got = call(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        for start, example in ((0, one), (5, two)):
+            want = net(example, use_cache=False).logits[0]
+            for row, shift in ((0, 0), (1, 3)):
+                begin = start + shift
+                torch.testing.assert_close(got[row, begin : begin + len(want)], want)
 
 
 @since("transformers", "5.24", "the attention function updates a paged cache, not the layer")
@@ -616,7 +634,9 @@ def test_whole_16_bytes() -> None:
         (36, 20, False),
         (8, 8, True),
     ):
-        assert in_whole_16_bytes(hidden, width) == whole
+        assert in_whole_16_bytes(hidden, width, torch.bfloat16) == whole
+    assert in_whole_16_bytes(36, 20, torch.float32)
+    assert not in_whole_16_bytes(36, 18, torch.float32)
 
 
 def test_defaults() -> None:

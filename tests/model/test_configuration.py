@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -64,6 +66,33 @@ def test_norm_topk_prob_and_the_gate_cannot_disagree() -> None:
     assert config(norm_topk_prob=False).router["gate"]["renormalize"] is False
     assert config(router="eda").norm_topk_prob is False
     assert config().norm_topk_prob is True
+
+
+def test_the_router_and_norm_topk_prob_set_later_say_one_thing(tmp_path: Path) -> None:
+    def saved(built: RMoEConfig) -> RMoEConfig:
+        built.save_pretrained(tmp_path)
+        again = RMoEConfig.from_pretrained(tmp_path)
+        assert (again.router, again.norm_topk_prob) == (built.router, built.router["gate"]["renormalize"])
+        return again
+
+    built = config(router="smoe")
+    built.norm_topk_prob = False
+    assert saved(built).router["gate"]["renormalize"] is False
+    built.router = "rmoe"
+    assert saved(built).norm_topk_prob is True
+    built.router["gate"]["renormalize"] = False  # in place
+    assert saved(built).norm_topk_prob is False
+    config(router="smoe").save_pretrained(tmp_path)
+    for changes, kept in (({"router": "olmoe"}, False), ({"norm_topk_prob": False}, False), ({}, True)):
+        again = RMoEConfig.from_pretrained(tmp_path, **changes)
+        assert again.norm_topk_prob is again.router["gate"]["renormalize"] is kept
+
+
+def test_fields_set_after_the_checks_are_checked_when_a_model_is_built() -> None:
+    built = config()
+    built.norm_position = "after"
+    with pytest.raises(RequestError, match="norm_position is 'after'"):
+        RMoEForCausalLM(built)
 
 
 def test_the_router_is_stored_resolved() -> None:

@@ -215,3 +215,21 @@ def test_refused_with_experts_cut_up(dense: str, groups: dict) -> None:
     settings.distributed_config = SimpleNamespace(**groups)
     with pytest.raises(RequestError, match="dense_gradients"):
         RMoEForCausalLM(settings)
+
+
+@pytest.mark.parametrize("dense", [None, "densemixer"])
+def test_lora_on_the_experts_one_by_one(dense: str | None) -> None:
+    """Under PEFT an expert's weight is computed, no parameter; and one expert alone cannot be."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    net, ids = peft.get_peft_model(model(router="smoe", dense_gradients=dense), config), tokens()
+    if dense is not None:
+        with pytest.raises(
+            RequestError, match=r"dense_gradients is 'densemixer'; allowed: null with experts in a"
+        ):
+            net(input_ids=ids, labels=ids)
+        return
+    net(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in net.named_parameters() if "lora_B" in name)

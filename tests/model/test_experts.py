@@ -156,6 +156,19 @@ def test_auto_is_the_default_and_a_pure_function() -> None:
     assert odd == "sorted_mm"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "width"),
+    [(torch.float32, 32, 90), (torch.float32, 34, 16), (torch.bfloat16, 32, 20), (torch.bfloat16, 36, 16)],
+)
+def test_auto_computes_odd_sizes_without_gradients_too(dtype: torch.dtype, hidden: int, width: int) -> None:
+    """torch's grouped product wants rows of whole 16 bytes; what trains must also generate."""
+    net = model(router="smoe", hidden_size=hidden, moe_intermediate_size=width, experts="auto").to(dtype)
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        short = net(ids).logits
+    torch.testing.assert_close(short, net(ids).logits.detach())
+
+
 def test_auto_asks_for_rows_of_an_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     built, asked = experts("auto", True, torch.float32), []
 

@@ -71,6 +71,7 @@ def test_fields_are_changed_on_the_way(folder: Path) -> None:
     assert changed.config.router_spec.gate.renormalize is False  # what follows from a field follows
     assert changed.config._experts_implementation == "eager"
     assert load(folder).config.router_spec.gate.renormalize is True
+    assert load(folder, router="olmoe").config.router_spec.gate.renormalize is False
     with pytest.raises(
         RequestError, match=r"router_aux_los is 0\.5; allowed: a field of the rmoe configuration"
     ):

@@ -80,6 +80,23 @@ def test_static_cache_in_forward() -> None:
     assert (torch.cat((first, *rest), 1) - want).abs().max() < 1e-5
 
 
+def test_a_mask_as_long_as_a_static_cache() -> None:
+    """Padding on the left; columns behind this call's tokens are of tokens to come."""
+    net, ids = model(router="smoe-capacity").eval(), tokens(2, 10)
+    real = torch.ones(2, 16, dtype=torch.long)
+    real[0, :3] = 0
+    for first in (10, 6):
+        cache = StaticCache(config=net.config, max_cache_len=16)
+        for start, stop in ((0, first), (first, 10)) if first < 10 else ((0, 10),):
+            long, short = real.clone(), real[:, :stop]
+            long[:, stop:] = 0
+            got = net(ids[:, start:stop], attention_mask=long, past_key_values=cache, use_cache=True)
+            assert int(got.router_stats.tokens) == int(short[:, start:].sum())
+        if first == 10:
+            want = net(ids, attention_mask=short, use_cache=False).logits
+            torch.testing.assert_close(got.logits[short.bool()], want[short.bool()], atol=1e-5, rtol=1e-4)
+
+
 def test_left_padding_generates_what_single_prompts_do() -> None:
     net = model(router="rmoe").eval()
     prompts = [tokens(1, n, seed=n) for n in (3, 8, 5)]

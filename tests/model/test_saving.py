@@ -6,12 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils.hub import PushToHubMixin
 
+from rmoe.graft import graft
 from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, initialize
+from tests.graft.conftest import SPEC
+from tests.graft.tiny_families import tiny_model
 from tests.model.small import config, model, tokens
 from tests.reload import assert_reloaded
 
@@ -96,3 +102,23 @@ def test_sequence_classification(tmp_path: Path) -> None:
     net.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert_reloaded(loaded, net, ids)
+
+
+@pytest.mark.parametrize("kind", ["rmoe", "graft"])
+def test_an_uploaded_folder_has_the_files_of_the_auto_classes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net: Any = model(router="smoe") if kind == "rmoe" else graft(tiny_model("olmoe"), SPEC)
+    found: list[set[str]] = []
+
+    def upload(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        found.append({path.name for path in Path(working_dir).iterdir()} | {repo_id})
+        assert "auto_map" in json.loads(Path(working_dir, "config.json").read_text())
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: Mock(repo_id="x/y"))
+    net.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="x/y", commit_message="first")
+    (names,) = found
+    assert {"x/y", "config.json", "model.safetensors"} | {
+        p.name for p in tmp_path.glob("model/*.py")
+    } <= names

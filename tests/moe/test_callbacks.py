@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,20 @@ def test_updates_take_the_sums_of_all_ranks(
     assert (own.observed is None) == (router == "deepseek-v3")
     for mine, total in zip(own, both, strict=True):
         assert mine is total is None or torch.equal(total, 2 * mine)
+
+
+@pytest.mark.parametrize(("copied", "warns"), [(None, True), (["gate"], False)])
+def test_an_adapter_that_would_lose_the_biases_is_warned_of(
+    copied: list[str] | None, warns: bool, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=copied)
+    job = trainer(peft.get_peft_model(tiny_rmoe("deepseek-v3"), config), tmp_path, max_steps=1)
+    job.add_callback(rmoe.RouterUpdates())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        job.train()
+    assert any("the adapter does not save them" in str(one.message) for one in caught) == warns
 
 
 def test_router_updates_need_an_rmoe_model(tmp_path: Path) -> None:

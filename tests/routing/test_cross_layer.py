@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import StaticCache
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters, initialize
@@ -84,6 +85,18 @@ def test_a_cache_is_refused_by_who_reads_the_sequence() -> None:
     cache = net(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="without a cache"):
         net(ids[:, :1], past_key_values=cache)
+    static = StaticCache(config=net.config, max_cache_len=8)
+    net(ids, past_key_values=static, use_cache=True)
+    with pytest.raises(ValueError, match="without a cache"):
+        net(ids[:, :1], past_key_values=static)
+
+
+def test_packed_examples_are_refused_by_who_reads_the_sequence() -> None:
+    net, ids = net_of("mcf-moe").eval(), torch.zeros(1, 6, dtype=torch.long)
+    positions, mask = torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.tensor([[1, 1, 1, 0, 0, 0]])
+    with pytest.raises(ValueError, match="a row of its own"):
+        net(ids, position_ids=positions, use_cache=False)
+    net(ids, position_ids=positions, attention_mask=mask, use_cache=False)  # padding is no example
 
 
 @pytest.mark.parametrize(
