@@ -27,12 +27,13 @@ class FinetuneConfig:
         lora_rank: train low-rank adapters on attention and experts instead of their weights; 0 is off.
         lora_alpha: scale of the adapters; None is twice the rank.
         epochs: passes over the data.
-        batch_size: sequences of an optimizer step; a packed sequence holds several examples.
+        batch_size: sequences of an optimizer step, all of them if there are fewer; a packed sequence holds
+            several examples.
         micro_batch_size: sequences of one forward pass; None is all of a device's share.
         sequence_length: tokens of a sequence; longer examples are cut.
         packing: several examples to a sequence, each seeing itself alone.
         learning_rate: the peak.
-        warmup_ratio: share of the steps in which it grows from 0.
+        warmup_ratio: share of the steps in which it grows from 0; the last step is after it.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         seed: of the order, dropout, and new parameters.
         threads: CPU threads of torch; None is torch's own choice.
@@ -69,20 +70,28 @@ class FinetuneConfig:
         require(self.lora_rank >= 0, "--lora-rank", self.lora_rank, "0 or more")
         alone = self.train == "all" or (self.freeze == "none" and not self.lora_rank)
         require(alone, "--train", self.train, "all, together with --freeze or --lora-rank")
-        self.run_config(1)  # the rest is checked there
+        self.run_config(self.batch_size)  # the rest is checked there
 
-    def run_config(self, num_sequences: int) -> RunConfig:
-        """As a training run over so many sequences.
+    def run_config(self, num_sequences: int, processes: int = 1) -> RunConfig:
+        """As a training run over so many sequences, which so many processes share.
+
+        A step has no more sequences than there are, but one for each process.
 
         Raises:
             RequestError: a value that is not allowed.
         """
-        steps = max(1, math.ceil(self.epochs * num_sequences / self.batch_size))
+        batch, micro = self.batch_size, self.micro_batch_size
+        if num_sequences < batch:
+            share = max(1, num_sequences // processes)
+            micro = micro and min(micro, share)
+            batch = share // (micro or 1) * (micro or 1) * processes
+        steps = max(1, math.ceil(self.epochs * num_sequences / batch))
+        values = asdict(self) | {"batch_size": batch, "micro_batch_size": micro}
         try:
             training = TrainingConfig(
                 max_steps=steps,
-                warmup_steps=math.ceil(self.warmup_ratio * steps),
-                **{name: value for name, value in asdict(self).items() if name in TRAINING_OPTIONS},
+                warmup_steps=min(math.ceil(self.warmup_ratio * steps), steps - 1),
+                **{name: value for name, value in values.items() if name in TRAINING_OPTIONS},
             )
         except RequestError as error:
             option = error.field.removeprefix("training.").replace("_", "-")

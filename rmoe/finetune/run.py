@@ -150,10 +150,10 @@ def finetune(
     )
     dtypes = {name: p.dtype for name, p in job.model.named_parameters()}
     trained = _prepare(job, config)
-    run = config.run_config(len(job.dataset))  # type: ignore[arg-type]
+    place = place_of(config.run_config(config.batch_size))
+    run = config.run_config(len(job.dataset), place.ranks.data)  # type: ignore[arg-type]
     with ExitStack() as stack:
         stack.enter_context(torch_settings(run))
-        place = place_of(run)
         request = Request(
             model=str(source),
             data=str(data),

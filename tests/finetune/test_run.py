@@ -71,6 +71,31 @@ def test_the_recipe_is_the_papers() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("sequences", "processes", "micro", "expected"),
+    [
+        (24, 1, None, (3, 24, None)),
+        (24, 1, 16, (5, 16, 16)),  # a step is whole micro-batches
+        (5, 2, 4, (4, 4, 2)),
+        (1, 2, None, (2, 2, None)),  # each process has something to do
+        (128, 1, 64, (3, 128, 64)),
+    ],
+)
+def test_a_step_has_no_more_sequences_than_there_are(
+    sequences: int, processes: int, micro: int | None, expected: tuple[int, int, int | None]
+) -> None:
+    run = FinetuneConfig(micro_batch_size=micro).run_config(sequences, processes).training
+    assert (run.max_steps, run.batch_size, run.micro_batch_size) == expected
+    assert run.warmup_steps == 1
+
+
+def test_the_defaults_train_on_a_small_file(models: Path, alpaca: Path, tmp_path: Path) -> None:
+    config = FinetuneConfig(epochs=1.0, device="cpu", threads=1)
+    result = finetune(models / "rmoe", alpaca, tmp_path / "out", config, progress=False)
+    assert result.steps == 1
+    assert any("experts" in name for name in changed(models / "rmoe", Path(result.model)))
+
+
 @pytest.mark.parametrize("name", ["rmoe", "olmoe", "grafted"])
 def test_it_learns(name: str, models: Path, alpaca: Path, tmp_path: Path) -> None:
     result = tune(models / name, alpaca, tmp_path / "out", valid=alpaca, epochs=8.0)
