@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,8 @@ def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     """Wrap a model for PEFT.
 
     Args:
-        config: `lora_rank`, `lora_alpha`; `freeze` decides which parts of the router train beside the adapters.
+        config: `lora_rank`, `lora_alpha`; `freeze` decides which parts of the router train beside the adapters, which
+            start as `seed` draws them.
 
     Raises:
         RequestError: PEFT is not installed.
@@ -42,7 +44,9 @@ def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
         target_parameters=_experts(model),
         modules_to_save=saved or None,
     )
-    return get_peft_model(model, adapters)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return get_peft_model(model, adapters)
 
 
 def _attention(model: nn.Module, routers: frozenset[str]) -> list[str]:
