@@ -39,7 +39,8 @@ class FinetuneConfig:
         threads: CPU threads of torch; None is torch's own choice.
         device: `auto` takes a GPU where there is one.
         precision: `auto` is bfloat16 mixed precision on a GPU that has it, float32 elsewhere. Weights are
-            trained in float32 and saved in the dtype they came in.
+            trained in float32 and saved in the dtype they came in. With LoRA those that are not trained stay
+            in half precision if they came in it, and then it is always bfloat16 mixed precision.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
     """
 

@@ -14,7 +14,7 @@ from rmoe.finetune.parts import module_names, router_parts
 
 
 def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
-    """Wrap a model for PEFT.
+    """Wrap a model for PEFT. What is trained is float32, the rest stays in its own dtype.
 
     Args:
         config: `lora_rank`, `lora_alpha`; `freeze` decides which parts of the router train beside the adapters, which
@@ -46,7 +46,11 @@ def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return get_peft_model(model, adapters)
+        adapted = get_peft_model(model, adapters)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # PEFT copies a bfloat16 router as it is
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def _attention(model: nn.Module, routers: frozenset[str]) -> list[str]:

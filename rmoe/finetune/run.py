@@ -150,8 +150,11 @@ def finetune(
     )
     dtypes = {name: p.dtype for name, p in job.model.named_parameters()}
     trained = _prepare(job, config)
-    place = place_of(config.run_config(config.batch_size))
-    run = config.run_config(len(job.dataset), place.ranks.data)  # type: ignore[arg-type]
+    # Weights that LoRA leaves in half precision go with float32 ones only under autocast.
+    mixed = any(p.dtype in (torch.bfloat16, torch.float16) for p in job.model.parameters())
+    settings = replace(config, precision="bf16") if mixed else config
+    place = place_of(settings.run_config(config.batch_size))
+    run = settings.run_config(len(job.dataset), place.ranks.data)  # type: ignore[arg-type]
     with ExitStack() as stack:
         stack.enter_context(torch_settings(run))
         request = Request(

@@ -32,3 +32,12 @@ def test_the_seed_draws_the_adapters(models: Path) -> None:
     first, again, other = drawn(0), drawn(0), drawn(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("freeze", ["none", "router+cell"])
+def test_what_is_trained_of_a_bfloat16_model_is_float32(freeze: str, models: Path) -> None:
+    model = adapted(models / "grafted", freeze=freeze)
+    found = trained(model)
+    assert {p.dtype for p in found.values()} == {torch.float32}
+    assert any(".gate." in name for name in found) == (freeze == "none")
+    assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16

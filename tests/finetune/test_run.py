@@ -182,6 +182,7 @@ def test_lora(name: str, freeze: str, models: Path, alpaca: Path, tmp_path: Path
     assert any("q_proj" in n for n in differ)
     assert any(".mlp.gate." in n for n in differ) == (freeze == "none")
     merged, start = rmoe.load(result.model), rmoe.load(models / name)
+    assert merged.dtype == start.dtype
     adapted = peft.PeftModel.from_pretrained(start, tmp_path / "out" / "adapter").eval()
     tokens = torch.arange(40)[None]
     with torch.no_grad():
