@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError
 from rmoe.finetune.config import FinetuneConfig
-from rmoe.finetune.parts import module_names, router_parts
+from rmoe.finetune.parts import module_paths, router_parts
 
 
 def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
@@ -34,7 +34,7 @@ def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     elif config.freeze == "router":
         trained = parts.cell
     routers = parts.layers | parts.gates | parts.cell
-    saved = module_names(model, trained)
+    saved = module_paths(model, trained)
     if config.task == "classification":
         saved.append("score")
     adapters = LoraConfig(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError
@@ -77,16 +76,15 @@ def choose_trained(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
     return sorted(chosen)
 
 
-def module_names(model: nn.Module, names: frozenset[str]) -> list[str]:
-    """Last names of the modules that PEFT copies to train these parameters whole: `gate`, `router_cell`."""
-    stack = find_routed_stack(model) if names else None  # type: ignore[arg-type]
+def module_paths(model: PreTrainedModel, names: frozenset[str]) -> list[str]:
+    """Paths of the modules that PEFT copies to train these parameters whole: each layer's gate, the shared cell."""
+    gates = find_routed_stack(model).gate_paths() if names else []
     found: set[str] = set()
     for name in names:
         parts = name.split(".")
-        owner = next((p for p in parts if p in (CELL, SHARED)), None)
-        if owner is None and stack is not None:
-            owner = next(
-                path.rpartition(".")[2] for path in stack.gate_paths() if name.startswith(f"{path}.")
-            )
-        found.add(str(owner))
+        shared = next((place for place, part in enumerate(parts) if part in (CELL, SHARED)), None)
+        if shared is not None:
+            found.add(".".join(parts[: shared + 1]))
+        else:
+            found.add(next(path for path in gates if name.startswith(f"{path}.")))
     return sorted(found)

@@ -12,6 +12,11 @@ from torch import Tensor
 import rmoe
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.lora import with_lora
+from rmoe.graft import GraftSpec
+from rmoe.graft.auto import graft
+from rmoe.moe import record, routed_layers
+from rmoe.routing.recurrence import Recurrence
+from tests.graft.tiny_families import tiny_model
 
 pytest.importorskip("peft")
 
@@ -41,3 +46,20 @@ def test_what_is_trained_of_a_bfloat16_model_is_float32(freeze: str, models: Pat
     assert {p.dtype for p in found.values()} == {torch.float32}
     assert any(".gate." in name for name in found) == (freeze == "none")
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("grafted", [False, True])
+def test_a_gate_of_the_shared_expert_is_no_router(grafted: bool) -> None:
+    model = tiny_model("qwen2_moe")
+    if grafted:
+        graft(model, GraftSpec(recurrence=Recurrence.Config(width=8)))
+    gates = {layer.gate_name for layer in routed_layers(model)}
+    adapted = with_lora(model, FinetuneConfig(lora_rank=2))
+    copied = {name for name in trained(adapted) if ".modules_to_save." in name}
+    cells = {"model.router_cell"} if grafted else set()
+    owners = {name.removeprefix("base_model.model.").partition(".modules_to_save.")[0] for name in copied}
+    assert owners == gates | cells
+    assert any("shared_expert_gate.lora_A" in name for name in trained(adapted))
+    with record(adapted) as found, torch.no_grad():
+        adapted(input_ids=torch.arange(3, 13)[None])
+    assert len(found.sequences) == 1
