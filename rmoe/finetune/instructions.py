@@ -22,6 +22,7 @@ from rmoe.data.tasks import Conversation, Instruction
 from rmoe.errors import RequestError
 from rmoe.finetune.conversations import ANSWER, HEADINGS, PREAMBLE, PREAMBLE_WITH_INPUT, Segment, segments_of
 from rmoe.model import RMoEForCausalLM
+from rmoe.training.evaluation import inference
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         return "this model has layers other than attention, which would carry one example into the next"
     if _balances(model):
         return "this family's balance loss needs an attention mask, with which it cannot keep examples apart"
+    if not isinstance(model, RMoEForCausalLM) and _carries(model):
+        return "this family's attention reads the examples of a sequence as one text"
     return None
 
 
@@ -200,8 +203,26 @@ def _balances(model: PreTrainedModel) -> bool:
     return bool(getattr(config, "output_router_logits", False)) and not isinstance(model, RMoEForCausalLM)
 
 
+def _carries(model: PreTrainedModel) -> bool:
+    """Whether what a model makes of the second of two packed examples depends on the first, by trying it."""
+    length, vocabulary = 8, model.config.get_text_config().vocab_size
+    first, other, second = (
+        Example([token % vocabulary for token in range(start, start + length)], 0) for start in (3, 11, 19)
+    )
+    masked = needs_mask(model, packed=True)
+    sequences = PackedExamples([[first, second], [other, second]], 3 * length, 0, masked)
+    logits = []
+    with inference(model) as device:
+        for index in range(len(sequences)):
+            row = {name: tensor[None].to(device) for name, tensor in sequences[index].items()}
+            del row["labels"]
+            logits.append(model(**row, use_cache=False).logits[0, length : 2 * length].float())
+    moved = (logits[0] - logits[1]).abs().mean()
+    return bool(moved > 0.05 * logits[0].abs().mean())  # half precision alone moves less, another text more
+
+
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether nothing but attention carries one token to another.
+    """Whether nothing but attention carries one token to another, going by the names of the layers.
 
     A state-space, linear-attention or convolution layer would carry one example into the next.
     """

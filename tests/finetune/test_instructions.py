@@ -15,10 +15,19 @@ from rmoe.data.blocks import IGNORED
 from rmoe.data.encode import byte_tokenizer
 from rmoe.data.tasks import Instruction
 from rmoe.errors import RequestError
-from rmoe.finetune.instructions import Example, PackedExamples, can_pack, encode, pack, prompt_of
+from rmoe.finetune.instructions import (
+    Example,
+    PackedExamples,
+    can_pack,
+    encode,
+    needs_mask,
+    pack,
+    prompt_of,
+    why_not_packed,
+)
 from tests.finetune.conftest import instructions
 from tests.graft.conftest import at_work
-from tests.graft.tiny_families import tiny_model
+from tests.graft.tiny_families import PROMISED, tiny_model
 
 ITEMS = [Instruction(**row) for row in instructions(9)]
 
@@ -89,3 +98,21 @@ def test_layers_that_carry_tokens_across_examples_are_not_packed() -> None:
     assert can_pack(tiny_model("gpt_oss"))
     for family in ("jamba", "qwen3_next", "lfm2_moe", "minimax"):
         assert not can_pack(tiny_model(family)), family
+
+
+@pytest.mark.parametrize("family", [*PROMISED, "afmoe"])
+def test_packed_examples_are_apart_or_not_packed(family: str) -> None:
+    model = tiny_model(family).eval()
+    refused = why_not_packed(model)
+    if family in ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3"):
+        assert refused is None
+    if family in ("gpt_oss", "afmoe"):
+        assert "as one text" in str(refused)
+    if refused is None:
+        rows = [[Example(list(range(3, 23)), 3), Example(list(range(30, 47)), 3)]]
+        row = PackedExamples(rows, 48, 0, needs_mask(model, packed=True))[0]
+        del row["labels"]
+        with torch.no_grad():
+            packed = model(**{name: part[None] for name, part in row.items()}, use_cache=False).logits[0]
+            alone = model(input_ids=torch.tensor([rows[0][1].ids]), use_cache=False).logits[0]
+        torch.testing.assert_close(packed[20:37], alone, rtol=1e-3, atol=1e-5)
