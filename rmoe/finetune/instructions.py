@@ -8,8 +8,10 @@ losses and statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -83,25 +85,40 @@ def encode_drafts(made: Sequence[Sequence[Segment]], tokenizer: Any, length: int
     end = tokenizer.eos_token_id
     if end is None:
         raise RequestError("model", type(tokenizer).__name__, "a tokenizer with an end-of-text token")
-    ids: dict[bool, Iterator[list[int]]] = {}
-    for begins in (True, False):
-        texts = [segment.text for draft in made for segment in draft if segment.begins == begins]
-        found = (
-            tokenizer(texts, add_special_tokens=begins, return_attention_mask=False)["input_ids"]
-            if texts
-            else []
-        )
-        ids[begins] = iter(found)
-    examples = [
-        _example([(segment, next(ids[segment.begins])) for segment in draft], end, length) for draft in made
-    ]
+    examples = [_example(_by_segment(draft, tokenizer), end, length) for draft in made]
     kept = [example for example in examples if example.answer < length]
     if not kept:
         raise RequestError("--sequence-length", length, "more than the prompt of at least one example")
     return kept
 
 
-def _example(parts: Sequence[tuple[Segment, list[int]]], end: int, length: int) -> Example:
+def _by_segment(draft: Sequence[Segment], tokenizer: Any) -> Iterator[tuple[Segment, list[int]]]:
+    """The ids of each segment.
+
+    What lies between two end-of-text tokens is tokenized as one text, as it will be when the model is asked: a token
+    is of the segment in which it ends. Segment by segment, if the tokenizer does not say where its tokens are.
+    """
+    fast = tokenizer.is_fast
+    cuts = [0, *(n for n, each in enumerate(draft, 1) if each.ends or n == len(draft) or not fast)]
+    for start, stop in pairwise(cuts):
+        segments = draft[start:stop]
+        found = tokenizer(
+            "".join(segment.text for segment in segments),
+            add_special_tokens=segments[0].begins,
+            return_attention_mask=False,
+            return_offsets_mapping=fast,
+        )
+        ends = list(accumulate(len(segment.text) for segment in segments))
+        places = found["offset_mapping"] if fast else [(0, 0)] * len(found["input_ids"])
+        # Tokens that are not in the text are at (0, 0): they stay with the one before.
+        owners = accumulate((bisect_left(ends, last) for _, last in places), max)
+        ids: list[list[int]] = [[] for _ in segments]
+        for owner, token in zip(owners, found["input_ids"], strict=True):
+            ids[owner].append(token)
+        yield from zip(segments, ids, strict=True)
+
+
+def _example(parts: Iterable[tuple[Segment, list[int]]], end: int, length: int) -> Example:
     """One example of its segments' ids."""
     ids: list[int] = []
     answer: int | None = None

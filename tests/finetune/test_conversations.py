@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rmoe.cli.main import main
 from rmoe.data.blocks import IGNORED
-from rmoe.data.encode import byte_tokenizer
+from rmoe.data.encode import build_vocabulary, byte_tokenizer, word_tokenizer
 from rmoe.data.tasks import Conversation, Instruction, Message
 from rmoe.errors import RequestError
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.conversations import segments_of
-from rmoe.finetune.instructions import PackedExamples, encode
+from rmoe.finetune.instructions import PackedExamples, drafts, encode
 from rmoe.finetune.run import finetune
 
 # ChatML, which most chat models of today use.
@@ -32,6 +34,11 @@ FORGETS = (
 THINKS = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+)
+# As Llama 2's and Mixtral's: nothing stands between a prompt and an answer but a space.
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 REFUSES = "{{ raise_exception('Conversation roles must alternate') }}"
 TALK = Conversation(
@@ -51,6 +58,24 @@ def tokenizer_with(template: str | None) -> Any:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
+
+
+def like_llama(legacy: bool) -> Any:
+    """A BPE that writes a space as `\u2581` and puts one before a text: `legacy` as Llama 2, else as Mistral v0.3."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    space = "\u2581"
+    if legacy:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+        inner.pre_tokenizer = pre_tokenizers.Split(space, "merged_with_next")
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(space, prepend_scheme="first")
+    inner.decoder = decoders.Replace(space, " ")
+    special = ["<unk>", "<s>", "</s>"]
+    text = "[INST] One? Two? [/INST] hm END 1 2 yes </s> Below is an instruction ### Response:\n yes no\n"
+    inner.train_from_iterator([text] * 50, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 def learned(tokenizer: Any, item: Instruction) -> tuple[str, list[str]]:
@@ -73,6 +98,40 @@ def test_by_the_tokenizers_template() -> None:
     turns = [{"role": m.role, "content": m.content} for m in TALK.messages]
     assert text == tokenizer.apply_chat_template(turns, tokenize=False) + "<|endoftext|>"
     assert spans == ["hm END 1<|im_end|>\n", "2<|im_end|>\n<|endoftext|>"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_text_is_tokenized_whole(legacy: bool) -> None:
+    tokenizer = like_llama(legacy)
+    (example,) = encode([Instruction("One?", "yes")], tokenizer, 512)
+    text = "".join(segment.text for segment in drafts([Instruction("One?", "yes")], tokenizer)[0])
+    assert example.ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert learned(tokenizer, Instruction("One?", "yes"))[1] == ["yes</s>"]
+
+    tokenizer.chat_template = INST
+    turns = [{"role": m.role, "content": m.content} for m in TALK.messages[1:]]
+    talk = Conversation.from_turns("messages", turns)
+    (example,) = encode([talk], tokenizer, 512)
+    assert example.ids == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert learned(tokenizer, talk)[1] == [" hm END 1</s>", " 2</s>"]
+
+
+def test_bytes_words_and_tokenizers_without_offsets_are_as_piece_by_piece() -> None:
+    item = Instruction("S\u00e9 it\n", "yes \U0001f642 no")
+    words = word_tokenizer(build_vocabulary(["Be brief. ### Response:\n yes no 2"], None, 1))
+    for tokenizer in (byte_tokenizer(), words, tokenizer_with(CHATML), ByT5Tokenizer()):
+        for draft, example in zip(
+            drafts([item, TALK], tokenizer), encode([item, TALK], tokenizer, 4096), strict=True
+        ):
+            ids, labels = [], []
+            for segment in draft:
+                piece = tokenizer(segment.text, add_special_tokens=segment.begins)["input_ids"]
+                ended = segment.ends and piece[-1] != tokenizer.eos_token_id
+                piece += [tokenizer.eos_token_id] if ended else []
+                ids += piece
+                labels += piece if segment.learned else [IGNORED] * len(piece)
+            assert example.ids == ids
+            assert example.labels() == labels
 
 
 def test_an_answer_of_weight_zero_is_read_and_not_learned() -> None:
