@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
@@ -17,7 +18,7 @@ from rmoe.compat import model_classes
 from rmoe.data.tasks import Labelled
 from rmoe.errors import RequestError
 from rmoe.model.weights import open_weights
-from rmoe.training.evaluation import inference
+from rmoe.training.evaluation import Evaluation, inference
 
 _HEADS = ("score.", "lm_head.")
 
@@ -90,15 +91,27 @@ def label_set(items: Sequence[Labelled]) -> list[int | str]:
     return labels
 
 
-def predict(model: PreTrainedModel, texts: LabelledTexts, batch_size: int = 64) -> list[int]:
+def predict(model: nn.Module, texts: LabelledTexts, batch_size: int = 64) -> list[int]:
     """The label index the model gives each text."""
-    predicted: list[int] = []
+    return [label for logits, _ in _logits(model, texts, batch_size) for label in logits.argmax(-1).tolist()]
+
+
+def label_loss(model: nn.Module, texts: LabelledTexts, batch_size: int = 64) -> Evaluation:
+    """Mean loss over the labels."""
+    nats = sum(
+        cross_entropy(logits.float(), labels, reduction="sum").item()
+        for logits, labels in _logits(model, texts, batch_size)
+    )
+    return Evaluation(nats, len(texts), "the text")
+
+
+def _logits(model: nn.Module, texts: LabelledTexts, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`[B, labels]` and the labels `[B]`, batch by batch."""
     with inference(model) as device:
         for start in range(0, len(texts), batch_size):
             batch = texts.collate([texts[i] for i in range(start, min(start + batch_size, len(texts)))])
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            predicted += model(**inputs).logits.argmax(-1).tolist()
-    return predicted
+            labels = batch.pop("labels").to(device)
+            yield model(**{name: part.to(device) for name, part in batch.items()}).logits, labels
 
 
 def scores(predicted: Sequence[int], actual: Sequence[int]) -> dict[str, float]:

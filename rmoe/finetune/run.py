@@ -30,7 +30,14 @@ from rmoe.compat import enable_checkpointing
 from rmoe.data.tasks import Instruction, Labelled, read_tasks
 from rmoe.errors import RequestError
 from rmoe.finetune.card import finetuning_card
-from rmoe.finetune.classification import LabelledTexts, label_set, load_classifier, predict, scores
+from rmoe.finetune.classification import (
+    LabelledTexts,
+    label_loss,
+    label_set,
+    load_classifier,
+    predict,
+    scores,
+)
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.instructions import (
     PackedExamples,
@@ -256,7 +263,7 @@ def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokeni
         collate=dataset.collate,
         examples=len(items),
         left_out=0,
-        evaluate=None,
+        evaluate=None if held_out is None else partial(label_loss, texts=held_out),
         score=lambda model: {} if held_out is None else scores(predict(model, held_out), held_out.labels),
     )
 

@@ -21,6 +21,7 @@ from rmoe.finetune.run import finetune
 from rmoe.graft import GraftSpec, graft_folder, undo_folder
 from rmoe.model.weights import ADAPTER, open_weights, read_json
 from rmoe.routing.recurrence import Recurrence
+from rmoe.training.metrics import read_metrics
 from tests.finetune.conftest import write_lines
 
 
@@ -78,6 +79,11 @@ def test_it_beats_the_majority(name: str, models: Path, grafted_qwen: Path, tmp_
     )
     result = finetune(source, train, tmp_path / "out", config, progress=False)
     assert result.scores["accuracy"] > result.scores["majority_accuracy"] + 0.1
+    losses = [
+        row["loss"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if row["kind"] == "eval"
+    ]
+    assert len(losses) >= 10
+    assert losses[-1] < losses[0]
     model = AutoModelForSequenceClassification.from_pretrained(result.model)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert any("router" in key for key in model.state_dict())

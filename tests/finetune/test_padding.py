@@ -13,7 +13,7 @@ import rmoe
 from rmoe.data.blocks import IGNORED
 from rmoe.data.encode import byte_tokenizer
 from rmoe.data.tasks import Instruction, Labelled
-from rmoe.finetune.classification import LabelledTexts, load_classifier, predict
+from rmoe.finetune.classification import LabelledTexts, label_loss, load_classifier, predict
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.instructions import PackedExamples, encode, needs_mask, pack, why_not_packed
 from rmoe.finetune.run import finetune
@@ -164,3 +164,5 @@ def test_a_class_does_not_depend_on_the_batch(models: Path) -> None:
     assert int(together.router_stats.tokens) == 54
     torch.testing.assert_close(together.logits, torch.cat(alone), rtol=1e-5, atol=1e-6)
     assert predict(model, texts, batch_size=3) == predict(model, texts, batch_size=1)
+    expected = torch.nn.functional.cross_entropy(torch.cat(alone), torch.zeros(3, dtype=torch.int64))
+    assert label_loss(model, texts, batch_size=2).loss == pytest.approx(expected.item(), rel=1e-5)
