@@ -66,9 +66,10 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
-        require(self.epochs > 0, "--epochs", self.epochs, "above 0")
+        require(0 < self.epochs < math.inf, "--epochs", self.epochs, "a number above 0")
         require(0 <= self.warmup_ratio < 1, "--warmup-ratio", self.warmup_ratio, "0 to below 1")
         require(self.lora_rank >= 0, "--lora-rank", self.lora_rank, "0 or more")
+        require(self.lora_alpha is None or self.lora_alpha > 0, "--lora-alpha", self.lora_alpha, "1 or more")
         alone = self.train == "all" or (self.freeze == "none" and not self.lora_rank)
         require(alone, "--train", self.train, "all, together with --freeze or --lora-rank")
         self.run_config(self.batch_size)  # the rest is checked there

@@ -39,7 +39,7 @@ def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
         saved.append("score")
     adapters = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         target_modules=_attention(model, routers),
         target_parameters=_experts(model),
         modules_to_save=saved or None,

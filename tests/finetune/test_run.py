@@ -296,7 +296,8 @@ def test_what_does_not_go_together(
     assert "--train" in both
     assert "--train" in refused(capsys, out, str(models / "olmoe"), *data, "--train", "router")
     assert "--batch-size" in refused(capsys, out, str(models / "olmoe"), *data, "--batch-size", "0")
-    assert "--epochs" in refused(capsys, out, str(models / "olmoe"), *data, "--epochs", "0")
+    for option, value in (("--epochs", "0"), ("--epochs", "inf"), ("--epochs", "nan"), ("--lora-alpha", "0")):
+        assert option in refused(capsys, out, str(models / "olmoe"), *data, option, value)
 
 
 def test_a_model_without_tokenizer_or_weights(
