@@ -36,8 +36,9 @@ class Example:
     questions: tuple[tuple[int, int], ...] = ()
 
     def labels(self) -> list[int]:
-        """The ids of answers, IGNORED elsewhere."""
-        labels = [IGNORED] * self.answer + self.ids[self.answer :]
+        """The ids of answers, IGNORED elsewhere and at the first token, which nothing in the example predicts."""
+        answer = max(self.answer, 1)
+        labels = [IGNORED] * answer + self.ids[answer:]
         for start, stop in self.questions:
             stop = min(stop, len(labels))
             labels[start:stop] = [IGNORED] * (stop - start)

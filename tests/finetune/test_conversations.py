@@ -159,6 +159,17 @@ def test_a_prompt_that_opens_a_thought() -> None:
     ]
 
 
+def test_the_first_token_of_an_answer_that_begins_is_not_predicted() -> None:
+    """Packed, it would be from the last token of the example before it."""
+    item = Conversation.from_turns("messages", [{"role": "assistant", "content": "Hello"}])
+    (example,) = encode([item], tokenizer_with(THINKS), 512)
+    row = PackedExamples([[example, example]], 512, 257)[0]
+    size = len(example.ids)
+    assert example.answer == 0
+    assert row["labels"][[0, size]].tolist() == [IGNORED, IGNORED]
+    assert row["labels"][1:size].tolist() == row["labels"][size + 1 : 2 * size].tolist() == example.ids[1:]
+
+
 def test_a_template_that_refuses_is_one_line() -> None:
     with pytest.raises(RequestError, match=r"conversation 2.*Conversation roles must alternate"):
         encode([Instruction(instruction="a", output="b"), TALK], tokenizer_with(REFUSES), 4096)
