@@ -9,7 +9,7 @@ losses and statistics.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -83,10 +83,9 @@ def encode_drafts(made: Sequence[Sequence[Segment]], tokenizer: Any, length: int
     Raises:
         RequestError: the tokenizer has no end-of-text token, or no example is left.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
+    if tokenizer.eos_token_id is None:
         raise RequestError("model", type(tokenizer).__name__, "a tokenizer with an end-of-text token")
-    examples = [_example(_by_segment(draft, tokenizer), end, length) for draft in made]
+    examples = [_example(draft, tokenizer, length) for draft in made]
     kept = [example for example in examples if example.answer < length]
     if not kept:
         raise RequestError("--sequence-length", length, "more than the prompt of at least one example")
@@ -119,22 +118,30 @@ def _by_segment(draft: Sequence[Segment], tokenizer: Any) -> Iterator[tuple[Segm
         yield from zip(segments, ids, strict=True)
 
 
-def _example(parts: Iterable[tuple[Segment, list[int]]], end: int, length: int) -> Example:
-    """One example of its segments' ids."""
+def _example(draft: Sequence[Segment], tokenizer: Any, length: int) -> Example:
+    """One example of its segments."""
     ids: list[int] = []
     answer: int | None = None
     questions = []
-    for segment, of_segment in parts:
+    for segment, of_segment in _by_segment(draft, tokenizer):
         start = len(ids)
         ids += of_segment
-        if segment.ends and end not in of_segment:
-            ids.append(end)
+        if segment.ends and not _ended(of_segment, tokenizer):
+            ids.append(tokenizer.eos_token_id)
         if segment.learned:
             answer = start if answer is None else answer
         elif answer is not None:
             questions.append((start, len(ids)))
     assert answer is not None
     return Example(ids[:length], answer, tuple(span for span in questions if span[0] < length))
+
+
+def _ended(ids: list[int], tokenizer: Any) -> bool:
+    """Whether the end-of-text token is the last but for the blanks that a chat template puts after it."""
+    if tokenizer.eos_token_id not in ids:
+        return False
+    after = ids[::-1].index(tokenizer.eos_token_id)
+    return not tokenizer.decode(ids[len(ids) - after :]).strip()
 
 
 def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:

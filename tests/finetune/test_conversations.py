@@ -117,7 +117,7 @@ def test_a_text_is_tokenized_whole(legacy: bool) -> None:
 
 
 def test_bytes_words_and_tokenizers_without_offsets_are_as_piece_by_piece() -> None:
-    item = Instruction("S\u00e9 it\n", "yes \U0001f642 no")
+    item = Instruction("S\u00e9 it\n", "yes \U0001f642 \n no")
     words = word_tokenizer(build_vocabulary(["Be brief. ### Response:\n yes no 2"], None, 1))
     for tokenizer in (byte_tokenizer(), words, tokenizer_with(CHATML), ByT5Tokenizer()):
         for draft, example in zip(
@@ -157,6 +157,17 @@ def test_a_prompt_that_opens_a_thought() -> None:
         "<assistant>hm END 1\n",
         "<assistant>2\n<|endoftext|>",
     ]
+
+
+def test_a_template_that_ends_the_text_and_the_line() -> None:
+    """As Qwen's, whose end-of-text token is `<|im_end|>`: there is no second one after the line end."""
+    tokenizer = like_llama(legacy=False)
+    tokenizer.chat_template = INST.replace("{{ eos_token }}", "{{ eos_token }}\n")
+    (example,) = encode(
+        [Conversation.from_turns("messages", [{"role": "assistant", "content": "yes"}])], tokenizer, 99
+    )
+    assert example.ids.count(tokenizer.eos_token_id) == 1
+    assert example.ids[-1] != tokenizer.eos_token_id
 
 
 def test_the_first_token_of_an_answer_that_begins_is_not_predicted() -> None:
