@@ -60,6 +60,7 @@ class LabelledTexts(Dataset[dict[str, Any]]):
     ) -> None:
         self.ids = tokenizer([item.text for item in items], truncation=True, max_length=length)["input_ids"]
         index = {label: number for number, label in enumerate(labels)}
+        tokenizer("")  # or it would keep, and save, the truncation
         self.labels = [index[item.label] for item in items]
         self.pad = pad
 
@@ -83,11 +84,16 @@ def label_set(items: Sequence[Labelled]) -> list[int | str]:
     """The labels of a training set, in order.
 
     Raises:
-        RequestError: fewer than two.
+        RequestError: fewer than two, or two of one name, the number and the text.
     """
     labels = sorted({item.label for item in items}, key=lambda label: (isinstance(label, str), label))
     if len(labels) < 2:
         raise RequestError("--data", labels, "texts with at least two different labels")
+    for label in labels:
+        if not isinstance(label, str) and str(label) in labels:
+            raise RequestError(
+                "--data", f"labels {label} and '{label}'", "either, which a model gives one name"
+            )
     return labels
 
 

@@ -126,4 +126,6 @@ def test_a_label_outside_the_training_set(
 def test_one_label_is_no_task() -> None:
     with pytest.raises(RequestError, match="two different labels"):
         label_set([Labelled(text="a", label=1), Labelled(text="b", label=1)])
+    with pytest.raises(RequestError, match="labels 1 and '1'"):
+        label_set([Labelled(text="a", label=1), Labelled(text="b", label="1"), Labelled(text="c", label=0)])
     assert label_set([Labelled(text="a", label=10), Labelled(text="b", label=9)]) == [9, 10]
