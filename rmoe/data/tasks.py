@@ -7,7 +7,7 @@ field may be null. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -104,7 +104,7 @@ class Message(msgspec.Struct, frozen=True):
     learned: bool = True
 
 
-# The two keys under which a row has a conversation, and the names of roles and fields in each of the two forms.
+# The two keys under which a row has a conversation, and what each role is called in a chat template.
 CONVERSATIONS = ("messages", "conversations")
 ROLES = {
     "system": "system",
@@ -116,6 +116,11 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
 }
+
+
+def join_parts(texts: Iterable[str]) -> str:
+    """The content of a message that has several parts: lines of one text."""
+    return "\n".join(texts)
 
 
 class Conversation(Instruction, frozen=True):
@@ -151,7 +156,7 @@ def _message(turn: object, where: str) -> Message:
         raise msgspec.ValidationError(f"Expected `object`, got `{type(turn).__name__}` - at `{where}`")
     names = ("from", "value") if "from" in turn else ("role", "content")
     role, content = (turn.get(name) for name in names)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise msgspec.ValidationError(
             f"role {role!r:.40}, not one of {', '.join(ROLES)} - at `{where}.{names[0]}`"
         )
@@ -159,7 +164,7 @@ def _message(turn: object, where: str) -> Message:
         if turn.get(name):
             raise msgspec.ValidationError(f"`{name}`, which is not read - at `{where}`")
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = join_parts(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise msgspec.ValidationError(f"Expected `str`, got `{_kind(content)}` - at `{where}.{names[1]}`")
     if ROLES[role] == "assistant" and not content.strip():

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rmoe.data.tasks import ROLES, join_parts
 from rmoe.serving.neutral import MESSAGE_EXTRAS, NEUTRAL
 
 
@@ -228,7 +229,7 @@ def _drop_neutral(body: dict[str, Any], kind: str) -> None:
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
-    """One message with its content as a text; several parts of text are lines of it."""
+    """One message as a training file's (`rmoe.data.tasks`): its role as templates have it, its content a text."""
 
     def refuse(said: str) -> Refused:
         return Refused(
@@ -255,7 +256,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
                 raise refuse(
                     f".content[{number}] is no {{type: text, text}}; images, sound and files are not offered"
                 )
-        content = "\n".join(part["text"] for part in content)
+        content = join_parts(part["text"] for part in content)
     if not isinstance(content, str):
         raise refuse(".content is no text")
-    return {"role": message["role"], "content": content}
+    return {"role": ROLES[message["role"]], "content": content}

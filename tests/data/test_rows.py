@@ -121,14 +121,14 @@ SHAREGPT = [
     {"from": "system", "value": "Be brief."},
     {"from": "human", "value": "One?"},
     {"from": "gpt", "value": "1"},
-    {"from": "human", "value": "Two?"},
+    {"from": "human", "value": "Two\n?"},
     {"from": "gpt", "value": "2"},
 ]
 MESSAGES = (
     Message("system", "Be brief."),
     Message("user", "One?"),
     Message("assistant", "1"),
-    Message("user", "Two?"),
+    Message("user", "Two\n?"),
     Message("assistant", "2"),
 )
 
@@ -187,6 +187,12 @@ WRONG: dict[str, tuple[str, bytes, str, str]] = {
         b'{"messages": [{"role": "bot", "content": "a"}]}',
         "a.jsonl line 1",
         "role 'bot'",
+    ),
+    "a list of roles": (
+        "a.jsonl",
+        b'{"messages": [{"role": ["user"], "content": "a"}]}',
+        "a.jsonl line 1",
+        "role ['user'], not one of",
     ),
     "no answer": (
         "a.jsonl",

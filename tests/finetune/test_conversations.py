@@ -170,6 +170,18 @@ def test_a_template_that_ends_the_text_and_the_line() -> None:
     assert example.ids[-1] != tokenizer.eos_token_id
 
 
+def test_a_conversation_reads_as_it_will_be_asked() -> None:
+    limits = pytest.importorskip(
+        "rmoe.serving.limits", reason="needs the extra `serve`", exc_type=ImportError
+    )
+    parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be right."}]
+    asked = [{"role": "developer", "content": parts}, {"role": "user", "content": "One?"}]
+    served = limits.parse(json.dumps({"messages": asked}).encode(), "chat", "m", 320)["messages"]
+    answer = {"role": "assistant", "content": "1"}
+    learnt = Conversation.from_turns("messages", [*asked, answer]).messages
+    assert [{"role": m.role, "content": m.content} for m in learnt] == [*served, answer]
+
+
 def test_the_first_token_of_an_answer_that_begins_is_not_predicted() -> None:
     """Packed, it would be from the last token of the example before it."""
     item = Conversation.from_turns("messages", [{"role": "assistant", "content": "Hello"}])
