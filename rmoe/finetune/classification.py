@@ -53,12 +53,13 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
 
 
 class LabelledTexts(Dataset[dict[str, Any]]):
-    """Token ids and the label's index; `collate` pads a batch."""
+    """Token ids and the label's index; `collate` pads a batch. `sizes` are the texts' tokens."""
 
     def __init__(
         self, items: Sequence[Labelled], labels: Sequence[int | str], tokenizer: Any, length: int, pad: int
     ) -> None:
         self.ids = tokenizer([item.text for item in items], truncation=True, max_length=length)["input_ids"]
+        self.sizes = [len(ids) for ids in self.ids]
         index = {label: number for number, label in enumerate(labels)}
         tokenizer("")  # or it would keep, and save, the truncation
         self.labels = [index[item.label] for item in items]

@@ -175,10 +175,14 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
     Args:
         rows: the examples of each sequence.
         masked: False leaves the mask out, see `needs_mask`.
+
+    Attributes:
+        sizes: tokens of each sequence without its padding.
     """
 
     def __init__(self, rows: Sequence[Sequence[Example]], length: int, pad: int, masked: bool = True) -> None:
         self.rows, self.length, self.pad, self.masked = rows, length, pad, masked
+        self.sizes = [sum(len(example.ids) for example in row) for row in rows]
 
     def __len__(self) -> int:
         return len(self.rows)

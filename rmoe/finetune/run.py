@@ -22,7 +22,6 @@ from typing import Any
 import msgspec
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -116,7 +115,7 @@ class Job:
     """A task made ready: the model, what it learns from, and how it is evaluated."""
 
     model: Any
-    dataset: Dataset[Any]
+    dataset: PackedExamples | LabelledTexts
     collate: Callable[..., Any] | None
     examples: int
     left_out: int
@@ -161,7 +160,7 @@ def finetune(
     mixed = any(p.dtype in (torch.bfloat16, torch.float16) for p in job.model.parameters())
     settings = replace(config, precision="bf16") if mixed else config
     place = place_of(settings.run_config(config.batch_size))
-    run = settings.run_config(len(job.dataset), place.ranks.data)  # type: ignore[arg-type]
+    run = settings.run_config(len(job.dataset), place.ranks.data)
     with ExitStack() as stack:
         stack.enter_context(torch_settings(run))
         request = Request(
@@ -185,7 +184,7 @@ def finetune(
             steps=loop.step,
             examples=job.examples,
             left_out=job.left_out,
-            sequences=len(job.dataset),  # type: ignore[arg-type]
+            sequences=len(job.dataset),
             trained_parameters=trained,
             scores=job.score(model),
         )
@@ -304,6 +303,7 @@ def _train(
         accelerator,
         dataset=job.dataset,
         collate=job.collate,
+        sizes=job.dataset.sizes,
         data_sha256=request.data_sha256,
         store=CheckpointStore(out, _fingerprint(request), run.checkpoints.keep),
         in_unit=lambda split, loss: {"perplexity": math.exp(min(loss, 700.0))},

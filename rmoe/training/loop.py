@@ -28,6 +28,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from torch.utils.data import Dataset
 
+from rmoe.data.blocks import BlockSampler
 from rmoe.data.config import SplitName
 from rmoe.training import resume
 from rmoe.training.accounting import StepSums, Window
@@ -56,6 +57,7 @@ class Loop:
         accelerator: of this process.
         dataset: sequences; their order is `rmoe.data.blocks.BlockSampler`'s.
         collate: makes a batch of them; None stacks tensors of one shape.
+        sizes: tokens of each sequence without its padding, for the rows; None is where none is padded.
         data_sha256: of the data; a checkpoint of a run on other data is refused.
         store: where checkpoints go; rows go beside them, into metrics.jsonl.
         in_unit: a split's mean loss per token (nats) as `{"bits_per_byte": ...}` or the like, for the rows.
@@ -85,6 +87,7 @@ class Loop:
         *,
         dataset: Dataset[Any],
         collate: Callable[..., Any] | None = None,
+        sizes: Sequence[int] | None = None,
         data_sha256: str,
         store: CheckpointStore,
         in_unit: Callable[[SplitName, float], dict[str, float]],
@@ -95,7 +98,7 @@ class Loop:
         self.learner, self.training, self.plan, self.accelerator = learner, training, plan, accelerator
         self.model, self.device, self.is_main = learner.model, accelerator.device, accelerator.is_main_process
         self.bf16 = accelerator.mixed_precision == "bf16"
-        self.dataset, self.collate = dataset, collate
+        self.dataset, self.collate, self.sizes = dataset, collate, sizes
         self.store, self.metrics = store, MetricsLog(store.folder / METRICS)
         self.in_unit, self._evaluate = in_unit, evaluate
         self.average, self.hooks = average, hooks
@@ -230,7 +233,7 @@ class Loop:
         self.window.seconds += now - self._clock
         self._clock = now
         if self._finite:
-            tokens = self.training.batch_size * self.training.sequence_length
+            tokens = self._tokens(self.step - 1, self.step)
             self.window.add(self._lm_loss, self._balance_loss, tokens, self.sums.stats)
         if self.average is not None:
             self.average.after(self.step)
@@ -248,11 +251,19 @@ class Loop:
             "grad_norm": self._grad_norm,
             "router_grad_norm": self._router_grad_norm,
             "lr": self._learning_rate,
-            "tokens": self.step * self.training.batch_size * self.training.sequence_length,
+            "tokens": self._tokens(0, self.step),
             "peak_mib": peak_mib(self.device),
         }
         self.window = Window()
         self._publish(row)
+
+    def _tokens(self, start: int, stop: int) -> int:
+        """Tokens of the steps after `start` up to `stop`, on all ranks."""
+        batch = self.training.batch_size
+        if self.sizes is None:
+            return (stop - start) * batch * self.training.sequence_length
+        seen = BlockSampler(len(self.sizes), self.training.seed, start=start * batch, stop=stop * batch)
+        return sum(self.sizes[number] for number in seen)
 
     def evaluate(self) -> None:
         """Evaluate the model on the validation split and write a row."""

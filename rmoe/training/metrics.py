@@ -13,7 +13,7 @@ the row before:
     dropped          share of assignments dropped at capacity
     router_grad_norm, grad_norm   before clipping, of the last step
     lr               of the last step
-    tokens           training tokens so far
+    tokens           training tokens so far, without padding
     tokens_per_s     over training steps alone
     peak_mib         peak memory so far
 

@@ -19,6 +19,7 @@ from rmoe.finetune.instructions import PackedExamples, encode, needs_mask, pack,
 from rmoe.finetune.run import finetune
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.model.packing import split_packed
+from rmoe.training.metrics import read_metrics
 from tests.finetune.conftest import instructions
 
 LENGTH = 520
@@ -145,6 +146,7 @@ def test_a_run_counts_real_tokens(models: Path, alpaca: Path, tmp_path: Path, mo
     rows = [Instruction(**row) for row in instructions(24)]
     real = sum(len(example.ids) for example in encode(rows, byte_tokenizer(), 512))
     assert seen[-1] == real  # not packed: a step is all 24 examples once
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["tokens"] == real
 
 
 def test_labels_of_padding_are_ignored() -> None:
