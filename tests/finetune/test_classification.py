@@ -79,9 +79,11 @@ def test_it_beats_the_majority(name: str, models: Path, grafted_qwen: Path, tmp_
     )
     result = finetune(source, train, tmp_path / "out", config, progress=False)
     assert result.scores["accuracy"] > result.scores["majority_accuracy"] + 0.1
-    losses = [
-        row["loss"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if row["kind"] == "eval"
-    ]
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    tokens = [row["tokens"] for row in rows if row["kind"] == "train"]
+    assert tokens[-1] == 5 * sum(len(row["text"]) for row in texts(240, 0))  # bytes, five epochs
+    assert read_json(Path(result.model) / "tokenizer.json")["truncation"] is None
+    losses = [row["loss"] for row in rows if row["kind"] == "eval"]
     assert len(losses) >= 10
     assert losses[-1] < losses[0]
     model = AutoModelForSequenceClassification.from_pretrained(result.model)
