@@ -212,7 +212,9 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         return "this model has layers other than attention, which would carry one example into the next"
     if _balances(model):
         return "this family's balance loss needs an attention mask, with which it cannot keep examples apart"
-    if not isinstance(model, RMoEForCausalLM) and _carries(model):
+    if isinstance(model, RMoEForCausalLM):
+        return "this model's router reads a token's earlier tokens" if model.trunk.reads_sequence else None
+    if _carries(model):
         return "this family's attention reads the examples of a sequence as one text"
     return None
 

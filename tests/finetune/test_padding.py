@@ -128,6 +128,11 @@ def test_a_family_with_a_balance_loss_is_not_packed(models: Path) -> None:
     assert needs_mask(rmoe_model, True)
 
 
+@pytest.mark.parametrize("router", ["mcf-moe", "uniform"])
+def test_a_router_that_reads_earlier_tokens_is_not_packed(router: str) -> None:
+    assert "reads a token's earlier tokens" in str(why_not_packed(RMoEForCausalLM(RMoEConfig(router=router))))
+
+
 def test_a_run_counts_real_tokens(models: Path, alpaca: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from rmoe.training.loop import Loop
 
