@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rmoe.routing.contract import Routing
+from rmoe.routing.contract import Routing, dispatched_experts
 
 
 class RoutingRecord(NamedTuple):
@@ -32,7 +32,8 @@ class RoutingRecord(NamedTuple):
     @classmethod
     def from_routing(cls, routing: Routing, num_experts: int) -> RoutingRecord:
         """The record of one layer of an RMoE model."""
-        return cls(routing.logits, routing.probs, routing.experts, routing.weights, num_experts)
+        experts = dispatched_experts(routing, num_experts)
+        return cls(routing.logits, routing.probs, experts, routing.weights, num_experts)
 
     def select(self, keep: Tensor) -> RoutingRecord:
         """Only the tokens where `keep`, [T] bool, is true: leaves padding out."""

@@ -31,6 +31,7 @@ from rmoe.moe.recording import UNKNOWN, RecordedSequence, Recording
 from rmoe.moe.records import RoutingRecord
 from rmoe.moe.tokens import Tokens, cache_of, first_tensor, tokens_of
 from rmoe.results.trace import Trace
+from rmoe.routing.spec import RouterSpec
 
 
 @dataclass(eq=False)
@@ -205,6 +206,13 @@ def replay(model: nn.Module, recording: Recording | Trace) -> Iterator[None]:
 
 
 def _require_fit(layers: list[RoutedLayer], recording: Recording) -> None:
+    for layer in layers:
+        spec = getattr(layer.gate, "spec", None)
+        if isinstance(spec, RouterSpec) and spec.balance.capacity_factor is not None:
+            given = f"{layer.gate_name}, where the tokens of a call compete for an expert's capacity"
+            raise RequestError(
+                "model", given, "a router without a capacity limit: what it drops depends on the batch"
+            )
     by_name = {layer.name: layer for layer in layers}
     names = [*map(layer_of_call, recording.layers)]
     if set(names) != set(by_name):

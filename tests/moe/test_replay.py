@@ -254,6 +254,21 @@ def test_a_generation_is_replayed_in_training_and_in_generation(name: str) -> No
     assert torch.equal(again.ids, recording.ids)
 
 
+def test_what_a_capacity_limit_dropped_is_recorded_as_no_expert_and_not_replayed() -> None:
+    """What is dropped depends on the batch: a recording cannot say it for another one."""
+    model = tiny_rmoe("smoe-capacity")
+    ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+    with record(model) as recording:
+        routing = model(ids, use_cache=False, output_routing=True).routing
+    recorded = torch.cat([sequence.ids for sequence in recording.sequences])
+    for layer, one in enumerate(routing):
+        assert one.dropped is not None
+        assert one.dropped.any()
+        assert torch.equal(recorded[:, layer] == model.config.num_experts, one.dropped)
+    with pytest.raises(RequestError, match="a router without a capacity limit"), replay(model, recording):
+        model(ids, use_cache=False)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = made("olmoe")
     with record(model) as recording, torch.no_grad():
