@@ -3,7 +3,8 @@
 Experts are linear, `W_n = M + D_n` with `D_n = A_n - M` and `M` the prior mean of the teachers `A_n`; what all experts
 have in common costs no slot. For a posterior `q` the prediction `(M + sum_{n in S} w_n D_n) u`, `|S| = k`, has expected
 squared error `sum_c q_c G_cc - b_S' G_SS^-1 b_S` per output, with `G = <D_m, D_n> / d_u` and `b = G q`, at the best
-weights `w_S = G_SS^-1 b_S`. The best S is found by going through all of them. With S empty this is *blind*.
+weights `w_S = G_SS^-1 b_S`. The best S is found by going through all of them. With S empty this is *blind*. A layer of
+k slots has no free `M`, so this is a lower bound of its error, not always reached (docs/probes.md).
 """
 
 from __future__ import annotations
