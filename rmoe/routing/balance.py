@@ -120,7 +120,8 @@ def limit_capacity(routing: Routing, spec: BalanceSpec, geometry: Geometry, mask
     )
     tokens = routing.experts.shape[0] if mask is None else mask.sum()
     factor = spec.capacity_factor or 0.0
-    capacity = torch.ceil(torch.as_tensor(tokens, dtype=torch.float64) * (factor * geometry.top_k / experts))
+    exact = torch.as_tensor(tokens, dtype=torch.float64) * (factor * geometry.top_k / experts)
+    capacity = torch.ceil(exact - 1e-9)  # 1.1 * 100 / 10 is 11, and a little more in floating point
     dropped = (position >= capacity.to(flat.device)).view_as(routing.experts) & (routing.experts < experts)
     if mask is not None:
         dropped = dropped & mask[:, None]

@@ -22,7 +22,8 @@ class Cosine(Scorer):
     """`cos(W x, e_n) / t`, `t` learned (XMoE 2204.09179; CosineMoE after 2405.14131 and Tutel).
 
     Deviation from torchscale's XMoE in the "paper" form: the token side is normalised as the paper's equation
-    says; `normalize_tokens=False` is torchscale's code, where that line is commented out.
+    says; `normalize_tokens=False` is torchscale's code, where that line is commented out. That code applies no
+    temperature either: there `t` is ours.
     """
 
     class Config(Scorer.Config):

@@ -660,6 +660,11 @@ def test_capacity_counts_real_tokens_and_exact_multiples() -> None:
                 wanted = 4 if drop else int(experts[t, slot])
                 assert int(dispatched_experts(limited, 4)[t, slot]) == wanted
         assert limited.dropped.sum() == (12 - capacity) + max(0, 11 - capacity)
+    crowd = Routing(
+        torch.zeros(100, 10), torch.zeros(100, 10), torch.ones(100, 1), torch.zeros(100, 1).long()
+    )
+    tenth = limit_capacity(crowd, BalanceSpec(capacity_factor=1.1), Geometry(8, 10, 1), None)
+    assert int(tenth.dropped.sum()) == 100 - 11  # 1.1 * 100 / 10 is a little more than 11 in floating point
     whole = limit_capacity(routing, BalanceSpec(capacity_factor=1.0), Geometry(8, 4, 2), None)
     assert int(whole.dropped.sum()) == 15  # 8 of 16, and 8 of 15
 
