@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -85,8 +86,15 @@ def append_lines(path: Path, lines: bytes) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 lines = b"\n" + lines
-        file.write(lines)
+        write_whole(file, lines)
         os.fsync(file.fileno())
+
+
+def write_whole(file: FileIO, data: bytes) -> None:
+    """Write to an unbuffered file until all is there: a disk that fills up takes a part first, then raises."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 class Keyed(Protocol):

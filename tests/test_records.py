@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,6 +122,30 @@ def test_a_cut_line_is_closed_before_the_next(tmp_path: Path) -> None:
         file.write(b"tw")
     append_lines(path, b"three\nfour\n")
     assert path.read_bytes() == b"one\ntw\nthree\nfour\n"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, length: append_lines(path, b"x" * length + b"\n"),
+        lambda path, length: MetricsLog(path).append({"word": "x" * length}),
+    ],
+    ids=["append_lines", "metrics"],
+)
+def test_a_disk_that_fills_up_within_a_line_is_an_error(
+    write: Callable[[Path, int], None], tmp_path: Path
+) -> None:
+    """A limit on the size of files cuts a write as a full disk does."""
+    path, before = tmp_path / "lines", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(path, 10)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write(path, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_nothing_else_syncs_or_replaces_files() -> None:

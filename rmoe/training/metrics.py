@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from rmoe.records import NOT_JSON, atomic_write, sync
+from rmoe.records import NOT_JSON, atomic_write, sync, write_whole
 
 Row = dict[str, Any]
 
@@ -43,7 +43,7 @@ class MetricsLog:
         """Add a row. NaN and infinity are written as null: JSON has neither."""
         line = msgspec.json.encode(row) + b"\n"
         with self.path.open("ab", buffering=0) as file:
-            file.write(line)
+            write_whole(file, line)
 
     def sync(self) -> None:
         """Force the rows to disk."""
