@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rmoe.analysis.histogram import StreamingHistogram
 from rmoe.moe.records import RoutingBatch
@@ -20,8 +21,11 @@ MASS_BINS = 10_000  # 1e-4 each: an outer balance is off by at most 5e-5
 def log_inner_balance(probs: Tensor) -> Tensor:
     """ln(largest / second largest probability), [..., C] -> [...], capped at `MAX_LOG_RATIO` (Table 8).
 
-    0 for a token without any probability, which ReMoE's gate gives where no expert fires.
+    0 for a token without any probability, which ReMoE's gate gives where no expert fires. One class alone is at
+    the cap.
     """
+    if probs.shape[-1] == 1:
+        probs = pad(probs, (0, 1))
     first, second = probs.topk(2, dim=-1).values.unbind(-1)
     return (first.log() - second.log()).clamp(max=MAX_LOG_RATIO).nan_to_num(nan=0.0)
 
@@ -40,8 +44,9 @@ class GateConfidence:
 
     def __init__(self, num_layers: int, num_classes: int) -> None:
         # The topmost edge is opened by a hair, so that a uniform gate, ln C give or take a rounding, has a
-        # bin.
-        self.entropy = StreamingHistogram(num_layers, 0.0, math.log(num_classes) * (1 + 1e-6), ENTROPY_BINS)
+        # bin. One class alone has entropy 0, at the low end of any range.
+        highest = (math.log(num_classes) or 1.0) * (1 + 1e-6)
+        self.entropy = StreamingHistogram(num_layers, 0.0, highest, ENTROPY_BINS)
         self.entropy_sum = torch.zeros(num_layers, dtype=torch.float64)
         self.log_inner = StreamingHistogram(num_layers, 0.0, MAX_LOG_RATIO, LOG_RATIO_BINS)
         self.outer = StreamingHistogram(num_layers, 0.0, 1.0, MASS_BINS)

@@ -64,6 +64,15 @@ class TestConfidence:
         assert torch.equal(gate_entropy(torch.eye(E)), torch.zeros(E))
         torch.testing.assert_close(gate_entropy(torch.full((1, E), 1 / E)), torch.tensor([math.log(E)]))
 
+    def test_one_expert_alone(self) -> None:
+        confidence = GateConfidence(1, 1)
+        confidence.update(
+            RoutingBatch(torch.ones(1, 3, 1), torch.zeros(1, 3, 1).long(), torch.ones(1, 3, 1), 1)
+        )
+        assert confidence.entropy.counts[0].nonzero().tolist() == [[0]]
+        assert np.diff(confidence.entropy.edges).min() > 0  # a density is drawn over them
+        assert confidence.log_inner.medians()[1] == pytest.approx(MAX_LOG_RATIO, abs=5e-4)
+
     def test_inner_balance_is_the_ratio_of_the_two_largest(self) -> None:
         probs = torch.tensor([[0.1, 0.6, 0.3], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
         expected = [math.log(2), 0.0, MAX_LOG_RATIO, 0.0]
