@@ -152,6 +152,12 @@ class TrainingConfig:
         divides = micro is None or self.batch_size % micro == 0
         require(divides, "training.micro_batch_size", micro, f"a divisor of batch_size ({self.batch_size})")
         self._check_wsd()
+        no_decay = (
+            self.schedule == "linear" and self.warmup_steps == self.max_steps
+        )  # transformers' divides by 0
+        require(
+            not no_decay, "training.warmup_steps", self.warmup_steps, f"below max_steps ({self.max_steps})"
+        )
         self._check_average()
 
     @property
