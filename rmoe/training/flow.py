@@ -83,7 +83,7 @@ def carry_out(loop: Loop, resumed: bool) -> None:
     step, saved = loop.step, loop.store.saved()
     if loop.diverged:
         raise RunError(
-            f"the loss or its gradient was not finite in {loop.skipped_batches} batches, the last at step {step}",
+            f"the loss or its gradient was not finite in {loop.skipped_batches} batches by step {step}",
             saved,
             "lower the learning rate in a new run; or --resume after this batch, with more "
             "--training.max-skipped-batches",

@@ -123,6 +123,8 @@ class Loop:
         """Train to the last step, from the start or from a checkpoint (`rmoe.training.resume.newest`)."""
         try:
             self.begin(checkpoint)
+            if self.diverged:  # already when that checkpoint was written
+                return
             for batches in self.batches(checkpoint):
                 self.begin_step()
                 self.learner.accumulate(batches, self.sums)

@@ -95,6 +95,7 @@ def load(loop: Loop, folder: Path) -> None:
     loop.scheduler.load_state_dict(contents.for_groups(state.scheduler, groups))
     loop.step = loop.saved_step = state.step
     loop.skipped_batches, loop.train_seconds = state.skipped_batches, state.train_seconds
+    loop.diverged = loop.skipped_batches > loop.training.max_skipped_batches
     loop.window = state.pending
     if loop.average is not None:
         loop.average.load(folder, state.averaged)

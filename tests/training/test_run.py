@@ -280,11 +280,14 @@ def test_too_many_bad_batches_stop_the_run_with_everything_saved(text, tmp_path,
         poisoned(patched, {5, 7, 8, 9}, float("nan"))
         with pytest.raises(RunError) as caught:
             train(config, out, progress=False)
-    assert "not finite in 3 batches, the last at step 8" in str(caught.value)
+    assert "not finite in 3 batches by step 8" in str(caught.value)
     assert "saved: checkpoint-8" in str(caught.value)
     tensors = contents.load_file(out / "checkpoints" / "checkpoint-8" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
+    with pytest.raises(RunError, match="not finite in 3 batches by step 8"):
+        train(config, out, resume=True, progress=False)
+    assert not (out / "model").exists()
     result = train(
         replace(config, training=replace(config.training, max_skipped_batches=5)), out, resume=True
     )
