@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,6 +221,25 @@ def test_plugins_register_routers(tmp_path, monkeypatch):
     for name in ("mine-file", "mine-module"):
         assert router_spec(RunConfig(router=name)) == router_spec(RunConfig(router="smoe"))
         del ZOO[name]  # other tests list the zoo
+
+
+@pytest.mark.parametrize("plugin", ["edited.py", "edited_package"])
+def test_a_plugin_edited_after_its_import_is_refused(tmp_path, monkeypatch, plugin):
+    """What runs is the code of the import, whatever the file says now; a package is all its files."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "edited_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    edited = package / "impl.py" if plugin == package.name else tmp_path / plugin
+    edited.write_text("SIGN = 1\n")
+    first = load_plugins((plugin,))
+    edited.write_text("SIGN = -1\n")
+    with pytest.raises(RequestError, match=r"--plugin is 'edited.* it has changed since: restart Python"):
+        load_plugins((plugin,))
+    for name in [name for name in sys.modules if name.startswith("rmoe_plugin_") or name == plugin]:
+        monkeypatch.delitem(sys.modules, name)
+    assert load_plugins((plugin,)) != first
 
 
 @pytest.mark.parametrize("source", ["raise RuntimeError('no\\nway')", "def", "import nothing_like_it"])
