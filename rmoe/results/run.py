@@ -122,7 +122,7 @@ class RunResult(Record, frozen=True, kw_only=True):
         context: tokens of context they were measured with, in words.
         parameters: counts.
         curves: by the name of a metrics field: `train`, `val`, `lm_loss`, `balance_loss`, ...
-        seconds_per_1k_steps: wall clock of the training steps alone, without evaluation and saving. Other
+        seconds_per_1k_steps: wall clock of the training steps alone, without evaluation, saving and hooks. Other
             runs may have shared the machine: compare it only between runs timed alone.
         peak_mib: the process's peak memory: the allocator's on a GPU, resident size on a CPU.
         routing: how the finished model routes the validation text.

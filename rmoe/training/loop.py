@@ -71,7 +71,7 @@ class Loop:
         step: optimizer steps done, skipped ones included.
         identity: what a checkpoint must have in common with the run that resumes from it.
         skipped_batches: steps skipped so far because of NaN or infinity.
-        train_seconds: wall clock of training steps so far, without evaluation and saving.
+        train_seconds: wall clock of training steps so far, without evaluation, saving and hooks.
         diverged: it ended because more batches were bad than allowed.
         stop_requested: set it (by a signal handler, say) to save and stop after the current step.
         stopped: it ended because of that.
@@ -187,8 +187,7 @@ class Loop:
             # Noise is keyed by (seed and rank, forward passes of a rank so far).
             seed = (self.training.seed + 1_000_003 * ranks.data_rank) % 2**31
             self.model.set_routing_noise(seed, self.step * self.learner.forward_passes)
-        for hook in self.hooks:
-            hook.step_begin(self)
+        self._tell(lambda hook: hook.step_begin(self))
 
     def guard(self) -> bool:
         """Whether the step may be taken: its loss and its gradients are finite on every rank."""
@@ -239,8 +238,7 @@ class Loop:
             self.window.add(self._lm_loss, self._balance_loss, tokens, self.sums.stats)
         if self.average is not None:
             self.average.after(self.step)
-        for hook in self.hooks:
-            hook.step_end(self)
+        self._tell(lambda hook: hook.step_end(self))
 
     # --- after a step, where the plan says so -------------------------------------------------------
 
@@ -281,8 +279,14 @@ class Loop:
     def _publish(self, row: Row) -> None:
         if self.is_main:
             self.metrics.append(row)
+        self._tell(lambda hook: hook.log(self, row))
+
+    def _tell(self, what: Callable[[Hook], None]) -> None:
+        """Call the hooks; the clock of the steps stands still."""
+        begun = time.perf_counter()
         for hook in self.hooks:
-            hook.log(self, row)
+            what(hook)
+        self._clock += time.perf_counter() - begun
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one."""

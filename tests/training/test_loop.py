@@ -275,6 +275,24 @@ def test_hooks_are_called_in_step_and_ended_after_an_error(text, tmp_path, monke
     assert watched(tmp_path / "failed", fail=True) == ["begin 0", "from 0", "end"]
 
 
+def test_the_clock_does_not_count_hooks(text, tmp_path, monkeypatch):
+    from rmoe.training.hooks import Hook
+
+    now = [0.0]
+
+    class Slow(Hook):
+        def wait(self, *_: object) -> None:
+            now[0] += 1.0
+
+        begin = step_begin = step_end = log = wait
+
+    monkeypatch.setattr("rmoe.training.loop.time.perf_counter", lambda: now[0])
+    loop = loop_of(quiet(tiny.config(text, max_steps=2)), tmp_path)
+    loop.hooks = [Slow()]
+    loop.run()
+    assert (now[0], loop.train_seconds) == (7.0, 0.0)
+
+
 def test_nothing_of_trainer_is_imported():
     """transformers' Trainer, its arguments, state and control; callbacks for users' own Trainer stand apart."""
     import rmoe
