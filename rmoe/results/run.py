@@ -119,7 +119,8 @@ class RunResult(Record, frozen=True, kw_only=True):
         skipped_batches: steps skipped because a loss or gradient was not finite.
         val, test: the finished model's loss on the whole split, in `corpus.unit`, lower is better; None
             where it was not asked for or the corpus has no such split.
-        context: tokens of context they were measured with, in words.
+        context, test_context: tokens of context that `val` and `test` were measured with, and how much of their split,
+            in words; `test_context` is None in a result of an earlier version.
         parameters: counts.
         curves: by the name of a metrics field: `train`, `val`, `lm_loss`, `balance_loss`, ...
         seconds_per_1k_steps: wall clock of the training steps alone, without evaluation, saving and hooks. Other
@@ -156,5 +157,6 @@ class RunResult(Record, frozen=True, kw_only=True):
     layer_curves: dict[str, LayerCurve] = msgspec.field(default_factory=dict)
     test_losses: TextLosses | None = None
     averaged: Averaged | None = None
+    test_context: str | None = None
     folder: str | None
     model: str | None

@@ -19,6 +19,9 @@ def training_card(result: RunResult) -> ModelCard:
     config, spec = result.config, RouterSpec.from_dict(result.router_spec)
     training, model = config["training"], config["model"]
     found = (("validation", result.val), ("test", result.test))
+    context = result.context or ""
+    if result.test_context not in (None, context):
+        context = f"{context} (validation), and from {result.test_context} (test)"
     return ModelCard(
         title=f"{result.router}-{config['preset']}",
         summary=(
@@ -32,7 +35,7 @@ def training_card(result: RunResult) -> ModelCard:
             for split, value in found
             if value is not None
         ),
-        context=result.context or "",
+        context=context,
         load=LOAD,
         tables={
             "Router": {"name": result.router, **stages(spec), "equation": f"`{equation(spec)}`"},

@@ -34,7 +34,7 @@ from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
 from rmoe.training.disk import require_space
 from rmoe.training.environment import hardware, versions
-from rmoe.training.evaluation import Evaluation, evaluate, summarize_routing
+from rmoe.training.evaluation import Evaluation, context_of, evaluate, summarize_routing
 from rmoe.training.flow import carry_out, enter, on_first_rank
 from rmoe.training.hooks import Hook, Trackers
 from rmoe.training.initial_scale import fixed_batch, start_at
@@ -254,6 +254,9 @@ def _run(
             skipped_batches=loop.skipped_batches,
             **measured,
             context=valid.context,
+            test_context=(
+                context_of(corpus.blocks("test"), config.test_blocks) if config.logging.test else None
+            ),
             parameters=parameter_counts(whole),
             curves=curves(logged, corpus.unit),
             seconds_per_1k_steps=1000 * loop.train_seconds / loop.step,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from huggingface_hub import ModelCard
 
 from rmoe.routing.describe import equation
 from rmoe.routing.spec import RouterSpec
+from rmoe.training.card import training_card
 from rmoe.training.run import read_result, train
 from tests.training import tiny
 
@@ -17,7 +21,9 @@ from tests.training import tiny
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card")
-    train(tiny.config(tiny.text(folder), max_steps=2, warmup_steps=1), folder / "run", progress=False)
+    config = tiny.config(tiny.text(folder), max_steps=2, warmup_steps=1)
+    config = replace(config, logging=replace(config.logging, test_blocks=3))
+    train(config, folder / "run", progress=False)
     return folder / "run"
 
 
@@ -40,6 +46,24 @@ def test_the_card_names_router_data_and_sizes(run: Path) -> None:
         "Not stated.",
     ):
         assert said in text
+
+
+def test_each_metric_states_its_part_of_its_split(run: Path) -> None:
+    result = read_result(run)
+    assert "the first 8 of" in result.context
+    assert "the first 3 of" in result.test_context
+    said = f"{result.context} (validation), and from {result.test_context} (test)."
+    assert said in (run / "model" / "README.md").read_text()
+    older = msgspec.structs.replace(result, test_context=None)
+    assert training_card(older).context == result.context
+
+
+def test_a_result_of_before_has_no_context_of_its_own_for_test(run: Path, tmp_path: Path) -> None:
+    stored = json.loads((run / "result.json").read_bytes())
+    del stored["test_context"]
+    (tmp_path / "result.json").write_text(json.dumps(stored))
+    older = read_result(tmp_path)
+    assert (older.context, older.test_context) == (stored["context"], None)
 
 
 def test_the_cards_lines_load_the_model(run: Path) -> None:
