@@ -13,21 +13,26 @@ MOMENTS = 2
 """AdamW's, in float32 like the weights."""
 
 
-def bytes_of_a_run(model: nn.Module, keep: int) -> int:
-    """The most a run of this model holds at once: `keep` checkpoints, one being written, the final model."""
+def bytes_of_a_run(model: nn.Module, keep: int, average: bool = False) -> int:
+    """The most a run of this model holds at once: `keep` checkpoints, one being written, the final model.
+
+    Args:
+        average: a checkpoint has the averaged weights too.
+    """
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     moments = MOMENTS * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    return (keep + 1) * (weights + moments) + weights
+    checkpoint = weights + moments + (weights if average else 0)
+    return (keep + 1) * checkpoint + weights
 
 
-def require_space(out: Path, model: nn.Module, keep: int) -> None:
+def require_space(out: Path, model: nn.Module, keep: int, average: bool) -> None:
     """Check that a new run fits.
 
     Raises:
         RequestError: it does not.
     """
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    needed, free = bytes_of_a_run(model, keep), shutil.disk_usage(there).free
+    needed, free = bytes_of_a_run(model, keep, average), shutil.disk_usage(there).free
     if needed > free:
         raise RequestError(
             "--out",

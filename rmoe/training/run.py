@@ -126,7 +126,8 @@ def train(
         initial = _initial_logits(out if resume else None, model, corpus, config.training.initial_logit_std)
         record = msgspec.structs.replace(record, initial_logits=initial)
         if not (out / run_folder.CONFIG).exists():
-            require_space(out, model, config.checkpoints.keep + len(config.training.branch_points))
+            keep = config.checkpoints.keep + len(config.training.branch_points)
+            require_space(out, model, keep, config.training.average > 0)
         if config.training.gradient_checkpointing:
             enable_checkpointing(model)
         spread = spread_model(model, config, place)

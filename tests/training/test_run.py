@@ -12,11 +12,13 @@ import msgspec
 import pytest
 import torch
 
+import rmoe
 from rmoe import records
 from rmoe.errors import RequestError, RunError
 from rmoe.records import write_record
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
+from rmoe.training.disk import bytes_of_a_run
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
@@ -293,6 +295,17 @@ def test_too_many_bad_batches_stop_the_run_with_everything_saved(text, tmp_path,
     )
     assert result.steps == tiny.STEPS
     assert result.skipped_batches == 3
+
+
+def test_the_space_asked_for_holds_the_averaged_weights_too(text, tmp_path):
+    out, config = tmp_path / "run", tiny.config(text, max_steps=4, average=2, average_every=1)
+    train(config, out, progress=False)
+    saved, model = (
+        sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        for folder in (out / "checkpoints" / "checkpoint-4", out / "model")
+    )
+    needed = bytes_of_a_run(rmoe.load(out / "model"), keep=2, average=True)
+    assert needed == pytest.approx(3 * saved + model, rel=0.1)
 
 
 def test_disk_full_in_mid_run(text, finished, tmp_path, monkeypatch):
