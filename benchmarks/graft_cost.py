@@ -113,6 +113,7 @@ def main() -> None:
             **files,
         },
         arguments.out,
+        "cpu",
     )
 
 

@@ -65,6 +65,7 @@ def main() -> None:
             "repeats": REPEATS,
         },
         out,
+        "cpu",
     )
     if difference > 1e-9 or np.median(ratios) < 200:
         raise SystemExit("below what is required")

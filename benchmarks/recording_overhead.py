@@ -111,6 +111,7 @@ def main() -> None:
             "rounds": ROUNDS,
         },
         arguments.out,
+        "cpu",
     )
     if together > 0.25:
         raise SystemExit("more than is allowed")

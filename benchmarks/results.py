@@ -14,13 +14,14 @@ import torch
 from rmoe.training.environment import hardware, versions
 
 
-def write_result(benchmark: str, figures: dict[str, Any], folder: Path | None) -> None:
+def write_result(benchmark: str, figures: dict[str, Any], folder: Path | None, device: str = "auto") -> None:
     """Print the result as JSON; with a folder also write `<date>-<benchmark>.json` there.
 
     Args:
         benchmark: its name.
         figures: what was measured, units in the names.
         folder: where dated results are kept.
+        device: what was computed on, as in `training.device`.
     """
     result = {
         "benchmark": benchmark,
@@ -29,7 +30,7 @@ def write_result(benchmark: str, figures: dict[str, Any], folder: Path | None) -
         "load_average": round(
             os.getloadavg()[0], 1
         ),  # beyond the cores' number, wall-clock figures say little
-        "hardware": msgspec.to_builtins(hardware(torch.get_num_threads())),
+        "hardware": msgspec.to_builtins(hardware(torch.get_num_threads(), device)),
         "versions": msgspec.to_builtins(versions()),
     }
     text = json.dumps(result, indent=1)

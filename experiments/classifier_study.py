@@ -151,7 +151,7 @@ def tuned(
         seconds=round(time.perf_counter() - start, 1),
         settings=settings_of(config),
         versions=here,
-        hardware=hardware(config.threads or 1),
+        hardware=hardware(config.threads or 1, config.device),
     )
 
 

@@ -217,7 +217,7 @@ def continued(
         seconds=round(seconds, 1),
         size=size,
         versions=here,
-        hardware=hardware(torch.get_num_threads()),
+        hardware=hardware(torch.get_num_threads(), "cpu"),
     )
 
 

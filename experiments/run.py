@@ -344,7 +344,8 @@ def carry_out(name: str, place: Workplace, results: Path) -> None:
     experiment = read(name, place.size)
     measured = measure(experiment, place)
     judged = judge(experiment, measured)
-    machine, software = hardware(place.config(experiment.grid[0]).training.threads or 1), versions()
+    training = place.config(experiment.grid[0]).training
+    machine, software = hardware(training.threads or 1, training.device), versions()
     header = (
         f"Size `{place.size}`, text `{place.text.name}`; {machine.cpu}, {machine.threads} thread(s) a run"
         f"{'' if machine.accelerator is None else ', ' + machine.accelerator}; "

@@ -229,7 +229,8 @@ def _set_up(
         notes.append(
             "At the size of the quick preset no router is expected to win; the paper's small model saw none."
         )
-    setting = Setting(plan, out, sharing, options, corpus, versions(), hardware(sharing.threads), wants)
+    machine = hardware(sharing.threads, training.device)
+    setting = Setting(plan, out, sharing, options, corpus, versions(), machine, wants)
     return setting, engine_of(options.engine, out, wants, sharing.jobs, sharing.threads), notes
 
 

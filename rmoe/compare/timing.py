@@ -144,7 +144,7 @@ def time_steps(config: RunConfig, steps: int) -> Measured:
         return Measured(
             step_seconds=[end - start for start, end in pairwise(marks)][WARM_UP_STEPS - 1 :],
             peak_mib=peak_mib(loop.device),
-            hardware=hardware(threads),
+            hardware=hardware(threads, training.device),
         )
 
 

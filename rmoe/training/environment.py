@@ -26,11 +26,17 @@ def versions() -> Versions:
     )
 
 
-def hardware(threads: int) -> Hardware:
-    """The machine; `threads` is what torch was told to use."""
+def hardware(threads: int, device: str = "auto") -> Hardware:
+    """The machine.
+
+    Args:
+        threads: what torch was told to use.
+        device: what was computed on, in the words of `training.device`; on a `cpu` no GPU counts.
+    """
     import torch
 
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    used = device != "cpu" and torch.cuda.is_available()
+    accelerator = torch.cuda.get_device_name() if used else None
     return Hardware(
         cpu=_cpu_model(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

@@ -113,7 +113,7 @@ def train(
             plugins=plugins,
             data_sha256=corpus.manifest.key,
             versions=versions(),
-            hardware=hardware(threads),
+            hardware=hardware(threads, config.training.device),
             started_in=str(Path.cwd()),
         )
         branch = None if branch_of is None else require_branch(config, record, branch_of)

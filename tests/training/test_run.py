@@ -19,6 +19,7 @@ from rmoe.records import write_record
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.disk import bytes_of_a_run
+from rmoe.training.environment import hardware
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
@@ -91,6 +92,14 @@ def test_what_a_run_writes(finished):
     assert {"val", "train_lm_loss", "aux_loss", "gate_entropy", "load_imbalance"} <= set(result.curves)
     assert result.routing is not None
     assert all(abs(sum(layer) - 1) < 1e-9 for layer in result.routing.load)
+
+
+def test_a_gpu_that_was_not_used_is_not_the_hardware(finished, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    result = train(tiny.config(text, max_steps=1, warmup_steps=0), tmp_path / "run", progress=False)
+    assert result.hardware.accelerator is None
+    assert hardware(1).accelerator == hardware(1, "cuda").accelerator == "a GPU"
 
 
 def test_metrics_rows(finished):
