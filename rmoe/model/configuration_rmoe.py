@@ -37,6 +37,7 @@ def _renormalising(spec: RouterSpec, norm_topk_prob: bool) -> RouterSpec:
 
 MOST_LAYERS = 10_000
 """Layers are built one by one: a damaged `config.json` that asks for 2**63 of them must not hang."""
+LEARNED = ("prelu", "xielu")  # activations with parameters, for which no initial value is defined
 
 
 @strict
@@ -143,7 +144,11 @@ class RMoEConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+            heads, width = self.num_attention_heads, self.hidden_size
+            if heads > 0 and width % heads:
+                allowed = f"a divisor of hidden_size ({width}), or give head_dim"
+                raise RequestError("num_attention_heads", heads, allowed)
+            self.head_dim = width // max(heads, 1)
         if self.intermediate_size is None:
             self.intermediate_size = self.num_experts_per_tok * self.moe_intermediate_size
         self.check_sizes()
@@ -217,8 +222,9 @@ class RMoEConfig(PreTrainedConfig):
                 raise RequestError(name, getattr(self, name), " or ".join(map(repr, allowed)))
         if self.dense_gradients not in (None, "densemixer", "default"):
             raise RequestError("dense_gradients", self.dense_gradients, "null, 'densemixer' or 'default'")
-        if self.hidden_act not in ACT2FN:
-            raise RequestError("hidden_act", self.hidden_act, f"one of {', '.join(ACT2FN)}")
+        if self.hidden_act not in ACT2FN or self.hidden_act in LEARNED:
+            allowed = ", ".join(name for name in ACT2FN if name not in LEARNED)
+            raise RequestError("hidden_act", self.hidden_act, f"one of {allowed}")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise RequestError(name, getattr(self, name), "0 to below 1")

@@ -128,10 +128,12 @@ class TrainingConfig:
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     branch_points: tuple[int, ...] = ()
     warmup_steps: NotNegativeInt = 20
-    weight_decay: NotNegative = 0.0
+    weight_decay: Annotated[float, Meta(ge=0, le=sys.float_info.max, description="0 or more, and finite")] = (
+        0.0
+    )
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
-    adam_epsilon: NotNegative = 1e-8
+    adam_epsilon: Rate = 1e-8
     max_grad_norm: NotNegative = 1.0
     seed: Annotated[int, Meta(ge=0, lt=2**31, description="0 to 2**31 - 1")] = 0
     threads: AtLeastOne | None = None

@@ -658,6 +658,16 @@ def test_defaults() -> None:
     assert len(classifier(ids, output_routing=True).routing) == 2
     with pytest.raises(RequestError, match="num_attention_heads is 0; allowed: 1 or more"):
         config(num_attention_heads=0, head_dim=None)
+    with pytest.raises(
+        RequestError, match=r"num_attention_heads is 7; allowed: a divisor of hidden_size \(36\)"
+    ):
+        config(num_attention_heads=7, num_key_value_heads=None, head_dim=None)
+
+
+@pytest.mark.parametrize("name", ["prelu", "xielu"])
+def test_activations_with_parameters_are_refused(name: str) -> None:
+    with pytest.raises(RequestError, match=f"hidden_act is '{name}'; allowed: one of gelu, "):
+        config(hidden_act=name)
 
 
 def test_balance_loss_sees_what_the_layers_share() -> None:

@@ -89,7 +89,11 @@ def test_pretrain_is_the_papers():
             "training.micro_batch_size is 3; allowed: a divisor",
         ),
         ({"training": {"seed": -1}}, "training.seed is -1"),
-        ({"training": {"adam_epsilon": -1}}, "training.adam_epsilon is -1.0; allowed: 0 or more"),
+        ({"training": {"adam_epsilon": 0}}, "training.adam_epsilon is 0.0; allowed: above 0"),
+        (
+            {"training": {"weight_decay": float("inf")}},
+            "training.weight_decay is inf; allowed: 0 or more, and finite",
+        ),
         (
             {"training": {"min_learning_rate": 0.1}},
             "training.min_learning_rate is 0.1; allowed: at most learning_rate (0.001)",
