@@ -253,13 +253,14 @@ def _count(config: RunConfig, vocab_size: int) -> int:
     import torch
 
     from rmoe.model import RMoEForCausalLM, count_parameters
-    from rmoe.training.build import model_config
+    from rmoe.training.build import model_config, require_router_parameters
     from rmoe.training.initial_scale import require_scale
 
     with torch.device("meta"):
         model = RMoEForCausalLM(model_config(config, vocab_size))
     if config.training.initial_logit_std is not None:
         require_scale(model, config.training.initial_logit_std)
+    require_router_parameters(model, config.training.router_learning_rate)
     return count_parameters(model)["non_embedding"]
 
 

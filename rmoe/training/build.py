@@ -12,6 +12,7 @@ from rmoe.results.run import Parameters
 from rmoe.routing.spec import RouterSpec, with_options
 from rmoe.routing.zoo import resolve
 from rmoe.training.config import RunConfig
+from rmoe.validation import require
 
 
 def router_spec(config: RunConfig) -> RouterSpec:
@@ -49,6 +50,17 @@ def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     modules = [*getattr(model, "routers", []), getattr(getattr(model, "trunk", None), "router_shared", None)]
     wanted = {id(p) for module in modules if module is not None for p in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in wanted}
+
+
+def require_router_parameters(model: RMoEForCausalLM, rate: float | None) -> None:
+    """Check that `training.router_learning_rate` is of something.
+
+    Raises:
+        RequestError: naming the router, which trains nothing.
+    """
+    trained = rate is None or any(p.requires_grad for p in router_parameters(model).values())
+    allowed = f"None with router.kind {model.config.router_spec.router.kind}: it has no trained parameters"
+    require(trained, "training.router_learning_rate", rate, allowed)
 
 
 def parameter_counts(model: RMoEForCausalLM) -> Parameters:

@@ -28,7 +28,13 @@ from rmoe.results.run import Averaged, InitialLogits, RunResult, TextLosses
 from rmoe.training import run_folder
 from rmoe.training.average import WeightAverage
 from rmoe.training.branch import begin_branch, require_branch
-from rmoe.training.build import build_model, load_plugins, model_config, parameter_counts
+from rmoe.training.build import (
+    build_model,
+    load_plugins,
+    model_config,
+    parameter_counts,
+    require_router_parameters,
+)
 from rmoe.training.card import training_card
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
@@ -126,6 +132,7 @@ def train(
         initial = _initial_logits(out if resume else None, model, corpus, config.training.initial_logit_std)
         record = msgspec.structs.replace(record, initial_logits=initial)
         if not (out / run_folder.CONFIG).exists():
+            require_router_parameters(model, config.training.router_learning_rate)
             keep = config.checkpoints.keep + len(config.training.branch_points)
             require_space(out, model, keep, config.training.average > 0)
         if config.training.gradient_checkpointing:

@@ -604,3 +604,11 @@ def test_the_routers_have_their_own_rate(text, tmp_path, monkeypatch):
         routes = ".mlp.gate." in name or "router_shared" in name
         assert rate == pytest.approx(3e-3 if routes else 1e-3), name
     assert any("router_shared" in name for name in rates)
+
+
+@pytest.mark.parametrize("router", ["hash", "random-smoe"])
+def test_a_rate_of_routers_that_train_nothing_is_refused(text, tmp_path, router):
+    config = replace(tiny.config(text, router_learning_rate=1e-2), router=router, router_option=())
+    with pytest.raises(RequestError, match=r"router_learning_rate is 0.01; allowed: None with router.kind"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
