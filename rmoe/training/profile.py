@@ -23,6 +23,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from rmoe.training.hooks import Hook
+from rmoe.training.place import say
 
 if TYPE_CHECKING:
     from rmoe.training.loop import Loop
@@ -66,6 +67,8 @@ class StepProfiler(Hook):
 
     def begin(self, loop: Loop) -> None:
         left = loop.plan.max_steps - loop.step
+        if left == 0:
+            say("no step is left to profile")
         self.first = loop.step + min(WARMUP, max(0, left - STEPS))
 
     def step_begin(self, loop: Loop) -> None:

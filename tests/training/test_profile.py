@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ def test_what_it_cannot_do(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert "profile is True" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_step_left_says_so(
+    text: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    train(tiny.config(text), out, progress=False, resume=True, profile=True)
+    assert "no step is left to profile" in capsys.readouterr().err
+    assert not (out / "profile").exists()
 
 
 def test_the_optimizer_is_fused_and_equal(text: Path) -> None:
