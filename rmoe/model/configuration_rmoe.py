@@ -223,8 +223,8 @@ class RMoEConfig(PreTrainedConfig):
         if self.dense_gradients not in (None, "densemixer", "default"):
             raise RequestError("dense_gradients", self.dense_gradients, "null, 'densemixer' or 'default'")
         if self.hidden_act not in ACT2FN or self.hidden_act in LEARNED:
-            allowed = ", ".join(name for name in ACT2FN if name not in LEARNED)
-            raise RequestError("hidden_act", self.hidden_act, f"one of {allowed}")
+            fixed = ", ".join(name for name in ACT2FN if name not in LEARNED)
+            raise RequestError("hidden_act", self.hidden_act, f"one of {fixed}")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise RequestError(name, getattr(self, name), "0 to below 1")
