@@ -37,7 +37,10 @@ def _load_plugin(plugin: str) -> str:
         imported: str = vars(module).setdefault("__rmoe_sha256__", now)
     except RequestError:
         raise
-    except Exception as error:  # whatever a plugin does wrong is the request's fault, said in one line
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever a plugin does wrong is the request's fault, said in one line
         said = one_line(f"{type(error).__name__}: {error}")
         raise RequestError("--plugin", plugin, f"a module or .py file that imports ({said})") from error
     require(now == imported, "--plugin", plugin, "as it was imported; it has changed since: restart Python")

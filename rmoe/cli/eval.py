@@ -85,13 +85,12 @@ def _benchmarks(
         print(jsonlib.dumps(results, indent=2, default=str))
         return
     for task, figures in results["results"].items():
-        said = [
-            f"{name.removesuffix(',none')} {value:.4f} ± {figures.get(error, 0.0):.4f}"
-            for name, value in figures.items()
-            if isinstance(value, float) and "_stderr" not in name
-            for error in [name.replace(",", "_stderr,")]
-            if isinstance(figures.get(error, 0.0), float)
-        ]
+        said = []
+        for name, value in figures.items():
+            if isinstance(value, float) and "_stderr" not in name:
+                error = figures.get(name.replace(",", "_stderr,"))  # "N/A" where the harness has none
+                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                said.append(f"{name.removesuffix(',none')} {value:.4f}{spread}")
         print(f"{task}: {', '.join(said)}")
 
 

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from rmoe import __version__
 from rmoe.errors import RequestError, RunError, one_line
@@ -89,6 +90,13 @@ def dispatch(argv: Sequence[str]) -> int:
     return status or 0
 
 
+def _never_fail_at_a_character() -> None:
+    """A terminal that lacks a sign shows `?` in its place: what was computed must not end as a failure."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rmoe`; see `usage`. Returns the exit status and never raises for a user's mistake.
 
@@ -96,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; default `sys.argv[1:]`.
     """
     debug = os.environ.get("RMOE_DEBUG") == "1"
+    _never_fail_at_a_character()
     try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # inside the try: a closed pipe shows itself here
+        if sys.stdout is not None:
+            sys.stdout.flush()  # inside the try: a closed pipe shows itself here
         return status
     except (RequestError, RunError) as error:
         if debug:

@@ -190,3 +190,19 @@ def test_unfinished_or_without_tokenizer(capsys, run, tmp_path):
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
     assert cli.main(["generate", str(tmp_path / "model"), "--prompt", "x"]) == 2
     assert "a pickle" in capsys.readouterr().err
+
+
+def test_a_metric_without_a_standard_error_is_printed(capsys, monkeypatch, run):
+    """The harness writes "N/A" where it has none."""
+    figures = {
+        "alias": "x",
+        "acc,none": 0.5,
+        "acc_stderr,none": "N/A",
+        "word_perplexity,none": 9.0,
+        "f1,none": 0.25,
+    }
+    results = {"results": {"x": figures | {"f1_stderr,none": 0.125}}}
+    monkeypatch.setattr("rmoe.evaluation.run_benchmarks", lambda *_, **__: results)
+    monkeypatch.setattr("rmoe.evaluation.parse_benchmarks", lambda tasks: [tasks])
+    said = output(capsys, "eval", run, "--tasks", "x")
+    assert said == "x: acc 0.5000, word_perplexity 9.0000, f1 0.2500 ± 0.1250\n"

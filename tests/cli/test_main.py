@@ -1,5 +1,6 @@
 """The command line's contract: one line per mistake, statuses 0, 1, 2, and no torch where none is needed."""
 
+import os
 import subprocess
 import sys
 
@@ -66,3 +67,19 @@ def test_help_and_zoo_import_no_torch(arguments):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "rmoe" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_a_sign_shows_another(encoding):
+    """`zoo` describes routers with signs that these have not."""
+    command = [sys.executable, "-m", "rmoe.cli.main", "zoo", "rmoe"]
+    done = subprocess.run(
+        command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"?" in done.stdout
+
+
+def test_no_output_at_all_is_no_failure():
+    command = f"{sys.executable} -m rmoe.cli.main --version >&-"
+    assert subprocess.run(command, shell=True, capture_output=True, check=False).returncode == 0

@@ -246,7 +246,9 @@ def test_a_plugin_edited_after_its_import_is_refused(tmp_path, monkeypatch, plug
     assert load_plugins((plugin,)) != first
 
 
-@pytest.mark.parametrize("source", ["raise RuntimeError('no\\nway')", "def", "import nothing_like_it"])
+@pytest.mark.parametrize(
+    "source", ["raise RuntimeError('no\\nway')", "def", "import nothing_like_it", "exit(0)"]
+)
 def test_a_plugin_that_fails_is_the_requests_fault(tmp_path, source):
     path: Path = tmp_path / "bad.py"
     path.write_text(source)
