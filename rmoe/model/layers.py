@@ -121,10 +121,11 @@ class RMoESparseMoeBlock(nn.Module):
         spec = config.router_spec
         self.gate = build_router(spec, config.router_geometry(layer_index))
         self.experts: Any = (GatedExperts if config.mlp_gated else UngatedExperts)(config)
+        self.num_built_experts = self.experts.num_experts
         if spec.leaves_empty_slots:
             accept_empty_slots(self.experts)
         self.densemixer = config.dense_gradients == "densemixer"
-        sizes = self.experts.num_experts, config.hidden_size
+        sizes = self.num_built_experts, config.hidden_size
         self.default_outputs = DefaultOutputs(*sizes) if config.dense_gradients == "default" else None
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = DenseMLP(config, width) if width else None
@@ -137,7 +138,10 @@ class RMoESparseMoeBlock(nn.Module):
     def mix(self, hidden_states: Tensor, routing: Routing, mask: Tensor | None) -> tuple[Tensor, Routing]:
         """As `forward`, and the decision with what the experts' default outputs are made of."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, d]
-        experts = dispatched_experts(routing, self.experts.num_experts)
+        experts = dispatched_experts(routing, self.num_built_experts)
+        if self.experts.num_experts < self.num_built_experts:
+            # Expert parallelism left a part of them here. It sends every slot to an expert: an empty one, of weight 0.
+            experts = experts.masked_fill(experts >= self.num_built_experts, 0)
         weights = routing.weights.to(flat.dtype)
         if self.default_outputs is None:
             mix = self._weighed_inputs if self.weighs_inputs else self.experts

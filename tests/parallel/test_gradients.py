@@ -27,12 +27,20 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+HAS_EP = since("transformers", "5.23", "it has no `ep_size`")
+EMPTY_SLOTS = ["top-p", "moepp", "remoe", "smoe-capacity"]
+BOUND = {
+    "fsdp2+ep moepp": 1e-4
+}  # its constant experts' gradients cancel: DDP, which moves no token, is off by as much
+
+
 @pytest.mark.parametrize(
     "case",
     [
         "ddp rmoe",
         "fsdp2 rmoe",
-        pytest.param("fsdp2+ep rmoe", marks=since("transformers", "5.23", "it has no `ep_size`")),
+        pytest.param("fsdp2+ep rmoe", marks=HAS_EP),
+        *(pytest.param(f"fsdp2+ep {router}", marks=HAS_EP) for router in EMPTY_SLOTS),
         pytest.param("tp rmoe", marks=since("torch", "2.13", "its DTensor cannot gather packed experts")),
         "pp rmoe",
         "pp rmoe-lstm",
@@ -44,5 +52,7 @@ def test_equal_to_one_process(report, case, note):
     assert found["loss"] <= 1e-6
     assert found["missing"] == []
     assert len(found["gradients"]) == found["expected"]
-    assert max(found["gradients"].values()) <= 1e-6
-    assert any("router_shared" in name for name in found["gradients"])
+    assert max(found["gradients"].values()) <= BOUND.get(case, 1e-6)
+    assert any("router_shared" in name for name in found["gradients"]) == (
+        "rmoe" in case.split()[1].split("-")
+    )

@@ -78,8 +78,13 @@ LAYOUTS: dict[str, Callable[[str], tuple[float, dict[str, Tensor]]]] = {
 def main(out: str) -> None:
     dist.init_process_group("gloo")
     report = {}
-    # The LSTM's state has two parts, which matters where it is sent from stage to stage.
-    for layout, router in [*((layout, "rmoe") for layout in LAYOUTS), ("pp", "rmoe-lstm")]:
+    # The LSTM's state has two parts, which matters where it is sent from stage to stage. Empty slots matter where
+    # tokens are sent to experts.
+    more = [
+        ("pp", "rmoe-lstm"),
+        *(("fsdp2+ep", router) for router in ("top-p", "moepp", "remoe", "smoe-capacity")),
+    ]
+    for layout, router in [*((layout, "rmoe") for layout in LAYOUTS), *more]:
         if (layout == "fsdp2+ep" and older("transformers", "5.23")) or (
             layout == "tp" and older("torch", "2.13")
         ):
