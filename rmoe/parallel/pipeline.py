@@ -23,9 +23,9 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from transformers.masking_utils import create_causal_mask
 
 from rmoe.compat import CACHE
-from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.model.head import count_next_tokens, next_token_loss
+from rmoe.parallel.fit import pipeline_misfit
 from rmoe.parallel.sharding import clip
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, router_stats
@@ -47,7 +47,9 @@ class PipelinePart(nn.Module):
 
     def __init__(self, model: RMoEForCausalLM, index: int, count: int) -> None:
         super().__init__()
-        _check(model, count)
+        reason = pipeline_misfit(model.config, count)
+        if reason is not None:
+            raise reason
         whole, layers = model.model, model.config.num_hidden_layers
         self.config, self.index, self.count = model.config, index, count
         self.num_layers = model.config.num_moe_layers
@@ -147,20 +149,6 @@ class PipelinePart(nn.Module):
             self.routing_noise_key += 1
             noise = CounterNoise(self.routing_noise_key.clone())
         return RouterContext(batch, length, None, None, noise)
-
-
-def _check(model: RMoEForCausalLM, count: int) -> None:
-    config, spec = model.config, model.config.router_spec
-    if not 1 <= count <= config.num_hidden_layers:
-        raise RequestError("pipeline", count, f"1 to num_hidden_layers ({config.num_hidden_layers})")
-    if config.tie_word_embeddings:
-        raise RequestError("tie_word_embeddings", True, "False: the two ends are on different stages")
-    if spec.router.needs_token_ids:
-        raise RequestError("router.kind", spec.router.kind, "a router that needs no token ids")
-    if spec.balance.scope != "micro_batch":
-        raise RequestError("balance.scope", spec.balance.scope, "micro_batch, in a pipeline")
-    if config.dense_gradients == "default":
-        raise RequestError("dense_gradients", "default", "null or densemixer, in a pipeline")
 
 
 class StepLoss(NamedTuple):

@@ -22,6 +22,7 @@ from rmoe.compat import prune_expert_plan
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.parallel.config import ParallelConfig
+from rmoe.parallel.fit import require_fit
 
 T = TypeVar("T", bound=Tensor)
 
@@ -35,7 +36,7 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
         world_size: processes in all.
 
     Raises:
-        RequestError: sizes that do not multiply to the number of processes, or that the model cannot be cut into.
+        RequestError: sizes that do not multiply to the number of processes, or that do not fit the model.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         # On a CPU accelerate would run DDP without a word; on a GPU it would shard behind our checkpoints' back.
@@ -43,12 +44,7 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     parallel.require_processes(world_size)
     if not parallel.shards:
         return model
-    experts = model.config.num_built_experts
-    if experts % parallel.expert:
-        raise RequestError("parallel.expert", parallel.expert, f"a divisor of num_experts ({experts})")
-    if model.config.dense_gradients and parallel.expert * parallel.tensor > 1:
-        allowed = "null with tensor or expert parallelism: no device has an expert's whole output"
-        raise RequestError("dense_gradients", model.config.dense_gradients, allowed)
+    require_fit(model.config, parallel)
     prune_expert_plan(model, model.config.without_absent)
     settings = _distributed_config(parallel)
     settings, _, mesh = type(model).prepare_distribute_model(settings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rmoe.model import RMoEConfig
 from rmoe.model.head import CHUNK_BYTES
+from rmoe.parallel import ParallelConfig
+from rmoe.parallel.fit import misfit
 from rmoe.planning.hardware import Cluster
 from rmoe.planning.trace import Needs, Parameters
 
@@ -50,7 +52,7 @@ class Layout:
 
 
 def layouts_for(config: RMoEConfig, cluster: Cluster) -> list[Layout]:
-    """The layouts this package runs that fit the cluster's shape and the model's sizes.
+    """The layouts this package runs that fit the cluster's shape and the model.
 
     TP and EP stay inside a node. What `DistributedConfig` cannot combine (FSDP2 with PP) is not offered.
     """
@@ -59,15 +61,11 @@ def layouts_for(config: RMoEConfig, cluster: Cluster) -> list[Layout]:
     if devices > node:
         found.append(Layout(replicate=devices // node, fsdp=node))
     inside = [size for size in (2, 4, 8) if size <= node and devices % size == 0]
-    heads = config.num_key_value_heads or config.num_attention_heads
     for size in inside:
-        if config.num_experts % size == 0:
-            found.append(Layout(fsdp=devices, expert=size))
-        if heads % size == 0 and config.moe_intermediate_size % size == 0 and config.vocab_size % size == 0:
-            found.append(Layout(fsdp=devices // size, tensor=size))
-        if config.num_hidden_layers >= size:
-            found.append(Layout(replicate=devices // size, pipeline=size))
-    return list(dict.fromkeys(found))
+        found.append(Layout(fsdp=devices, expert=size))
+        found.append(Layout(fsdp=devices // size, tensor=size))
+        found.append(Layout(replicate=devices // size, pipeline=size))
+    return [each for each in dict.fromkeys(found) if misfit(config, ParallelConfig(**asdict(each))) is None]
 
 
 # --- memory --------------------------------------------------------------------------------------

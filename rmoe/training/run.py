@@ -20,6 +20,7 @@ from rmoe.errors import RequestError, RunError
 from rmoe.errors import Stopped as Stopped
 from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.parallel import Pipeline
+from rmoe.parallel.fit import require_fit
 from rmoe.parallel.sharding import distribute
 from rmoe.places import require_writable
 from rmoe.records import write_record
@@ -101,9 +102,8 @@ def train(
         run_folder.refuse_used(out)
     disable_progress_bar()  # transformers' own, one for each file it writes
     plugins = load_plugins(config.plugin)
-    model_config(
-        config, vocab_size=64
-    )  # what is wrong with the sizes or the router is said before any text is read
+    # What is wrong with the sizes, the router or the layout is said before any text is read.
+    require_fit(model_config(config, vocab_size=64), config.parallel)
     corpus = prepare(config.data, config.training.sequence_length)
     for split in ("train", "valid", "test") if config.logging.test else ("train", "valid"):
         if split not in corpus.manifest.splits:

@@ -154,7 +154,9 @@ def test_resume(text, tmp_path, words):
     ("options", "said"),
     [
         (["--parallel.pipeline", "2", "--parallel.fsdp", "2"], "parallel.pipeline is 2"),
-        (["--parallel.tensor", "3"], "the number of processes (1)"),
+        (["--parallel.fsdp", "3"], "the number of processes (1)"),
+        (["--parallel.tensor", "3"], "parallel.tensor is 3"),
+        (["--parallel.pipeline", "2", "--router", "hash"], "router.kind is 'hash'"),
         (["--parallel.pipeline", "2"], "the number of processes (1)"),
         (["--parallel.expert", "3"], "parallel.expert is 3"),
     ],
