@@ -14,6 +14,7 @@ class Accelerator:
     Attributes:
         memory_gib: what the driver reports, about 1 to 2 GiB under the nominal size.
         bf16_tflops: dense matrix products in bfloat16, the peak.
+        fp32_tflops: in float32, the peak. Not TF32's: rmoe leaves torch's default, which does not round to it.
         memory_gb_per_s: bandwidth of its memory.
         link_gb_per_s: to the other devices of a node, one direction.
         network_gb_per_s: to other nodes, one direction, the usual network adapter per device.
@@ -21,17 +22,20 @@ class Accelerator:
 
     memory_gib: float
     bf16_tflops: float
+    fp32_tflops: float
     memory_gb_per_s: float
     link_gb_per_s: float
     network_gb_per_s: float
 
 
+# NVIDIA's data sheets "A100 Tensor Core GPU" (SXM), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM) and
+# "Blackwell" (HGX B200); float32 is their row "FP32".
 ACCELERATORS = {
-    "a100-40": Accelerator(39.4, 312, 1555, 300, 25),
-    "a100-80": Accelerator(79.1, 312, 2039, 300, 25),
-    "h100": Accelerator(79.1, 989, 3350, 450, 50),
-    "h200": Accelerator(139.8, 989, 4800, 450, 50),
-    "b200": Accelerator(178.4, 2250, 8000, 900, 50),
+    "a100-40": Accelerator(39.4, 312, 19.5, 1555, 300, 25),
+    "a100-80": Accelerator(79.1, 312, 19.5, 2039, 300, 25),
+    "h100": Accelerator(79.1, 989, 67, 3350, 450, 50),
+    "h200": Accelerator(139.8, 989, 67, 4800, 450, 50),
+    "b200": Accelerator(178.4, 2250, 75, 8000, 900, 50),
 }
 
 
@@ -72,6 +76,11 @@ class Cluster:
     def memory_bytes(self) -> float:
         """What tensors may fill on one device."""
         return self.accelerator.memory_gib * 2**30 * self.usable_memory
+
+    def flops_per_second(self, bf16: bool) -> float:
+        """What matrix products reach on one device, in bfloat16 or in float32."""
+        peak = self.accelerator.bf16_tflops if bf16 else self.accelerator.fp32_tflops
+        return peak * 1e12 * self.compute_efficiency
 
     def bandwidth(self, group: int) -> float:
         """Bytes per second of one device's collectives over `group` neighbours: the slowest link decides."""

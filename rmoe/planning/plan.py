@@ -167,9 +167,9 @@ def _evaluate(
 
     held = memory(checkpointing)
     traffic = traffic_of(needs, config, layout, micro, length, passes, bf16, checkpointing)
-    peak_flops = cluster.accelerator.bf16_tflops * 1e12 * cluster.compute_efficiency * (1 if bf16 else 0.5)
     flops = needs.flops.training + (needs.flops.forward if checkpointing else 0.0)
-    compute = passes * micro * length * flops / layout.tensor / layout.pipeline / peak_flops
+    rate = cluster.flops_per_second(bf16) * layout.tensor * layout.pipeline
+    compute = passes * micro * length * flops / rate
     bubble = compute * (layout.pipeline - 1) / passes
     optimizer = held.weights / 4 * ADAMW_BYTES / (cluster.accelerator.memory_gb_per_s * 1e9)
     hidden = sum(t.bytes / cluster.bandwidth(t.group) for t in traffic if t.hidden)

@@ -161,6 +161,17 @@ def test_more_is_never_predicted_to_be_less():
     assert plan.layouts[0].step_seconds == min(item.step_seconds for item in plan.layouts)
 
 
+@pytest.mark.parametrize(
+    ("name", "bf16", "tflops"), [("h100", True, 989), ("h100", False, 67), ("a100-80", False, 19.5)]
+)
+def test_time_is_the_precisions(name, bf16, tflops):
+    """Float32 at its own peak: TF32, which is half of bfloat16's, is off."""
+    one = Cluster(1, 1, ACCELERATORS[name])
+    plan = plan_of(config(), one, sequence_length=64, batch_size=8, gradient_checkpointing=False, bf16=bf16)
+    reached = 8 * 64 * plan.flops_per_token["training"] / plan.layouts[0].seconds["compute"]
+    assert reached == pytest.approx(0.4 * tflops * 1e12)
+
+
 def test_a_model_that_fits_nowhere_says_so():
     tiny = Cluster(1, 1, ACCELERATORS["a100-40"])
     wide = config(hidden_size=8192, moe_intermediate_size=8192, num_experts=64)
