@@ -1,8 +1,8 @@
 """What a model needs, read off the model itself: it is built and run with tensors that have shapes but no data.
 
-The model is traced at two and at three routing layers (and one dense layer, if it has any) and at one and two
-sequences. Layers of a kind are alike, so what a deeper model and a larger micro-batch need follows by adding; nothing
-here knows what is inside an attention block or a router.
+The model is traced at as many routing layers as its router's reach and one more, and again at one more (and with one
+dense layer, if it has any), and at one and two sequences. Layers above the reach are alike, so what a deeper model and
+a larger micro-batch need follows by adding; nothing here knows what is inside an attention block or a router.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Activations:
     """Bytes that autograd keeps from forward to backward; `fixed` does not grow with the number of sequences.
 
     Attributes:
-        layer: of one decoder layer (the mean over routing and dense ones), per sequence.
-        ends: of embedding, last norm and loss, per sequence.
+        layer: of one decoder layer above the router's reach (the mean over routing and dense ones), per sequence.
+        ends: of embedding, last norm and loss, per sequence, less what layers within the router's reach keep less.
         fixed: the output matrix's gradient, which is taken with the loss; low-precision copies of weights under
             autocast, position tables; for the whole model.
         boundary: what enters one layer, per sequence: the hidden states and the router's state.
@@ -168,18 +168,20 @@ def _experts_of(layer: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 def _by_depth(
     config: RMoEConfig, measure: Callable[[RMoEConfig], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is measured of a model without its layers, of one routing layer, and of one dense layer (0: it has none)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is measured of the whole model, and of its layers together, as if each were one above the router's reach."""
 
     def at(routing: int, dense: int) -> np.ndarray:
         shallow = copy.deepcopy(config)
         shallow.num_hidden_layers, shallow.first_k_dense_replace = routing + dense, dense
         return measure(shallow)
 
-    two = at(2, 0)
-    routing = at(3, 0) - two
-    dense = at(2, 1) - two if config.first_k_dense_replace else np.zeros_like(two)
-    return two - 2 * routing, routing, dense
+    few = min(config.router_spec.router.reach + 1, config.num_moe_layers)
+    base = at(few, 0)
+    routing = at(few + 1, 0) - base
+    dense = at(few, 1) - base if config.first_k_dense_replace else np.zeros_like(base)
+    layers = config.num_moe_layers * routing + config.first_k_dense_replace * dense
+    return base - few * routing + layers, layers
 
 
 # --- activations ---------------------------------------------------------------------------------
@@ -189,23 +191,21 @@ def activations_of(config: RMoEConfig, length: int, bf16: bool) -> Activations:
     """Solve `saved = (c + sum of layers) + batch * (ends + sum of layers)` from a few small models."""
 
     def measure(shallow: RMoEConfig) -> np.ndarray:
-        """What grows with the batch, what does not; of one sequence what enters a layer, and the state in it."""
+        """What grows with the batch, what does not; of one sequence what enters the last layer, and the state in it."""
         (one, boundary, state), (two, *_) = (_saved(shallow, batch, length, bf16) for batch in (1, 2))
         return np.array([two - one, 2 * one - two, boundary, state])
 
-    ends, routing, dense = _by_depth(config, measure)
-    layers, layers_fixed, *_ = (
-        config.num_moe_layers * routing + config.first_k_dense_replace * dense
-    ).tolist()
-    outside, fixed, boundary, state = ends.tolist()
-    return Activations(layers / config.num_hidden_layers, outside, fixed + layers_fixed, boundary, state)
+    whole, layers = _by_depth(config, measure)
+    growing, fixed, boundary, state = whole.tolist()
+    of_layers, *_ = layers.tolist()
+    return Activations(of_layers / config.num_hidden_layers, growing - of_layers, fixed, boundary, state)
 
 
 def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> tuple[int, int, int]:
     """Bytes of the distinct storages that a forward pass saves for backward, without the parameters' own.
 
     Returns:
-        All of them, what enters the second layer, and the router's state in that.
+        All of them, what enters the last layer, and the router's state in that.
     """
     storages: dict[int, tuple[Any, int]] = {}
     entering: list[tuple[int, int]] = []
@@ -222,7 +222,7 @@ def _saved(config: RMoEConfig, batch: int, length: int, bf16: bool) -> tuple[int
 
     with _fake_model(config) as model:
         own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
-        model.model.layers[1].register_forward_pre_hook(look)
+        model.model.layers[-1].register_forward_pre_hook(look)
         ids = torch.zeros(batch, length, dtype=torch.int64)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
@@ -242,9 +242,8 @@ def _bytes(tensor: Tensor) -> int:
 
 def flops_of(config: RMoEConfig, length: int) -> Flops:
     """As torch counts: through batched_mm and eager attention, whose products it sees (grouped_mm counts as 0)."""
-    ends, routing, dense = _by_depth(config, lambda shallow: _counted(shallow, length))
-    total = ends + config.num_moe_layers * routing + config.first_k_dense_replace * dense
-    return Flops(*(total / length).tolist())
+    whole, _ = _by_depth(config, lambda shallow: _counted(shallow, length))
+    return Flops(*(whole / length).tolist())
 
 
 def _counted(config: RMoEConfig, length: int) -> np.ndarray:

@@ -171,6 +171,10 @@ class MultiLevelContext(Router):
         def carries(self) -> str:
             return f"x [{self.depth} x d]"
 
+        @property
+        def reach(self) -> int:
+            return self.depth
+
         def check(self) -> None:
             divides = self.width % self.heads == 0
             require(divides, "router.heads", self.heads, f"a divisor of width ({self.width})")

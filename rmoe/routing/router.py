@@ -89,6 +89,11 @@ class BaseRouter(StepState, Mechanism):
             """Whether it needs a token's earlier tokens in the same call: it cannot work behind a cache."""
             return False
 
+        @property
+        def reach(self) -> int:
+            """How many MoE layers below a layer change its work; above so many, layers are alike (`rmoe plan`)."""
+            return 1
+
         def built_experts(self, geometry: Geometry) -> int:
             """How many experts the model builds per layer; a router that never leaves the first few needs no more."""
             return geometry.num_experts

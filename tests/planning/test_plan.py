@@ -78,7 +78,15 @@ def test_memory_of_a_small_batch_is_gradients():
 
 
 @pytest.mark.parametrize(
-    ("router", "changes"), [("rmoe", {}), ("rmoe", DENSE), ("smoe", POST), ("rmoe-lstm", {})]
+    ("router", "changes"),
+    [
+        ("rmoe", {}),
+        ("rmoe", DENSE),
+        ("smoe", POST),
+        ("rmoe-lstm", {}),
+        ("rmoe", {"num_hidden_layers": 1}),
+        *(("mcf-moe", {"num_hidden_layers": layers}) for layers in (1, 2, 4, 6)),
+    ],
 )
 def test_flops_equal_torchs_counter(router, changes):
     settings = config(router=router, **changes)
