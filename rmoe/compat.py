@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 import transformers
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.11 to 2.14
@@ -52,6 +52,7 @@ __all__ = [
     "is_replica",
     "is_split_by_plan",
     "keep_recording",
+    "kept_accelerators",
     "merge_with_config_defaults",
     "model_classes",
     "one_cache",
@@ -188,6 +189,22 @@ def forget_accelerators() -> None:
     It keeps both in class attributes and raises on a change. A process group is left as it is.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def kept_accelerators() -> Iterator[None]:
+    """Accelerators made before work afterwards as they did, whatever is made within; accelerate 1.12 to 1.15.
+
+    Device, precision and gradient accumulation are class attributes: an Accelerator reads those of the last one made.
+    """
+    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state.clear()
+            state.update(values)
 
 
 def prune_expert_plan(model: Any, keep: Callable[[dict[str, str]], dict[str, str]]) -> None:

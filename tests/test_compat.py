@@ -29,6 +29,7 @@ from rmoe.compat import (
     is_loaded,
     is_replica,
     is_split_by_plan,
+    kept_accelerators,
     model_classes,
     plain_forward,
     storage_key,
@@ -228,6 +229,17 @@ def test_an_accelerator_of_another_precision_in_one_process() -> None:
         assert Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision
     with pytest.raises(ValueError, match="mixed_precision='bf16'"):  # what it is for
         Accelerator(cpu=True, mixed_precision="bf16")
+
+
+def test_an_accelerator_is_what_it_was_after_another() -> None:
+    forget_accelerators()
+    with kept_accelerators():
+        mine = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+        with kept_accelerators():
+            forget_accelerators()
+            Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=1)
+        assert (mine.mixed_precision, mine.gradient_accumulation_steps) == ("bf16", 4)
+    assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
 
 
 def test_tensors_of_one_storage_have_one_key() -> None:

@@ -18,8 +18,10 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
 )
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from rmoe.compat import forget_accelerators
+from rmoe.compat import forget_accelerators, kept_accelerators
 from rmoe.errors import RequestError, one_line
 from rmoe.training.config import RunConfig
 
@@ -40,7 +42,11 @@ def say(text: str) -> None:
 
 @contextmanager
 def torch_settings(config: RunConfig) -> Iterator[int]:
-    """Threads and determinism for this run, put back afterwards; yields the number of threads."""
+    """Threads, determinism and silence for this run; yields the number of threads.
+
+    They are put back afterwards, and so is what accelerate keeps for the whole process: a program that trains has its
+    own Accelerator and progress bars again.
+    """
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = _DETERMINISTIC.fill_uninitialized_memory
@@ -50,9 +56,16 @@ def torch_settings(config: RunConfig) -> Iterator[int]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for equal bits
         torch.use_deterministic_algorithms(True)
         _DETERMINISTIC.fill_uninitialized_memory = FILL_UNINITIALIZED
+    bars, bars_of_hub = is_progress_bar_enabled(), not are_progress_bars_disabled()
+    disable_progress_bar()  # transformers' own, one for each file it writes
     try:
-        yield torch.get_num_threads()
+        with kept_accelerators():
+            yield torch.get_num_threads()
     finally:
+        if bars:
+            enable_progress_bar()
+        if not bars_of_hub:  # of huggingface_hub, which transformers switches with its own
+            disable_progress_bars()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         _DETERMINISTIC.fill_uninitialized_memory = filled

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 from accelerate import Accelerator
-from transformers.utils.logging import disable_progress_bar
 
 from rmoe.compat import enable_checkpointing
 from rmoe.data import Corpus, prepare
@@ -100,7 +99,6 @@ def train(
     require_writable(out)
     if not resume:
         run_folder.refuse_used(out)
-    disable_progress_bar()  # transformers' own, one for each file it writes
     plugins = load_plugins(config.plugin)
     # What is wrong with the sizes, the router or the layout is said before any text is read.
     require_fit(model_config(config, vocab_size=64), config.parallel)

@@ -11,9 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from accelerate import Accelerator
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 import rmoe
 from rmoe import records
+from rmoe.compat import forget_accelerators, kept_accelerators
 from rmoe.errors import RequestError, RunError
 from rmoe.records import write_record
 from rmoe.training import state as contents
@@ -92,6 +95,19 @@ def test_what_a_run_writes(finished):
     assert {"val", "train_lm_loss", "aux_loss", "gate_entropy", "load_imbalance"} <= set(result.curves)
     assert result.routing is not None
     assert all(abs(sum(layer) - 1) < 1e-9 for layer in result.routing.load)
+
+
+def test_the_host_program_has_its_own_settings_again(text, tmp_path):
+    forget_accelerators()
+    with kept_accelerators():
+        mine = Accelerator(cpu=True, mixed_precision="bf16")
+        bars = is_progress_bar_enabled()
+        enable_progress_bar()
+        try:
+            train(tiny.config(text, max_steps=1, warmup_steps=0), tmp_path / "run", progress=False)
+            assert (mine.mixed_precision, is_progress_bar_enabled()) == ("bf16", True)
+        finally:
+            (enable_progress_bar if bars else disable_progress_bar)()
 
 
 def test_a_gpu_that_was_not_used_is_not_the_hardware(finished, text, tmp_path, monkeypatch):
