@@ -99,7 +99,8 @@ class TrainingConfig:
         min_learning_rate: where `cosine`, `linear` and `wsd` end.
         schedule: after the warm-up. `wsd` is constant, then linear over the last fifth of the steps.
         branch_points: steps of the constant part of `wsd` whose checkpoint stays, for shorter runs to branch from.
-        warmup_steps: steps of linear growth from 0.
+        warmup_steps: steps of linear growth from 0 (`wsd`: from `min_learning_rate`); in a run that has no more
+            steps than these the rate does not reach its peak, which is said.
         weight_decay: on matrices; never on norms and biases.
         adam_beta1, adam_beta2, adam_epsilon: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
@@ -154,12 +155,9 @@ class TrainingConfig:
         divides = micro is None or self.batch_size % micro == 0
         require(divides, "training.micro_batch_size", micro, f"a divisor of batch_size ({self.batch_size})")
         self._check_wsd()
-        no_decay = (
-            self.schedule == "linear" and self.warmup_steps == self.max_steps
-        )  # transformers' divides by 0
-        require(
-            not no_decay, "training.warmup_steps", self.warmup_steps, f"below max_steps ({self.max_steps})"
-        )
+        # transformers' divides by the steps of the decay
+        decays = self.schedule != "linear" or self.warmup_steps < self.max_steps
+        require(decays, "training.warmup_steps", self.warmup_steps, f"below max_steps ({self.max_steps})")
         self._check_average()
 
     @property

@@ -221,6 +221,9 @@ def _run(
         average=average,
         hooks=hooks,
     )
+    warmup, steps_in_all = config.training.warmup_steps, config.training.max_steps
+    if warmup >= steps_in_all:
+        say(f"a warm-up of {warmup} steps in a run of {steps_in_all}: the rate does not reach its peak")
     carry_out(loop, resume)
 
     def measures(valid: Evaluation) -> dict[str, Any]:

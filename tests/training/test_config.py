@@ -110,6 +110,10 @@ def test_pretrain_is_the_papers():
             {"training": {"schedule": "linear", "max_steps": 20, "warmup_steps": 20}},
             "training.warmup_steps is 20; allowed: below max_steps (20)",
         ),
+        (
+            {"training": {"schedule": "linear", "max_steps": 10, "warmup_steps": 20}},
+            "training.warmup_steps is 20; allowed: below max_steps (10)",
+        ),
         ({"data": {"split": "half"}}, "data.split is 'half'"),
         ({"checkpoints": {"keep": 1}}, "checkpoints.keep is 1; allowed: 2 or more"),
         ({"logging": {"every": 0}}, "logging.every is 0"),

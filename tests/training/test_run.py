@@ -110,6 +110,12 @@ def test_the_host_program_has_its_own_settings_again(text, tmp_path):
             (enable_progress_bar if bars else disable_progress_bar)()
 
 
+def test_a_warm_up_that_takes_the_whole_run_is_said(text, tmp_path, capsys):
+    train(tiny.config(text, max_steps=1, warmup_steps=1), tmp_path / "run", progress=False)
+    said = "a warm-up of 1 steps in a run of 1: the rate does not reach its peak"
+    assert said in capsys.readouterr().err
+
+
 def test_a_gpu_that_was_not_used_is_not_the_hardware(finished, text, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
