@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -91,10 +91,15 @@ def append_lines(path: Path, lines: bytes) -> None:
 
 
 def write_whole(file: FileIO, data: bytes) -> None:
-    """Write to an unbuffered file until all is there: a disk that fills up takes a part first, then raises."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
+    """Write at the end of an unbuffered file until all is there; a disk that fills up raises, and keeps none of it."""
+    end, left = file.seek(0, os.SEEK_END), memoryview(data)
+    try:
+        while left:  # such a disk takes a part first, without an error
+            left = left[file.write(left) :]
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 class Keyed(Protocol):

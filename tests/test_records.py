@@ -146,6 +146,11 @@ def test_a_disk_that_fills_up_within_a_line_is_an_error(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+    write(path, 9)
+    assert [len(line) for line in path.read_text().replace('{"word":"', "").replace('"}', "").split()] == [
+        10,
+        9,
+    ]
 
 
 def test_nothing_else_syncs_or_replaces_files() -> None:
