@@ -46,8 +46,14 @@ def run(
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         return
     unit = result.corpus.unit.replace("_", " ")
-    measured = [("validation", result.val), ("test", result.test)]
+    measured = [("validation", result.val, result.context), ("test", result.test, result.test_context)]
     if result.averaged is not None:
-        measured.append(("test of averaged weights", result.averaged.test))
-    figures = [f"{name} {value:.4f}" for name, value in measured if value]
+        measured.append(("test of averaged weights", result.averaged.test, result.test_context))
+    figures = [f"{name} {value:.4f}{_part(context)}" for name, value, context in measured if value]
     print(one_line(f"{result.router}: {', '.join(figures)} {unit}; model in {result.model}"))
+
+
+def _part(context: str | None) -> str:
+    """How much of its split a figure is of, in brackets; nothing where that is all of it."""
+    part = (context or "").partition("; ")[2]
+    return f" ({part})" if part else ""

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from huggingface_hub import ModelCard
 
+from rmoe.cli.train import run as command
 from rmoe.routing.describe import equation
 from rmoe.routing.spec import RouterSpec
 from rmoe.training.card import training_card
@@ -56,6 +57,17 @@ def test_each_metric_states_its_part_of_its_split(run: Path) -> None:
     assert said in (run / "model" / "README.md").read_text()
     older = msgspec.structs.replace(result, test_context=None)
     assert training_card(older).context == result.context
+
+
+def test_the_command_says_each_part(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rmoe.training.run.train", lambda *_, **__: read_result(run))
+    command(out=run, config=tiny.config(run))
+    pattern = (
+        r"validation [\d.]+ \(the first 8 of \d+ blocks\), test [\d.]+ \(the first 3 of \d+ blocks\) bits"
+    )
+    assert re.search(pattern, capsys.readouterr().out)
 
 
 def test_a_result_of_before_has_no_context_of_its_own_for_test(run: Path, tmp_path: Path) -> None:
