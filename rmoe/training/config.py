@@ -96,7 +96,8 @@ class TrainingConfig:
         sequence_length: tokens per sequence.
         learning_rate: the peak.
         router_learning_rate: the peak for recurrences, scorers and what layers share of them; None is `learning_rate`.
-        min_learning_rate: where `cosine`, `linear` and `wsd` end.
+        min_learning_rate: where `cosine`, `linear` and `wsd` end, and `wsd` begins its warm-up; a
+            `router_learning_rate` ends at the same share of its own peak.
         schedule: after the warm-up. `wsd` is constant, then linear over the last fifth of the steps.
         branch_points: steps of the constant part of `wsd` whose checkpoint stays, for shorter runs to branch from.
         warmup_steps: steps of linear growth from 0 (`wsd`: from `min_learning_rate`); in a run that has no more

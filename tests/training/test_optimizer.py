@@ -100,6 +100,25 @@ def test_the_lowest_rate_may_be_the_peak(name: str) -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
+def test_routers_end_at_the_same_share_of_their_peak(name: str) -> None:
+    training = TrainingConfig(
+        max_steps=10,
+        learning_rate=2.0,
+        min_learning_rate=0.2,
+        router_learning_rate=3.0,
+        warmup_steps=0,
+        schedule=name,
+    )
+    model = nn.Linear(2, 2)
+    optimizer = adamw(model, training, [model.weight])
+    rates = schedule(optimizer, training, 10)
+    for _ in range(10):
+        optimizer.step()
+        rates.step()
+    assert {round(group["lr"], 6) for group in optimizer.param_groups if group["params"]} == {0.2, 0.3}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_rates(name: str) -> None:
     """Shares of the peak at steps counted from 1: two steps of warm-up, a tenth at the end (and where `wsd` begins)."""
