@@ -7,11 +7,15 @@ for bit, since its rate is constant too and batches follow from (seed, step). So
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from rmoe.errors import RequestError
-from rmoe.routing.spec import RouterSpec
+from rmoe.model import RMoEForCausalLM
 from rmoe.training import run_folder
 from rmoe.training.checkpoint import MANIFEST, CheckpointStore, Damaged, verify
 from rmoe.training.config import RunConfig
@@ -25,8 +29,10 @@ from rmoe.training.run_folder import (
     require_equal,
     settings_of,
 )
+from rmoe.validation import require
 
 FIELD = "--branch-of"
+MOST_UPDATES = 1000
 LENGTH = ("training.max_steps", "training.branch_points", "training.average", "training.average_every")
 
 
@@ -43,10 +49,6 @@ def require_branch(config: RunConfig, record: RunRecord, source: Path) -> Path:
     step = config.training.constant_steps
     if config.training.schedule != "wsd":
         raise RequestError(FIELD, str(source), f"a run with schedule wsd, not {config.training.schedule}")
-    if moved := _moved_by_length(RouterSpec.from_dict(record.router_spec)):
-        raise RequestError(
-            FIELD, str(source), f"a router without {moved}: it moves with the length of the run"
-        )
     if config.average_steps and min(config.average_steps) <= step:
         raise RequestError("training.average", config.training.average, f"averages after step {step} alone")
     stored = completed(read_run(source))
@@ -64,6 +66,33 @@ def require_branch(config: RunConfig, record: RunRecord, source: Path) -> Path:
     was, now = (settings_of(each, parts) for each in (stored, record))
     require_equal(was, now, free.union(run_folder.MAY_DIFFER, LENGTH), f"the run in {source}")
     return source / CHECKPOINTS / f"checkpoint-{step}"
+
+
+def require_steady(model: RMoEForCausalLM, ids: Tensor, config: RunConfig, source: Path) -> None:
+    """Check that the routers' own state moves alike in the longer run and in this one, up to the branch.
+
+    Copies of the routers are updated at the steps of the constant part, at most `MOST_UPDATES` of them.
+
+    Args:
+        model: of this run, before its first step.
+        ids: `[N, S]`, whose routing the updates are given.
+
+    Raises:
+        RequestError: naming the state that differs.
+    """
+    lengths = config.training.max_steps, RunConfig.from_dict(read_run(source).config).training.max_steps
+    with torch.no_grad():
+        stats = model(input_ids=ids, use_cache=False).router_stats
+    routers = [copy.deepcopy(model.routers) for _ in lengths]
+    last = config.training.constant_steps
+    for step in range(1, last + 1, -(-last // MOST_UPDATES)):
+        for copied, length in zip(routers, lengths, strict=True):
+            for router in copied:
+                router.update_all(stats, step, length)
+        for mine, theirs in zip(*routers, strict=True):
+            for (name, here), there in zip(mine.named_buffers(), theirs.buffers(), strict=True):
+                allowed = f"a router without {name}: it moves with the length of the run"
+                require(torch.equal(here, there), FIELD, str(source), allowed)
 
 
 def begin_branch(checkpoint: Path, out: Path, record: RunRecord) -> bool:
@@ -103,12 +132,3 @@ def begin_branch(checkpoint: Path, out: Path, record: RunRecord) -> bool:
             if path.name != MANIFEST:
                 shutil.copyfile(path, folder / path.name)
     return True
-
-
-def _moved_by_length(spec: RouterSpec) -> str | None:
-    """What of a router follows the share of the training that is done."""
-    if spec.temperature.end is not None:
-        return "temperature.end"
-    if getattr(spec.gate, "start_k", None) is not None:
-        return "gate.start_k"
-    return "stages" if spec.router.kind == "stable" else None

@@ -27,7 +27,7 @@ from rmoe.results import run as records
 from rmoe.results.run import Averaged, InitialLogits, RunResult, TextLosses
 from rmoe.training import run_folder
 from rmoe.training.average import WeightAverage
-from rmoe.training.branch import begin_branch, require_branch
+from rmoe.training.branch import begin_branch, require_branch, require_steady
 from rmoe.training.build import (
     build_model,
     load_plugins,
@@ -127,6 +127,8 @@ def train(
             say(f"{out} is finished already: nothing to do")
             return read_result(out)
         model = build_model(architecture, config.training.seed)  # whatever it refuses, nothing is written yet
+        if branch_of is not None:
+            require_steady(model, fixed_batch(corpus.train), config, branch_of)
         initial = _initial_logits(out if resume else None, model, corpus, config.training.initial_logit_std)
         record = msgspec.structs.replace(record, initial_logits=initial)
         if not (out / run_folder.CONFIG).exists():

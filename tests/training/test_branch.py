@@ -6,8 +6,12 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rmoe.errors import RequestError
+from rmoe.routing.balance import SelectionBias
+from rmoe.training.branch import require_steady
+from rmoe.training.build import build_model, model_config
 from rmoe.training.metrics import read_metrics
 from rmoe.training.run import train
 from tests.training import tiny
@@ -68,10 +72,36 @@ def test_a_wrong_branch_is_refused_and_nothing_is_kept(text, long, tmp_path, tra
     assert not out.exists() or [path.name for path in out.iterdir()] == ["run.lock"]
 
 
-def test_a_router_that_follows_the_length_is_refused(text, long, tmp_path):
-    wrong = replace(config(text, 10), router="smoe-annealed", router_option=())
-    with pytest.raises(RequestError, match=r"a router without temperature.end"):
-        train(wrong, tmp_path / "out", progress=False, branch_of=long)
+def require_steady_with(text, long, router, option=(), k=2):
+    wanted = replace(config(text, 10), router=router, router_option=option)
+    wanted = replace(wanted, model=replace(wanted.model, num_experts_per_tok=k))
+    model = build_model(model_config(wanted, 64), 0)
+    require_steady(model, torch.arange(64).view(2, 32), wanted, long)
+
+
+@pytest.mark.parametrize(
+    ("router", "more", "state"),
+    [
+        ("smoe-annealed", {}, "temperature.log_value"),
+        ("smoe", {"option": ("gate.start_k=1",)}, "gate.current_k"),
+        ("stable-moe", {"k": 1}, "stage"),
+    ],
+)
+def test_a_router_that_follows_the_length_is_refused(text, long, router, more, state):
+    with pytest.raises(RequestError, match=rf"a router without {state}: it moves with the length of the run"):
+        require_steady_with(text, long, router, **more)
+
+
+def test_so_is_a_plugins_own(text, long, monkeypatch):
+    for router in ("smoe", "smoe-bias", "remoe", "quantile-balance"):
+        require_steady_with(text, long, router)
+
+    def follow(self, layer, stats, step, total_steps):
+        self.bias.fill_(step / total_steps)
+
+    monkeypatch.setattr(SelectionBias, "update", follow)
+    with pytest.raises(RequestError, match=r"a router without selection_bias\.bias"):
+        require_steady_with(text, long, "smoe-bias")
 
 
 def test_a_damaged_branch_point_is_refused(text, long, tmp_path):
