@@ -319,8 +319,8 @@ def heeds_autocast(function: ExpertsForward) -> ExpertsForward:
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         kind = hidden_states.device.type
         sizes = hidden_states.shape[-1], self.down_proj.shape[-1]
-        low = torch.get_autocast_dtype(kind)
-        if not (torch.is_autocast_enabled(kind) and in_whole_16_bytes(*sizes, low)):
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if low is None or not in_whole_16_bytes(*sizes, low):
             return function(self, hidden_states, top_k_index, top_k_weights)
         return function(_Cast(self, low), hidden_states.to(low), top_k_index, top_k_weights.to(low))
 

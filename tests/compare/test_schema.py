@@ -67,7 +67,15 @@ def test_another_schema_version_is_refused(tmp_path, version):
         read_rows(path)
 
 
-NOT_IN_VERSION_1 = ("skipped_batches", "context", "seconds_per_1k_steps", "peak_mib", "folder", "model")
+NOT_IN_VERSION_1 = (
+    "test_context",
+    "skipped_batches",
+    "context",
+    "seconds_per_1k_steps",
+    "peak_mib",
+    "folder",
+    "model",
+)
 OLD = Path(__file__).with_name("version-1.jsonl")
 """Three lines of a results.jsonl written by version 1: finished and timed, with averaged weights, and failed."""
 
