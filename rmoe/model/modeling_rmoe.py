@@ -195,8 +195,7 @@ class RMoEModel(RMoEPreTrainedModel):
             )
         if position_ids is None or torch.compiler.is_compiling():
             return
-        is_mask = isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape
-        if starts_again(position_ids, attention_mask.bool() if is_mask else None):
+        if starts_again(attention_mask, position_ids):
             raise ValueError(
                 f"router {kind!r} reads a token's earlier tokens: give each example a row of its own"
             )
@@ -343,8 +342,9 @@ def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor
     """
     if not isinstance(attention_mask, Tensor):
         return None
-    if attention_mask.dim() == 2 and attention_mask.shape[-1] <= length:
-        return attention_mask[:, -length:].reshape(-1).bool()
+    if attention_mask.dim() == 2 and isinstance(seen, int):  # a slice: every decoded token comes this way
+        first = max(0, min(seen, attention_mask.shape[-1] - length))
+        return attention_mask[:, first : first + length].reshape(-1).bool()
     columns = torch.arange(length, device=attention_mask.device) + seen
     if attention_mask.dim() == 2:
         surplus = columns[-1] + 1 - attention_mask.shape[-1]  # a mask may lack the first of the cached tokens

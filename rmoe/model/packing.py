@@ -26,19 +26,25 @@ def split_packed(attention_mask: Any, position_ids: Tensor, cache: Any) -> tuple
         Both as they were; or, for packed sequences and in compiled code, no mask, and positions by which transformers
         takes each token of padding for an example of its own.
     """
-    is_mask = isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape
-    if cache is not None or not is_mask:
+    real = _real(attention_mask, position_ids)
+    if cache is not None or real is None:
         return attention_mask, position_ids
-    real = attention_mask.bool()
     # Compiled code cannot ask, and needs not: without a cache the positions say as much as the mask.
-    if not torch.compiler.is_compiling() and not starts_again(position_ids, real):
+    if not torch.compiler.is_compiling() and not starts_again(attention_mask, position_ids):
         return attention_mask, position_ids
     return None, position_ids.masked_fill(~real, _PADDING)
 
 
-def starts_again(position_ids: Tensor, real: Tensor | None) -> bool:
+def starts_again(attention_mask: Any, position_ids: Tensor) -> bool:
     """Whether a row `[B, S]` holds several examples: the position of a real token is not beyond all before it."""
+    real = _real(attention_mask, position_ids)
     if real is None:
         return bool((position_ids.diff(dim=-1) <= 0).any())
     seen = position_ids.masked_fill(~real, -1).cummax(-1).values
     return bool((real[:, 1:] & (position_ids[:, 1:] <= seen[:, :-1])).any())
+
+
+def _real(attention_mask: Any, position_ids: Tensor) -> Tensor | None:
+    """`[B, S]` bool, False at padding; None for what is no mask of these positions."""
+    is_mask = isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape
+    return attention_mask.bool() if is_mask else None
