@@ -117,11 +117,18 @@ def test_a_warm_up_that_takes_the_whole_run_is_said(text, tmp_path, capsys):
 
 
 def test_a_gpu_that_was_not_used_is_not_the_hardware(finished, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    def beside_a_gpu(*asked):
+        with (
+            monkeypatch.context() as patch
+        ):  # for this call alone: torch built with CUDA would look for the GPU
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+            return hardware(*asked)
+
+    monkeypatch.setattr("rmoe.training.run.hardware", beside_a_gpu)
     result = train(tiny.config(text, max_steps=1, warmup_steps=0), tmp_path / "run", progress=False)
     assert result.hardware.accelerator is None
-    assert hardware(1).accelerator == hardware(1, "cuda").accelerator == "a GPU"
+    assert beside_a_gpu(1).accelerator == beside_a_gpu(1, "cuda").accelerator == "a GPU"
 
 
 def test_metrics_rows(finished):
