@@ -17,7 +17,7 @@ from rmoe.records import write_record
 from rmoe.report.probes import cards as packaged_cards
 from rmoe.report.probes import table
 from rmoe.report.probes.charts import DRAWN
-from rmoe.report.probes.page import render, write_page
+from rmoe.report.probes.page import finding, render, write_page
 from rmoe.results.probes import MEAN, Knobs, ProbeRow, Reference, Summary, read_summary
 from tests.report.browser import chromium, ready, requests_made
 
@@ -69,6 +69,14 @@ def test_tables(summary: Summary) -> None:
     markdown = table.markdown(summary)
     assert "<img" not in markdown
     assert len([line for line in markdown.splitlines() if line.startswith("|")]) == 5
+
+
+def test_a_sweep_says_which_value_is_shown() -> None:
+    swept = [invented("a", "lookup", 0, v, True, knobs=Knobs(layers=2, noise=v)) for v in (0.5, 2.0)]
+    found = summarise(swept, swept="noise")
+    assert "All at noise 0.5, the first value swept" in table.caption(found)
+    assert finding(found) == "a has the lowest regret on lookup at noise 0.5, 0.500."
+    assert "at noise" not in table.caption(summarise(rows())) + finding(summarise(rows()))
 
 
 def test_steps_are_medians_and_missing_when_half_never_come() -> None:

@@ -48,6 +48,7 @@ def finding(summary: Summary) -> str:
     """The result in a sentence or two."""
     best = summary.cards[0]
     where = "on the mean of all probes" if len(summary.probes) > 1 else f"on {summary.probes[0]}"
+    where += table.setting(summary)
     text = f"{best.router} has the lowest regret {where}, {best.scores[MEAN].mean:.3f}."
     against = best.scores[MEAN].against
     if best.router != summary.baseline and against is not None:
@@ -84,6 +85,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("training", f"{knobs.steps} steps of {knobs.tokens} tokens"),
         ("noise", noise),
         ("compared with", summary.baseline),
+        *([("swept", f"{summary.swept}; this is{table.setting(summary)}")] if summary.swept else []),
     ]
 
 

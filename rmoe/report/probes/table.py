@@ -25,12 +25,19 @@ def cells(card: Card, summary: Summary) -> list[str]:
     return [value(card.scores[probe]) for probe in columns(summary)]
 
 
+def setting(summary: Summary) -> str:
+    """` at noise 0.5`: which value of a swept knob everything but the figure over it is of; else nothing."""
+    return f" at {summary.swept} {getattr(summary.knobs, summary.swept)}" if summary.swept else ""
+
+
 def caption(summary: Summary) -> str:
     seeds = len(summary.cards[0].scores[summary.probes[0]].seeds)
+    swept = f" All{setting(summary)}, the first value swept; the figure over {summary.swept} has the others."
     return (
         f"{HELP} "
         + ("Mean ± half the 95% t interval" if seeds > 1 else "Mean")
         + (f" over {seeds} paired seeds." if seeds > 1 else " of one seed: no interval, no verdict.")
+        + (swept if summary.swept else "")
     )
 
 
