@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 
 import msgspec
@@ -15,6 +16,7 @@ from rmoe.report import table
 from rmoe.report.overview import overview
 from rmoe.report.page import all_charts, json_for_script, render, write_report
 from rmoe.results.analysis import Analysis, ModelAnalysis, read_analysis, write_analysis
+from rmoe.results.comparison import SweepPoint
 from rmoe.results.packed import pack
 from tests.report.sample import HOSTILE, large_analysis, sample_analysis, sample_summary
 
@@ -57,6 +59,33 @@ def test_charts_appear_only_with_their_data():
     assert 'id="explorer"' not in render(None, Analysis(text=text, models=[bare]))
     mixed = Analysis(text=text, models=[bare, sample_analysis().models[0]])
     assert {t["name"] for c in all_charts(None, mixed) if c.id == "mi-chosen" for t in c.data} == {"smoe"}
+
+
+@pytest.mark.parametrize(("least", "scale"), [(0.0, "linear"), (0.001, "log")])
+def test_a_sweep_shows_the_value_0(least, scale):
+    points = [SweepPoint(router="smoe", sweep={"aux": v}, n=1, val=1.0, chosen=False) for v in (least, 1.0)]
+    summary = msgspec.structs.replace(sample_summary(), sweep_points=points)
+    chart = next(c for c in all_charts(summary, None) if c.id == "sweep")
+    assert chart.layout["xaxis"]["type"] == scale
+
+
+def test_the_entropy_of_no_preference_is_that_of_all_classes():
+    """A gate that may skip has a class beside the experts."""
+    analysis = sample_analysis()
+    first, *rest = analysis.models
+    assert f"ln C = {math.log(first.experts):.2f}: no" in _definition(analysis, "entropy")
+    edges = [edge * math.log(first.experts + 1) / math.log(first.experts) for edge in first.entropy.edges]
+    skips = msgspec.structs.replace(first, entropy=msgspec.structs.replace(first.entropy, edges=edges))
+    alone = msgspec.structs.replace(analysis, models=[skips])
+    assert f"ln C = {math.log(first.experts + 1):.2f}: no" in _definition(alone, "entropy")
+    mixed = _definition(msgspec.structs.replace(analysis, models=[skips, *rest]), "entropy")
+    assert (
+        f"ln C = {math.log(first.experts + 1):.2f} ({first.name}), {math.log(first.experts):.2f} (" in mixed
+    )
+
+
+def _definition(analysis: Analysis, id: str) -> str:
+    return next(c.definition for c in all_charts(None, analysis) if c.id == id)
 
 
 def test_one_seed_has_no_interval_in_table_or_chart():

@@ -264,6 +264,7 @@ def _sweep(summary: Summary, looks: Looks) -> Iterator[Chart]:
         data.append(
             {**drawn, "mode": "lines+markers", "marker": {"size": [13 if p.chosen else 7 for p in mine]}}
         )
+    scale = "log" if all(p.sweep[swept] > 0 for p in points) else "linear"
     yield Chart(
         id="sweep",
         section="Verdict",
@@ -273,7 +274,7 @@ def _sweep(summary: Summary, looks: Looks) -> Iterator[Chart]:
         unit=unit,
         sample=f"{min(p.n for p in points)} or more seeds a point",
         data=data,
-        layout={"xaxis": axis(spoken, type="log"), "yaxis": axis(unit)},
+        layout={"xaxis": axis(spoken, type=scale), "yaxis": axis(unit)},
         rows=[
             ["router", swept, "validation", "seeds", "chosen"],
             *[[p.router, p.sweep[swept], p.val, p.n, p.chosen] for p in points],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,13 +20,17 @@ def entropy(having: Having[LayerHistogram], looks: Looks) -> Iterator[Chart]:
     few = layers <= PANELS_UP_TO
     sample = token_count([histogram.n for _, histogram in having])
     span = _span([histogram for _, histogram in having])
+    largest = {m.name: f"{histogram.edges[-1]:.2f}" for m, histogram in having}
+    several = len(set(largest.values())) > 1
+    named = (f"{value} ({name})" for name, value in largest.items())
+    said = ", ".join(named) if several else next(iter(largest.values()))
     panels = _entropy_panels(having, looks, layers, span) if few else _entropy_map(having, span)
     yield Chart(
         id="entropy",
         section=SECTION,
         title="Gate entropy, token by token",
         definition="−Σ g ln g of a token's gate probabilities g over all experts, as a distribution over tokens "
-        f"(Fig. 4). 0: all on one expert; ln E = {math.log(having[0][0].experts):.2f}: no preference.",
+        f"(Fig. 4). 0: all on one expert; ln C = {said}: no preference.",
         unit=f"{'nats; each curve' if few else 'density; each layer'} encloses area 1",
         sample=sample,
         rows=_entropy_rows(having),
