@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rmoe.analysis.options import DEFAULT_MEASURES, MEASURES, OF_CHOICES, AnalysisOptions, TextOptions
-from rmoe.cli.arguments import names
+from rmoe.cli.arguments import names, require_unset
 from rmoe.cli.models import Plugins, set_up
 from rmoe.errors import RequestError, one_line
 
@@ -61,6 +61,16 @@ def run(
             a quarter of the free memory.
         single_file: put the plotting library inside the page, so that it can be sent alone.
     """
+    given = locals()
+    if trace is None:
+        require_unset(run, given, ("experts", "experts_per_token"), "without --trace: the model says it")
+    else:
+        where = "with --trace, which has its own text and routing"
+        require_unset(run, given, ("compare_with", "device", "dtype", "stream", "hidden_states"), where)
+        require_unset(TextOptions, vars(text), vars(text), where)
+        unread = ("batch_size", "gradient_tokens", "explored_tokens", "check")
+        require_unset(AnalysisOptions, vars(options), unread, where)
+
     from rmoe.analysis.command import Streaming, analyze_folders, analyze_trace_file
     from rmoe.places import require_writable
     from rmoe.report.page import write_report
@@ -70,21 +80,9 @@ def run(
     require_writable(out)
     set_up(plugin)
     if trace is not None:
-        for option, value in (
-            ("--data", text.data),
-            ("--compare-with", compare_with),
-            ("--stream", stream or None),
-        ):
-            if value is not None:
-                raise RequestError(
-                    option, value, "nothing beside --trace: the trace has its own text and routing"
-                )
         chosen = OF_CHOICES if measures in (None, "all") else names(measures)
         analysis = analyze_trace_file(trace, model, Given(experts, experts_per_token), chosen)
     else:
-        for option, number in (("--experts", experts), ("--experts-per-token", experts_per_token)):
-            if number is not None:
-                raise RequestError(option, number, "nothing without --trace: the model says it")
         if model is None:
             raise RequestError("MODEL", None, "a model folder, or --trace FILE")
         every = DEFAULT_MEASURES if measures is None else tuple(MEASURES)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -47,6 +47,27 @@ def names(text: str) -> tuple[str, ...]:
     ('smoe', 'rmoe')
     """
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def require_unset(
+    reader: Callable[..., Any], given: Mapping[str, Any], options: Iterable[str], where: str
+) -> None:
+    """Refuse options that nothing reads in this call.
+
+    Args:
+        reader: the verb, or the dataclass of its options; an option is unset if it has its default there.
+        given: what was given, by parameter.
+        options: those parameters that are not read.
+        where: `without --tasks`.
+
+    Raises:
+        RequestError: one of them is set.
+    """
+    for name in options:
+        value = given[name]
+        if value != inspect.signature(reader).parameters[name].default:
+            option = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            raise RequestError(option, True if value is False else value, f"unset {where}")
 
 
 def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None] | None:

@@ -7,6 +7,7 @@ import json as jsonlib
 import math
 from pathlib import Path
 
+from rmoe.cli.arguments import require_unset
 from rmoe.cli.models import Model, Plugins, open_model
 from rmoe.errors import RequestError
 
@@ -39,17 +40,15 @@ def run(
             many; 1 is the cheapest and the harshest.
         json: print one JSON object; with --tasks in the harness's own format.
     """
+    given = locals()
     if (data is None) == (tasks is None):
         raise RequestError("--data", data, "a text, or --tasks: one of the two")
     if context is not None and context < 2:
         raise RequestError("--context", context, "2 or more")
-    for name, given, with_tasks in (
-        ("--limit", limit, True),
-        ("--num-fewshot", num_fewshot, True),
-        ("--overlap", overlap if overlap != 1 else None, False),
-    ):
-        if given is not None and with_tasks != (tasks is not None):
-            raise RequestError(name, given, f"unset without --{'tasks' if with_tasks else 'data'}")
+    if tasks is None:
+        require_unset(run, given, ("limit", "num_fewshot"), "without --tasks")
+    else:
+        require_unset(run, given, ("overlap",), "without --data")
     if tasks is not None:
         _benchmarks(model, plugin, tasks, limit, num_fewshot, context, json)
     else:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from rmoe.cli.arguments import require_unset
 from rmoe.cli.models import Plugins
 from rmoe.errors import one_line
 
@@ -53,6 +54,17 @@ def run(
         keep_trained: with --undo, the base as training has changed it.
         json: print JSON.
     """
+    given = locals()
+    for unread, options, where in (
+        (not upcycle, ("experts", "top_k"), "without --upcycle"),
+        (not undo, ("keep_trained",), "without --undo"),
+        (upcycle, ("undo", "base", "width", "pure", "full"), "with --upcycle"),
+        (undo, ("router", "width", "pure", "seed", "full"), "with --undo"),
+        (base is not None, ("router", "width", "pure", "seed", "full"), "with --base"),
+    ):
+        if unread:
+            require_unset(run, given, options, where)
+
     from rmoe.cli.models import set_up
     from rmoe.graft import GraftSpec, graft_folder, move_adapter, undo_folder, upcycle_folder
     from rmoe.places import model_folder, require_writable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rmoe.cli.arguments import names
+from rmoe.cli.arguments import names, require_unset
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError
 from rmoe.training.config import RunConfig
@@ -60,6 +60,11 @@ def run(
         engine: of the grid: `--engine slurm`.
         json: one JSON object on stdout instead of a table.
     """
+    of_grid = ("routers", "seeds", "pilot", "jobs")
+    of_layouts = ("devices", "devices_per_node", "accelerator", "efficiency", "vocab_size", "as_set")
+    unread, where = (of_layouts, "with --grid") if grid else (of_grid, "without --grid")
+    require_unset(run, locals(), unread, where)
+
     import sys
 
     from rmoe.planning.hardware import Cluster

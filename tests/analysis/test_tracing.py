@@ -147,13 +147,18 @@ def test_refused_requests(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--trace", str(tmp_path / "none")], "--trace is"),
         (["--trace", str(file), "--data", str(text)], "--data is"),
         (["--trace", str(file), "--stream"], "--stream is"),
+        (["--trace", str(file), "--device", "cpu"], "--device is 'cpu'; allowed: unset with --trace"),
+        (["--trace", str(file), "--dtype", "bf16"], "--dtype is"),
+        (["--trace", str(file), "--tokens", "8"], "--tokens is 8"),
+        (["--trace", str(file), "--split", "test"], "--split is"),
+        (["--trace", str(file), "--no-check"], "--no-check is True"),
         (
             ["--trace", str(file), "--measures", "load,confidence"],
             "--measures is 'confidence'; allowed: load, ",
         ),
         (["--trace", str(counts), *sizes, "--measures", "paths"], "load, all that a sglang trace tells"),
         ([str(olmoe), "--measures", ""], "--measures is ''; allowed: load, coactivation"),
-        ([str(olmoe), "--experts", "8"], "--experts is 8; allowed: nothing without --trace"),
+        ([str(olmoe), "--experts", "8"], "--experts is 8; allowed: unset without --trace"),
         ([], "MODEL is None"),
     ):
         assert main(["analyze", *arguments, "--out", str(out)]) == 2, arguments

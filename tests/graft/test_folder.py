@@ -40,6 +40,25 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--experts", "4"], "--experts is 4; allowed: unset without --upcycle"),
+        (["--top-k", "1"], "--top-k is 1; allowed: unset without --upcycle"),
+        (["--keep-trained"], "--keep-trained is True; allowed: unset without --undo"),
+        (["--undo", "--upcycle"], "--undo is True; allowed: unset with --upcycle"),
+        (["--upcycle", "--pure"], "--pure is True; allowed: unset with --upcycle"),
+        (["--undo", "--router", "rmoe-lstm"], "--router is 'rmoe-lstm'; allowed: unset with --undo"),
+        (["--undo", "--full"], "--full is True; allowed: unset with --undo"),
+        (["--base", "there", "--width", "4"], "--width is 4; allowed: unset with --base"),
+    ],
+)
+def test_options_that_nothing_reads(
+    argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, str(tmp_path), *argv, "--out", str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("form", [[], ["--full"]], ids=["adapter", "standalone"])
 def test_graft_then_undo(
     form: list[str], original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -81,13 +81,22 @@ def test_a_grid_from_its_pilot(pilot, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--grid"], ["--grid", "--pilot", "nowhere"], ["--grid", "--pilot", "nowhere", "--seeds", "0"]],
+    ("arguments", "said"),
+    [
+        (["--grid"], "--pilot is None"),
+        (["--grid", "--pilot", "nowhere"], "nowhere"),
+        (["--grid", "--pilot", "nowhere", "--seeds", "0"], "--seeds is 0"),
+        (["--seeds", "4"], "--seeds is 4; allowed: unset without --grid"),
+        (["--jobs", "2"], "--jobs is 2; allowed: unset without --grid"),
+        (["--grid", "--pilot", "nowhere", "--devices", "16"], "--devices is 16; allowed: unset with --grid"),
+    ],
 )
-def test_wrong_requests(arguments, tmp_path, monkeypatch, capsys):
+def test_wrong_requests(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "--preset", "quick", *arguments]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert said in line
 
 
 @pytest.mark.slow
