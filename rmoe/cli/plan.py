@@ -11,6 +11,7 @@ from rmoe.cli.arguments import names, require_unset
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError
 from rmoe.training.config import RunConfig
+from rmoe.validation import require
 
 if TYPE_CHECKING:
     from rmoe.planning.plan import ClusterPlan
@@ -134,8 +135,8 @@ def _print_grid(
 
     if pilot is None:
         raise RequestError("--pilot", None, "the folder of a finished run, with --grid")
-    if seeds < 1:
-        raise RequestError("--seeds", seeds, "1 or more")
+    require(seeds >= 1, "--seeds", seeds, "1 or more")
+    require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
     wants, sharing = place(
         config, engine, jobs, torch.cuda.is_available() and config.training.device != "cpu"
     )

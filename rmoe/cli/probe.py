@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -13,6 +14,8 @@ import tyro
 from rmoe.cli.arguments import names
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError, RunError
+from rmoe.places import require_writable
+from rmoe.validation import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -70,8 +73,11 @@ def run(
     from rmoe.routing.spec import with_options
     from rmoe.routing.zoo import find, select
 
-    if seeds < 1:
-        raise RequestError("--seeds", seeds, "1 or more")
+    require(seeds >= 1, "--seeds", seeds, "1 or more")
+    require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
+    require(0 <= margin < math.inf, "--margin", margin, "0 or more, and finite")
+    if out is not None:
+        require_writable(out)
     load_plugins(plugin)
     chosen = select(names(routers))
     if baseline is not None and baseline not in chosen:

@@ -86,6 +86,8 @@ def test_a_grid_from_its_pilot(pilot, capsys):
         (["--grid"], "--pilot is None"),
         (["--grid", "--pilot", "nowhere"], "nowhere"),
         (["--grid", "--pilot", "nowhere", "--seeds", "0"], "--seeds is 0"),
+        (["--grid", "--pilot", "nowhere", "--jobs", "0"], "--jobs is 0"),
+        (["--grid", "--pilot", "nowhere", "--jobs", "-3"], "--jobs is -3"),
         (["--seeds", "4"], "--seeds is 4; allowed: unset without --grid"),
         (["--jobs", "2"], "--jobs is 2; allowed: unset without --grid"),
         (["--grid", "--pilot", "nowhere", "--devices", "16"], "--devices is 16; allowed: unset with --grid"),

@@ -157,6 +157,11 @@ def test_sweep_and_options(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         (["--sweep", "width=8,16", "--router-option", "recurrence.normalize=true"], "--sweep is 'width'"),
         (["--router-option", "gate.nosuch=1"], "--router-option is"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--jobs", "0"], "--jobs is 0; allowed: 1 or more"),
+        (["--jobs", "-2"], "--jobs is -2; allowed: 1 or more"),
+        (["--margin", "nan"], "--margin is nan; allowed: 0 or more, and finite"),
+        (["--margin", "-1"], "--margin is -1.0"),
+        (["--out", __file__], "allowed: a folder that can be written"),
         (["--baseline", "rmoe"], "--baseline is 'rmoe'"),
         (["--plugin", "nosuch.py"], "--plugin is 'nosuch.py'"),
         (["--routers", "deepseek-v3-groups", "--knob", "experts=6"], "gate.groups is 4"),
@@ -167,7 +172,7 @@ def test_bad_requests_are_one_line(
 ) -> None:
     given = [*arguments] if "--routers" in arguments else ["--routers", "smoe", *arguments]
     out = tmp_path / "out"
-    assert main(["probe", *given, "--out", str(out)]) == 2
+    assert main(["probe", "--out", str(out), *given]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
