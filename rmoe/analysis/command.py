@@ -80,7 +80,7 @@ def analyze_folders(
     """
     paths = [model_folder(model) for model in models]
     names = _names(paths)
-    target = _device(device)
+    target = device_of(device)
     in_parts = [streaming.applies(path, target) for path in paths]
     streamed = [
         StreamedModel(path, target) if part else None for path, part in zip(paths, in_parts, strict=True)
@@ -198,7 +198,7 @@ def trace_folder(model: str, text: TextOptions, batch_size: int, device: str | N
         RequestError: whatever is wrong with the model or the text.
     """
     path = model_folder(model)
-    loaded = rmoe.load(path, device=_device(device))
+    loaded = rmoe.load(path, device=device_of(device))
     require_layers(loaded)
     reading = read_text(path, loaded, text, _sequence_length(text.sequence_length, [loaded]))
     return record_trace(loaded, reading.blocks, _names([path])[0], batch_size)
@@ -237,7 +237,12 @@ def _sequence_length(asked: int | None, models: Sequence[torch.nn.Module]) -> in
     return asked
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of this name; None is a GPU if there is one.
+
+    Raises:
+        RequestError: torch does not find it here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

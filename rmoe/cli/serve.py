@@ -6,6 +6,7 @@ import sys
 
 from rmoe.cli.models import Model, Plugins
 from rmoe.errors import RequestError
+from rmoe.validation import require
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -35,15 +36,12 @@ def run(
         waiting: requests that may wait for one; more are answered with 429.
         device: cpu, cuda, or auto.
     """
-    for option, value, ok in (
-        ("--port", port, 0 <= port <= 65_535),
-        ("--max-length", max_length, max_length is None or max_length >= 2),
-        ("--concurrent", concurrent, concurrent >= 1),
-        ("--waiting", waiting, waiting >= 0),
-    ):
-        if not ok:
-            raise RequestError(option, value, "a sensible number (see --help)")
+    require(0 <= port <= 65_535, "--port", port, "0 to 65535")
+    require(max_length is None or max_length >= 2, "--max-length", max_length, "2 or more")
+    require(concurrent >= 1, "--concurrent", concurrent, "1 or more")
+    require(waiting >= 0, "--waiting", waiting, "0 or more")
 
+    from rmoe.analysis.command import device_of
     from rmoe.cli.models import open_model
     from rmoe.places import display_name
 
@@ -54,11 +52,8 @@ def run(
         from rmoe.serving.server import build_app
     except ImportError as error:
         raise RequestError("rmoe serve", str(error), 'installed with pip install "rmoe[serve]"') from error
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    served, tokenizer, folder = open_model(model, plugin, device)
+    on = device_of(None if device == "auto" else device)
+    served, tokenizer, folder = open_model(model, plugin, str(on))
     name = name or display_name(folder)
     longest = getattr(served.config, "max_position_embeddings", 4096)
     limits = Limits(max_length=max_length or longest, concurrent=concurrent, waiting=waiting)
@@ -71,7 +66,8 @@ def run(
     server = uvicorn.Server(config)
     try:
         with config.bind_socket() as listening:
-            where = f"http://{host}:{listening.getsockname()[1]}"
+            address = f"[{host}]" if ":" in host else host  # IPv6
+            where = f"http://{address}:{listening.getsockname()[1]}"
             print(f"serving {name} at {where}/v1", file=sys.stderr, flush=True)
             server.run(sockets=[listening])
     except SystemExit as stop:  # uvicorn's way to say that the port is taken

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,12 +110,35 @@ def test_openais_client(address):
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-@pytest.mark.parametrize("arguments", [["--port", "70000"], ["--concurrent", "0"], ["--max-length", "1"]])
-def test_wrong_requests(folder, arguments, capsys):
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--port", "70000", "0 to 65535"),
+        ("--concurrent", "0", "1 or more"),
+        ("--max-length", "1", "2 or more"),
+        ("--waiting", "-1", "0 or more"),
+        ("--device", "nonsense", "a device that torch finds here"),
+    ],
+)
+def test_wrong_requests(folder, option, value, allowed, capsys):
     from rmoe.cli.main import main
 
-    assert main(["serve", str(folder), *arguments]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["serve", str(folder), option, value]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"error: {option} is ")
+    assert f"allowed: {allowed}" in said
+
+
+def test_an_ipv6_address_is_announced_in_brackets(folder, monkeypatch, capsys):
+    import uvicorn
+
+    from rmoe.cli.main import main
+
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    monkeypatch.setattr(uvicorn.Config, "bind_socket", lambda self: socket.create_server(("127.0.0.1", 0)))
+    assert main(["serve", str(folder), "--host", "::1", "--port", "0"]) == 0
+    assert " at http://[::1]:" in capsys.readouterr().err
 
 
 def test_no_model(tmp_path, capsys):
