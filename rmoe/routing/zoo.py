@@ -103,7 +103,8 @@ def select(asked: Iterable[str]) -> tuple[str, ...]:
     Raises:
         RequestError: no such router, or none at all.
     """
-    groups = {"all": list(ZOO), "paper": [name for name, row in ZOO.items() if "Table" in row.source]}
+    paper = [n for n, row in ZOO.items() if "Table" in row.source and not row.source.startswith("ours")]
+    groups = {"all": list(ZOO), "paper": paper}
     names = [one for name in asked for one in groups.get(name, [name])]
     if not names:
         raise RequestError("--routers", "", "names from `rmoe zoo`, separated by commas, or all, or paper")
@@ -218,7 +219,7 @@ _ROWS: dict[str, ZooRow] = {
     "smoe-z": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(LoadBalance(), ZLoss()))), "ST-MoE, 2202.08906", "load balance and z-loss"),
     "smoe-sequence": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(SequenceBalance(weight=1e-2),))), "2412.19437", "balance within each sequence"),
     "smoe-similarity": ZooRow(vary(SMOE, balance=BalanceSpec(losses=(SimilarityPreserving(),))), "2506.14038", "router kept near orthogonal"),
-    "smoe-capacity": ZooRow(vary(SMOE, balance=replace(BALANCED, capacity_factor=1.0)), "Table 11", "capacity factor 1.0, the rest dropped", permutes=IN_ORDER),
+    "smoe-capacity": ZooRow(vary(SMOE, balance=replace(BALANCED, capacity_factor=1.0)), "ours; the limit of Table 11", "capacity factor 1.0, the rest dropped", permutes=IN_ORDER),
     # ---- RMoE's rivals across layers, and baselines ----
     "moepp-residual": ZooRow(vary(SMOE, router=GatingResidual.Config()), "MoE++, 2410.07348", "a learned map of the last layer's scores is added; scores accumulate"),
     "moepp": ZooRow(vary(SMOE, router=GatingResidual.Config(identity_experts=1, zero_experts=1, constant_experts=2), gate=TopK.Config(renormalize=False)), "MoE++, 2410.07348", "all of MoE++: the gating residual, and experts that compute nothing"),
