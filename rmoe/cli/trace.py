@@ -26,7 +26,8 @@ def run(
 
     Args:
         model: a model folder, a run folder, or hf:NAME of the Hugging Face Hub.
-        out: the file to write: expert ids [tokens, layers, k], token ids, and what they belong to.
+        out: the file to write, `.safetensors` unless the format is vllm: expert ids [tokens, layers, k], token ids,
+            and what they belong to.
         text: see `TextOptions`.
         batch_size: blocks per forward pass.
         device: as torch names it; default a GPU if there is one.
@@ -40,6 +41,8 @@ def run(
 
     if out.is_dir():
         raise RequestError("--out", str(out), "a file")
+    if format == "rmoe" and out.suffix != ".safetensors":
+        raise RequestError("--out", str(out), "a name that ends in .safetensors: analyze knows it by that")
     if batch_size < 1:
         raise RequestError("--batch-size", batch_size, "at least 1")
     require_writable(out.absolute().parent)

@@ -166,5 +166,6 @@ def test_refused_requests(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert said in line, arguments
         assert line.count("\n") == 1
         assert not out.exists()
-    assert main(["trace", str(olmoe), "--data", str(text), *TOKENS, "--out", str(tmp_path)]) == 2
-    assert "--out is" in capsys.readouterr().err
+    for taken, said in ((tmp_path, "a file"), (tmp_path / "one.trace", "a name that ends in .safetensors")):
+        assert main(["trace", str(olmoe), "--data", str(text), *TOKENS, "--out", str(taken)]) == 2
+        assert f"--out is '{taken}'; allowed: {said}" in capsys.readouterr().err
