@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -29,6 +31,7 @@ _ALIASES = {
     "engine": {"--engine": "--engine.kind", "--runs-per-gpu": "--engine.runs-per-gpu"},
 }
 
+NARROWEST = 20  # columns: in fewer than 6 tyro wraps a help text without end
 _BOX_EDGES = "╭╮╰╯│─ "
 
 
@@ -85,6 +88,8 @@ def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None]
     Raises:
         RequestError: the command line is wrong: a configuration's own validation, or a `UsageError`.
     """
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     argv = _plain(argv, run)
     parameters = _parameters(run, argv)
     errors = io.StringIO()

@@ -69,6 +69,15 @@ def test_help_and_zoo_import_no_torch(arguments):
     assert "rmoe" in done.stdout
 
 
+def test_help_ends_on_a_terminal_of_one_column():
+    command = [sys.executable, "-m", "rmoe.cli.main", "zoo", "--help"]
+    done = subprocess.run(
+        command, capture_output=True, env=os.environ | {"COLUMNS": "1"}, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"usage: rmoe zoo" in done.stdout
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_without_a_sign_shows_another(encoding):
     """`zoo` describes routers with signs that these have not."""
