@@ -264,7 +264,7 @@ def _sweep(summary: Summary, looks: Looks) -> Iterator[Chart]:
         data.append(
             {**drawn, "mode": "lines+markers", "marker": {"size": [13 if p.chosen else 7 for p in mine]}}
         )
-    scale = "log" if all(p.sweep[swept] > 0 for p in points) else "linear"
+    scale = "log" if all(float(p.sweep[swept]) > 0 for p in points) else "linear"
     yield Chart(
         id="sweep",
         section="Verdict",
