@@ -6,7 +6,7 @@ Each entry says in which releases it was seen. `tests/test_compat.py` fails on t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from inspect import signature
@@ -58,6 +58,7 @@ __all__ = [
     "one_cache",
     "plain_forward",
     "prune_expert_plan",
+    "prune_fsdp_plan",
     "storage_key",
     "stream_error",
     "weights_later",
@@ -210,6 +211,11 @@ def kept_accelerators() -> Iterator[None]:
 def prune_expert_plan(model: Any, keep: Callable[[dict[str, str]], dict[str, str]]) -> None:
     """Drop rules from a model's expert-parallel plan; 5.17 to 5.24."""
     model._ep_plan = keep(model._ep_plan or {})
+
+
+def prune_fsdp_plan(model: Any, modules: Collection[str]) -> None:
+    """Drop modules from a model's FSDP2 plan, whose property 5.17 cannot set; 5.17 to 5.24."""
+    model._fsdp_plan = {name: style for name, style in model._fsdp_plan.items() if name not in modules}
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -19,8 +19,8 @@ def misfit(config: RMoEConfig, parallel: ParallelConfig) -> RequestError | None:
     if not parallel.shards:
         return None
     heads, pairs = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    if config.tie_word_embeddings:
-        return RequestError("tie_word_embeddings", True, "False with weights cut up by `parallel`")
+    if config.tie_word_embeddings and parallel.tensor > 1:
+        return RequestError("tie_word_embeddings", True, "False with parallel.tensor")
     if math.gcd(heads, pairs) % parallel.tensor:
         allowed = f"a divisor of num_attention_heads ({heads}) and num_key_value_heads ({pairs})"
         return RequestError("parallel.tensor", parallel.tensor, allowed)

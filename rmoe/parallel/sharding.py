@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
-from rmoe.compat import prune_expert_plan
+from rmoe.compat import prune_expert_plan, prune_fsdp_plan
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM
 from rmoe.parallel.config import ParallelConfig
@@ -46,6 +46,9 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
         return model
     require_fit(model.config, parallel)
     prune_expert_plan(model, model.config.without_absent)
+    if model.config.tie_word_embeddings:
+        # One group of FSDP2 must have both ends: the model's own, which has what no rule names.
+        prune_fsdp_plan(model, ("lm_head", "model.embed_tokens"))
     settings = _distributed_config(parallel)
     settings, _, mesh = type(model).prepare_distribute_model(settings)
     model = type(model).maybe_distribute_model(model, settings, mesh)

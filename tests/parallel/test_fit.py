@@ -17,9 +17,7 @@ from rmoe.planning.layouts import Layout, layouts_for
 TIED = {"tie_word_embeddings": True}
 DEFAULT = {"router": "smoe", "dense_gradients": "default"}
 REFUSED: list[tuple[dict[str, Any], dict[str, int], str]] = [
-    (TIED, {"fsdp": 2}, "tie_word_embeddings is True; allowed: False with weights"),
-    (TIED, {"fsdp": 2, "expert": 2}, "tie_word_embeddings is True"),
-    (TIED, {"tensor": 2}, "tie_word_embeddings is True"),
+    (TIED, {"tensor": 2}, "tie_word_embeddings is True; allowed: False with parallel.tensor"),
     (TIED, {"pipeline": 2}, "tie_word_embeddings is True"),
     ({"num_attention_heads": 3, "head_dim": 8}, {"tensor": 2}, "parallel.tensor is 2; allowed: a divisor of num_at"),
     ({"num_key_value_heads": 1}, {"tensor": 2}, "and num_key_value_heads (1)"),
@@ -62,5 +60,7 @@ def test_not_in_a_plan(changes, sizes, said):
 
 
 def test_a_plan_offers_what_runs():
-    offered = layouts_for(config(), Cluster(2, 2, ACCELERATORS["h100"]))
-    assert {Layout(fsdp=2), Layout(fsdp=2, expert=2), Layout(tensor=2), Layout(pipeline=2)} <= set(offered)
+    sharded = {Layout(fsdp=2), Layout(fsdp=2, expert=2)}
+    cluster = Cluster(2, 2, ACCELERATORS["h100"])
+    assert sharded | {Layout(tensor=2), Layout(pipeline=2)} <= set(layouts_for(config(), cluster))
+    assert sharded <= set(layouts_for(config(**TIED), cluster))

@@ -39,7 +39,9 @@ BOUND = {
     [
         "ddp rmoe",
         "fsdp2 rmoe",
+        "fsdp2 smoe tied",
         pytest.param("fsdp2+ep rmoe", marks=HAS_EP),
+        pytest.param("fsdp2+ep smoe tied", marks=HAS_EP),
         *(pytest.param(f"fsdp2+ep {router}", marks=HAS_EP) for router in EMPTY_SLOTS),
         pytest.param("tp rmoe", marks=since("torch", "2.13", "its DTensor cannot gather packed experts")),
         "pp rmoe",

@@ -20,9 +20,12 @@ IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
 
 def build(router: str) -> RMoEForCausalLM:
+    """`smoe`, or `smoe tied` for one with tied embeddings."""
+    router, _, tied = router.partition(" ")
     config = RMoEConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=4,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, initializer_range=0.05, router=router,
+        tie_word_embeddings=bool(tied),
     )  # fmt: skip
     model = RMoEForCausalLM(config)
     initialize(model, 0)
@@ -82,6 +85,8 @@ def main(out: str) -> None:
     # tokens are sent to experts.
     more = [
         ("pp", "rmoe-lstm"),
+        ("fsdp2", "smoe tied"),
+        ("fsdp2+ep", "smoe tied"),
         *(("fsdp2+ep", router) for router in ("top-p", "moepp", "remoe", "smoe-capacity")),
     ]
     for layout, router in [*((layout, "rmoe") for layout in LAYOUTS), *more]:
