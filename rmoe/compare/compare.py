@@ -248,16 +248,19 @@ def _count(config: RunConfig, vocab_size: int) -> int:
     """Non-embedding parameters of a configuration, without allocating them.
 
     Raises:
-        RequestError: the router cannot work in this model.
+        RequestError: the router cannot work in this model, or in its layout.
     """
     import torch
 
     from rmoe.model import RMoEForCausalLM, count_parameters
+    from rmoe.parallel.fit import require_fit
     from rmoe.training.build import model_config, require_router_parameters
     from rmoe.training.initial_scale import require_scale
 
+    architecture = model_config(config, vocab_size)
+    require_fit(architecture, config.parallel)
     with torch.device("meta"):
-        model = RMoEForCausalLM(model_config(config, vocab_size))
+        model = RMoEForCausalLM(architecture)
     if config.training.initial_logit_std is not None:
         require_scale(model, config.training.initial_logit_std)
     require_router_parameters(model, config.training.router_learning_rate)

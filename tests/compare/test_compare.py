@@ -154,6 +154,10 @@ def test_another_comparison_in_the_folder_is_refused(shared):
             {"routers": ["smoe", "hash"], "match_logits": 1.0},
             r"initial_logit_std is 1.0; allowed: None with router",
         ),
+        (
+            {"routers": ["smoe", "hash"], "config": "stages"},
+            r"router.kind is 'hash'; allowed: a router that needs",
+        ),
         ({"match_logits": -1.0}, r"initial_logit_std is -1.0; allowed: above 0"),
         (
             {"config": "cuda", "options": Options(engine=EngineConfig(kind="ray", fetch="model"))},
@@ -182,6 +186,7 @@ def test_a_wrong_request_writes_nothing(tmp_path, monkeypatch, arguments, said):
         "wide": config.with_setting("moe_intermediate_size", 200),
         "wsd": config.with_setting("schedule", "wsd"),
         "cuda": config.with_setting("training.device", "cuda"),
+        "stages": config.with_setting("parallel.pipeline", 2),
     }
     call = {"config": config, "routers": ["smoe", "rmoe"], "seeds": 1, "options": QUIET} | arguments
     call["config"] = wrong.get(call["config"], config) if isinstance(call["config"], str) else call["config"]
