@@ -185,10 +185,13 @@ def balance_loss(
         with torch.no_grad():
             own = counts if counts is not None else count_by_layer(routings, num_experts, context.mask)
             counts = counts_in_scope(spec.balance, own, earlier, routers[0].training)
+        experts = torch.stack([routing.experts for routing in routings])
+        classes = [routing.classes for routing in routings if routing.classes is not None]
         view = LossView(
             logits=torch.stack([routing.logits for routing in routings]),
             probs=torch.stack([routing.probs for routing in routings]),
-            experts=torch.stack([routing.experts for routing in routings]),
+            experts=experts,
+            classes=torch.stack(classes) if classes else experts,
             context=context,
             counts=counts,
             num_experts=num_experts,

@@ -50,6 +50,8 @@ class Routing(NamedTuple):
         observed: `[O]`, in training: sums over the real tokens that training-time state is made of; None is none.
         added: `[T, d]`, what constant experts add to the layer's output; None is nothing.
         shared_weights: `[T, S]`, what each shared expert's output is multiplied by; None is 1.
+        classes: `[T, K]` int64, the choice among all C classes, `C` in an empty slot; None is `experts`. What was asked
+            of classes that compute nothing is in it alone.
     """
 
     logits: Tensor
@@ -62,6 +64,7 @@ class Routing(NamedTuple):
     observed: Tensor | None = None
     added: Tensor | None = None
     shared_weights: Tensor | None = None
+    classes: Tensor | None = None
 
 
 class RouterStats(NamedTuple):

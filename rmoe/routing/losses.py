@@ -23,6 +23,7 @@ class LossView(NamedTuple):
     Attributes:
         logits, probs: `[L, T, C]`, see `Routing`.
         experts: `[L, T, K]`.
+        classes: `[L, T, K]`, the choice among all classes, see `Routing`.
         context: mask and shape of the micro-batch.
         counts: `[L, E]`, the assignments whose shares the loss uses (`BalanceSpec.scope`).
         num_experts: `E`.
@@ -33,6 +34,7 @@ class LossView(NamedTuple):
     logits: Tensor
     probs: Tensor
     experts: Tensor
+    classes: Tensor
     context: RouterContext
     counts: Tensor
     num_experts: int
@@ -70,6 +72,7 @@ class LoadBalance(Loss):
 
     With `count="assignments"` the `f_n` sum to 1 and perfect balance gives 1; with "tokens" `f_n` is the share of
     tokens, k times as large (OLMoE's and transformers' codes differ by this factor). The gradient flows through `P`.
+    Beside classes that compute nothing it is least when none of the E is asked: they have `HeterogeneousBalance`.
     """
 
     kind = "load_balance"

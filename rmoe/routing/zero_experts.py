@@ -1,4 +1,7 @@
-"""Experts that compute nothing: classes behind the E experts that a gate chooses among as among the others."""
+"""Experts that compute nothing: classes behind the E experts that a gate chooses among as among the others.
+
+And how often they are asked: MoE++'s balance loss.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmoe.routing.contract import Routing
+from rmoe.routing.contract import Routing, count_assignments
 from rmoe.routing.initial import Initialized, Initializer, constant, linear_fp32, normal
+from rmoe.routing.losses import Loss, LossView, masked_mean
 from rmoe.routing.options import Geometry
+from rmoe.validation import Positive
 
 
 class ZeroExperts(Initialized):
@@ -64,4 +69,28 @@ class ZeroExperts(Initialized):
             experts=routing.experts.clamp(max=self.num_experts),
             passthrough=passthrough,
             added=added,
+            classes=routing.experts,
         )
+
+
+class HeterogeneousBalance(Loss):
+    """`C sum_c eta_c f_c P_c` over all C classes; eta is 1 for an expert and `tau` for one that computes nothing.
+
+    `f_c` is the share of all choices that fell on class c, so that perfect balance at tau 1 gives 1, as with
+    `LoadBalance`; below 1 more of them may fall on experts that compute nothing. Source: MoE++, 2410.07348, Eq. 7.
+    Deviations: Eq. 7 counts tokens and has no C, which makes it k / C of this; with scope "global_batch" how choices
+    divide among the E experts is the whole batch's, how many are theirs is this micro-batch's.
+    """
+
+    kind = "heterogeneous_balance"
+
+    tau: Positive = 0.75
+
+    def __call__(self, view: LossView) -> Tensor:
+        mean = masked_mean(view.probs, view.context.mask)  # [L, C]
+        experts, classes = view.num_experts, mean.shape[-1]
+        chosen = torch.stack([count_assignments(one, classes, view.context.mask) for one in view.classes])
+        share = chosen.to(mean.dtype) / chosen.sum(-1, keepdim=True).clamp(min=1)
+        among = view.counts.to(mean.dtype) / view.counts.sum(-1, keepdim=True).clamp(min=1)
+        computing = among * share[:, :experts].sum(-1, keepdim=True) * mean[:, :experts]
+        return classes * (computing.sum(-1) + self.tau * (share * mean)[:, experts:].sum(-1))

@@ -38,6 +38,7 @@ from rmoe.routing.spec import RouterSpec, vary
 from rmoe.routing.temperature import Temperature
 from rmoe.routing.threshold_gates import ExpertThreshold, TopAny, TopP
 from rmoe.routing.token_routers import Hash, Stable
+from rmoe.routing.zero_experts import HeterogeneousBalance
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ LOW_RANK = vary(RMOE, recurrence=Recurrence.Config(cell="identity", carry="zero"
 XMOE = vary(SMOE, scorer=Cosine.Config(width=16))
 UNBALANCED = BalanceSpec()
 BIAS = BalanceSpec(bias_update_rate=1e-3)
+HETEROGENEOUS = BalanceSpec(losses=(HeterogeneousBalance(),))
 DEEPSEEK = vary(SMOE, gate=Sigmoid.Config(), balance=replace(BIAS, losses=(SequenceBalance(),)))
 QUANTILE = vary(
     SMOE, router=QuantileBalanced.Config(), gate=TopK.Config(choose_by="logits"), balance=UNBALANCED
@@ -222,7 +224,7 @@ _ROWS: dict[str, ZooRow] = {
     "smoe-capacity": ZooRow(vary(SMOE, balance=replace(BALANCED, capacity_factor=1.0)), "ours; the limit of Table 11", "capacity factor 1.0, the rest dropped", permutes=IN_ORDER),
     # ---- RMoE's rivals across layers, and baselines ----
     "moepp-residual": ZooRow(vary(SMOE, router=GatingResidual.Config()), "MoE++, 2410.07348", "a learned map of the last layer's scores is added; scores accumulate"),
-    "moepp": ZooRow(vary(SMOE, router=GatingResidual.Config(identity_experts=1, zero_experts=1, constant_experts=2), gate=TopK.Config(renormalize=False)), "MoE++, 2410.07348", "all of MoE++: the gating residual, and experts that compute nothing"),
+    "moepp": ZooRow(vary(SMOE, router=GatingResidual.Config(identity_experts=1, zero_experts=1, constant_experts=2), gate=TopK.Config(renormalize=False), balance=HETEROGENEOUS), "MoE++, 2410.07348", "all of MoE++: the gating residual, and experts that compute nothing"),
     "acmoe": ZooRow(vary(SMOE, router=AdaptiveClustering.Config()), "ACMoE, 2502.15315", "features weighted by how tightly the last layer's expert clusters them"),
     "mcf-moe": ZooRow(vary(SMOE, router=MultiLevelContext.Config()), "MCF-MoE, 2026 (anonymous code)", "scores from similar earlier tokens and attention to three layers below", permutes=READS_SEQUENCE),
     "pre-gated": ZooRow(vary(SMOE, recurrence=Previous.Config()), "Pre-gated MoE, 2308.12066", "the input of the layer below decides, so that experts can be fetched early"),
@@ -253,7 +255,7 @@ _SHIPPED: dict[str, ZooRow] = {
     "deepseek-v4-table": ZooRow(vary(SQRT_SOFTPLUS, router=TableTopK.Config()), "DeepSeek-V4; transformers", "the first 3 layers choose by a fixed table of token ids; weights are learned there too"),
     "gemma-4": ZooRow(vary(SMOE, scorer=NormedLinear.Config(), gate=TopK.Config(expert_scale=True)), "Gemma 4; transformers", "normalised and rescaled input; a learned scale per expert on the weights"),
     "longcat": ZooRow(vary(SMOE, router=Router.Config(identity_experts=4), gate=TopK.Config(renormalize=False, scale=6.0), balance=BIAS), "LongCat-Flash, 2509.01322; transformers", "4 experts more that return their input; softmax with a selection bias, not renormalised, times 6"),
-    "moepp-experts": ZooRow(vary(SMOE, router=Router.Config(identity_experts=1, zero_experts=1, constant_experts=2), gate=TopK.Config(renormalize=False)), "MoE++, 2410.07348", "an identity, a zero and two constant experts more; without MoE++'s gating residual; balances the experts that compute"),
+    "moepp-experts": ZooRow(vary(SMOE, router=Router.Config(identity_experts=1, zero_experts=1, constant_experts=2), gate=TopK.Config(renormalize=False), balance=HETEROGENEOUS), "MoE++, 2410.07348", "an identity, a zero and two constant experts more; without MoE++'s gating residual"),
     "llama-4": ZooRow(vary(SMOE, router=Router.Config(weight_on="input"), gate=TopK.Config(scores="sigmoid", choose_by="logits", renormalize=False)), "Llama 4; transformers", "the sigmoid of the chosen logit multiplies the expert's input"),
     "inkling": ZooRow(vary(SMOE, router=SharedInSoftmax.Config(), gate=TopK.Config(scores="sigmoid", renormalize=False), balance=BIAS), "Inkling; transformers", "softmax over the chosen and the shared experts' log-sigmoid: shared experts are gated too"),
     "kolibri": ZooRow(vary(SMOE, gate=TopK.Config(scores="sigmoid", choose_by="logits", renormalize=False), balance=BIAS), "Kolibri; transformers", "chosen by logit + bias, weighted by plain sigmoid"),

@@ -292,7 +292,7 @@ def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: i
     loss = inputs[0].new_zeros(())
     for layer, hidden in zip(layers, inputs, strict=True):
         x = naive_cross_layer.read(layer, hidden, memory, batch)
-        rows: dict[str, list] = {"logits": [], "weights": [], "probs": [], "chosen": []}
+        rows: dict[str, list] = {"logits": [], "weights": [], "probs": [], "chosen": [], "classes": []}
         besides: list[Tensor] = []
         for t in range(tokens):
             logits, weights, probs, chosen = _token(layer, x[t], ids[t], states, below, t, besides)
@@ -300,7 +300,8 @@ def run(layers: list[NaiveLayer], inputs: list[Tensor], ids: list[int], batch: i
                 ("logits", logits),
                 ("weights", weights),
                 ("probs", probs),
-                ("chosen", chosen),
+                ("chosen", [n for n in chosen if n < layer.experts]),
+                ("classes", chosen),
             ):
                 rows[name].append(value)
         memory["best"] = [int(probs[: layer.experts].argmax()) for probs in rows["probs"]]
@@ -373,9 +374,9 @@ def _token(
     if len(weights) > layer.experts:
         if kind != "null_experts":
             besides.append(torch.stack(layer.zero_experts(x, weights)))
-        weights, chosen = weights[: layer.experts], [n for n in chosen if n < layer.experts]
-        if kind == "null_experts" and chosen:
-            weights = weights / sum(weights[n] for n in chosen)
+        weights, real = weights[: layer.experts], [n for n in chosen if n < layer.experts]
+        if kind == "null_experts" and real:
+            weights = weights / sum(weights[n] for n in real)
     return logits, weights, probs, chosen
 
 
@@ -425,6 +426,12 @@ def _losses(layer: NaiveLayer, rows: dict[str, list], batch: int) -> Any:
             shares += [(1 - sum(shares)) / (classes - experts)] * (classes - experts)
             mean = sum(rows["probs"]) / tokens
             value = classes * sum(f * p for f, p in zip(shares, mean, strict=True))
+        elif kind == "heterogeneous_balance":
+            classes = len(rows["probs"][0])
+            asked = [sum(c.count(n) for c in rows["classes"]) for n in range(classes)]
+            eta = [1.0] * experts + [spec["tau"]] * (classes - experts)
+            mean = sum(rows["probs"]) / tokens
+            value = sum(classes * w * n / sum(asked) * p for w, n, p in zip(eta, asked, mean, strict=True))
         elif kind == "diverse_simple":
             units = [unit(e) for e in layer.own["scorer.embeddings"]]
             squares = [

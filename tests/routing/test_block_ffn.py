@@ -20,7 +20,7 @@ def view(logits: Tensor, probs: Tensor, batch: int, mask: Tensor | None = None, 
     """`[L, T, E]` each; the losses look at nothing else."""
     context = RouterContext(batch, logits.shape[1] // batch, mask)
     nothing = torch.zeros(logits.shape[0], experts)
-    return LossView(logits, probs, nothing, context, nothing, experts, 2, [None])
+    return LossView(logits, probs, nothing, nothing, context, nothing, experts, 2, [None])
 
 
 def test_weights_by_hand() -> None:

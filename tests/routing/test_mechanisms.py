@@ -55,6 +55,7 @@ from rmoe.routing.scorer import MLP, EdaHead, Hypernetwork, Linear, Scorer
 from rmoe.routing.spec import with_options
 from rmoe.routing.temperature import Temperature
 from rmoe.routing.token_routers import Hash, Stable
+from rmoe.routing.zero_experts import HeterogeneousBalance
 from rmoe.routing.zoo import RMOE
 from tests import naive
 from tests.contract.test_contract import EXPERTS, LAYERS, VOCAB, Routers, data, dense
@@ -312,6 +313,7 @@ def test_a_loss_gives_one_number_per_layer() -> None:
         DiverseSimple(),
         ActivationLocality(),
         ChunkSparsity(chunk=2),
+        HeterogeneousBalance(),
     )
     spec = vary(resolve("smoe"), balance=BalanceSpec(losses=losses))
     routers = [layer_of(spec, i, seed=i) for i in range(3)]
@@ -321,7 +323,7 @@ def test_a_loss_gives_one_number_per_layer() -> None:
     def view(chosen: list[int]) -> LossView:
         stacked = (
             torch.stack([getattr(routings[i], name) for i in chosen])
-            for name in ("logits", "probs", "experts")
+            for name in ("logits", "probs", "experts", "experts")
         )
         counts = count_by_layer([routings[i] for i in chosen], 6, context.mask)
         return LossView(*stacked, context, counts, 6, 2, [routers[i].experts_matrix(None) for i in chosen])
@@ -391,6 +393,46 @@ def test_similarity_needs_a_matrix() -> None:
     routing = router(inputs(9), (), None, context)[0]
     with pytest.raises(RequestError, match=r"balance\.losses is 'similarity_preserving'"):
         balance_loss([router], [routing], None, context, 0.5)
+
+
+@pytest.mark.parametrize("tau", [0.3, 0.75, 1.0])
+def test_choices_divide_as_tau_says(tau: float) -> None:
+    """By its loss alone the experts that compute get `tau E / (tau E + Z)` of all choices (MoE++, Table 1)."""
+    balance = BalanceSpec(losses=(HeterogeneousBalance(tau=tau),))
+    router = layer_of(vary(resolve("moepp-experts"), balance=balance), 0, experts=8)
+    x, context = inputs(1024), RouterContext(1, 1024)
+    optimizer = torch.optim.Adam([router.scorer.linear.weight], lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        balance_loss([router], [router(x, (), None, context)[0]], None, context, 1.0).backward()
+        optimizer.step()
+    computing = float((router(x, (), None, context)[0].experts < 8).double().mean())
+    assert computing == pytest.approx(tau * 8 / (tau * 8 + 4), abs=0.05)
+
+
+def test_what_computes_nothing_is_balanced_with_padding_and_a_batch_in_parts() -> None:
+    """Two layers; padding counts nowhere; the experts' shares may be a larger batch's, how many are theirs is not."""
+    routers = [layer_of("moepp-experts", layer) for layer in range(2)]
+    mask = torch.arange(23) % 5 != 0
+    context = RouterContext(1, 23, mask)
+    earlier = torch.tensor([[5, 0, 3, 9, 1, 2], [0, 0, 40, 0, 0, 0]])
+    for scope in ("micro_batch", "global_batch"):
+        spec = BalanceSpec(losses=(HeterogeneousBalance(tau=0.5),), scope=scope)
+        for router in routers:
+            router.spec = vary(router.spec, balance=spec)
+        routings = [router(inputs(seed=layer), (), None, context)[0] for layer, router in enumerate(routers)]
+        wanted = 0.0
+        for layer, routing in enumerate(routings):
+            asked = [sum(c.count(n) for c in routing.classes[mask].tolist()) for n in range(10)]
+            counts = [*asked[:6]]
+            if scope == "global_batch":
+                counts = [n + more for n, more in zip(counts, earlier[layer].tolist(), strict=True)]
+            own = sum(asked[:6]) / sum(asked)
+            shares = [own * n / sum(counts) for n in counts] + [0.5 * n / sum(asked) for n in asked[6:]]
+            mean = routing.probs[mask].mean(0)
+            wanted += 10 * float(sum(f * p for f, p in zip(shares, mean, strict=True)))
+        got = balance_loss(routers, routings, None, context, 1.0, earlier)
+        assert float(got.detach()) == pytest.approx(wanted / 2, abs=1e-12)
 
 
 # ---- training-time state of several layers ----------------------------------------------------------------
@@ -996,7 +1038,7 @@ def test_options_are_changed_by_name() -> None:
 def test_losses_of_entropies_have_a_gradient_at_zero_probabilities(loss: Loss, mask: Tensor | None) -> None:
     probs = torch.tensor([[[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]], requires_grad=True)  # [L, T, C]
     experts, counts = torch.zeros(1, 2, 1, dtype=torch.int64), torch.tensor([[2, 0, 0]])
-    view = LossView(probs, probs, experts, RouterContext(1, 2, mask), counts, 3, 1, [None])
+    view = LossView(probs, probs, experts, experts, RouterContext(1, 2, mask), counts, 3, 1, [None])
     loss(view).sum().backward()
     assert probs.grad is not None
     assert probs.grad.isfinite().all()
