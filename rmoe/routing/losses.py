@@ -49,6 +49,28 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.einsum("lt...,t->l...", values, mask.to(values.dtype)) / mask.sum().clamp(min=1)
 
 
+def shares_chosen(chosen: Tensor, classes: int, real: Tensor) -> Tensor:
+    """How the choices of each group of tokens divide among the classes, without gradient.
+
+    One scatter into 1-D bins: deterministic on a GPU, and `torch.vmap` has a rule for it, unlike for `bincount`.
+
+    Args:
+        chosen: `[*, T, K]` int64, `classes` in an empty slot.
+        classes: `C`.
+        real: broadcast against `[*, T]`: 1 for a token, 0 for padding.
+
+    Returns:
+        `[*, C]`, of `real`'s dtype; each row sums to one, or is zero where nothing was chosen.
+    """
+    first = chosen[..., :1, :1]
+    owner = torch.arange(first.numel(), device=chosen.device).view_as(first)
+    index = (chosen + owner * (classes + 1)).reshape(-1)
+    weights = real[..., None].expand_as(chosen).reshape(-1)
+    bins = torch.zeros(first.numel() * (classes + 1), dtype=real.dtype, device=chosen.device)
+    load = bins.scatter_add(0, index, weights).view(*chosen.shape[:-2], classes + 1)[..., :classes]
+    return load / load.sum(-1, keepdim=True).clamp(min=1)
+
+
 class Loss(Options):
     """Base of all balance losses.
 
@@ -110,16 +132,8 @@ class SequenceBalance(Loss):
         experts, batch, length = view.num_experts, view.context.batch, view.context.length
         mask, layers = view.context.mask, view.probs.shape[0]
         real = torch.ones_like(view.probs[0, :, 0]) if mask is None else mask.to(view.probs.dtype)
-        # One bin per layer, sequence and expert, and one for empty slots.
-        owner = torch.arange(layers * batch, device=real.device).view(layers, batch, 1)
-        chosen = view.experts.view(layers, batch, -1) + owner * (experts + 1)
-        weights = real[None, :, None].expand_as(view.experts).reshape(-1)
-        load = torch.zeros(layers * batch * (experts + 1), dtype=real.dtype, device=real.device).scatter_add(
-            0, chosen.reshape(-1), weights
-        )
-        load = load.view(layers, batch, experts + 1)[..., :experts]
-        share = load / load.sum(-1, keepdim=True).clamp(min=1)
         real = real.view(batch, length)
+        share = shares_chosen(view.experts.view(layers, batch, length, -1), experts, real)
         probs = view.probs[..., :experts].view(layers, batch, length, experts)
         mean = torch.einsum("lbsn,bs->lbn", probs, real) / real.sum(-1)[:, None].clamp(min=1)
         per_sequence = experts * (share * mean).sum(-1)  # [L, B]
