@@ -31,11 +31,11 @@ def _load(folder: Path, place: Place) -> PreTrainedModel:
 def evaluate_test(config: RunConfig, folder: Path) -> float:
     """The finished model's loss on the whole test split, in the corpus's unit."""
     load_plugins(config.plugin)
-    corpus, place = prepare(config.data, config.training.sequence_length), place_of(config)
+    corpus = prepare(config.data, config.training.sequence_length)
     with torch_settings(config):
-        evaluation = evaluate(
-            _load(folder / MODEL, place), corpus.test, limit=config.test_blocks, bf16=place.bf16
-        )
+        place = place_of(config)
+        model = _load(folder / MODEL, place)
+        evaluation = evaluate(model, corpus.test, limit=config.test_blocks, bf16=place.bf16)
     return corpus.in_unit("test", evaluation.loss)
 
 
@@ -45,7 +45,9 @@ def measure_routing(config: RunConfig, folder: Path, name: str, tokens: int) -> 
     Also how stable that is against the checkpoint before the last, and what was recorded while it trained.
     """
     load_plugins(config.plugin)
-    corpus, place = prepare(config.data, config.training.sequence_length), place_of(config)
+    corpus = prepare(config.data, config.training.sequence_length)
+    with torch_settings(config):
+        place = place_of(config)
     ids = _blocks(corpus.valid.tokens, tokens, config.training.sequence_length)
     final = Subject(name, _load(folder / MODEL, place), config.training.max_steps)
     before = [(step, path) for step, path in checkpoints_of(folder) if step < config.training.max_steps]

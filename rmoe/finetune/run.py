@@ -23,7 +23,6 @@ import msgspec
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from rmoe.compat import enable_checkpointing
 from rmoe.data.tasks import Instruction, Labelled, read_tasks
@@ -146,23 +145,22 @@ def finetune(
     require_writable(out)
     if not resume:
         run_folder.refuse_used(out, REQUEST)
-    disable_progress_bar()
-    data = expand(data, "--data")
-    if config.valid is not None:
-        config = replace(config, valid=expand(config.valid, "--valid"))
-    tokenizer = _tokenizer(source)
-    job = (_instruction_job if config.task == "instruction" else _classification_job)(
-        source, data, config, tokenizer
-    )
-    dtypes = {name: p.dtype for name, p in job.model.named_parameters()}
-    trained = _prepare(job, config)
-    # Weights that LoRA leaves in half precision go with float32 ones only under autocast.
-    mixed = any(p.dtype in (torch.bfloat16, torch.float16) for p in job.model.parameters())
-    settings = replace(config, precision="bf16") if mixed else config
-    place = place_of(settings.run_config(config.batch_size))
-    run = settings.run_config(len(job.dataset), place.ranks.data)
     with ExitStack() as stack:
-        stack.enter_context(torch_settings(run))
+        stack.enter_context(torch_settings(config.run_config(config.batch_size)))
+        data = expand(data, "--data")
+        if config.valid is not None:
+            config = replace(config, valid=expand(config.valid, "--valid"))
+        tokenizer = _tokenizer(source)
+        job = (_instruction_job if config.task == "instruction" else _classification_job)(
+            source, data, config, tokenizer
+        )
+        dtypes = {name: p.dtype for name, p in job.model.named_parameters()}
+        trained = _prepare(job, config)
+        # Weights that LoRA leaves in half precision go with float32 ones only under autocast.
+        mixed = any(p.dtype in (torch.bfloat16, torch.float16) for p in job.model.parameters())
+        settings = replace(config, precision="bf16") if mixed else config
+        place = place_of(settings.run_config(config.batch_size))
+        run = settings.run_config(len(job.dataset), place.ranks.data)
         request = Request(
             model=str(source),
             data=str(data),

@@ -22,6 +22,7 @@ from rmoe.model.weights import ADAPTER, open_weights, read_json, tensor_sha256
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
 from tests.finetune.conftest import instructions, write_lines
+from tests.host import host_program
 
 FAST: dict[str, Any] = {
     "batch_size": 4,
@@ -91,7 +92,8 @@ def test_a_step_has_no_more_sequences_than_there_are(
 
 def test_the_defaults_train_on_a_small_file(models: Path, alpaca: Path, tmp_path: Path) -> None:
     config = FinetuneConfig(epochs=1.0, device="cpu", threads=1)
-    result = finetune(models / "rmoe", alpaca, tmp_path / "out", config, progress=False)
+    with host_program():
+        result = finetune(models / "rmoe", alpaca, tmp_path / "out", config, progress=False)
     assert result.steps == 1
     assert any("experts" in name for name in changed(models / "rmoe", Path(result.model)))
 

@@ -11,12 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from accelerate import Accelerator
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 import rmoe
 from rmoe import records
-from rmoe.compat import forget_accelerators, kept_accelerators
+from rmoe.compare.evaluate import evaluate_test, measure_routing
 from rmoe.errors import RequestError, RunError
 from rmoe.records import write_record
 from rmoe.training import state as contents
@@ -28,6 +26,7 @@ from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
 from rmoe.training.run import Stopped, read_result, train
 from rmoe.training.run_folder import RunRecord, locked, read_run, refuse_used, require_same
+from tests.host import host_program
 from tests.training import tiny
 
 
@@ -98,16 +97,14 @@ def test_what_a_run_writes(finished):
 
 
 def test_the_host_program_has_its_own_settings_again(text, tmp_path):
-    forget_accelerators()
-    with kept_accelerators():
-        mine = Accelerator(cpu=True, mixed_precision="bf16")
-        bars = is_progress_bar_enabled()
-        enable_progress_bar()
-        try:
-            train(tiny.config(text, max_steps=1, warmup_steps=0), tmp_path / "run", progress=False)
-            assert (mine.mixed_precision, is_progress_bar_enabled()) == ("bf16", True)
-        finally:
-            (enable_progress_bar if bars else disable_progress_bar)()
+    run = tmp_path / "run"
+    config = tiny.config(text, max_steps=2, warmup_steps=0).with_setting("checkpoints.every", 1)
+    with host_program():
+        train(config, run, progress=False)
+    with host_program():
+        evaluate_test(config, run)
+    with host_program():
+        measure_routing(config, run, "smoe", 32)
 
 
 def test_a_warm_up_that_takes_the_whole_run_is_said(text, tmp_path, capsys):
