@@ -171,27 +171,28 @@ def finetune(
         )
         same = partial(_same, out, request) if resume else None
         request = enter(stack, out, REQUEST, request, same) or request
-        if (out / run_folder.RESULT).exists():
-            found = read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
-            return msgspec.structs.replace(found, model=str(out / run_folder.MODEL))
-        loop = _train(job, run, request, out, place, resume, progress)
-        model = _merged(loop.model, out, bool(config.lora_rank))
-        _restore_dtypes(model, dtypes)
-        result = FinetuneResult(
-            model=str(out / run_folder.MODEL),
-            steps=loop.step,
-            examples=job.examples,
-            left_out=job.left_out,
-            sequences=len(job.dataset),
-            trained_parameters=trained,
-            scores=job.score(model),
-        )
-        complete = partial(_complete, source, out=out, model=model, config=config)
-        card = finetuning_card(source, data, config, result, request.data_sha256)
-        publish_model(out, model, tokenizer, card, complete)
-        write_record(out / run_folder.RESULT, result)
-        loop.store.clear_staging()
-    return result
+        if not (out / run_folder.RESULT).exists():
+            loop = _train(job, run, request, out, place, resume, progress)
+            if loop.is_main:
+                model = _merged(loop.model, out, bool(config.lora_rank))
+                _restore_dtypes(model, dtypes)
+                result = FinetuneResult(
+                    model=str(out / run_folder.MODEL),
+                    steps=loop.step,
+                    examples=job.examples,
+                    left_out=job.left_out,
+                    sequences=len(job.dataset),
+                    trained_parameters=trained,
+                    scores=job.score(model),
+                )
+                complete = partial(_complete, source, out=out, model=model, config=config)
+                card = finetuning_card(source, data, config, result, request.data_sha256)
+                publish_model(out, model, tokenizer, card, complete)
+                write_record(out / run_folder.RESULT, result)
+                loop.store.clear_staging()
+            loop.accelerator.wait_for_everyone()
+        found = read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
+        return msgspec.structs.replace(found, model=str(out / run_folder.MODEL))
 
 
 # --- the two tasks -------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,29 @@ def test_a_killed_run_goes_on_bit_for_bit(
     tune(models / name, alpaca, tmp_path / "killed", resume=True, epochs=3.0)
     assert changed(Path(whole.model), tmp_path / "killed" / "model") == set()
     assert any("experts" in n for n in changed(models / name, Path(whole.model)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
+def test_two_processes_publish_one_model(
+    options: list[str], models: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    """Under torchrun: each takes its part of a batch, one saves; the result is that of one process."""
+    out = tmp_path / "out"
+    request = [str(models / "rmoe"), "--data", str(alpaca), "--valid", str(alpaca), "--out", str(out)]
+    steps = ["--epochs", "4", "--batch-size", "4", "--learning-rate", "0.01", "--sequence-length", "512"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "rmoe.cli.main", "finetune", *request, *steps, "--device", "cpu", *options]
+    for more in ([], ["--resume"]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    result = json.loads((out / "result.json").read_text())
+    rank, settings = (2 if options else 0), {"epochs": 4.0, "sequence_length": 512}
+    alone = tune(models / "rmoe", alpaca, tmp_path / "alone", valid=alpaca, lora_rank=rank, **settings)
+    assert result["scores"] == pytest.approx(alone.scores, abs=1e-4)
+    assert changed(models / "rmoe", out / "model")
+    assert (out / "adapter").exists() == bool(options)
+    assert not (out / "staging").exists()
 
 
 def test_another_request_is_not_resumed(models: Path, alpaca: Path, tmp_path: Path) -> None:
