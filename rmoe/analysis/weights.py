@@ -15,7 +15,7 @@ class LayerWeights(Record, frozen=True, kw_only=True):
     """What the weights of one routed layer say.
 
     Attributes:
-        similarity: of its experts; None where they are not plain tensors.
+        similarity: of its experts; None where they are not plain tensors, or one alone.
         vector_width: numbers per expert in that comparison.
         router: norm and standard deviation of the scorer's matrix; None without one.
     """
@@ -29,7 +29,7 @@ def layer_weights(layer: RoutedLayer, shared: nn.Module | None) -> LayerWeights:
     """Measure one layer. `shared` is what all routers share."""
     vectors, matrix = expert_vectors(layer), scorer_matrix(layer, shared)
     return LayerWeights(
-        similarity=None if vectors is None else mean_pairwise_cosine(vectors),
+        similarity=None if vectors is None or len(vectors) < 2 else mean_pairwise_cosine(vectors),
         vector_width=0 if vectors is None else vectors.shape[1],
         router=None if matrix is None else norm_and_std(matrix),
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.options import MEASURES as ALL
 from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.snapshot import MEASURES, RoutingSnapshot, over_training
 from rmoe.errors import RequestError
@@ -64,6 +65,17 @@ def test_every_kind_of_router_can_be_analysed_and_written(router: str, blocks: n
     assert analysis.tokens is not None
     assert len(analysis.tokens) == 10
     assert (analysis.router_weights is None) == (router == "hash")
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_model_without_a_choice_can_be_analysed_and_written(experts: int, blocks: np.ndarray) -> None:
+    """Every measure, with as many experts as a token asks."""
+    model = tiny_rmoe("smoe", num_experts=experts, num_experts_per_tok=experts)
+    options = AnalysisOptions(measures=tuple(ALL), batch_size=4, gradient_tokens=48)
+    (analysis,) = analyze_models([Subject("it", model)], blocks, chr, options)
+    assert msgspec.json.decode(msgspec.json.encode(analysis), type=ModelAnalysis) == analysis
+    assert (analysis.similarity is None) == (experts == 1)
+    np.testing.assert_array_equal(analysis.frequency, np.full((LAYERS, experts), 1 / experts))
 
 
 @pytest.mark.parametrize("family", TINY)

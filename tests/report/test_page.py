@@ -84,6 +84,18 @@ def test_the_entropy_of_no_preference_is_that_of_all_classes():
     )
 
 
+def test_one_expert_has_no_entropy_to_show():
+    analysis = sample_analysis()
+    first, *rest = analysis.models
+    width0 = msgspec.structs.replace(first.entropy, edges=[0.0] * len(first.entropy.edges))
+    alone = msgspec.structs.replace(first, experts=1, entropy=width0)
+    both = msgspec.structs.replace(analysis, models=[alone, *rest])
+    shown = {t["name"] for c in all_charts(None, both) if c.id == "entropy" for t in c.data}
+    assert shown == {model.name for model in rest}
+    only = msgspec.structs.replace(analysis, models=[alone])
+    assert "entropy" not in {c.id for c in all_charts(None, only)}
+
+
 def _definition(analysis: Analysis, id: str) -> str:
     return next(c.definition for c in all_charts(None, analysis) if c.id == id)
 

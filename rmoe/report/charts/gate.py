@@ -15,7 +15,13 @@ PANELS_UP_TO = 16  # layers
 
 
 def entropy(having: Having[LayerHistogram], looks: Looks) -> Iterator[Chart]:
-    """A panel per layer; for many layers a map of all of them, and one layer of the reader's choice."""
+    """A panel per layer; for many layers a map of all of them, and one layer of the reader's choice.
+
+    Without models of one expert, whose gate has no entropy.
+    """
+    having = [(model, histogram) for model, histogram in having if histogram.edges[-1] > 0]
+    if not having:
+        return
     layers = max(len(histogram.counts) for _, histogram in having)
     few = layers <= PANELS_UP_TO
     sample = token_count([histogram.n for _, histogram in having])
@@ -29,7 +35,7 @@ def entropy(having: Having[LayerHistogram], looks: Looks) -> Iterator[Chart]:
         id="entropy",
         section=SECTION,
         title="Gate entropy, token by token",
-        definition="−Σ g ln g of a token's gate probabilities g over all experts, as a distribution over tokens "
+        definition="−Σ g ln g of a token's gate probabilities g over all its C choices, as a distribution over tokens "
         f"(Fig. 4). 0: all on one expert; ln C = {said}: no preference.",
         unit=f"{'nats; each curve' if few else 'density; each layer'} encloses area 1",
         sample=sample,
