@@ -29,9 +29,13 @@ def expand(path: str | Path, field: str) -> Path:
     """A path with `~` and `~user` replaced, as a shell does where nothing stands before them.
 
     Raises:
-        RequestError: there is no such home folder.
+        RequestError: there is no such home folder, or the path is not UTF-8: no record of a run could name it.
     """
     path = Path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RequestError(field, str(path), "a path whose name is UTF-8") from None
     if not path.parts or not path.parts[0].startswith("~") or os.path.exists(path):
         return path
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from rmoe.records import write_record
 from rmoe.report import table
 from rmoe.report.page import write_report
 from rmoe.results.comparison import Summary
-from rmoe.results.rows import finished, read_rows
+from rmoe.results.rows import SweepValue, finished, read_rows
 from rmoe.results.run import CorpusInfo
 from rmoe.routing.zoo import ZOO, select
 from rmoe.training.config import RunConfig
@@ -82,7 +82,7 @@ def compare(
     """
     options = options or Options()
     require_writable(out)
-    said = ",".join(map(str, lengths))
+    said = " ".join(map(str, lengths))
     allowed = "left out with --sweep: first choose, then compare at what was chosen"
     require(not (lengths and sweep), "--lengths", said, allowed)
     if lengths:
@@ -122,6 +122,7 @@ def compare(
         margin=options.margin,
         looks=setting.plan.looks,
         branches=read_rows(out / plans.BRANCHES)[0],
+        planned=len(setting.plan.routers) - 1,
     )
     if other is not None:
         summary = gated(summary, other)
@@ -196,7 +197,7 @@ def _set_up(
     on_gpu = torch.cuda.is_available() and training.device != "cpu"
     jobs, fetch = options.jobs, options.engine.fetch
     require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
-    lengths = ",".join(map(str, plan.lengths))
+    lengths = " ".join(map(str, plan.lengths))
     allowed = "given with a shared folder, not engine.fetch"
     require(fetch == "no" or not lengths, "--lengths", lengths, allowed)
     allowed = "model with --sweep: the chosen models are evaluated here"
@@ -270,6 +271,8 @@ def _count(config: RunConfig, vocab_size: int) -> int:
 def _buildable(plan: ComparisonPlan, vocab_size: int) -> tuple[ComparisonPlan, list[str]]:
     """Build every model on no device, so that a router that cannot work here is found before the first step of any.
 
+    At every point of a sweep.
+
     Returns:
         The plan without those of `all` that cannot work, and why each is left out.
 
@@ -279,13 +282,23 @@ def _buildable(plan: ComparisonPlan, vocab_size: int) -> tuple[ComparisonPlan, l
     notes = []
     for router in plan.routers:
         try:
-            _count(plan.config_of(router, 0, {}), vocab_size)
+            for point in plan.points():
+                _require_free(router, point)
+                _count(plan.config_of(router, 0, point), vocab_size)
         except RequestError as error:
             if router not in plan.optional:
                 raise
             notes.append(f"{router} is left out: {error}")
             plan = replace(plan, routers=tuple(name for name in plan.routers if name != router))
     return plan, notes
+
+
+def _require_free(router: str, point: Mapping[str, SweepValue]) -> None:
+    """Refuse a sweep of the number of experts of a router that is defined for one only."""
+    only = ZOO[router].top_k
+    for name in point:
+        if only is not None and name.rpartition(".")[2] == "num_experts_per_tok":
+            raise RequestError("--sweep", name, f"another setting with {router}, whose only k is {only}")
 
 
 def _matched(plan: ComparisonPlan, vocab_size: int) -> tuple[ComparisonPlan, list[str]]:

@@ -68,30 +68,37 @@ def equal_time(
     split: Split,
     margin: float,
     looks: Looks | None = None,
+    planned: int = 0,
 ) -> dict[str, EqualTime]:
     """Every router that was timed, against the baseline at equal seconds.
 
     Args:
         bits: router -> seed -> loss after equal steps.
         seconds: router -> seconds of a step (of any number of steps), timed alone.
+        planned: see `compare_to_baseline`.
 
     Returns:
-        Router -> comparison, without those whose loss is not above the law's floor.
+        Router -> comparison, without those that are `below_floor`.
     """
     if baseline not in seconds:
         return {}
     ratios = {name: seconds[name] / seconds[baseline] for name in bits if name in seconds}
-    ratios = {name: r for name, r in ratios.items() if all(loss > law.floor for loss in bits[name].values())}
+    ratios = {name: ratio for name, ratio in ratios.items() if name not in below_floor(bits, law)}
     moved = {
         name: {seed: at_baseline_seconds(loss, law, ratio) for seed, loss in bits[name].items()}
         for name, ratio in ratios.items()
     }
     # Already in bits, whatever the corpus's unit.
-    found = compare_to_baseline(moved, baseline, "bits_per_byte", split, margin, looks=looks)
+    found = compare_to_baseline(moved, baseline, "bits_per_byte", split, margin, looks=looks, planned=planned)
     return {
         name: _equal_time(difference, bits[name], bits[baseline], law, ratios[name], looks)
         for name, difference in found.items()
     }
+
+
+def below_floor(bits: Mapping[str, Mapping[int, float]], law: LossLaw) -> list[str]:
+    """Routers with a loss that the law can never reach: it says nothing of them."""
+    return [name for name, losses in bits.items() if any(loss <= law.floor for loss in losses.values())]
 
 
 def _equal_time(
@@ -124,7 +131,7 @@ def with_branch_points(config: RunConfig, lengths: Sequence[int]) -> RunConfig:
     Raises:
         RequestError: the lengths are not two, not below the run's steps, or the schedule is not `wsd`.
     """
-    training, said = config.training, ",".join(map(str, lengths))
+    training, said = config.training, " ".join(map(str, lengths))
     if training.schedule != "wsd":
         raise RequestError("--lengths", said, f"given with --training.schedule wsd, not {training.schedule}")
     if len(set(lengths)) != 2:

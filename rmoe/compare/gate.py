@@ -14,6 +14,7 @@ from rmoe.compare import plan as plans
 from rmoe.compare.plan import ComparisonPlan, ComparisonRecord
 from rmoe.records import read_record
 from rmoe.results.comparison import SUMMARY_VERSION, Difference, RouterSummary, Summary
+from rmoe.training.config import RunConfig
 from rmoe.validation import require
 
 BETTER = ("better", "better by less than the margin")
@@ -29,7 +30,9 @@ def read_other(folder: Path, plan: ComparisonPlan) -> Summary:
     summary = read_record(folder / plans.SUMMARY, Summary, SUMMARY_VERSION)
     named = f"{folder} (baseline {summary.baseline})"
     require(summary.baseline == plan.baseline, "--gate", named, f"one with baseline {plan.baseline}")
-    other = record.config["model"] != plan.config.to_dict()["model"]
+    # Settings that came after it was begun have their defaults.
+    stored = RunConfig.from_dict(record.config).to_dict()["model"]
+    other = stored != plan.config.to_dict()["model"]
     require(other, "--gate", str(folder), "a comparison at another size: its model is this one's")
     return summary
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +91,8 @@ class Setting:
 def train_until_decided(setting: Setting, engine: Engine) -> Setting:
     """Train what is missing; with looks, one pair more of every undecided router at each.
 
-    Which router stops when follows from the rows alone, so an interrupted comparison comes to the same runs.
+    Which router stops when follows from the rows alone, so an interrupted comparison comes to the same runs. A router
+    that gains no pair at a look, as its runs fail, gets no more; a failed run is started once in a call.
 
     Returns:
         The setting with the plan of what was trained.
@@ -99,16 +101,29 @@ def train_until_decided(setting: Setting, engine: Engine) -> Setting:
     if looks is None:
         _train_missing(setting, engine)
         return setting
+    tried, before = set[str](), 0
     for pairs in looks:
         setting = replace(setting, plan=replace(setting.plan, seeds=pairs))
-        _train_missing(setting, engine)
-        decided = _decided(setting, pairs)
+        _train_missing(setting, engine, tried)
+        failing = _without_new_pair(setting, before)
+        if failing:
+            print(f"no more pairs, as runs fail: {', '.join(failing)}", file=sys.stderr, flush=True)
+        before = pairs
+        decided = dict.fromkeys(failing, pairs) | _decided(setting, pairs)
         setting = replace(setting, plan=replace(setting.plan, decided=decided | setting.plan.decided))
         undecided = set(setting.plan.routers) - {setting.plan.baseline} - set(setting.plan.decided)
-        if not undecided:
+        if not undecided or setting.plan.baseline in failing:
             break
         print(f"after {pairs} pairs not decided: {', '.join(sorted(undecided))}", file=sys.stderr, flush=True)
     return setting
+
+
+def _without_new_pair(setting: Setting, before: int) -> list[str]:
+    """Routers that were to get pairs beyond the first `before` and finished none of these runs."""
+    known, first = finished(setting.rows().values()), setting.plan.config.training.seed
+    newer = [run for run in setting.plan.runs() if run.seed - first >= before]
+    gained = {run.router for run in newer if run.key in known}
+    return [router for router in dict.fromkeys(run.router for run in newer) if router not in gained]
 
 
 def _decided(setting: Setting, pairs: int) -> dict[str, int]:
@@ -117,7 +132,8 @@ def _decided(setting: Setting, pairs: int) -> dict[str, int]:
     if not finished(rows):
         return {}
     plan = setting.plan
-    summary = summarise(rows, "", plan.baseline, margin=setting.options.margin, looks=plan.looks)
+    planned, margin = len(plan.routers) - 1, setting.options.margin
+    summary = summarise(rows, "", plan.baseline, margin=margin, looks=plan.looks, planned=planned)
     verdicts = {r.router: r.difference.verdict for r in summary.routers if r.difference is not None}
     return {
         name: pairs
@@ -134,10 +150,16 @@ def planned_rows(setting: Setting) -> tuple[list[ResultRow], list[str]]:
     return rows, problems
 
 
-def _train_missing(setting: Setting, engine: Engine) -> None:
-    """Train every run that has no finished row."""
-    known = finished(setting.rows().values())
+def _train_missing(setting: Setting, engine: Engine, tried: set[str] | None = None) -> None:
+    """Train every run that has no finished row.
+
+    Args:
+        tried: keys of runs that are not started again; what is started now is added.
+    """
+    tried = set() if tried is None else tried
+    known = finished(setting.rows().values()).keys() | tried
     missing = [(run, setting.folder(run), None) for run in setting.plan.runs() if run.key not in known]
+    tried.update(run.key for run, _, _ in missing)
     threads = counted([setting.sharing.threads], "thread")
     if missing:
         said = f"{counted([len(missing)], 'run')}, {engine.at_once} with {threads} each; logs in {setting.out / 'logs'}"
@@ -225,17 +247,22 @@ def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
     return ResultRow(router=run.router, seed=run.seed, sweep=run.sweep, result=answer.value, failure=failure)
 
 
+def named(what: str, *request: object) -> str:
+    """A job's name that says what is asked for: Slurm finds a job of an earlier call again by its name."""
+    return f"{what}-{hashlib.sha256(msgspec.json.encode(request)).hexdigest()[:8]}"
+
+
 def evaluate_chosen(setting: Setting, engine: Engine) -> None:
     """With a sweep: the test split, once, for the point each router does best at on validation."""
     if not setting.plan.sweep:
         return
-    rows = setting.rows()
+    rows = {row.key: row for row in planned_rows(setting)[0]}
     results = finished(rows.values())
     chosen = chosen_sweep(sweep_points(list(rows.values())))
     jobs = {
-        run.key: EvaluateTest(config=run.config.to_dict(), folder=str(setting.folder(run)))
-        for run in setting.plan.runs()
-        if run.sweep == chosen.get(run.router) and run.key in results and results[run.key].test is None
+        key: EvaluateTest(config=result.config, folder=str(setting.out / "runs" / key))
+        for key, result in results.items()
+        if rows[key].sweep == chosen.get(rows[key].router) and result.test is None
     }
     for key, answer in engine.answers(jobs, setting.one):
         if answer.error is not None:
@@ -279,9 +306,9 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
         logs=str(setting.out / "logs"),
     )
     wants = replace(setting.wants, processes=1, node=setting.options.engine.node, alone=True)
-    for _, answer in engine.answers({"timing": job}, wants):
+    for _, answer in engine.answers({named("timing", job.configs, job.rounds): job}, wants):
         if answer.error is not None:
-            raise RunError(answer.error, "every run", "run the same command again")
+            raise RunError(answer.error, "every run", "run the same command again, or with --timing-rounds 0")
         for router, timing in answer.value.items():
             append_row(setting.results, msgspec.structs.replace(rows[runs[router].key], timing=timing))
 
@@ -315,7 +342,9 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
         )
         for name in wanted
     }
-    for name, answer in engine.answers(jobs, setting.one):
+    by_job = {named(f"{name}-routing", job.config, job.tokens): name for name, job in jobs.items()}
+    for job, answer in engine.answers({job: jobs[name] for job, name in by_job.items()}, setting.one):
+        name = by_job[job]
         if answer.error is not None:
             notes.append(f"{name} could not be analysed: {answer.error}")
         else:

@@ -65,7 +65,7 @@ class ComparisonPlan:
         changes: router -> settings it alone has: expert widths that match parameters, or its only `k`.
         optional: routers nobody named, which `all` stood for: left out where they cannot work.
         looks: numbers of pairs at which the verdicts are looked at; None is once, at all of them.
-        decided: router -> pairs after which its verdict stood: it gets no more.
+        decided: router -> pairs after which it gets no more: its verdict stands, or its runs fail.
         lengths: of the baseline's runs that branch from those of the plan.
     """
 
@@ -116,9 +116,11 @@ def parse_sweep(config: RunConfig, asked: Sequence[str]) -> dict[str, tuple[Swee
     """`("learning_rate=1e-3,3e-3",)` as setting -> values of the setting's type.
 
     Raises:
-        RequestError: not of that form, an unknown setting, or a value that is not allowed.
+        RequestError: not of that form, an unknown setting, one given twice, one of the text, or a value that is not
+            allowed.
     """
     sweep: dict[str, tuple[SweepValue, ...]] = {}
+    swept: set[str] = set()
     for one in asked:
         name, separator, values = one.partition("=")
         if not separator or not values:
@@ -127,6 +129,14 @@ def parse_sweep(config: RunConfig, asked: Sequence[str]) -> dict[str, tuple[Swee
             raise RequestError(
                 "--sweep", one, "any setting but seed and router: --seeds and --routers do that"
             )
+        full = _found(config, name)[0]
+        if full.startswith("data."):
+            raise RequestError("--sweep", one, "a setting that leaves the text as it is")
+        if full in swept:
+            raise RequestError(
+                "--sweep", one, f"each setting once, with all its values: {full}=VALUE,VALUE,..."
+            )
+        swept.add(full)
         sweep[name] = tuple(dict.fromkeys(_read(config, name, text) for text in values.split(",")))
     return sweep
 
@@ -141,12 +151,17 @@ def _read(config: RunConfig, name: str, text: str) -> SweepValue:
 
 def setting(config: RunConfig, name: str) -> object:
     """The value of a setting, by its dotted name or its last part alone."""
+    return _found(config, name)[1]
+
+
+def _found(config: RunConfig, name: str) -> tuple[str, object]:
+    """The dotted name and the value of a setting."""
     leaf = name.rpartition(".")[2]
     for table, values in config.to_dict().items():
         if table == name:
-            return values
+            return name, values
         if isinstance(values, dict) and leaf in values and name in (leaf, f"{table}.{leaf}"):
-            return values[leaf]
+            return f"{table}.{leaf}", values[leaf]
     raise RequestError("setting", name, "a setting of the run")
 
 

@@ -66,8 +66,8 @@ def summarise(
         cards=sorted(cards, key=lambda card: card.scores[MEAN].mean),
         swept=swept,
         points=_points(rows, swept) if swept else [],
-        code=rows[0].code,
-        torch=rows[0].torch,
+        code=", ".join(dict.fromkeys(row.code for row in rows)),
+        torch=", ".join(dict.fromkeys(row.torch for row in rows)),
     )
 
 

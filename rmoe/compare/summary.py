@@ -6,14 +6,15 @@ Imports no torch.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
 
 from rmoe.compare import statistics
-from rmoe.compare.equal_time import equal_time, fit_law, in_unit
+from rmoe.compare.equal_time import below_floor, equal_time, fit_law, in_unit
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.report.charts.chart import counted
@@ -97,6 +98,7 @@ def summarise(
     margin: float = statistics.MARGIN_BITS,
     looks: Looks | None = None,
     branches: Sequence[ResultRow] = (),
+    planned: int = 0,
 ) -> Summary:
     """Summarise a comparison.
 
@@ -108,6 +110,7 @@ def summarise(
         margin: half-width of "equivalent", in bits.
         looks: of a sequential comparison; None is one look.
         branches: the baseline's shorter runs, for a comparison at equal time.
+        planned: routers that are compared with the baseline, those without a pair so far included.
 
     Raises:
         RequestError: no row finished, two corpora, or no run of the baseline.
@@ -121,13 +124,20 @@ def summarise(
     if baseline not in {row.router for row in rows}:
         raise RequestError("--baseline", baseline, ", ".join(sorted(chosen)))
     runs = [row.result for row in rows if row.result is not None and row.sweep == chosen.get(row.router)]
-    split: Split = "test" if all(run.test is not None for run in runs) else "val"
+    split, said = _split(runs, baseline)
     values = _values(runs, split)
     unit = rows[0].run.corpus.unit
-    differences = statistics.compare_to_baseline(values, baseline, unit, split, margin, looks=looks)
-    between_averages = statistics.compare_to_baseline(
-        _values(runs, split, averaged=True), baseline, unit, split, margin, looks=looks
+    compared = partial(
+        statistics.compare_to_baseline,
+        baseline=baseline,
+        unit=unit,
+        split=split,
+        margin=margin,
+        looks=looks,
+        planned=planned,
     )
+    differences = compared(values)
+    between_averages = compared(_values(runs, split, averaged=True))
     routers = [
         _router(
             name,
@@ -141,15 +151,20 @@ def summarise(
         for name in dict.fromkeys(row.router for row in rows)
     ]
     shorter = [row.result for row in branches if row.result is not None]
-    law, said = _law(shorter, runs, baseline, split)
+    law, of_law = _law(shorter, runs, baseline, split)
     if law is not None:
         in_bits = {
             r: {s: statistics.bits(v, unit) for s, v in by_seed.items()} for r, by_seed in values.items()
         }
         seconds = {r.router: r.timing.seconds_per_1k_steps for r in routers if r.timing is not None}
         if baseline not in seconds:
-            said = ["No comparison at equal time: the routers were not timed alone (--timing-rounds)."]
-        at_equal = equal_time(in_bits, seconds, baseline, law, split, margin, looks)
+            of_law = ["No comparison at equal time: the routers were not timed alone (--timing-rounds)."]
+        at_equal = equal_time(in_bits, seconds, baseline, law, split, margin, looks, planned)
+        if low := [name for name in below_floor(in_bits, law) if name in seconds]:
+            one = "it" if low != [baseline] else "any router"
+            of_law.append(
+                f"{', '.join(low)}: a loss is not above the law's floor, so {one} is not compared at equal time."
+            )
         routers = [
             msgspec.structs.replace(r, equal_time=in_unit(at_equal[r.router], unit_of_differences(unit)))
             if r.router in at_equal
@@ -165,9 +180,10 @@ def summarise(
         notes=[
             *_scale_notes(routers),
             *_look_notes(differences, looks),
+            *said,
             *other_machines,
             *_notes(rows, differences),
-            *said,
+            *of_law,
             *notes,
         ],
         routers=sorted(routers, key=lambda r: _rank(r, split)),
@@ -176,6 +192,17 @@ def summarise(
         hardware=rows[0].run.hardware,
         versions=rows[0].run.versions,
     )
+
+
+def _split(runs: Sequence[RunResult], baseline: str) -> tuple[Split, list[str]]:
+    """The split on which routers are compared: test, where every run of the baseline has it; and what is left out."""
+    tested = [run for run in runs if run.test is not None]
+    without = _counted_by_router(run for run in runs if run.test is None)
+    if not tested or not without:
+        return "test" if tested else "val", []
+    if any(run.router == baseline and run.test is None for run in runs):
+        return "val", [f"Compared on the validation split, as there is no test value of {without}."]
+    return "test", [f"Left out of the differences, as there is no test value: {without}."]
 
 
 def _law(
@@ -201,6 +228,12 @@ def _law(
         f"exponent {law.exponent:.3f} and floor {law.floor:.4f}; every router is taken to share both. "
         "Times are of steps run alone."
     ]
+
+
+def _counted_by_router(runs: Iterable[RunResult]) -> str:
+    """`2 runs of rmoe, 1 run of smoe`; nothing of none."""
+    numbers = Counter(run.router for run in runs)
+    return ", ".join(f"{counted([n], 'run')} of {name}" for name, n in numbers.items())
 
 
 def _rank(router: RouterSummary, split: Split) -> float:

@@ -104,8 +104,9 @@ def folder_text(
     """All text files below a folder, joined; names with a leading dot are passed over.
 
     Links count as what they lead to, so a folder of links (the Hub's cache) is the text of its files; a link to what
-    the folder itself already contributes adds nothing. Files come in the order of the sha256 of their relative paths:
-    fixed, but mixed, so that the last 5 % of the bytes are not the last letters of the alphabet.
+    the folder itself already contributes adds nothing, and a file in a linked folder counts once, however many links
+    lead there. Files come in the order of the sha256 of their relative paths: fixed, but mixed, so that the last 5 %
+    of the bytes are not the last letters of the alphabet.
 
     Args:
         name: what the text is called.
@@ -117,23 +118,19 @@ def folder_text(
     Raises:
         RequestError: there is no such file, or a link leads nowhere.
     """
-    places = [
-        place
-        for place in _files_below(
-            root, (root.resolve(),), lambda part: keep(part) and not part.startswith(".")
-        )
-        if text_suffix(place) in suffixes
-    ]
-    whole, real = root.resolve(), {place: place.resolve() for place in places}
-    own = {target for place, target in real.items() if target == whole / place.relative_to(root)}
-    found = [
-        place.relative_to(root).as_posix()
-        for place, target in real.items()
-        if target not in own or target == whole / place.relative_to(root)
-    ]
-    for relative in found:
+    files = _files_below(root, (root.resolve(),), lambda part: keep(part) and not part.startswith("."))
+    named = sorted(file.relative_to(root).as_posix() for file in files if text_suffix(file) in suffixes)
+    for relative in named:
         if not (root / relative).exists():
             raise RequestError("data.path", str(root / relative), "a link that leads to a file")
+    whole, real = root.resolve(), {relative: (root / relative).resolve() for relative in named}
+    counted = {target for relative, target in real.items() if target == whole / relative}
+    found = []
+    for relative, target in real.items():
+        if target == whole / relative or target not in counted:
+            found.append(relative)
+            if not (root / relative).is_symlink():
+                counted.add(target)
     if not found:
         kinds = " ".join(sorted(suffixes))
         raise RequestError(
@@ -153,13 +150,20 @@ def _files_below(folder: Path, above: tuple[Path, ...], keep: Callable[[str], bo
         if not keep(entry.name):
             continue
         place = Path(entry.path)
-        if not entry.is_dir():
+        if not _is_folder(entry):
             yield place
             continue
         target = place.resolve()
         within = any(target == one or one in target.parents or target in one.parents for one in above)
         if not entry.is_symlink() or not within:
             yield from _files_below(place, (*above, target), keep)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def join(documents: Iterable[Iterable[bytes]]) -> Iterator[bytes]:

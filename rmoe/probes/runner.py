@@ -22,7 +22,7 @@ from rmoe.probes.world import World, world
 from rmoe.records import Record
 from rmoe.results.probes import Knobs, ProbeRow, append_rows, checked, read_rows
 from rmoe.routing.spec import RouterSpec
-from rmoe.routing.zoo import ZooRow, find, select
+from rmoe.routing.zoo import OWN, ZooRow, find, select
 
 RESULTS = "results.jsonl"
 AT_ONCE = 2  # routers trained on the same batches; resuming repeats at most so many
@@ -50,7 +50,7 @@ class ProbeUnit(Record, frozen=True, kw_only=True):
 
     def carry_out(self) -> list[ProbeRow]:
         """Train and measure it, in any process; runs that diverged are left out."""
-        load_plugins(self.plugins)
+        plugins = load_plugins(self.plugins)
         started = time.perf_counter()
         with _one_thread():
             worlds = [world(probe, seed, self.knobs) for probe, seed in self.lanes]
@@ -67,7 +67,7 @@ class ProbeUnit(Record, frozen=True, kw_only=True):
         # A run that diverged has no numbers to write; the others of its pass are not touched by it. A gate that
         # compares with NaN may ask no expert, and then the loss is finite.
         return [
-            _row(fields, each)
+            _row(fields, each, plugins)
             for fields in found
             if all(map(math.isfinite, (fields["regret"], *fields["entropy"])))
         ]
@@ -108,14 +108,14 @@ def run(
         RequestError: an unknown router or probe, sizes that cannot work, or results of another version or router.
         RunError: a run diverged; all others are done.
     """
-    load_plugins(tuple(plugins))
+    hashes = load_plugins(tuple(plugins))
     settings = [checked(one) for one in ([knobs] if isinstance(knobs, Knobs) else knobs)]
     chosen = range(seeds) if isinstance(seeds, int) else seeds
     if not len(chosen):
         raise RequestError("--seeds", seeds, "1 or more")
     asked = _asked(routers, settings)
     lanes = [(probe, seed) for probe in named_probes(tuple(probes)) for seed in chosen]
-    done = _finished(Path(out) / RESULTS if out is not None else None, asked)
+    done = _finished(Path(out) / RESULTS if out is not None else None, asked, hashes)
     units = list(_units(asked, lanes, done, tuple(plugins)))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,9 @@ def _asked(
     return found
 
 
-def _finished(path: Path | None, asked: Mapping[tuple[str, Knobs], Asked]) -> dict[tuple, ProbeRow]:
+def _finished(
+    path: Path | None, asked: Mapping[tuple[str, Knobs], Asked], plugins: Mapping[str, str]
+) -> dict[tuple, ProbeRow]:
     if path is None or not path.exists():
         return {}
     rows, _ = read_rows(path)
@@ -162,7 +164,18 @@ def _finished(path: Path | None, asked: Mapping[tuple[str, Knobs], Asked]) -> di
             raise RequestError(
                 f"{path.name}: {row.router}", "another spec", "what it is now, or another --out"
             )
+        if now is not None and row.plugins is not None and row.plugins != _sources(row.router, plugins):
+            raise RequestError(
+                f"{path.name}: {row.router}",
+                "of a plugin that has changed",
+                "the plugin as it was, or another --out",
+            )
     return {row.key: row for row in rows}
+
+
+def _sources(router: str, plugins: Mapping[str, str]) -> list[str] | None:
+    """What decides a router beside its spec: the sources (sha256) of the plugins, if it is not the package's own."""
+    return None if router in OWN else sorted(plugins.values())
 
 
 def _units(
@@ -195,9 +208,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _row(fields: dict[str, Any], seconds: float) -> ProbeRow:
+def _row(fields: dict[str, Any], seconds: float, plugins: Mapping[str, str]) -> ProbeRow:
     values = {name: _rounded(value) for name, value in fields.items()}
-    return ProbeRow(**values, seconds=round(seconds, 3), code=rmoe.__version__, torch=str(torch.__version__))
+    return ProbeRow(
+        **values,
+        seconds=round(seconds, 3),
+        code=rmoe.__version__,
+        torch=str(torch.__version__),
+        plugins=_sources(fields["router"], plugins),
+    )
 
 
 def _rounded(value: Any) -> Any:

@@ -13,15 +13,20 @@ from rmoe.results.run import CorpusInfo, Hardware, LayerCurve, Parameters, Unit,
 SUMMARY_VERSION = 1
 
 Split: TypeAlias = Literal["val", "test"]
-BitsUnit: TypeAlias = Literal["bits_per_byte", "bits_per_token"]
+BitsUnit: TypeAlias = Literal["bits_per_byte", "bits_per_word", "bits_per_token"]
 
-UNITS = {"bits_per_byte": "bits per byte", "bits_per_token": "bits per token", "perplexity": "perplexity"}
+UNITS = {
+    "bits_per_byte": "bits per byte",
+    "bits_per_word": "bits per word",
+    "bits_per_token": "bits per word",  # as earlier releases called it
+    "perplexity": "perplexity",
+}
 SPLITS: dict[Split, str] = {"val": "validation", "test": "test"}
 
 
 def unit_of_differences(unit: Unit) -> BitsUnit:
-    """The scale that differences between values of a unit are given on: bits, per byte or per token."""
-    return "bits_per_byte" if unit == "bits_per_byte" else "bits_per_token"
+    """What differences between values of a unit are given in: bits per byte, or per word (of perplexities)."""
+    return "bits_per_byte" if unit == "bits_per_byte" else "bits_per_word"
 
 
 class Spread(Record, frozen=True, kw_only=True):

@@ -118,16 +118,21 @@ def _read(path: Path, given: Given) -> tuple[Trace | ExpertCounts, list[str]]:
         return read_trace(path), []
     if start.startswith(b"\x93NUMPY"):
         return read_vllm([_Response(_load_npy(path.read_bytes(), path), None)], path, given)
-    first = start.decode("utf-8", errors="replace").splitlines()[0].strip() if start else ""
+    first = start.decode("utf-8-sig", errors="replace").splitlines()[0].strip() if start else ""
     if first == _SGLANG_HEADER:
         return read_sglang(path, given), []
     if re.fullmatch(r"\d+,\d+", first):
         return read_llama_cpp(path, given), []
-    if first.startswith("{") and '"top_indices"' in path.open(encoding="utf-8").readline():
+    if first.startswith("{") and '"top_indices"' in _first_line(path):
         return read_megatron([path], given, str(path))
     if first.startswith(("{", "[")):
         return read_vllm(list(_responses(path)), path, given)
     raise RequestError("--trace", str(path), f"a file in a known format: {FORMATS}")
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8-sig") as file:
+        return file.readline()
 
 
 # --- vLLM ---------------------------------------------------------------------------------------------------------
@@ -140,12 +145,12 @@ class _Response:
 
 
 def _responses(path: Path) -> Iterable[_Response]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     try:
         whole = json.loads(text)
         documents = whole if isinstance(whole, list) else [whole]
     except json.JSONDecodeError:
-        documents = [json.loads(line) for line in text.splitlines() if line.strip()]
+        documents = [json.loads(line) for line in text.split("\n") if line.strip()]
     for document in documents:
         choices = document.get("choices") if isinstance(document, dict) else None
         if not isinstance(choices, list):
@@ -329,7 +334,7 @@ def read_megatron(paths: Sequence[Path], given: Given, shown: str) -> tuple[Trac
     steps: dict[tuple[int, int, int], dict[int, list[list[int]]]] = defaultdict(dict)
     for path in paths:
         seen: dict[tuple[int, int, int], int] = defaultdict(int)
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for line in filter(str.strip, file):
                 rank, step, layer, rows = _megatron_line(line, path)
                 if rows is None:
@@ -374,7 +379,7 @@ def _megatron_line(line: str, path: Path) -> tuple[int, int, int, list[list[int]
 
 
 def _rows(path: Path, columns: int, skip: int = 0) -> Iterable[tuple[int, ...]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file):
             if number < skip or not line.strip():
                 continue

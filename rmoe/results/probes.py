@@ -98,6 +98,8 @@ class ProbeRow(Record, frozen=True, kw_only=True):
 
     Attributes:
         key fields: router, probe, seed, knobs.
+        plugins: sha256 of the plugins' sources, where one of them has registered the router; None also in rows of
+            releases that did not keep it.
         stacked: how many models were trained in one pass; 1 where the router cannot be stacked, and `note` says why.
         seconds: wall clock of its unit over the runs in it.
         parameters: of all routers and what they share, frozen ones included; experts do not count.
@@ -121,6 +123,7 @@ class ProbeRow(Record, frozen=True, kw_only=True):
     knobs: Knobs
     code: str
     torch: str
+    plugins: list[str] | None = None
     stacked: int
     note: str = ""
     seconds: float

@@ -271,5 +271,6 @@ _SHIPPED: dict[str, ZooRow] = {
     "moge": ZooRow(vary(SMOE, gate=TopK.Config(groups=2, group_quota=True)), "Pangu Pro MoE, 2505.21411", "exactly k / 2 experts in each of 2 groups", top_k=2),
 }  # fmt: skip
 
+OWN = frozenset(_ROWS | _SHIPPED)  # the package's, not a plugin's
 for _name, _row in (_ROWS | _SHIPPED).items():
     register(_name, _row)

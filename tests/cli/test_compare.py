@@ -14,11 +14,11 @@ WSD = ["--training.schedule", "wsd"]
     [
         (
             [*WSD, "--lengths", "50", "200"],
-            "--lengths is '50,200'; allowed: 1 to 159: a branch ends before its run",
+            "--lengths is '50 200'; allowed: 1 to 159: a branch ends before its run",
         ),
         (
             ["--lengths", "50", "100"],
-            "--lengths is '50,100'; allowed: given with --training.schedule wsd, not cosine",
+            "--lengths is '50 100'; allowed: given with --training.schedule wsd, not cosine",
         ),
         (["--max-seeds", "5"], "--max-seeds is 5; allowed: left out without --until-decided"),
         (["--until-decided"], "--max-seeds is None; allowed: a number, with --until-decided"),

@@ -158,6 +158,11 @@ def test_another_comparison_in_the_folder_is_refused(shared):
             {"routers": ["smoe", "hash"], "config": "stages"},
             r"router.kind is 'hash'; allowed: a router that needs",
         ),
+        ({"sweep": ["model.num_attention_heads=2,3"]}, r"num_attention_heads is 3"),
+        (
+            {"routers": ["smoe", "switch"], "sweep": ["num_experts_per_tok=1,2"]},
+            r"--sweep is 'num_experts_per_tok'; allowed: another setting with switch, whose only k is 1",
+        ),
         ({"match_logits": -1.0}, r"initial_logit_std is -1.0; allowed: above 0"),
         (
             {"config": "cuda", "options": Options(engine=EngineConfig(kind="ray", fetch="model"))},
@@ -165,7 +170,7 @@ def test_another_comparison_in_the_folder_is_refused(shared):
         ),
         (
             {"lengths": (2, 4), "sweep": ["learning_rate=1e-3,1e-2"], "config": "wsd"},
-            r"--lengths is '2,4'; allowed: left out with --sweep",
+            r"--lengths is '2 4'; allowed: left out with --sweep",
         ),
         (
             {"match_params": True, "sweep": ["moe_intermediate_size=200"], **MATCHED},

@@ -102,6 +102,13 @@ def test_without_times_or_branches_there_is_no_column_of_guesses():
     assert any("were not timed alone" in note for note in untimed.notes)
 
 
+def test_a_router_below_the_laws_floor_is_named():
+    summary = comparison(gain=loss(2000) - 1.4, seconds=101.0)
+    assert all(router.equal_time is None for router in summary.routers)
+    said = "rmoe: a loss is not above the law's floor, so it is not compared at equal time."
+    assert said in summary.notes
+
+
 def test_the_gate_asks_for_both_sizes():
     good, slow = comparison(gain=0.05, seconds=101.0), comparison(gain=0.01, seconds=120.0)
     for here, there, expected in (
@@ -125,6 +132,11 @@ def test_a_gate_of_the_same_size_or_another_baseline_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"summary.json"):
         read_other(tmp_path, plan)
     write_record(tmp_path / plans.SUMMARY, comparison(0.01, 100.0))
+    with pytest.raises(RequestError, match=r"--gate is .*another size: its model is this one's"):
+        read_other(tmp_path, plan)
+    earlier = config.to_dict()
+    del earlier["model"]["dense_gradients"]  # a setting that came later
+    write_record(tmp_path / plans.COMPARISON, msgspec.structs.replace(record, config=earlier))
     with pytest.raises(RequestError, match=r"--gate is .*another size: its model is this one's"):
         read_other(tmp_path, plan)
     with pytest.raises(RequestError, match=r"--gate is .*one with baseline rmoe"):

@@ -12,7 +12,15 @@ from rmoe.compare.compare import _here, _near
 from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
 from rmoe.compare.engines.engine import Job
 from rmoe.compare.evaluate import _over_training
-from rmoe.compare.phases import Options, Setting, analyse, planned_rows
+from rmoe.compare.jobs import EvaluateTest
+from rmoe.compare.phases import (
+    Options,
+    Setting,
+    analyse,
+    evaluate_chosen,
+    planned_rows,
+    train_until_decided,
+)
 from rmoe.compare.plan import ComparisonPlan
 from rmoe.compare.sharing import Sharing
 from rmoe.results.analysis import Analysis, ModelAnalysis
@@ -48,7 +56,7 @@ class Measured(Engine):
     def answers(self, jobs: Mapping[str, Job], wants: Wants) -> Iterator[tuple[str, Answer]]:
         for name, job in jobs.items():
             model = ModelAnalysis(
-                name=name,
+                name=job.name,
                 summary=f"{Path(job.folder).name} {job.tokens}",
                 layers=1,
                 experts=2,
@@ -56,6 +64,31 @@ class Measured(Engine):
                 layer_names=["0"],
             )
             yield name, Answer(value=model)
+
+    def close(self, interrupted: bool) -> None:
+        pass
+
+
+class Trained(Engine):
+    """Runs that fail or end with a loss by their router; what is asked for is kept."""
+
+    at_once = "1 at once"
+
+    def __init__(self, losses: Mapping[str, float]) -> None:
+        self.losses, self.asked = losses, list[str]()
+
+    def answers(self, jobs: Mapping[str, Job], wants: Wants) -> Iterator[tuple[str, Answer]]:
+        self.asked += jobs
+        for name, job in jobs.items():
+            router, _, seed = name.partition("-seed")
+            loss = self.losses.get(router)
+            if isinstance(job, EvaluateTest):
+                yield name, Answer(value=loss)
+            elif loss is None:
+                yield name, Answer(error="out of memory")
+            else:
+                ended = loss + 0.001 * (int(seed) % 3)
+                yield name, Answer(value=row(router, int(seed), ended, test=ended).result)
 
     def close(self, interrupted: bool) -> None:
         pass
@@ -86,6 +119,31 @@ def test_routing_is_measured_again_when_another_run_is_chosen_or_more_tokens_ask
         append_row(setting.results, row("smoe", 1, loss, sweep={"learning_rate": rate}, test=None))
     two = replace(setting, plan=replace(setting.plan, seeds=2))
     assert measured(analyse(two, Measured())) == [f"{second} 65536"]
+
+
+def test_a_router_whose_runs_fail_gets_no_more_pairs(tmp_path, capsys):
+    """And each of its runs is started once."""
+    routers, looks = ("smoe", "rmoe", "xmoe"), (2, 3, 4)
+    setting = setting_of(tmp_path, routers=routers, seeds=2, looks=looks)
+    engine = Trained({"smoe": 2.0, "xmoe": 2.0004})
+    assert train_until_decided(setting, engine).plan.decided == {"rmoe": 2, "xmoe": 2}
+    assert sorted(engine.asked) == sorted(f"{router}-seed{seed}" for router in routers for seed in (0, 1))
+    assert "no more pairs, as runs fail: rmoe" in capsys.readouterr().err
+
+
+def test_without_a_baseline_there_is_nothing_to_wait_for(tmp_path):
+    setting = setting_of(tmp_path, routers=("smoe", "xmoe"), seeds=2, looks=(2, 3, 4))
+    engine = Trained({"xmoe": 2.0})
+    train_until_decided(setting, engine)
+    assert sorted(engine.asked) == ["smoe-seed0", "smoe-seed1", "xmoe-seed0", "xmoe-seed1"]
+
+
+def test_a_router_that_is_no_longer_asked_for_is_judged_on_the_test_split_too(tmp_path):
+    setting = setting_of(tmp_path, sweep={"learning_rate": (1e-3,)})
+    for router in ("smoe", "xmoe"):
+        append_row(setting.results, row(router, 0, 2.0, sweep={"learning_rate": 1e-3}, test=None))
+    evaluate_chosen(setting, Trained({"smoe": 2.0, "xmoe": 2.5}))
+    assert {each.router: each.run.test for each in setting.rows().values()} == {"smoe": 2.0, "xmoe": 2.5}
 
 
 def test_a_window_whose_only_batch_was_skipped_loses_no_measure(tmp_path):

@@ -62,11 +62,21 @@ def test_a_sweep_keeps_the_test_split_for_later():
         ("learning_rate=-1", "above 0"),
         ("seed=1,2", "--seeds"),
         ("router=smoe,rmoe", "--routers"),
+        ("data.max_bytes=1000", "a setting that leaves the text as it is"),
+        ("tokenizer=words", "a setting that leaves the text as it is"),
     ],
 )
 def test_a_wrong_sweep_is_refused(asked, said):
     with pytest.raises(RequestError, match=said):
         plans.parse_sweep(CONFIG, [asked])
+
+
+@pytest.mark.parametrize("again", ["learning_rate=5e-3", "training.learning_rate=5e-3"])
+def test_a_setting_swept_twice_is_refused(again):
+    with pytest.raises(
+        RequestError, match=r"each setting once, with all its values: training\.learning_rate="
+    ):
+        plans.parse_sweep(CONFIG, ["learning_rate=1e-3,2e-3", again])
 
 
 def test_router_names():

@@ -124,7 +124,7 @@ def test_perplexities_differ_in_bits():
         {"smoe": {0: 32.0}, "rmoe": {0: 16.0}}, "smoe", "perplexity", "test"
     )["rmoe"]
     assert found.mean == pytest.approx(-1.0)
-    assert found.unit == "bits_per_token"
+    assert found.unit == "bits_per_word"
 
 
 def test_identical_runs_are_equivalent_not_a_division_by_zero():

@@ -73,6 +73,23 @@ def test_without_every_test_figure_validation_is_compared():
     rows[0] = row("smoe", 0, 1.70, test=None)
     summary = summarise(rows, preset="small", baseline="smoe")
     assert "on the validation split" in summary.verdict
+    assert "Compared on the validation split, as there is no test value of 1 run of smoe." in summary.notes
+
+
+def test_another_router_without_a_test_figure_does_not_move_the_rest_to_validation():
+    rows = [*grid(-0.03), *(row("xmoe", seed, 1.5, test=None) for seed in range(3))]
+    summary = summarise(rows, preset="small", baseline="smoe")
+    assert "on the test split" in summary.verdict
+    assert [r.router for r in summary.routers if r.difference is not None] == ["rmoe"]
+    assert "Left out of the differences, as there is no test value: 3 runs of xmoe." in summary.notes
+
+
+def test_a_router_without_a_pair_so_far_is_one_of_those_compared():
+    alone, planned = (
+        next(r for r in summarise(grid(-0.0003), "small", "smoe", planned=n).routers if r.router == "rmoe")
+        for n in (1, 2)
+    )
+    assert planned.difference.p_holm == 2 * alone.difference.p_holm
 
 
 def test_failed_runs_are_left_out_and_named():

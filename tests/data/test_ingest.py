@@ -306,7 +306,11 @@ def test_bad_text_is_one_line_and_writes_nothing(
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("nothing.txt", "an existing file or folder"), (".", "a folder that holds text files")],
+    [
+        ("nothing.txt", "an existing file or folder"),
+        (".", "a folder that holds text files"),
+        ("caf\udce9.txt", r"caf.+txt'; allowed: a path whose name is UTF-8"),
+    ],
 )
 def test_nothing_there(tmp_path: Path, cache: Path, path: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):

@@ -289,6 +289,29 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
         text_of(tmp_path)
 
 
+def test_a_file_in_a_linked_folder_counts_once(tmp_path: Path) -> None:
+    """`latest` beside the version it is; a folder and the one that holds it."""
+    text, links = tmp_path / "d" / "v1", tmp_path / "links"
+    text.mkdir(parents=True)
+    links.mkdir()
+    for name in ("a", "b"):
+        (text / f"{name}.txt").write_text(name)
+    for name, target in (("v1", text), ("latest", text), ("all", text.parent)):
+        (links / name).symlink_to(target)
+    assert sorted(text_of(links).split(b"\n\n\f\n")) == [b"a", b"b"]
+    (tmp_path / "both").symlink_to(links)
+    assert text_of(tmp_path / "both") == text_of(links)
+
+
+def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert text_of(tmp_path) == b"a"
+    (tmp_path / "b.txt").symlink_to(tmp_path / "b.txt")
+    with pytest.raises(RequestError, match=r"b\.txt'; allowed: a link that leads to a file"):
+        text_of(tmp_path)
+
+
 def test_a_folder_of_parquet(tmp_path: Path) -> None:
     write_parquet(tmp_path / "0.parquet", [{"text": "one"}, {"text": "two"}])
     (tmp_path / "dataset_info.json").write_text("{}")  # no text of the folder

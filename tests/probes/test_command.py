@@ -180,6 +180,27 @@ def test_bad_requests_are_one_line(
     assert not out.exists()
 
 
+def test_results_of_a_plugin_that_has_changed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files stand for one that was edited; the package's own routers are not the plugin's."""
+    monkeypatch.setitem(ZOO, "stranger", ZOO["smoe"])
+    monkeypatch.delitem(ZOO, "stranger")
+    before, after = tmp_path / "before.py", tmp_path / "after.py"
+    row = 'register("stranger", ZooRow(resolve("smoe"), "elsewhere", "it"))'
+    lines = ["from rmoe.routing import register, resolve", "from rmoe.routing.zoo import ZooRow", row]
+    before.write_text("\n".join(lines))
+    after.write_text("\n".join([*lines, "# edited"]))
+    out = tmp_path / "out"
+    first = run(["smoe", "stranger"], ["lookup"], 1, out, knobs=FEW, plugins=[str(before)])
+    assert run(["smoe", "stranger"], ["lookup"], 1, out, knobs=FEW, plugins=[str(before)]) == first
+    assert run(["smoe"], ["lookup"], 1, out, knobs=FEW, plugins=[str(after)]) == first[:1]
+    with pytest.raises(
+        RequestError, match=r"stranger is 'of a plugin that has changed'; allowed: the plugin as"
+    ):
+        run(["smoe", "stranger"], ["lookup"], 1, out, knobs=FEW, plugins=[str(after)])
+
+
 @pytest.mark.parametrize("change", ["version", "spec"])
 def test_results_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
     run(["smoe"], ["lookup"], 1, tmp_path, knobs=FEW)

@@ -143,6 +143,20 @@ def test_vllm_there_and_back(tmp_path: Path) -> None:
     assert notes == ["layers [3, 4] are zero everywhere: read as dense layers"]
 
 
+def test_vllm_lines_of_any_text(tmp_path: Path) -> None:
+    """From Windows, with signs that end a line for `str.splitlines` and not in a file."""
+    answers = [
+        {"choices": [{"text": f"a{sign}b", "token_ids": [7], "routed_experts": encoded(ids(2))}]}
+        for sign in "\u2028\x85"
+    ]
+    path = tmp_path / "lines.jsonl"
+    lines = "".join(json.dumps(answer, ensure_ascii=False) + "\r\n" for answer in answers)
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    read, _ = read_any_trace(path, Given(num_experts=E))
+    assert isinstance(read, Trace)
+    np.testing.assert_array_equal(read.experts, np.concatenate([ids(2), ids(2)]))
+
+
 @pytest.mark.parametrize("split", [True, False])
 def test_vllm_response_of_a_server(tmp_path: Path, split: bool) -> None:
     """Up to 0.21 the prompt's routing stands apart; the last generated token has none."""

@@ -8,6 +8,7 @@ saved and the process ends, so a killed comparison, Ray worker or Slurm job leav
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle  # nosec B403  what is read was written by the process that started this one
 import queue
@@ -34,6 +35,7 @@ def main() -> None:
             break
         answer = answer_to(job)
         busy.clear()
+        free_memory()
         _say(answers, answer)
 
 
@@ -57,6 +59,14 @@ def _say(answers: BinaryIO, answer: Answer) -> None:
         answers.write(pickle.dumps(answer))
     except BrokenPipeError:  # nobody is left to hear it; the run is saved in its folder
         os._exit(1)
+
+
+def free_memory() -> None:
+    """Give a GPU back what torch keeps for its next tensors: the next job there may be another process's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def answer_to(job: Job) -> Answer:
