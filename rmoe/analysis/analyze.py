@@ -23,7 +23,7 @@ from rmoe.analysis.regret import TOKENS, RouteRegret
 from rmoe.analysis.saturation import Saturation
 from rmoe.analysis.streaming.run import StreamedRouting
 from rmoe.analysis.weights import LayerWeights, layer_weights, random_similarity
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
 from rmoe.moe import check_reading
 from rmoe.moe.recorder import Recorder
 from rmoe.moe.records import RoutingBatch
@@ -59,6 +59,7 @@ def analyze_models(
     options: AnalysisOptions | None = None,
     *,
     stability: bool = False,
+    notes: list[str] | None = None,
 ) -> list[schema.ModelAnalysis]:
     """Measure the routing of models that read the same token ids.
 
@@ -69,6 +70,7 @@ def analyze_models(
         options: sizes of the samples.
         stability: also how much of each token's choice the second subject shares with the first (saturation),
             recorded with the first.
+        notes: gets a line for each measure that was asked for and cannot be taken.
 
     Returns:
         One entry per subject, in order.
@@ -95,6 +97,8 @@ def analyze_models(
             if saturation is not None:
                 saturation.update(batches[0].experts, batches[1].experts, batches[0].num_experts)
         analyses = [one.result(blocks, token_text) for one in passes]
+    if notes is not None:
+        notes += [note for one in passes for note in one.notes]
     if saturation is not None:
         first, second, n = subjects[0], subjects[1], saturation.n
         values, (changed, anywhere) = saturation.result().tolist(), saturation.flips()
@@ -109,6 +113,7 @@ class _Pass:
 
     def __init__(self, subject: Subject, token_counts: np.ndarray, options: AnalysisOptions) -> None:
         self.subject, self.token_counts, self.options = subject, token_counts, options
+        self.notes: list[str] = []
         self.streamed = subject.streamed
         self.recorder = Recorder(subject.model) if self.streamed is None else self.streamed.recorder
         self.check: schema.ReadingCheck | None = None
@@ -192,7 +197,7 @@ class _Pass:
             contributions=self._contributions(),
             contexts=self._contexts(blocks, token_text),
             predictability=self._predictability(),
-            saliency=None if self.saliency is None else _or_none(self.saliency.result().numpy()),
+            saliency=self._saliency(),
             **self.measures.fields(token_text),
         )
 
@@ -231,6 +236,14 @@ class _Pass:
             sources=found.sources, values=values, state=state, advantage=advantage, n=found.n
         )
 
+    def _saliency(self) -> list[list[float | None]] | None:
+        if self.saliency is None:
+            return None
+        found = self.saliency.result().numpy()
+        if np.isnan(found).all():
+            self.notes.append(f"no saliency of {self.subject.name}: its experts are not told their choice")
+        return _or_none(found)
+
     def _weights(self) -> list[LayerWeights]:
         if "weights" not in self.options.measures:
             return []
@@ -260,11 +273,11 @@ class _Pass:
         if len(self.recorder.called) > len(self.recorder.layers) or self.recorder.two_sided:
             return []  # passes of a loop share their parameters; an encoder-decoder's loss is of another text
         count = min(len(blocks), -(-self.options.gradient_tokens // blocks.shape[1]))
-        # Batches of one size, so that each weighs the same in the mean.
-        size = min(self.options.batch_size, max(count, 1))
+        # Batches of one size, so that each weighs the same in the mean, and of the same blocks whatever the size.
+        size = max((n for n in range(1, self.options.batch_size + 1) if count % n == 0), default=1)
         return [
             torch.from_numpy(blocks[start : start + size].astype(np.int64)).to(self.device)
-            for start in range(0, count - size + 1, size)
+            for start in range(0, count, size)
         ]
 
     def _balance(self, blocks: np.ndarray) -> schema.BalanceAudit | None:
@@ -275,7 +288,11 @@ class _Pass:
         if self.streamed is not None or "regret" not in self.options.measures or self.recorder.two_sided:
             return None
         ids = torch.from_numpy(blocks.astype(np.int64)).to(self.device)
-        own, later = RouteRegret(self.subject.model, TOKENS, self.options.batch_size)(ids)
+        try:
+            own, later = RouteRegret(self.subject.model, TOKENS, self.options.batch_size)(ids)
+        except (RequestError, RunError) as why:  # routers whose choice cannot be forced
+            self.notes.append(f"no regret of {self.subject.name}: {why}")
+            return None
         exchanges = own.isfinite().sum(-1)
         error = (own - own.nanmean(-1, keepdim=True)).square().nansum(-1).sqrt() / exchanges
         better = ((own + later) < 0).sum(-1) / exchanges

@@ -82,14 +82,14 @@ def analyze_folders(
     names = _names(paths)
     target = device_of(device)
     in_parts = [streaming.applies(path, target) for path in paths]
+    dtypes = [*["auto"] * (len(paths) - 1), dtype]
     streamed = [
-        StreamedModel(path, target) if part else None for path, part in zip(paths, in_parts, strict=True)
+        StreamedModel(path, target, each) if part else None
+        for path, part, each in zip(paths, in_parts, dtypes, strict=True)
     ]
     loaded = [
-        rmoe.load(path, device=target, dtype=dtype if i == len(paths) - 1 else "auto")
-        if part is None
-        else part.model
-        for i, (path, part) in enumerate(zip(paths, streamed, strict=True))
+        rmoe.load(path, device=target, dtype=each) if part is None else part.model
+        for path, part, each in zip(paths, streamed, dtypes, strict=True)
     ]
     needs_loss = {"gradients", "balance"} & {*options.measures} if options.gradient_tokens else set()
     needs_loss |= {"regret"} & {*options.measures}
@@ -126,12 +126,12 @@ def analyze_folders(
         notes.append(f"no routing stability between the two models: {why}")
     if together:
         analyses = analyze_models(
-            subjects, readings[0].blocks, readings[0].token_text, options, stability=stability
+            subjects, readings[0].blocks, readings[0].token_text, options, stability=stability, notes=notes
         )
     else:
         analyses = []
         for subject, reading in zip(subjects, readings, strict=True):
-            analyses += analyze_models([subject], reading.blocks, reading.token_text, options)
+            analyses += analyze_models([subject], reading.blocks, reading.token_text, options, notes=notes)
             # Tokens to explore are the same for all, or the first's.
             options = replace(options, explored_tokens=0)
     for routing in routings:

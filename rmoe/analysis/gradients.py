@@ -16,6 +16,8 @@ from rmoe.model.modeling_rmoe import RMoEPreTrainedModel
 from rmoe.moe import RoutedLayer
 
 _STATE_ARGUMENTS = ("state", "router_states")  # of our routers, of ZAYA1's
+LOSS_SCALE = 2.0**14
+"""Times the loss in float16: a mean's gradient per token is then an ordinary number, and well below 65,504."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +106,30 @@ def recurrence_cut(layers: Sequence[RoutedLayer]) -> Iterator[list[bool]]:
 
 
 class MeanGradient:
-    """The mean over batches of one loss's gradient."""
+    """The mean over batches of one loss's gradient.
+
+    With parameters in float16, whose smallest numbers many gradients are below, of the loss times `LOSS_SCALE`; where
+    that overflows, of the loss itself.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
+        self.scale = LOSS_SCALE if any(p.dtype == torch.float16 for p in parameters) else 1.0
         self.total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         self.count = 0
 
     def add(self, loss: Tensor, *, keep_graph: bool = False) -> None:
-        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep_graph, allow_unused=True)
+        scale, scaled = self.scale, loss.float() * self.scale if self.scale != 1 else loss
+        gradients = self._of(scaled, keep_graph or self.scale != 1)
+        if self.scale != 1 and not all(g is None or bool(g.isfinite().all()) for g in gradients):
+            scale, gradients = 1.0, self._of(loss, keep_graph)
         for total, gradient in zip(self.total, gradients, strict=True):
             if gradient is not None:
-                total += gradient
+                total += gradient if scale == 1 else gradient.float() / scale
         self.count += 1
+
+    def _of(self, loss: Tensor, keep_graph: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, self.parameters, retain_graph=keep_graph, allow_unused=True)
 
     def mean(self) -> list[Tensor]:
         return [total / max(self.count, 1) for total in self.total]

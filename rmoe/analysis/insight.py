@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rmoe.analysis.probe import ChoiceProbe, top_k_recall
 from rmoe.graft.modules import GraftedGate
 from rmoe.moe import RoutedLayer, RoutingBatch, scorer_matrix
-from rmoe.moe.reading import is_own
+from rmoe.moe.reading import DenseReader, is_own
 
 
 class Predictability:
@@ -122,7 +122,7 @@ class Saliency:
         """Within, a forward pass is heard."""
         with ExitStack() as hooks:
             for index, layer in enumerate(self.layers):
-                if layer.reader.at == "experts":
+                if not isinstance(layer.reader, DenseReader):
                     add = partial(self._add, index, layer)
                     hooks.enter_context(layer.experts.register_forward_pre_hook(add, with_kwargs=True))
             yield

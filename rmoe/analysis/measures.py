@@ -197,7 +197,11 @@ class RoutingMeasures:
         total, layers = int(token_counts.sum()), sizes.num_layers
         self.sizes = sizes
         self.choices = ChoiceMeasures(sizes, total, token_counts, names=names)
-        self.digitised = DigitisedMutualInformation(layers, total) if "mutual-information" in names else None
+        self.digitised = (
+            DigitisedMutualInformation(layers, total, layer_experts=sizes.layer_experts)
+            if "mutual-information" in names
+            else None
+        )
         self.confidence = GateConfidence(layers, sizes.num_classes) if "confidence" in names else None
         self.explorer = Explorer(explored_tokens if "tokens" in names else 0)
         self.contexts = TopContexts(layers, sizes.num_experts) if "contexts" in names else None

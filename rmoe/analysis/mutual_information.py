@@ -9,6 +9,7 @@ experts is over tokens, and is corrected for its bias.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -142,10 +143,18 @@ class DigitisedMutualInformation:
         num_layers: L.
         total_tokens: tokens that `update` will see in all.
         max_tokens: most tokens to measure.
+        layer_experts: E of each layer, where they differ: a pair is measured over the classes of its larger layer.
     """
 
-    def __init__(self, num_layers: int, total_tokens: int, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        total_tokens: int,
+        max_tokens: int = MAX_TOKENS,
+        layer_experts: Sequence[int] = (),
+    ) -> None:
         self.total_tokens = total_tokens
+        self._experts = np.array(layer_experts or [0] * num_layers)
         self.sample_size = min(total_tokens, max_tokens)
         self.n = 0
         self._chance_every = max(1, self.sample_size // CHANCE_TOKENS)
@@ -170,14 +179,25 @@ class DigitisedMutualInformation:
             return
         take = np.arange(start, stop) * self.total_tokens // self.sample_size - first
         sampled = probs[:, torch.from_numpy(take).to(probs.device)].float().transpose(1, 2).cpu().numpy()
-        self._sum += digitised_mutual_information(sampled).sum(axis=-1)
+        self._sum += self._of_pairs(sampled, lambda part: part)
         self.n += len(take)
         skipped = -start % self._chance_every  # those with i a multiple of the spacing
         some = sampled[..., skipped :: self._chance_every]
         if some.shape[-1]:
-            shuffled = relabelled(some, self._chance_n)
-            self._chance_sum += digitised_mutual_information(shuffled).sum(axis=-1)
+            self._chance_sum += self._of_pairs(some, lambda part: relabelled(part, self._chance_n))
             self._chance_n += some.shape[-1]
+
+    def _of_pairs(self, probs: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """[L, L] sums over tokens of `probs` [L, C, T], changed before it is measured."""
+        most, found = self._experts.max(), np.zeros_like(self._sum)
+        for size in np.unique(self._experts):  # as a rule one
+            layers = np.flatnonzero(self._experts <= size)
+            pairs = np.ix_(layers, layers)
+            part = np.delete(probs[layers], slice(size, most), axis=1)  # the null classes stand behind `most`
+            values = digitised_mutual_information(change(part)).sum(axis=-1)
+            largest = np.maximum.outer(self._experts[layers], self._experts[layers])
+            found[pairs] = np.where(largest == size, values, found[pairs])
+        return found
 
     def result(self) -> np.ndarray:
         """[L, L] float64, nats: the mean over the n tokens taken; the diagonal is the mean entropy H(X).

@@ -42,7 +42,7 @@ STATISTICS: tuple[tuple[str, str, str, Callable[[Any], Values]], ...] = (
     ("load_imbalance", "load imbalance", "largest / mean", lambda imbalance: imbalance.values),
     ("load", "load, 5%", "of the mean", lambda load: [row[1] for row in load.quantiles]),
     ("load", "load, 95%", "of the mean", lambda load: [row[3] for row in load.quantiles]),
-    ("frequency", "unused experts", "", lambda frequency: [row.count(0.0) for row in frequency]),
+    ("load", "unused experts", "", lambda load: load.dead),
     ("drop_ratio", "drop ratio", f"at capacity {CAPACITY}", _at_capacity),
     ("similarity", "expert similarity", "cosine", lambda similarity: similarity.values),
     ("router_weights", "router norm", "", lambda weights: weights.norm),

@@ -218,3 +218,21 @@ def test_one_layer_has_the_entropy_of_its_choice() -> None:
     chosen.update(torch.tensor([[0, 1] * 4000]))
     assert chosen.result().shape == (1, 1)
     assert chosen.result()[0, 0] == pytest.approx(np.log(2), abs=1e-3)
+
+
+def test_a_pair_does_not_depend_on_the_size_of_a_third_layer() -> None:
+    """Two layers of 4 experts and a null class, alone and beside one of 16: its further experts are not theirs."""
+    small, large = _probabilities(2, 5, 400), _probabilities(1, 17, 400, seed=1)
+    wide = np.zeros((3, 17, 400), np.float32)
+    wide[:2, :4], wide[:2, 16:], wide[2:] = small[:, :4], small[:, 4:], large
+    alone, beside = (
+        DigitisedMutualInformation(2, 400),
+        DigitisedMutualInformation(3, 400, layer_experts=(4, 4, 16)),
+    )
+    alone.update(torch.from_numpy(small).transpose(1, 2))
+    beside.update(torch.from_numpy(wide).transpose(1, 2))
+    np.testing.assert_array_equal(beside.result()[:2, :2], alone.result())
+    np.testing.assert_array_equal(beside.chance()[:2, :2], alone.chance())
+    assert beside.result()[2, 2] == digitised_mutual_information(large)[0, 0].mean()
+    pair = digitised_mutual_information(wide[[0, 2]])[0, 1].mean()
+    assert beside.result()[0, 2] == beside.result()[2, 0] == pytest.approx(pair, abs=1e-12)

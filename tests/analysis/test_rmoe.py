@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import msgspec
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from rmoe.analysis.snapshot import MEASURES, RoutingSnapshot, over_training
 from rmoe.errors import RequestError
 from rmoe.moe.recorder import Recorder
 from rmoe.results.analysis import ModelAnalysis
+from rmoe.routing import ZOO
 from rmoe.routing.contract import gate_entropy
 from tests.analysis.tiny_families import TINY
 from tests.analysis.tiny_rmoe import EXPERTS, LAYERS, TOP_K, tiny_rmoe
@@ -76,6 +79,40 @@ def test_a_model_without_a_choice_can_be_analysed_and_written(experts: int, bloc
     assert msgspec.json.decode(msgspec.json.encode(analysis), type=ModelAnalysis) == analysis
     assert (analysis.similarity is None) == (experts == 1)
     np.testing.assert_array_equal(analysis.frequency, np.full((LAYERS, experts), 1 / experts))
+
+
+@pytest.mark.parametrize("router", ["dense", "hash", "switch", "moepp"])
+def test_a_router_whose_choice_cannot_be_forced_loses_its_regret_and_says_so(
+    router: str, blocks: np.ndarray
+) -> None:
+    """It ended the whole analysis, which comes last and measures longest."""
+    model = tiny_rmoe(router, num_experts_per_tok=ZOO[router].top_k or TOP_K)
+    notes: list[str] = []
+    options = AnalysisOptions(measures=("load", "regret"), batch_size=4)
+    (analysis,) = analyze_models([Subject("it", model)], blocks, chr, options, notes=notes)
+    assert analysis.regret is None
+    assert analysis.load is not None
+    assert [note.partition(":")[0] for note in notes] == ["no regret of it"]
+
+
+def test_in_float16_the_balance_loss_has_its_gradient(blocks: np.ndarray) -> None:
+    """A mean over tokens of a small loss: its gradients are below float16's smallest number."""
+    model = tiny_rmoe("smoe", router_aux_loss_coef=1e-5)
+    options = AnalysisOptions(measures=("gradients", "balance"), batch_size=7, gradient_tokens=168)
+    full, half = (
+        analyze_models([Subject("it", each)], blocks, chr, options)[0]
+        for each in (model, copy.deepcopy(model).half())
+    )
+    for of in (lambda a: a.gradient_split.balance[0], lambda a: a.gradient_split.language_model[0]):
+        np.testing.assert_allclose(of(half), of(full), rtol=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_the_gradients_sample_does_not_follow_the_batch_size(size: int, blocks: np.ndarray) -> None:
+    options = AnalysisOptions(measures=("gradients",), batch_size=size, gradient_tokens=96)
+    (analysis,) = analyze_models([Subject("it", tiny_rmoe())], blocks, chr, options)
+    assert analysis.gradient_split is not None
+    assert analysis.gradient_split.tokens == 96
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -330,3 +330,17 @@ def test_freed_weights_return_to_the_system_and_activations_are_not_mapped_anew(
     freed, faults = map(float, said.split())
     assert freed > 190  # of 200 MiB
     assert faults < 1_500  # 4,096 if each tensor were mapped anew
+
+
+def test_a_second_precision_is_streamed_as_it_is_loaded(tmp_path: Path) -> None:
+    """Two of one model, the second in bfloat16: some choices flip, the same ones either way."""
+    folder = saved("rmoe", tmp_path / "m")
+    options = ["--compare-with", str(folder), "--dtype", "bf16", "--measures", "load"]
+    flips = []
+    for name, more in (("plain", []), ("streamed", ["--stream"])):
+        assert _analyze(folder, tmp_path / name, *options, *more) == 0
+        first, second = read_analysis(tmp_path / name / "analysis.json").models
+        assert first.flips is not None
+        flips.append((first.flips.values, second.frequency))
+    assert flips[0] == flips[1]
+    assert sum(flips[0][0]) > 0

@@ -163,7 +163,8 @@ def test_resume(text, tmp_path, words):
 )
 def test_what_cannot_be_is_said_in_one_line(text, tmp_path, capsys, options, said):
     out = tmp_path / "run"
-    assert main(["train", "--data", str(text), "--out", str(out), *SHORT, *options]) == 2
+    settings = without("--router-option", SHORT) if "--router" in options else SHORT
+    assert main(["train", "--data", str(text), "--out", str(out), *settings, *options]) == 2
     shown = capsys.readouterr().err
     assert said in shown
     assert shown.count("\n") == 1

@@ -96,6 +96,23 @@ def test_one_expert_has_no_entropy_to_show():
     assert "entropy" not in {c.id for c in all_charts(None, only)}
 
 
+def test_two_models_that_are_no_checkpoints_of_one_are_not_called_so():
+    analysis = sample_analysis()
+    first = next(model for model in analysis.models if model.saturation is not None)
+    for steps, said in (
+        ((0, 0), "has in common with"),
+        ((400, 100), "has in common with"),
+        ((100, 400), "from step 100 to step 400"),
+    ):
+        found = msgspec.structs.replace(
+            first.saturation, from_step=[steps[0]], to_step=[steps[1]], values=first.saturation.values[:1]
+        )
+        alone = msgspec.structs.replace(first, saturation=found)
+        text = _definition(msgspec.structs.replace(analysis, models=[alone]), "saturation")
+        assert said in text
+        assert ("checkpoint" in text) == (steps == (100, 400))
+
+
 def _definition(analysis: Analysis, id: str) -> str:
     return next(c.definition for c in all_charts(None, analysis) if c.id == id)
 

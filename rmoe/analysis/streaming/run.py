@@ -130,7 +130,7 @@ def stream_routing(
     require_space(folder, 2 * width + blocks.size * classes)
     on_disk = hidden == "disk" or (hidden == "auto" and 2 * width > _SHARE_OF_MEMORY * free_memory(device))
     store = Store(folder, blocks.size, spans)
-    identity = _identity(path, blocks, batch_size, device)
+    identity = _identity(path, blocks, batch_size, device) | {"dtype": str(model.model.dtype)}
     state = store.saved_state(identity)
     resumed: int | None = 0 if state is None else state.stage
     if state is not None and not store.has_outputs(state.stage - 1):

@@ -33,6 +33,7 @@ class StreamedModel:
     Args:
         path: a model folder.
         device: where a layer goes when it is loaded.
+        dtype: of the weights, as `rmoe.load` takes it.
 
     Attributes:
         model: in evaluation mode; parameters of layers that are not loaded are on the meta device.
@@ -43,7 +44,7 @@ class StreamedModel:
         RequestError: what `rmoe.load` refuses; layers in no module list; a graft's adapter.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, dtype: str = "auto") -> None:
         if (path / ADAPTER).is_file():
             allowed = (
                 "a model whose weights are all in its folder, not an adapter (rmoe graft --full writes one)"
@@ -54,7 +55,7 @@ class StreamedModel:
             allowed = f"none, or {' or '.join(QUANTISERS)}: of other methods no layer has been read alone and compared"
             raise RequestError("quantization_config.quant_method", method, allowed)
         with weights_later() as later:
-            model = rmoe.load(path)
+            model = rmoe.load(path, dtype=dtype)
         self.model: PreTrainedModel = model
         self.device = device
         self._later: LaterWeights = later

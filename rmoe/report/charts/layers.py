@@ -213,8 +213,10 @@ def contributions(having: Having[Contributions], looks: Looks) -> Iterator[Chart
     shown = [(m.name, _with_state(c, most)) for m, c in having]
     known = [v for _, rows in shown for row in rows for v in row if v is not None]
     step = max(1, most // 8)
-    places = [0, *range(1, most, step), most]
-    names = ["emb", *map(str, range(0, most - 1, step)), "state"]
+    # Where not every layer is named, none beside the two words.
+    layers = range(most - 1) if step == 1 else range(step, most - 1 - step // 2, step)
+    places = [0, *(layer + 1 for layer in layers), most]
+    names = ["emb", *map(str, layers), "state"]
     panels = heat_maps(
         shown,
         columns=2,

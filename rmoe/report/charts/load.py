@@ -31,6 +31,7 @@ imbalance = measure_chart(
 
 def frequency(having: Having[Matrix], looks: Looks) -> Iterator[Chart]:
     experts = max(len(row) for _, values in having for row in values)
+    even = ", ".join(f"{100 / n:.2f}% of {n} experts" for n in sorted({m.experts for m, _ in having}))
     panels = heat_maps(
         [(m.name, [[100 * v for v in row] for row in values]) for m, values in having],
         columns=2,
@@ -42,8 +43,7 @@ def frequency(having: Having[Matrix], looks: Looks) -> Iterator[Chart]:
         id="frequency",
         section=SECTION,
         title="Selection frequency",
-        definition="Share of a layer's assignments that go to each expert (Fig. 12). "
-        f"Even use of {experts} experts would be {100 / experts:.2f}% each.",
+        definition=f"Share of a layer's assignments that go to each expert (Fig. 12). Even use is {even}.",
         unit="% of assignments",
         sample=token_count([m.frequency_n for m, _ in having]),
         rows=Cube(["model", "layer", "expert", "share"], {m.name: values for m, values in having}),

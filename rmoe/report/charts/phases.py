@@ -77,18 +77,27 @@ def saturation(having: Having[Saturation], looks: Looks) -> Iterator[Chart]:
         else:
             drawn = line(m.name, range(len(s.values[0])), s.values[0], looks[m.name], index)
         data.append(drawn)
-    first = having[0][1]
+    model, first = having[0]
+    before, after = first.from_step[0], first.to_step[0]
+    trained = over_steps or 0 < before < after
     which = (
         "mean over layers; the CSV has every layer"
         if over_steps
-        else (f"from step {first.from_step[0]:,} to step {first.to_step[0]:,}")
+        else f"from step {before:,} to step {after:,}"
+    )
+    other = "the other model" if model.flips is None else model.flips.other
+    shared = "Share of a token's chosen experts that"
+    between = (
+        f"{shared} stay the same from one checkpoint to a later one, mean over tokens; {which}. 1: routing has settled."
+        if trained
+        else f"{shared} {model.name} has in common with {other}, mean over tokens. It says something where both number "
+        "their experts alike: one model in two precisions, or before and after training."
     )
     yield Chart(
         id="saturation",
         section=SECTION,
-        title="Routing stability between checkpoints",
-        definition="Share of a token's chosen experts that stay the same from one checkpoint to a later one, mean "
-        f"over tokens; {which}. 1: routing has settled.",
+        title="Routing stability between checkpoints" if trained else "Choices in common",
+        definition=between,
         unit="share of chosen experts kept",
         sample=token_count([s.n for _, s in having]),
         data=data,
