@@ -48,9 +48,13 @@ class Streaming:
     hidden: Hidden = "auto"
     report: Callable[[Progress], object] = lambda progress: None
 
-    def applies(self, path: Path, device: torch.device) -> bool:
-        """Whether this model is to be streamed."""
-        return self.asked or checkpoint_bytes(path) > free_memory(device)
+    def applies(self, paths: Sequence[Path], device: torch.device) -> list[bool]:
+        """Which of the models that are to be in memory together are to be streamed."""
+        found, left = list[bool](), free_memory(device)
+        for path in paths:
+            found.append(self.asked or checkpoint_bytes(path) > left)
+            left -= 0 if found[-1] else checkpoint_bytes(path)
+        return found
 
 
 def analyze_folders(
@@ -81,7 +85,7 @@ def analyze_folders(
     paths = [model_folder(model) for model in models]
     names = _names(paths)
     target = device_of(device)
-    in_parts = [streaming.applies(path, target) for path in paths]
+    in_parts = streaming.applies(paths, target)
     dtypes = [*["auto"] * (len(paths) - 1), dtype]
     streamed = [
         StreamedModel(path, target, each) if part else None

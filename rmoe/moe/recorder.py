@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -30,21 +31,25 @@ def listen(
 ) -> Iterator[Listening]:
     """Within, each call of a layer's experts hands its record to `receive`, before the experts run.
 
-    A layer that runs more than once in a forward pass is heard each time.
+    A layer that runs more than once in a forward pass is heard each time, and so are calls of several threads:
+    `receive` is called in the thread of the call. A call of another thread that had begun before is not heard.
     """
-    outputs: dict[int, Any] = {}
+    opened_by = get_ident()
+    outputs: dict[tuple[int, int], Any] = {}  # threads may call one layer at a time
     listening = Listening()
 
     def keep(layer: RoutedLayer, module: nn.Module, args: Any, output: Any) -> None:
         if not listening.paused:
-            outputs[id(layer)] = output
+            outputs[get_ident(), id(layer)] = output
 
     def read(layer: RoutedLayer, module: nn.Module, args: Any, kwargs: Any) -> None:
         if listening.paused:
             return
-        if id(layer) not in outputs:
+        if (get_ident(), id(layer)) not in outputs:
+            if get_ident() != opened_by:
+                return
             raise RequestError("MODEL", layer.name, "a layer that calls its router before its experts")
-        receive(layer, layer.reader.read(outputs.pop(id(layer)), args, kwargs))
+        receive(layer, layer.reader.read(outputs.pop((get_ident(), id(layer))), args, kwargs))
 
     with ExitStack() as hooks:
         for layer in layers:
@@ -116,8 +121,11 @@ class Recorder:
         """
         records: list[RoutingRecord] = []
         called: list[RoutedLayer] = []
+        thread = get_ident()
 
         def receive(layer: RoutedLayer, record: RoutingRecord) -> None:
+            if get_ident() != thread:  # somebody else's pass through the model
+                return
             require_each_token(layer, record, input_ids.numel())
             called.append(layer)
             records.append(record)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -63,13 +64,13 @@ def passes(
         begin: makes it.
         end: is told that it is over, and its cache: the one given or returned, None without any.
     """
-    current: list[Pass] = []
+    current: dict[int, Pass] = {}  # one a thread
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        current[:] = [begin(tokens_of(module, args, kwargs))]
+        current[get_ident()] = begin(tokens_of(module, args, kwargs))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        done = current.pop() if current else None
+        done = current.pop(get_ident(), None)
         if done is not None and output is not None:
             end(done, cache_of(module, args, kwargs, output))
 
@@ -77,7 +78,7 @@ def passes(
         model.register_forward_pre_hook(before, with_kwargs=True),
         model.register_forward_hook(after, with_kwargs=True, always_call=True),
     ):
-        yield lambda: current[0] if current else None
+        yield lambda: current.get(get_ident())
 
 
 def _one_text(model: nn.Module) -> list[RoutedLayer]:
@@ -298,7 +299,10 @@ class _Where:
         hidden = first_tensor(args, kwargs)
         if now is None or hidden is None:
             return self.enter_part(key, module, args, kwargs)
-        self._of[key] = self._inputs[key, hidden.data_ptr(), tuple(hidden.shape)] = (now, now.times[key])
+        self._of[get_ident(), key] = self._inputs[key, hidden.data_ptr(), tuple(hidden.shape)] = (
+            now,
+            now.times[key],
+        )
         now.times[key] += 1
 
     def enter_part(self, key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -312,8 +316,8 @@ class _Where:
     def of(self, layer: RoutedLayer) -> tuple[Pass, int]:
         """The pass and time that a layer runs for."""
         key = (layer.stack, layer.index)
-        if self.current() is not None and key in self._of:
-            return self._of[key]
+        if self.current() is not None and (get_ident(), key) in self._of:
+            return self._of[get_ident(), key]
         if key not in self._again:
             what = f"{layer.name} runs outside a forward pass of the model, on an input that it had in none"
             raise RunError(what, "nothing", "call the model that is replayed; do not offload activations")

@@ -16,6 +16,7 @@ from torch import nn
 
 import rmoe
 from rmoe.analysis.analyze import Subject, analyze_models
+from rmoe.analysis.command import Streaming
 from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.streaming import memory
 from rmoe.analysis.streaming.run import Progress, StreamedRouting, stream_routing
@@ -284,6 +285,43 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         stream_routing(folder, BLOCKS, 3, tmp_path / "new" / "s", CPU)
     assert not (tmp_path / "new").exists()
     require_space(tmp_path, 999)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_obeys_a_container(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's own limit, its owner's, and none at all; page cache is not in the way."""
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    names = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        if version == 1
+        else ("memory.max", "memory.current")
+    )
+    job = root / "slurm" / "job"
+    job.mkdir(parents=True)
+    own = tmp_path / "own"
+    own.write_text("9:name=systemd:/x\n" + ("4:memory:/slurm/job\n" if version == 1 else "0::/slurm/job\n"))
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", own)
+
+    def limited(folder: Path, limit: str, used: int) -> int:
+        for name, value in zip(names, (limit, str(used)), strict=True):
+            (folder / name).write_text(f"{value}\n")
+        cached = "total_inactive_file" if version == 1 else "inactive_file"
+        (folder / "memory.stat").write_text(f"anon 5\n{cached} 1000\n")
+        return memory.free_memory(CPU)
+
+    assert limited(job, "max", 0) > 1 << 20
+    assert limited(job, "9000", 4000) == 6000
+    assert limited(job.parent, "9000", 5000) == 5000
+
+
+def test_two_models_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved("rmoe", tmp_path / "m")
+    size = memory.checkpoint_bytes(folder)
+    monkeypatch.setattr("rmoe.analysis.command.free_memory", lambda device: int(1.6 * size))
+    assert Streaming(tmp_path).applies([folder], CPU) == [False]
+    assert Streaming(tmp_path).applies([folder, folder], CPU) == [False, True]
+    assert Streaming(tmp_path, asked=True).applies([folder, folder], CPU) == [True, True]
 
 
 def test_free_memory_obeys_the_process_limits(monkeypatch: pytest.MonkeyPatch) -> None:

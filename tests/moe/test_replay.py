@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,53 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> Any:
     if name == "graft":
         return at_work(graft(tiny_model("qwen3_moe", dtype=dtype), SPEC)).eval()
     return tiny_model(name, dtype=dtype)
+
+
+def in_two_threads(model: nn.Module, calls: list[Callable[[], Any]]) -> list[Any]:
+    """Both calls are in the first routed layer, each between its router and its experts, before either goes on."""
+    both, found = threading.Barrier(2, timeout=30), dict[int, Any]()
+
+    def call(at: int) -> None:
+        found[at] = calls[at]()
+
+    def wait(*given: Any) -> None:
+        both.wait()
+
+    handle = routed_layers(model)[0].gate.register_forward_hook(wait)
+    threads = [threading.Thread(target=call, args=(at,)) for at in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    return [found[at] for at in range(2)]
+
+
+@pytest.mark.parametrize("name", ["rmoe", "olmoe"])
+@torch.no_grad()
+def test_two_threads_in_one_model(name: str) -> None:
+    """Each pass is its own thread's, recorded, replayed, or heard by a `Recorder`."""
+    model = made(name)
+    alone = []
+    for row in IDS:
+        with record(model) as recording:
+            output_of(model, row[None])
+        alone.append(recording.sequences[0].ids)
+    calls = [lambda row=row: output_of(model, row[None]) for row in IDS]
+    with record(model) as together:
+        in_two_threads(model, calls)
+    assert len(together.sequences) == 2
+    for sequence in together.sequences:
+        of = [at for at in range(2) if torch.equal(sequence.tokens, IDS[at])]
+        assert [torch.equal(sequence.ids, alone[at]) for at in of] == [True]
+    with replay(model, together):
+        replayed = in_two_threads(model, calls)
+    for found, row in zip(replayed, IDS, strict=True):
+        torch.testing.assert_close(found, output_of(model, row[None]))
+    heard = in_two_threads(model, [lambda row=row: Recorder(model)(row[None]) for row in IDS])
+    assert [len(records) for records in heard] == [len(routed_layers(model))] * 2
+    for records, ids in zip(heard, alone, strict=True):
+        assert torch.equal(records[0].experts, ids[:, 0].long())
 
 
 def output_of(model: nn.Module, ids: Tensor = IDS, **given: Any) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes: a GPU's free memory, or what the machine has available less than this process's own limits."""
+    """Bytes: a GPU's free memory, or the least of what the machine, this process's limits and its cgroups leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     # Not Linux: nothing is known, and a model is loaded as always.
@@ -22,7 +22,32 @@ def free_memory(device: torch.device) -> int:
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
             limits.append(max(soft - _field("/proc/self/status", used, 0), 0))
-    return min(limits)
+    return min([*limits, *_left_in_cgroups()])
+
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """What a container's, a Slurm job's and their owners' limits leave, page cache that can go not counted as used."""
+    with suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            if controllers == "":
+                root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+            elif controllers == "memory":  # version 1
+                root = CGROUPS / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            own = Path(place.lstrip("/"))
+            for group in (own, *own.parents):  # a container may have the host's path, and only the root of it
+                with suppress(OSError, ValueError):  # no such file; no limit, which is "max"
+                    limit, used = (int((root / group / name).read_text()) for name in names[:2])
+                    stat = dict(
+                        each.split() for each in (root / group / "memory.stat").read_text().splitlines()
+                    )
+                    yield max(limit - used + int(stat.get(names[2], 0)), 0)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
