@@ -161,6 +161,7 @@ def analyze_trace_file(
     require_measures(measures, OF_CHOICES)
     place = expand(path, "--trace")
     token_text: Callable[[int], str] = "#{}".format
+    layers: list[RoutedLayer] = []
     if model is None:
         found, notes = read_any_trace(place, given)
         name = (found.meta.model if isinstance(found, Trace) else "") or place.name
@@ -169,13 +170,14 @@ def analyze_trace_file(
     else:
         folder = model_folder(model)
         layers, vocabulary = layers_and_vocabulary(folder)
-        found, notes = read_any_trace(place, _of_model(given, layers, folder))
+        complete = place.suffix == ".safetensors"  # this package's own says both itself
+        found, notes = read_any_trace(place, given if complete else _of_model(given, layers, folder))
         require_fit(found, layers, vocabulary)
         name = display_name(folder)
         tokenizer, note = choose_tokenizer(str(folder), vocabulary)
         notes += [note] if note else []
         token_text = TokenText((ByteEncoder() if tokenizer == "bytes" else load_encoder(tokenizer)).tokenizer)
-    analysis, more = analyze_trace(found, name, token_text, measures)
+    analysis, more = analyze_trace(found, name, token_text, measures, [layer.top_k for layer in layers])
     tokens = len(found.experts) if isinstance(found, Trace) else analysis.frequency_n
     digest = hashlib.sha256()
     for file in sorted(place.glob("*.jsonl")) if place.is_dir() else [place]:
@@ -186,7 +188,7 @@ def analyze_trace_file(
 
 def _of_model(given: Given, layers: Sequence[RoutedLayer], folder: Path) -> Given:
     """E and k by the model, where the user gave neither; both must be the same in all its layers."""
-    experts, slots = {layer.num_experts for layer in layers}, {layer.top_k for layer in layers}
+    experts, slots = {layer.num_experts for layer in layers}, {layer.slots for layer in layers}
     return replace(
         given,
         num_experts=given.num_experts or (max(experts) if len(experts) == 1 else None),

@@ -61,11 +61,13 @@ class RouteRegret:
         return own, rest
 
     def _of_block(self, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        recorder = Recorder(self.model)
         with record(self.model) as recording:
-            records = Recorder(self.model)(ids[None])
+            records = recorder(ids[None])
+        top_k = [layer.top_k for layer in recorder.called]
         positions = torch.randperm(len(ids) - 1, generator=self._generator)[:tokens].tolist()
         changes = torch.full((2, len(records), len(positions)), torch.nan, dtype=torch.float64)
-        waiting = list(_exchanges(recording, records, positions))
+        waiting = list(_exchanges(recording, records, top_k, positions))
         for start in range(0, len(waiting), self.rows):
             part = waiting[start : start + self.rows]
             losses = self._losses(ids, recording, [changed for _, _, changed in part])
@@ -90,17 +92,18 @@ class RouteRegret:
 
 
 def _exchanges(
-    recording: Recording, records: Sequence[RoutingRecord], positions: Sequence[int]
+    recording: Recording, records: Sequence[RoutingRecord], top_k: Sequence[int], positions: Sequence[int]
 ) -> Iterator[tuple[int, int, Recording]]:
     """Layer, index of the position, and the recording with that one expert exchanged."""
     (sequence,) = recording.sequences
-    for layer, one in enumerate(records):
+    for layer, (one, k) in enumerate(zip(records, top_k, strict=True)):
         probs = one.probs[:, : one.num_experts]
         for at, position in enumerate(positions):
-            chosen = one.experts[position]
-            if (chosen >= one.num_experts).any() or len(chosen) >= one.num_experts:
+            used = (one.experts[position] < one.num_experts).nonzero()[:, 0]
+            chosen = one.experts[position, used]
+            if len(chosen) < k or len(chosen) >= one.num_experts:
                 continue
-            slot = int(probs[position, chosen].argmin())
+            slot = int(used[probs[position, chosen].argmin()])
             following = probs[position].index_fill(0, chosen, -1.0).argmax()
             ids = sequence.ids.clone()
             ids[position, layer, slot] = following

@@ -15,6 +15,7 @@ from rmoe.analysis.options import OF_CHOICES
 from rmoe.errors import RequestError
 from rmoe.model.loading import empty_model
 from rmoe.moe import Recorder, RoutedLayer, RoutingRecord, require_layers
+from rmoe.moe.reading import is_own
 from rmoe.results import analysis as schema
 from rmoe.results.engine_traces import ExpertCounts
 from rmoe.results.trace import MAX_EXPERTS, NO_EXPERT, Trace, TraceMeta
@@ -78,6 +79,7 @@ def analyze_trace(
     name: str,
     token_text: Callable[[int], str] = str,
     measures: Collection[str] = OF_CHOICES,
+    top_k: Sequence[int] = (),
 ) -> tuple[schema.ModelAnalysis, list[str]]:
     """Every measure that needs only who was chosen.
 
@@ -86,6 +88,7 @@ def analyze_trace(
         name: how the model is called in the report.
         token_text: how a token id is shown.
         measures: of `OF_CHOICES`; a trace of counts has "load" alone.
+        top_k: k of each layer, where the model says it; a trace says how many slots a choice has room for.
 
     Returns:
         The analysis, and notes about what the trace does not allow.
@@ -98,9 +101,9 @@ def analyze_trace(
             f"a {found.source} trace is summed over tokens: load alone can be measured from it"
         ]
     meta, notes = found.meta, []
-    num_experts, slots = max(meta.num_experts), max(meta.experts_per_token)
-    by_layer = tuple(meta.num_experts), tuple(meta.experts_per_token)
-    sizes = Sizes(len(meta.layer_names), num_experts, slots, num_experts, *by_layer)
+    by_layer = tuple(meta.num_experts), tuple(top_k or meta.experts_per_token)
+    num_experts, k = map(max, by_layer)
+    sizes = Sizes(len(meta.layer_names), num_experts, k, num_experts, *by_layer)
     used, tokens, counts = np.empty(0, np.int32), None, None
     if found.tokens is not None:
         # Numbered anew, so that memory goes by the ids there are, not by the largest.
@@ -124,7 +127,7 @@ def analyze_trace(
             summary=f"{meta.source} trace, {sizes}",
             layers=sizes.num_layers,
             experts=num_experts,
-            experts_per_token=slots,
+            experts_per_token=k,
             layer_names=meta.layer_names,
             **streamed.fields(lambda place: token_text(int(used[place]))),
         ),
@@ -163,13 +166,14 @@ def require_fit(found: Trace | ExpertCounts, layers: Sequence[RoutedLayer], voca
         traced = [(found.counts.shape[1], found.experts_per_token)] * len(found.layer_names)
     else:
         traced = list(zip(found.meta.num_experts, found.meta.experts_per_token, strict=True))
-    has = [(layer.num_experts, layer.top_k) for layer in layers]
-    if len(traced) != len(has):
-        raise RequestError("--trace", f"a trace of {len(traced)} MoE layers", f"the model's {len(has)}")
-    for index, (of_trace, of_model) in enumerate(zip(traced, has, strict=True)):
-        if of_trace != of_model:
-            said = f"a trace with (experts, k) {of_trace} in layer {index}"
-            raise RequestError("--trace", said, f"the model's {of_model}")
+    if len(traced) != len(layers):
+        raise RequestError("--trace", f"a trace of {len(traced)} MoE layers", f"the model's {len(layers)}")
+    for index, ((experts, slots), layer) in enumerate(zip(traced, layers, strict=True)):
+        # A gate of ours that asks as many experts as it likes has a slot for each.
+        fits = {layer.slots} | ({layer.num_experts} if is_own(layer.gate) else set())
+        if experts != layer.num_experts or slots not in fits:
+            said = f"a trace with (experts, k) {experts, slots} in layer {index}"
+            raise RequestError("--trace", said, f"the model's {layer.num_experts, layer.slots}")
     if isinstance(found, Trace) and found.tokens is not None and int(found.tokens.max()) >= vocabulary:
         said = f"a trace with token id {int(found.tokens.max())}"
         raise RequestError("--trace", said, f"ids below the model's vocabulary size ({vocabulary})")

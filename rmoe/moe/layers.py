@@ -15,7 +15,7 @@ from torch import nn
 
 from rmoe.errors import RequestError
 from rmoe.model.modeling_rmoe import RMoEPreTrainedModel
-from rmoe.moe.reading import Reader, reader_of
+from rmoe.moe.reading import Reader, own_router, reader_of
 
 GATE_NAMES = ("gate", "router", "wg")
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "total_experts")
@@ -41,6 +41,8 @@ class RoutedLayer:
         experts: the module that the chosen experts are run by.
         num_experts: E.
         top_k: k; 1 where the layer does not say, as layers that choose one expert do.
+        slots: K that a choice has room for, where nothing else decides it; more than k in a layer of our own that has
+            a smaller k than the model.
         reader: how its choice is read, and what by: `reader.at`, `reader.scoring`.
     """
 
@@ -53,6 +55,11 @@ class RoutedLayer:
     num_experts: int
     top_k: int
     reader: Reader = field(repr=False)
+
+    @property
+    def slots(self) -> int:
+        own = own_router(self.gate)
+        return self.top_k if own is None else own.geometry.top_k
 
 
 def routed_layers(model: nn.Module) -> list[RoutedLayer]:

@@ -193,7 +193,12 @@ def record_of(
 
 def is_own(gate: nn.Module) -> bool:
     """Whether a gate is a router of this package, or PEFT's `modules_to_save` around one, which does what that does."""
-    return any(isinstance(module, BaseRouter) for module in (gate, *gate.children()))
+    return own_router(gate) is not None
+
+
+def own_router(gate: nn.Module) -> BaseRouter | None:
+    """The router of this package that a gate is, or that PEFT has wrapped; None for another's."""
+    return next((module for module in (gate, *gate.children()) if isinstance(module, BaseRouter)), None)
 
 
 def reader_of(name: str, gate: nn.Module, experts: nn.Module, num_experts: int, top_k: int) -> Reader:

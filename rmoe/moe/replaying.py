@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -220,7 +220,7 @@ def _require_fit(layers: list[RoutedLayer], recording: Recording) -> None:
         allowed = f"one of the layers {sorted(by_name)}"
         raise RequestError("recording", sorted(set(names)), allowed)
     for name, *sizes in zip(names, recording.num_experts, recording.top_k, strict=True):
-        own = [by_name[name].num_experts, by_name[name].top_k]
+        own = [by_name[name].num_experts, by_name[name].slots]
         if sizes != own:
             found, allowed = (f"{experts} experts, top-{k}" for experts, k in (sizes, own))
             raise RequestError("recording", found, f"{allowed} in {name}")
@@ -231,26 +231,28 @@ class _Follower:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        self.next = 0
-        self.open: list[tuple[RecordedSequence, int]] = []
+        self.next, self._looking = 0, Lock()
+        self._open: dict[int, list[tuple[RecordedSequence, int]]] = {}  # of each thread
 
     def begin(self, tokens: Tokens) -> Pass:
         """The pass that these tokens begin, with what to force."""
         width = max(self.recording.top_k, default=0)
         ids = torch.full((tokens.total, len(self.recording.layers), width), UNKNOWN)
         if not tokens.continues:
-            self.open = [(self._find(tokens.ids[rows]), 0) for rows in tokens.rows]
-        if len(self.open) != len(tokens.rows):
-            raise RequestError("batch", len(tokens.rows), f"the {len(self.open)} sequences being continued")
+            with self._looking:
+                self._open[get_ident()] = [(self._find(tokens.ids[rows]), 0) for rows in tokens.rows]
+        opened = self._open.get(get_ident(), [])
+        if len(opened) != len(tokens.rows):
+            raise RequestError("batch", len(tokens.rows), f"the {len(opened)} sequences being continued")
         for at, rows in enumerate(tokens.rows):
-            sequence, start = self.open[at]
+            sequence, start = opened[at]
             known = sequence.ids[start : start + len(rows)]
             if not _agree(sequence.tokens[start : start + len(rows)], tokens.ids[rows][: len(known)]):
                 raise RequestError(
                     "tokens", tokens.ids[rows].tolist()[:8], "those that the recording goes on with"
                 )
             ids[rows[: len(known)]] = known.long()
-            self.open[at] = (sequence, start + len(rows))
+            opened[at] = (sequence, start + len(rows))
         return Pass(tokens, ids)
 
     def _find(self, tokens: Tensor) -> RecordedSequence:
@@ -332,34 +334,36 @@ def _forced(model: nn.Module, layer: RoutedLayer, columns: list[int], where: _Wh
     in_gate = own or layer.name == f"{layer.stack}.{layer.index}"
     inside = layer.gate if in_gate else model.get_submodule(layer.name)
     forward, own_forward = inside.forward, inside.__dict__.get("forward")
-    expected: list[Tensor] = []
-    forcing: list[Forcing] = []
+    forcing: dict[int, Forcing] = {}  # one a thread, and what it has forced is still to be verified
+    expected: dict[int, Tensor] = {}
 
     def forced(*args: Any, **kwargs: Any) -> Any:
         now, time = where.of(layer)
         assert now.ids is not None
-        ids = now.ids[:, columns[time], : layer.top_k]
+        ids = now.ids[:, columns[time], : layer.slots]
         if (hidden := first_tensor(args, kwargs)) is not None:
             ids = ids.to(hidden.device)
-        expected[:] = [ids]
+        expected[get_ident()] = ids
         with Forcing(ids, layer.num_experts) as one:
-            forcing[:] = [one]
+            forcing[get_ident()] = one
             return forward(*args, **kwargs)
 
     def verify_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
-        for one in forcing:
+        one, ids = forcing.get(get_ident()), expected.get(get_ident())
+        if one is not None:
             one.active = False
-        if expected and isinstance(layer.reader, ExpertsReader):
-            _require_taken(layer, expected.pop(), layer.reader.choice(args, kwargs)[0])
+        if ids is not None and isinstance(layer.reader, ExpertsReader):
+            del expected[get_ident()]
+            _require_taken(layer, ids, layer.reader.choice(args, kwargs)[0])
 
     def verify_gate(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(layer.reader, DenseReader):
             scores = layer.reader.scores_and_logits(output)[0]
-            ids = expected.pop()
+            ids = expected.pop(get_ident())
             taken = torch.where(scores.gather(1, ids.clamp(min=0)) != 0, ids, UNKNOWN)
             _require_taken(layer, ids, taken)
         elif own:
-            _require_taken(layer, expected.pop(), output[0].experts)
+            _require_taken(layer, expected.pop(get_ident()), output[0].experts)
 
     inside.forward = forced
     try:

@@ -126,6 +126,11 @@ class BaseRouter(StepState, Mechanism):
         self.options, self.spec, self.geometry = options, spec, geometry
         self.num_experts, self.layer_index = geometry.num_experts, geometry.layer_index
 
+    @property
+    def top_k(self) -> int:
+        """k of this layer; a gate that asks as many experts as it likes has the model's."""
+        return self.geometry.top_k
+
     def route(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Routing, State]:
@@ -244,6 +249,11 @@ class Router(BaseRouter):
         self.selection_bias = bias
         self.gate: Any = spec.gate.build(options.chosen_from(geometry))
         self.zero_experts = ZeroExperts(*more, geometry) if options.has_zero_experts else None
+
+    @property
+    def top_k(self) -> int:
+        own: int | None = getattr(self.gate, "layer_k", None)
+        return own or self.geometry.top_k
 
     def experts_matrix(self, shared: SharedRouter | None) -> Tensor | None:
         return self.scorer.experts_matrix(shared.scorer if shared is not None else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import msgspec
 import numpy as np
@@ -93,6 +94,25 @@ def test_a_router_whose_choice_cannot_be_forced_loses_its_regret_and_says_so(
     assert analysis.regret is None
     assert analysis.load is not None
     assert [note.partition(":")[0] for note in notes] == ["no regret of it"]
+
+
+def test_a_layer_with_a_k_of_its_own_is_measured_with_it(blocks: np.ndarray) -> None:
+    """1 and 2 in turn: capacity, chance, and which exchange can be made."""
+    model = tiny_rmoe("hunyuan")
+    recorder = Recorder(model)
+    assert [layer.top_k for layer in recorder.layers] == [1, 2, 1]
+    options = AnalysisOptions(measures=("load", "predictability", "regret"), batch_size=4)
+    (found,) = analyze_models([Subject("it", model)], blocks, chr, options)
+    assert found.predictability is not None
+    assert found.predictability.chance == [2 / EXPERTS, 1 / EXPERTS]
+    assert found.regret is not None
+    assert min(found.regret.exchanges) > 50
+    experts = torch.stack([r.experts[:, 0] for r in recorder(torch.from_numpy(blocks.astype(np.int64)))])
+    counts = [np.bincount(row, minlength=EXPERTS) for row in experts.numpy()]
+    capacity = math.ceil(blocks.size / EXPERTS)
+    dropped = [np.maximum(row - capacity, 0).sum() / blocks.size for row in counts]
+    at_1 = found.drop_ratio.values[found.drop_ratio.capacity_factor.index(1.0)]
+    np.testing.assert_allclose([at_1[0], at_1[2]], [dropped[0], dropped[2]])
 
 
 def test_in_float16_the_balance_loss_has_its_gradient(blocks: np.ndarray) -> None:

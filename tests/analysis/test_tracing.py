@@ -17,6 +17,7 @@ from rmoe.moe import RoutingRecord
 from rmoe.results.analysis import read_analysis
 from rmoe.results.trace import NO_EXPERT, Trace, TraceMeta, read_trace
 from tests.analysis.tiny_families import TINY
+from tests.analysis.tiny_rmoe import tiny_rmoe
 
 TOKENS = ["--tokens", "600", "--sequence-length", "32"]
 OF_CHOICE = ("frequency", "load_imbalance", "drop_ratio", "coactivation", "paths", "mi_chosen", "top_tokens")
@@ -30,11 +31,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _saved(family: str, folder: Path) -> Path:
-    TINY[family].build().save_pretrained(folder)
+    (TINY[family].build() if family in TINY else tiny_rmoe(family)).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "zaya"])
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "zaya", "rmoe", "top-p", "remoe", "hunyuan"])
 def test_a_trace_gives_what_the_model_gives(family: str, text: Path, tmp_path: Path) -> None:
     model = _saved(family, tmp_path / family)
     direct, traced, file = tmp_path / "direct", tmp_path / "traced", tmp_path / "t.safetensors"
@@ -140,7 +141,7 @@ def test_refused_requests(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ([str(tmp_path / "layers"), "--trace", str(file)], "allowed: the model's 5"),
         (
             [str(tmp_path / "k"), "--trace", str(file)],
-            "--experts-per-token is 3; allowed: what the trace says",
+            "--trace is 'a trace with (experts, k) (8, 2) in layer 0'; allowed: the model's (8, 3)",
         ),
         ([str(tmp_path / "ids"), "--trace", str(file)], "ids below the model's vocabulary size (80)"),
         (["--trace", str(text)], "a file in a known format"),

@@ -77,7 +77,7 @@ def in_two_threads(model: nn.Module, calls: list[Callable[[], Any]]) -> list[Any
 @pytest.mark.parametrize("name", ["rmoe", "olmoe"])
 @torch.no_grad()
 def test_two_threads_in_one_model(name: str) -> None:
-    """Each pass is its own thread's, recorded, replayed, or heard by a `Recorder`."""
+    """Each pass is its own thread's, recorded and replayed."""
     model = made(name)
     alone = []
     for row in IDS:
@@ -95,10 +95,6 @@ def test_two_threads_in_one_model(name: str) -> None:
         replayed = in_two_threads(model, calls)
     for found, row in zip(replayed, IDS, strict=True):
         torch.testing.assert_close(found, output_of(model, row[None]))
-    heard = in_two_threads(model, [lambda row=row: Recorder(model)(row[None]) for row in IDS])
-    assert [len(records) for records in heard] == [len(routed_layers(model))] * 2
-    for records, ids in zip(heard, alone, strict=True):
-        assert torch.equal(records[0].experts, ids[:, 0].long())
 
 
 def output_of(model: nn.Module, ids: Tensor = IDS, **given: Any) -> Tensor:

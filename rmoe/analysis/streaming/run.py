@@ -126,7 +126,7 @@ def stream_routing(
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
     config = model.model.config.get_text_config()
     width = blocks.size * config.hidden_size * model.model.dtype.itemsize
-    classes = sum((layer.num_experts + 1) * 4 + layer.top_k * 8 for layer in recorder.layers)
+    classes = sum((layer.num_experts + 1) * 4 + layer.slots * 8 for layer in recorder.layers)
     require_space(folder, 2 * width + blocks.size * classes)
     on_disk = hidden == "disk" or (hidden == "auto" and 2 * width > _SHARE_OF_MEMORY * free_memory(device))
     store = Store(folder, blocks.size, spans)
