@@ -222,7 +222,8 @@ class TopK(Gate):
             weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         if options.renormalize:
             weights = weights / self._total(weights, may_be_empty)
-        weights = weights / self.top_k if options.scale == "inverse_k" else weights * options.scale
+        if options.scale != 1:
+            weights = weights / self.top_k if options.scale == "inverse_k" else weights * options.scale
         if self.expert_scale is not None:
             weights = weights * self.expert_scale[experts.clamp(max=self.num_experts - 1)]
         probs = p if options.scores == "softmax" else p / p.sum(-1, keepdim=True)
