@@ -259,8 +259,10 @@ def evaluate_chosen(setting: Setting, engine: Engine) -> None:
     rows = {row.key: row for row in planned_rows(setting)[0]}
     results = finished(rows.values())
     chosen = chosen_sweep(sweep_points(list(rows.values())))
+    # The plan's own, whose text may lie elsewhere now; a router that is no longer asked for has its run's.
+    configs = {run.key: run.config.to_dict() for run in setting.plan.runs()}
     jobs = {
-        key: EvaluateTest(config=result.config, folder=str(setting.out / "runs" / key))
+        key: EvaluateTest(config=configs.get(key, result.config), folder=str(setting.out / "runs" / key))
         for key, result in results.items()
         if rows[key].sweep == chosen.get(rows[key].router) and result.test is None
     }
