@@ -247,7 +247,7 @@ def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
     return ResultRow(router=run.router, seed=run.seed, sweep=run.sweep, result=answer.value, failure=failure)
 
 
-def named(what: str, *request: object) -> str:
+def _named(what: str, *request: object) -> str:
     """A job's name that says what is asked for: Slurm finds a job of an earlier call again by its name."""
     return f"{what}-{hashlib.sha256(msgspec.json.encode(request)).hexdigest()[:8]}"
 
@@ -308,7 +308,7 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
         logs=str(setting.out / "logs"),
     )
     wants = replace(setting.wants, processes=1, node=setting.options.engine.node, alone=True)
-    for _, answer in engine.answers({named("timing", job.configs, job.rounds): job}, wants):
+    for _, answer in engine.answers({_named("timing", job.configs, job.rounds): job}, wants):
         if answer.error is not None:
             raise RunError(answer.error, "every run", "run the same command again, or with --timing-rounds 0")
         for router, timing in answer.value.items():
@@ -344,7 +344,7 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
         )
         for name in wanted
     }
-    by_job = {named(f"{name}-routing", job.config, job.tokens): name for name, job in jobs.items()}
+    by_job = {_named(f"{name}-routing", job.config, job.tokens): name for name, job in jobs.items()}
     for job, answer in engine.answers({job: jobs[name] for job, name in by_job.items()}, setting.one):
         name = by_job[job]
         if answer.error is not None:

@@ -45,11 +45,13 @@ def listen(
     def read(layer: RoutedLayer, module: nn.Module, args: Any, kwargs: Any) -> None:
         if listening.paused:
             return
-        if (get_ident(), id(layer)) not in outputs:
-            if get_ident() != opened_by:
+        thread = get_ident()
+        key = thread, id(layer)
+        if key not in outputs:
+            if thread != opened_by:
                 return
             raise RequestError("MODEL", layer.name, "a layer that calls its router before its experts")
-        receive(layer, layer.reader.read(outputs.pop((get_ident(), id(layer))), args, kwargs))
+        receive(layer, layer.reader.read(outputs.pop(key), args, kwargs))
 
     with ExitStack() as hooks:
         for layer in layers:

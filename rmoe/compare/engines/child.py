@@ -35,7 +35,7 @@ def main() -> None:
             break
         answer = answer_to(job)
         busy.clear()
-        free_memory()
+        _release_gpu_cache()
         _say(answers, answer)
 
 
@@ -61,7 +61,7 @@ def _say(answers: BinaryIO, answer: Answer) -> None:
         os._exit(1)
 
 
-def free_memory() -> None:
+def _release_gpu_cache() -> None:
     """Give a GPU back what torch keeps for its next tensors: the next job there may be another process's."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
