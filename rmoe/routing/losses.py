@@ -71,6 +71,12 @@ def shares_chosen(chosen: Tensor, classes: int, real: Tensor) -> Tensor:
     return load / load.sum(-1, keepdim=True).clamp(min=1)
 
 
+def real_tokens(view: LossView) -> Tensor:
+    """`[T]`, 1 for a token and 0 for padding, of the probabilities' dtype."""
+    mask = view.context.mask
+    return torch.ones_like(view.probs[0, :, 0]) if mask is None else mask.to(view.probs.dtype)
+
+
 class Loss(Options):
     """Base of all balance losses.
 
@@ -130,9 +136,7 @@ class SequenceBalance(Loss):
 
     def __call__(self, view: LossView) -> Tensor:
         experts, batch, length = view.num_experts, view.context.batch, view.context.length
-        mask, layers = view.context.mask, view.probs.shape[0]
-        real = torch.ones_like(view.probs[0, :, 0]) if mask is None else mask.to(view.probs.dtype)
-        real = real.view(batch, length)
+        layers, real = view.probs.shape[0], real_tokens(view).view(batch, length)
         share = shares_chosen(view.experts.view(layers, batch, length, -1), experts, real)
         probs = view.probs[..., :experts].view(layers, batch, length, experts)
         mean = torch.einsum("lbsn,bs->lbn", probs, real) / real.sum(-1)[:, None].clamp(min=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rmoe.routing.contract import Routing
 from rmoe.routing.initial import Initialized, Initializer, constant, linear_fp32, normal
-from rmoe.routing.losses import Loss, LossView, masked_mean, shares_chosen
+from rmoe.routing.losses import Loss, LossView, masked_mean, real_tokens, shares_chosen
 from rmoe.routing.options import Geometry
 from rmoe.validation import Positive
 
@@ -89,9 +89,7 @@ class HeterogeneousBalance(Loss):
     def __call__(self, view: LossView) -> Tensor:
         mean = masked_mean(view.probs, view.context.mask)  # [L, C]
         experts, classes = view.num_experts, mean.shape[-1]
-        mask = view.context.mask
-        real = torch.ones_like(view.probs[0, :, 0]) if mask is None else mask.to(mean.dtype)
-        share = shares_chosen(view.classes, classes, real)
+        share = shares_chosen(view.classes, classes, real_tokens(view))
         among = view.counts.to(mean.dtype) / view.counts.sum(-1, keepdim=True).clamp(min=1)
         computing = among * share[:, :experts].sum(-1, keepdim=True) * mean[:, :experts]
         return classes * (computing.sum(-1) + self.tau * (share * mean)[:, experts:].sum(-1))
