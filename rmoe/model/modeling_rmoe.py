@@ -298,7 +298,7 @@ class RMoEModel(RMoEPreTrainedModel):
             if routing is not None:
                 routings.append(routing)
         hidden = self.norm(hidden)
-        all_routing = tuple(on_device(routing, hidden.device) for routing in routings)
+        all_routing = on_device(routings, hidden.device)
         if context.mask is not None:
             context = context._replace(mask=context.mask.to(hidden.device))
         decoding = cache is not None and embeds.shape[1] == 1 and not self.training

@@ -63,7 +63,7 @@ class GRU(GatedCell):
             return (n + z * (h - n),)
         dtype = torch.promote_types(x.dtype, self.weight_ih.dtype)
         parts = (x, h, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        wide = tuple(part.to(dtype) for part in parts)
+        wide = [part.to(dtype) for part in parts]
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return (GRUOnCPU.apply(*wide)[0],)
         return (torch.gru_cell(*wide),)

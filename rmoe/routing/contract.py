@@ -101,10 +101,12 @@ class RouterStats(NamedTuple):
         return mapped if self.observed is None else mapped._replace(observed=function(self.observed))
 
 
-def on_device(routing: Routing, device: torch.device) -> Routing:
-    """The decision on one device: the layers of a model may be on several (`device_map`)."""
-    if routing.experts.device == device:
-        return routing
+def on_device(routings: Sequence[Routing], device: torch.device) -> tuple[Routing, ...]:
+    """The layers' decisions on one device: the layers of a model may be on several (`device_map`)."""
+    return tuple([r if r.experts.device == device else _moved(r, device) for r in routings])
+
+
+def _moved(routing: Routing, device: torch.device) -> Routing:
     return Routing(*(None if part is None else part.to(device) for part in routing))  # type: ignore[arg-type]
 
 

@@ -197,17 +197,17 @@ class TopK(Gate):
         return {"current_k": None if start is None else torch.tensor(start)}
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
-        s = self._shaped(logits)
-        p = self._scores(s)
+        s, p = self._scores(logits)
         return self._weigh(logits, s, p, self._choose(s, p, bias))
 
     def given(self, logits: Tensor, experts: Tensor) -> Routing:
         """The decision where the `[T, k]` experts are chosen already: their weights follow from the logits."""
-        s = self._shaped(logits)
-        return self._weigh(logits, s, self._scores(s), experts)
+        return self._weigh(logits, *self._scores(logits), experts)
 
     def _weigh(self, logits: Tensor, s: Tensor, p: Tensor, experts: Tensor) -> Routing:
-        options, unused = self.options, self._unused(s)
+        options = self.options
+        k = self.layer_k if self.current_k is None else self.current_k
+        unused = None if k is None else self._beyond(k, s)
         if options.weights == "softmax_of_chosen":
             chosen = s.gather(-1, experts)
             weights = F.softmax(chosen if unused is None else chosen.masked_fill(unused, -torch.inf), -1)
@@ -229,30 +229,27 @@ class TopK(Gate):
         probs = p if options.scores == "softmax" else p / p.sum(-1, keepdim=True)
         return Routing(logits, probs, weights, experts)
 
-    def _unused(self, s: Tensor) -> Tensor | None:
-        """`[T, k]`, the slots beyond the k of this step or of this layer; None where there are none."""
-        current = self.layer_k if self.current_k is None else self.current_k
-        if current is None:
-            return None
-        return torch.arange(self.top_k, device=s.device).expand(s.shape[0], -1) >= current
+    def _beyond(self, k: int | Tensor, s: Tensor) -> Tensor:
+        """`[T, K]`, the slots beyond the k of this step or of this layer."""
+        return torch.arange(self.top_k, device=s.device).expand(s.shape[0], -1) >= k
 
-    def _shaped(self, logits: Tensor) -> Tensor:
-        s = logits if self.options.multiplier == 1 else logits * self.options.multiplier
-        cap = self.options.softcap
-        return s if cap is None else cap * torch.tanh(s / cap)
-
-    def _scores(self, s: Tensor) -> Tensor:
-        if self.options.scores == "softmax":
-            return F.softmax(s, -1)
-        return s.sigmoid() if self.options.scores == "sigmoid" else F.softplus(s).sqrt()
+    def _scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """`s`, the logits after multiplier and softcap, and `p`, their scores: `[T, C]` both."""
+        options = self.options
+        s = logits if options.multiplier == 1 else logits * options.multiplier
+        if options.softcap is not None:
+            s = options.softcap * torch.tanh(s / options.softcap)
+        if options.scores == "softmax":
+            return s, s.softmax(-1)
+        return s, s.sigmoid() if options.scores == "sigmoid" else F.softplus(s).sqrt()
 
     def _choose(self, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
         """`[T, k]`. Without a bias, a softmax over the chosen is of the largest logits: their own order decides."""
         options = self.options
         by_logits = options.choose_by == "logits" or (bias is None and options.weights == "softmax_of_chosen")
-        choice = (s if by_logits else p).detach()
+        choice = s if by_logits else p
         if bias is not None:
-            choice = choice + bias
+            choice = choice.detach() + bias
         if options.group_quota:
             return self._of_each_group(choice)
         if options.groups > 1:

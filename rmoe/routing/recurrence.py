@@ -159,7 +159,7 @@ class Recurrence(BaseRecurrence):
         elif self.detached:
             state = tuple(part.detach() for part in state)
         # A shared cell may be on another device than this layer (`device_map`), and gives its state there.
-        state = tuple(part.to(hidden.device) for part in cell(x, state))
+        state = tuple([part.to(hidden.device) for part in cell(x, state)])
         features = state[0]
         if self.norm is not None:
             features = rms_norm_as_input(features, self.norm)

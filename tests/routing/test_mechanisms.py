@@ -1084,7 +1084,7 @@ def test_a_decision_can_be_moved_whole() -> None:
     routing, _ = build_router(resolve("smoe-capacity"), Geometry(16, 4, 2))(
         torch.randn(6, 16), (), None, RouterContext(1, 6)
     )
-    assert on_device(routing, torch.device("cpu")) is routing
-    moved = on_device(routing, torch.device("meta"))
+    assert on_device([routing], torch.device("cpu"))[0] is routing
+    (moved,) = on_device([routing], torch.device("meta"))
     assert {part.device.type for part in moved if part is not None} == {"meta"}
     assert [part is None for part in moved] == [part is None for part in routing]
