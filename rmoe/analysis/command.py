@@ -16,9 +16,9 @@ import rmoe
 from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.options import OF_CHOICES, WHOLE_MODEL, AnalysisOptions, TextOptions, require_measures
 from rmoe.analysis.reading import choose_tokenizer, read_text
-from rmoe.analysis.streaming.memory import checkpoint_bytes, free_memory
+from rmoe.analysis.streaming.memory import free_memory
 from rmoe.analysis.streaming.run import Hidden, Progress, StreamedRouting, stream_routing
-from rmoe.analysis.streaming.weights import StreamedModel
+from rmoe.analysis.streaming.weights import StreamedModel, loaded_bytes
 from rmoe.analysis.token_text import TokenText
 from rmoe.analysis.tracing import analyze_trace, layers_and_vocabulary, record_trace, require_fit
 from rmoe.data.encode import ByteEncoder, load_encoder
@@ -38,7 +38,7 @@ class Streaming:
 
     Attributes:
         folder: for hidden states and routing, removed at the end.
-        asked: stream whatever the size; else only a checkpoint larger than the free memory.
+        asked: stream whatever the size; else only a model larger than the free memory.
         hidden: see `stream_routing`.
         report: called after each layer.
     """
@@ -48,12 +48,15 @@ class Streaming:
     hidden: Hidden = "auto"
     report: Callable[[Progress], object] = lambda progress: None
 
-    def applies(self, paths: Sequence[Path], device: torch.device) -> list[bool]:
-        """Which of the models that are to be in memory together are to be streamed."""
+    def applies(self, models: Sequence[tuple[Path, str]], device: torch.device) -> list[bool]:
+        """Which of the models that are to be in memory together, each with its dtype, are to be streamed."""
+        if self.asked:
+            return [True] * len(models)
         found, left = list[bool](), free_memory(device)
-        for path in paths:
-            found.append(self.asked or checkpoint_bytes(path) > left)
-            left -= 0 if found[-1] else checkpoint_bytes(path)
+        for path, dtype in models:
+            needed = loaded_bytes(path, dtype, left)
+            found.append(needed > left)
+            left -= 0 if found[-1] else needed
         return found
 
 
@@ -85,8 +88,8 @@ def analyze_folders(
     paths = [model_folder(model) for model in models]
     names = _names(paths)
     target = device_of(device)
-    in_parts = streaming.applies(paths, target)
     dtypes = [*["auto"] * (len(paths) - 1), dtype]
+    in_parts = streaming.applies([*zip(paths, dtypes, strict=True)], target)
     streamed = [
         StreamedModel(path, target, each) if part else None
         for path, part, each in zip(paths, in_parts, dtypes, strict=True)

@@ -34,19 +34,20 @@ def measures(routed: Routed, classes: Tensor) -> Measures:
     """
     gates, probs = routed.gates, routed.probs
     experts = gates.shape[-1]
+    used = gates != 0
+    firsts = torch.where(used.any(-1), gates.argmax(-1), experts)  # a token may be without an expert
     joint = torch.stack(
         [
-            torch.bincount(c * experts + first, minlength=experts**2).view(experts, experts)
-            for c, first in zip(classes, gates.argmax(-1), strict=True)
+            torch.bincount(c * (experts + 1) + first, minlength=experts * (experts + 1)).view(experts, -1)
+            for c, first in zip(classes, firsts, strict=True)
         ]
-    ).double()  # [L, class, expert]
+    ).double()  # [L, class, expert or none]
     joint = joint / joint.sum((1, 2), keepdim=True)
     top = probs.topk(2, -1).values
     tiny = torch.finfo(probs.dtype).tiny
-    used = gates != 0
     load = used.sum(1).double()  # [L, E]
     return Measures(
-        accuracy=[_best_naming(table) for table in joint],
+        accuracy=[_best_naming(table[:, :experts]) for table in joint],
         mutual_information=_mutual_information(joint).tolist(),
         entropy=torch.special.entr(probs).sum(-1).mean(-1).tolist(),
         inner_balance=(top[..., 0] / top[..., 1].clamp(min=tiny)).median(-1).values.tolist(),
@@ -63,7 +64,7 @@ def _best_naming(joint: Tensor) -> float:
 
 
 def _mutual_information(joint: Tensor) -> Tensor:
-    """`sum p(c, n) ln p(c, n) / (p(c) p(n))`, nats, `[L, E, E]` -> `[L]`."""
+    """`sum p(c, n) ln p(c, n) / (p(c) p(n))`, nats, `[L, E, E + 1]` -> `[L]`."""
     independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
     ratio = torch.where(joint > 0, joint / independent.clamp(min=1e-300), 1.0)
     return (joint * ratio.log()).sum((1, 2))

@@ -107,7 +107,8 @@ class ProbeRow(Record, frozen=True, kw_only=True):
         curve_step, curve_regret: regret on other tokens during training.
         steps_to_half, steps_to_tenth: first such step with regret below 0.5, 0.1; None if there is none.
         accuracy: share of tokens whose first expert is their class's, under the best one-to-one naming of experts.
-        mutual_information: of class and first expert, nats.
+            A token without an expert is in nobody's class; rows of before 2026-11-27 count it as expert 0's.
+        mutual_information: of class and first expert, nats; no expert is one more outcome.
         entropy, inner_balance, outer_balance: of the gate (Fig. 4, Table 8): mean, median and median over tokens.
         load: busiest expert's assignments over the mean.
         recurrent_share: norm of the part of the routers' task gradient that comes through the state, over the norm of

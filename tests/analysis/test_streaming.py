@@ -21,7 +21,7 @@ from rmoe.analysis.options import AnalysisOptions
 from rmoe.analysis.streaming import memory
 from rmoe.analysis.streaming.run import Progress, StreamedRouting, stream_routing
 from rmoe.analysis.streaming.store import CannotResume, form_of, made_again, require_space
-from rmoe.analysis.streaming.weights import StreamedModel
+from rmoe.analysis.streaming.weights import StreamedModel, loaded_bytes
 from rmoe.cli.main import main
 from rmoe.errors import RequestError
 from rmoe.graft import graft
@@ -317,11 +317,30 @@ def test_free_memory_obeys_a_container(version: int, tmp_path: Path, monkeypatch
 
 def test_two_models_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved("rmoe", tmp_path / "m")
-    size = memory.checkpoint_bytes(folder)
+    size = (folder / "model.safetensors").stat().st_size
     monkeypatch.setattr("rmoe.analysis.command.free_memory", lambda device: int(1.6 * size))
-    assert Streaming(tmp_path).applies([folder], CPU) == [False]
-    assert Streaming(tmp_path).applies([folder, folder], CPU) == [False, True]
-    assert Streaming(tmp_path, asked=True).applies([folder, folder], CPU) == [True, True]
+    auto, wide = (folder, "auto"), (folder, "float64")
+    assert Streaming(tmp_path).applies([auto], CPU) == [False]
+    assert Streaming(tmp_path).applies([auto, auto], CPU) == [False, True]
+    assert Streaming(tmp_path).applies([wide], CPU) == [True]
+    assert Streaming(tmp_path, asked=True).applies([auto, auto], CPU) == [True, True]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("format", ["fp8", "mxfp4", "none"])
+def test_memory_is_counted_as_the_model_is_loaded(format: str, dtype: str, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    if format == "none":
+        saved("rmoe", folder)
+    else:
+        fp8_checkpoint(folder) if format == "fp8" else mxfp4_checkpoint(folder)
+    files = (folder / "model.safetensors").stat().st_size
+    model = rmoe.load(folder, dtype=dtype)
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    assert loaded_bytes(folder, dtype, files) == held
+    assert (held > 1.2 * files) == (format != "none")
+    assert loaded_bytes(folder, dtype, files - 1) == files
+    assert files < held <= 8 * files or format == "none"
 
 
 def test_free_memory_obeys_the_process_limits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,20 @@ def test_measures_equal_plain_counts() -> None:
         assert found.load[layer] == pytest.approx(max(load) / (sum(load) / E))
 
 
+def test_a_token_without_an_expert_is_nobodys() -> None:
+    classes = torch.arange(T).remainder(E).expand(L, T)
+    gates = torch.nn.functional.one_hot(classes, E).double()
+    probs = gates.clone()
+    gates[1, classes[1] == 0] = 0  # class 0 gets no expert
+    found = measures(routed(gates, probs, torch.zeros(L, T, 0)), classes)
+    assert found.accuracy == pytest.approx([1.0, 1 - float((classes[1] == 0).double().mean())])
+    assert found.mutual_information[1] == pytest.approx(
+        found.mutual_information[0]
+    )  # no expert says the class, too
+    gates[1] = 0
+    assert measures(routed(gates, probs, torch.zeros(L, T, 0)), classes).accuracy[1] == 0
+
+
 def test_without_a_state_nothing_is_decoded() -> None:
     classes = torch.zeros(L, T, dtype=torch.int64)
     probs = torch.full((L, T, E), 1 / E)

@@ -1,4 +1,4 @@
-"""How much memory this process may still take, and whether a checkpoint fits."""
+"""How much memory this process may still take, and what keeps it from taking more than it needs."""
 
 from __future__ import annotations
 
@@ -89,11 +89,6 @@ def bound_kernel_cache() -> None:
     It compiles one for every number of tokens that an expert may get, about 2 MiB each in bfloat16, and keeps 1,024.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-
-
-def checkpoint_bytes(path: Path) -> int:
-    """Of a model folder's weight files."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def _field(path: str, name: str, unknown: int) -> int:

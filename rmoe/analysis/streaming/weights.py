@@ -23,6 +23,30 @@ QUANTISERS = ("fp8", "mxfp4")
 """Block-scaled FP8 (DeepSeek-V3) and MXFP4 (GPT-OSS): transformers' own quantisers give bfloat16 where no kernel is."""
 
 
+def loaded_bytes(path: Path, dtype: str, enough: int) -> int:
+    """Bytes of a model folder's tensors as `rmoe.load` would hold them.
+
+    Quantised files take 2 to 8 times their size where they are converted, and so may a wider `dtype`.
+
+    Args:
+        dtype: as `rmoe.load` takes it.
+        enough: bytes that there are. A model that fits whatever its files hold is not built to be counted; nor is one
+            that is larger on disk already.
+    """
+    files = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    known = not (path / ADAPTER).is_file() and _quantised_by(path) in (None, *QUANTISERS)
+    if not known or files > enough or files * _MOST_TIMES_THE_FILES <= enough:
+        return files
+    with weights_later():
+        model = rmoe.load(path, dtype=dtype)
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+_MOST_TIMES_THE_FILES = 8
+"""4 bits in the file, 32 in memory."""
+
+
 class StreamedModel:
     """A model made as `rmoe.load` makes it, without its weights.
 
