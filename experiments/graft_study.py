@@ -1,6 +1,6 @@
 """Does a graft help? An OLMoE learns one text, then another in five ways; the same pairs for all ways.
 
-    python -m experiments.graft_study run --data-dir ../shared/data --out runs/graft-study [--seeds 5]
+    python -m experiments.graft_study run --data-dir ../shared/data --out runs/graft-study [--seeds 0 1 2 3 4]
     python -m experiments.graft_study table          # results/graft.jsonl -> results/graft.md
 
 Fixed beforehand in `graft_study.md`. A run that was stopped starts again; finished runs are kept, and a folder holds
@@ -31,6 +31,7 @@ from rmoe.errors import RequestError, RunError
 from rmoe.graft.attach import attach
 from rmoe.graft.spec import GraftSpec
 from rmoe.records import Record, append_lines, durable_rename
+from rmoe.results.comparison import Difference
 from rmoe.results.run import Hardware, Versions
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import evaluate
@@ -160,9 +161,16 @@ def bits(model: PreTrainedModel, corpus: Corpus, size: Size) -> float:
 
 
 def run(
-    data_dir: Path, out: Path, seeds: int, size: Size, results: Path, ways: Sequence[str] = tuple(WAYS)
+    data_dir: Path,
+    out: Path,
+    seeds: Sequence[int],
+    size: Size,
+    results: Path,
+    ways: Sequence[str] = tuple(WAYS),
 ) -> None:
     """Train what is missing, seed by seed, one line into `results` for each continued run.
+
+    Two calls with different seeds may run at once.
 
     Raises:
         RequestError: `results` has runs of another size or another code.
@@ -171,7 +179,7 @@ def run(
     require_same(rows, {"size": size, "versions": here}, results)
     done = {row.key for row in rows}
     first, second = (prepare(DataConfig(path=str(data_dir / file)), size.length) for file in (FIRST, SECOND))
-    for seed in range(seeds):
+    for seed in seeds:
         missing = [way for way in ways if (way, seed) not in done]
         if not missing:
             continue
@@ -221,8 +229,12 @@ def continued(
     )
 
 
-def markdown(rows: Sequence[GraftRow], baseline: str = "nothing new") -> str:
-    """Both texts, each way against `baseline`: paired t intervals, Holm over the ways."""
+BASELINES = {"nothing new": [way for way in WAYS if way != "nothing new"], "low-rank": ["rmoe", "eda-linear"]}
+"""What is subtracted -> from which ways: what a graft changes, and what of it is its memory's doing."""
+
+
+def markdown(rows: Sequence[GraftRow]) -> str:
+    """Both texts, ways against both baselines: paired t intervals, Holm over a baseline's ways."""
     if not rows:
         raise RequestError("results", "no runs", "runs of `experiments.graft_study run`")
     by_way: dict[str, dict[int, GraftRow]] = defaultdict(dict)
@@ -231,43 +243,59 @@ def markdown(rows: Sequence[GraftRow], baseline: str = "nothing new") -> str:
     start = rows[0]
     lines = [
         f"Bits per byte of test text after {start.size.steps:,} steps on `{SECOND}`; lower is better. "
-        f"Differences are to “{baseline}”, seed by seed, with 95% t intervals; verdicts with a "
+        "Differences are seed by seed, with 95% t intervals; verdicts with a "
         f"margin of {MARGIN:g} bits and Holm's correction. "
         f"Before: {start.base_first:.4f} on `{FIRST}`, {start.base_second:.4f} on `{SECOND}` (seed "
         f"{start.seed}). {start.hardware.cpu}, {start.hardware.threads} thread; code {start.versions.code}, "
         + ", ".join(f"{name} {version}" for name, version in start.versions.libraries.items())
         + ".",
         "",
-        "| way | pairs | parameters trained | text | bits | difference | interval | verdict |",
-        "|---|---:|---:|---|---:|---:|---|---|",
+        "| text | way | runs | parameters trained | bits | "
+        + " | ".join(f"minus “{baseline}”" for baseline in BASELINES)
+        + " |",
+        "|---|---|---:|---:|---:|" + "---|" * len(BASELINES),
     ]
     for field, file in (("second", SECOND), ("first", FIRST)):
         values = {way: {s: getattr(r, field) for s, r in mine.items()} for way, mine in by_way.items()}
-        found = compare_to_baseline(values, baseline, "bits_per_byte", "test", MARGIN)
-        for way, mine in values.items():
-            difference = found.get(way)
+        compared = [
+            compare_to_baseline(
+                {way: values[way] for way in (baseline, *others) if way in values},
+                baseline,
+                "bits_per_byte",
+                "test",
+                MARGIN,
+                planned=len(others),
+            )
+            for baseline, others in BASELINES.items()
+        ]
+        for way in (way for way in WAYS if way in values):
+            mine = values[way]
             trained = next(iter(by_way[way].values())).trained_parameters
             cells = [
+                f"`{file}`",
                 way,
                 str(len(mine)),
                 f"{trained:,}",
-                f"`{file}`",
                 f"{sum(mine.values()) / len(mine):.4f}",
             ]
-            if difference is None:
-                cells += ["", "", "baseline"]
-            else:
-                interval = difference.interval
-                shown = f"{interval.low:+.4f} to {interval.high:+.4f}" if interval else ""
-                cells += [f"{difference.mean:+.4f}", shown, difference.verdict]
+            cells += [_shown(found.get(way)) for found in compared]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(difference: Difference | None) -> str:
+    """A cell of the table."""
+    if difference is None:
+        return ""
+    interval = difference.interval
+    inside = f" ({interval.low:+.4f} to {interval.high:+.4f})" if interval else ""
+    return f"{difference.mean:+.4f}{inside}, {difference.verdict}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong request."""
     parser = command("experiments.graft_study", __doc__, Path("runs/graft-study"), RESULTS)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     asked = parser.parse_args(argv)
 
     def work() -> None:
