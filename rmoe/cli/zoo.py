@@ -71,6 +71,8 @@ def measured() -> dict[str, Any]:
         "sizes": {name: getattr(MEDIUM, name) for name in sizes},
         "ideas": {idea.title: idea.text for idea in ideas.IDEAS},
         "routers": rows,
+        "options": [option._asdict() for option in ideas.OPTIONS],
+        "without": [mechanism._asdict() for mechanism in ideas.WITHOUT],
         "transformers": {"release": shipped.RELEASE, "classes": shipped.table()},
     }
 
@@ -116,6 +118,7 @@ def _markdown(table: dict[str, Any]) -> str:
     for title, text in table["ideas"].items():
         rows = {name: row for name, row in table["routers"].items() if row["idea"] == title}
         lines += ["", f"## {title}", "", text, "", *_rows(rows)]
+    lines += ["", *_options(table["options"]), "", *_without(table["without"])]
     return "\n".join([*lines, "", *_families(table["transformers"])])
 
 
@@ -132,6 +135,26 @@ def _rows(rows: dict[str, Any]) -> list[str]:
         )
         lines.append(f"| `{name}` | {row['summary']} | {row['source']} | {cost} | {row['needs']} |")
     return lines
+
+
+def _options(options: list[dict[str, str]]) -> list[str]:
+    """The table of what a model can have beside its router."""
+    lines = [
+        "## Options of the model",
+        "",
+        "Beside a row: fields of `RMoEConfig`, and options of `rmoe train` with `--model.` in front. What dense",
+        "gradients cost is in [performance.md](performance.md).",
+        "",
+        "| setting | what it does | source |",
+        "|---|---|---|",
+    ]
+    return lines + [f"| `{each['setting']}` | {each['summary']} | {each['source']} |" for each in options]
+
+
+def _without(mechanisms: list[dict[str, str]]) -> list[str]:
+    """The table of published mechanisms that have no row."""
+    lines = ["## Without a row", "", "| mechanism | source | why |", "|---|---|---|"]
+    return lines + [f"| {each['name']} | {each['source']} | {each['why']} |" for each in mechanisms]
 
 
 def _families(transformers: dict[str, Any]) -> list[str]:

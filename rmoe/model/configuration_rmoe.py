@@ -73,6 +73,10 @@ class RMoEConfig(PreTrainedConfig):
         dense_gradients: how experts that a token did not choose teach the router: None, not at all; "densemixer", as
             if all had been computed; "default", by a moving average of their outputs, which is also added to the
             layer's (Default MoE). Not with tensor or expert parallelism.
+        erc_loss_coef: weight of the expert-router coupling loss, see `rmoe.model.coupling`; the mean over layers is
+            added in training. For routers whose scores are a product with the hidden state itself. Not with tensor
+            or expert parallelism.
+        erc_alpha: 0 to 1: how much of its answer to its own vector an expert may give to another's.
         output_router_logits: return each layer's raw logits. The balance loss does not depend on it.
 
     Raises:
@@ -137,6 +141,8 @@ class RMoEConfig(PreTrainedConfig):
     router: str | dict | RouterSpec | None = "rmoe"
     norm_topk_prob: bool | None = None
     dense_gradients: str | None = None
+    erc_loss_coef: float | int = 0.0
+    erc_alpha: float | int = 1.0
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.01
 
@@ -200,7 +206,8 @@ class RMoEConfig(PreTrainedConfig):
         for name in positive:
             if getattr(self, name) <= 0:
                 raise RequestError(name, getattr(self, name), "1 or more")
-        for name in ("num_shared_experts", "initializer_range", "rms_norm_eps", "router_aux_loss_coef"):
+        not_negative = ("num_shared_experts", "initializer_range", "rms_norm_eps", "router_aux_loss_coef")
+        for name in (*not_negative, "erc_loss_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RequestError(name, getattr(self, name), "0 or more, and finite")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
@@ -222,6 +229,8 @@ class RMoEConfig(PreTrainedConfig):
                 raise RequestError(name, getattr(self, name), " or ".join(map(repr, allowed)))
         if self.dense_gradients not in (None, "densemixer", "default"):
             raise RequestError("dense_gradients", self.dense_gradients, "null, 'densemixer' or 'default'")
+        if not 0 <= self.erc_alpha <= 1:
+            raise RequestError("erc_alpha", self.erc_alpha, "0 to 1")
         if self.hidden_act not in ACT2FN or self.hidden_act in LEARNED:
             fixed = ", ".join(name for name in ACT2FN if name not in LEARNED)
             raise RequestError("hidden_act", self.hidden_act, f"one of {fixed}")
@@ -234,11 +243,26 @@ class RMoEConfig(PreTrainedConfig):
         if self.norm_topk_prob is not None:
             spec = _renormalising(spec, self.norm_topk_prob)
         self._take_router(spec)
+        self.check_router()
+
+    def check_router(self) -> None:
+        """Refuse what cannot work with the router: on construction, and when a model is built.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        spec = self.router_spec
         spec.check_geometry(self.router_geometry(0))
         mixes = spec.router.uses_gate and not spec.router.weighs_inputs
         if self.dense_gradients is not None and not mixes:
             allowed = f"null with router {spec.router.kind}, which does not weigh what experts give"
             raise RequestError("dense_gradients", self.dense_gradients, allowed)
+        compared = spec.scorer is not None and spec.scorer.kind == "linear" and spec.recurrence.kind == "none"
+        if self.erc_loss_coef and not compared:
+            allowed = (
+                "0 with this router: it has no vector that it compares with the hidden state, for each expert"
+            )
+            raise RequestError("erc_loss_coef", self.erc_loss_coef, allowed)
         weighed = spec.router.shared_classes
         if weighed and self.num_shared_experts not in (0, weighed):
             allowed = f"0 or {weighed}, with router {spec.router.kind}"

@@ -13,7 +13,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rmoe.compat import accept_empty_slots
+from rmoe.errors import RequestError
 from rmoe.model.configuration_rmoe import RMoEConfig
+from rmoe.model.coupling import erc_loss
 from rmoe.model.dense_gradients import DefaultOutputs, densemixer
 from rmoe.model.experts import EXPERTS
 from rmoe.model.norm import RMSNorm
@@ -63,6 +65,11 @@ class _Experts(Initialized):
             inner = self.one(expert, hidden_states[token]) * top_k_weights[token, slot, None]
             out.index_add_(0, token, inner.to(out.dtype))
         return out
+
+    def first_weights(self) -> Tensor:
+        """`[E, I, d]`: the gate matrices, or where there are none the only ones before the activation."""
+        first: Tensor = getattr(self, "gate_up_proj" if self.gated else "up_proj")
+        return first[:, : self.intermediate_dim]
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """`E_n(x)` of one expert, unweighted: `[*, d]` -> `[*, d]`."""
@@ -130,6 +137,7 @@ class RMoESparseMoeBlock(nn.Module):
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = DenseMLP(config, width) if width else None
         self.weighs_inputs = spec.router.weighs_inputs
+        self.erc_loss_coef, self.erc_alpha = float(config.erc_loss_coef), float(config.erc_alpha)
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """`[B, S, d]` and the decision for its tokens -> `[B, S, d]` (Eq. 1, 6: experts read `x`, not the state)."""
@@ -157,6 +165,30 @@ class RMoESparseMoeBlock(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat, routing.shared_weights)
         return out.view_as(hidden_states), routing
+
+    def coupled(
+        self, routing: Routing, shared: SharedRouter | None, context: RouterContext | None
+    ) -> Routing:
+        """The decision with the ERC loss in its penalty, in training where it has a weight.
+
+        Raises:
+            RequestError: the experts are wrapped, as PEFT's `target_parameters` does.
+        """
+        if not self.training or self.erc_loss_coef == 0:
+            return routing
+        if not hasattr(self.experts, "first_weights"):
+            allowed = f"0 with experts in a {type(self.experts).__name__}"
+            raise RequestError("erc_loss_coef", self.erc_loss_coef, allowed)
+        noise = None if context is None else context.noise
+        if noise is not None:  # a stream that no router draws from
+            geometry = self.gate.geometry
+            noise = noise.for_layer(geometry.num_layers + geometry.layer_index)
+        matrix = self.gate.experts_matrix(shared)
+        assert matrix is not None  # the configuration has checked it
+        vectors = matrix[: self.num_built_experts].to(torch.promote_types(matrix.dtype, torch.float32))
+        loss = erc_loss(vectors, self.experts.first_weights(), self.erc_alpha, noise)
+        penalty = self.erc_loss_coef * loss.to(routing.probs.dtype)
+        return routing._replace(penalty=penalty if routing.penalty is None else routing.penalty + penalty)
 
     def _with_defaults(
         self, x: Tensor, experts: Tensor, weights: Tensor, routing: Routing, mask: Tensor | None
@@ -229,6 +261,7 @@ class RMoEDecoderLayer(GradientCheckpointingLayer):
         else:
             flat = x.reshape(-1, x.shape[-1])
             routing, router_state = self.mlp.gate(flat, router_state, shared=shared, context=context)
+            routing = self.mlp.coupled(routing, shared, context)
             if self.mlp.default_outputs is None:
                 mixed = self.mlp(x, routing)
             else:

@@ -158,6 +158,7 @@ class RMoEModel(RMoEPreTrainedModel):
     def __init__(self, config: RMoEConfig) -> None:
         super().__init__(config)
         config.check_sizes()
+        config.check_router()
         _check_parallelism(config)
         spec = config.router_spec
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -167,7 +168,8 @@ class RMoEModel(RMoEPreTrainedModel):
         # A post-norm model ends in a norm already.
         self.norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
-        self.uses_noise, self.reads_sequence = spec.uses_noise, spec.router.reads_sequence
+        self.uses_noise = spec.uses_noise or config.erc_loss_coef > 0
+        self.reads_sequence = spec.router.reads_sequence
         self.register_buffer("routing_noise_key", torch.zeros((), dtype=torch.int64), persistent=False)
         self.gradient_checkpointing = False
         # Counts and biases stay float32 in a model loaded in bfloat16.
@@ -322,13 +324,15 @@ class RMoEModel(RMoEPreTrainedModel):
 
 
 def _check_parallelism(config: RMoEConfig) -> None:
-    """Refuse dense gradients where no device has an expert's whole output."""
+    """Refuse what needs whole experts where no device has them."""
     groups = getattr(config, "distributed_config", None)
     sizes = [getattr(groups, name, None) or 1 for name in ("tp_size", "ep_size")]
     cut = max(sizes) > 1 or bool(getattr(groups, "enable_expert_parallel", False))
-    if config.dense_gradients is not None and cut:
-        allowed = "null with tensor or expert parallelism"
-        raise RequestError("dense_gradients", config.dense_gradients, allowed)
+    for name, off in (("dense_gradients", None), ("erc_loss_coef", 0)):
+        value = getattr(config, name)
+        if value != off and cut:
+            allowed = f"{'null' if off is None else off} with tensor or expert parallelism"
+            raise RequestError(name, value, allowed)
 
 
 def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor | None:

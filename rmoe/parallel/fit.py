@@ -30,6 +30,9 @@ def misfit(config: RMoEConfig, parallel: ParallelConfig) -> RequestError | None:
     if config.dense_gradients and parallel.expert * parallel.tensor > 1:
         allowed = "null with tensor or expert parallelism: no device has an expert's whole output"
         return RequestError("dense_gradients", config.dense_gradients, allowed)
+    if config.erc_loss_coef and parallel.expert * parallel.tensor > 1:
+        allowed = "0 with tensor or expert parallelism: no device has all experts' matrices"
+        return RequestError("erc_loss_coef", config.erc_loss_coef, allowed)
     return None
 
 

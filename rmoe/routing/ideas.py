@@ -86,3 +86,65 @@ def of(name: str, row: ZooRow) -> Idea:
     if describe.carries(row.spec) != "-":
         return BETWEEN
     return CHOICE if row.spec.balance.described() in ("-", "", "load_balance") else BALANCE
+
+
+class Option(NamedTuple):
+    """What a model can have beside any router that allows it, by fields of its configuration."""
+
+    setting: str
+    summary: str
+    source: str
+
+
+OPTIONS = (
+    Option(
+        "dense_gradients: densemixer",
+        "experts that a token did not choose teach the router as if they had been computed",
+        "DenseMixer's code",
+    ),
+    Option(
+        "dense_gradients: default",
+        "an expert that was not chosen gives the moving average of its outputs",
+        "Default MoE, 2504.12463",
+    ),
+    Option(
+        "erc_loss_coef, erc_alpha",
+        "each expert is to answer its own vector in the router more strongly than any other's",
+        "ERC loss, 2512.23447",
+    ),
+)
+
+
+class Without(NamedTuple):
+    """A published mechanism that has no row, and why."""
+
+    name: str
+    source: str
+    why: str
+
+
+WITHOUT = (
+    Without(
+        "Autonomy of experts",
+        "2501.13074",
+        "no router: the norm of an expert's own first product is its score. Router and experts share no matrix here",
+    ),
+    Without(
+        "Chain of experts",
+        "2506.18945",
+        "a layer's experts are visited several times, each time by a router of its own. A layer has one router here",
+    ),
+    Without(
+        "CompeteSMoE",
+        "2505.13380",
+        "on some steps all experts compute, and their outputs choose and teach the router: an option of the layer "
+        "rather than a router, and not built",
+    ),
+    Without("EMO", "-", "no source gives the rule by which a document's experts are chosen"),
+    Without(
+        "Inkling-2's loop",
+        "transformers",
+        "layers run several times and get a message from the pass before. Its router is `deepseek-v3`",
+    ),
+    Without("MoUE", "-", "only an abstract could be read"),
+)

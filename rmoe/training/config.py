@@ -60,6 +60,8 @@ class ModelConfig:
         router_aux_loss_coef: weight of the balance losses that do not name their own.
         initializer_range: standard deviation of the normal initialisation.
         dense_gradients: how experts that a token did not choose teach the router; None is not at all.
+        erc_loss_coef: weight of the loss that couples each expert with its vector in the router; 0 is off.
+        erc_alpha: how much of its answer to its own vector an expert may give to another's.
     """
 
     hidden_size: int = 128
@@ -83,6 +85,8 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.01
     initializer_range: float = 0.02
     dense_gradients: Literal["densemixer", "default"] | None = None
+    erc_loss_coef: float = 0.0
+    erc_alpha: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ BOUND = {
         "ddp rmoe",
         "fsdp2 rmoe",
         "fsdp2 smoe tied",
+        "fsdp2 smoe erc",
         pytest.param("fsdp2+ep rmoe", marks=HAS_EP),
         pytest.param("fsdp2+ep smoe tied", marks=HAS_EP),
         *(pytest.param(f"fsdp2+ep {router}", marks=HAS_EP) for router in EMPTY_SLOTS),

@@ -20,12 +20,13 @@ IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
 
 def build(router: str) -> RMoEForCausalLM:
-    """`smoe`, or `smoe tied` for one with tied embeddings."""
-    router, _, tied = router.partition(" ")
+    """`smoe`, `smoe tied` for one with tied embeddings, or `smoe erc` for one with the ERC loss."""
+    router, _, more = router.partition(" ")
     config = RMoEConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=4,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, initializer_range=0.05, router=router,
-        tie_word_embeddings=bool(tied),
+        tie_word_embeddings=more == "tied",
+        erc_loss_coef=float(more == "erc"),
     )  # fmt: skip
     model = RMoEForCausalLM(config)
     initialize(model, 0)
@@ -37,6 +38,7 @@ def one_process(router: str, parts: int) -> tuple[float, dict[str, Tensor]]:
     model = build(router)
     total = 0.0
     for ids in IDS.chunk(parts):
+        model.set_routing_noise(0, 0)  # each rank's first
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss / parts
         loss.backward()
         total += loss.item()
@@ -86,6 +88,7 @@ def main(out: str) -> None:
     more = [
         ("pp", "rmoe-lstm"),
         ("fsdp2", "smoe tied"),
+        ("fsdp2", "smoe erc"),
         ("fsdp2+ep", "smoe tied"),
         *(("fsdp2+ep", router) for router in ("top-p", "moepp", "remoe", "smoe-capacity")),
     ]

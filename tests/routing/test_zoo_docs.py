@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from rmoe.cli.main import main
 from rmoe.cli.zoo import TABLE, measured
 from rmoe.errors import RequestError
+from rmoe.model import RMoEConfig
 from rmoe.routing import ZOO, ZooRow, register, resolve
-from rmoe.routing.ideas import IDEAS, of
+from rmoe.routing.ideas import IDEAS, OPTIONS, WITHOUT, of
 from rmoe.routing.shipped import WITHOUT_ROW, rows_of_classes
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,14 @@ def test_the_families_of_transformers_are_in_the_page() -> None:
     assert shown.keys() == rows_of_classes().keys() | WITHOUT_ROW.keys()
     for name, rows in rows_of_classes().items():
         assert shown[name] == ", ".join(f"`{row}`" for row in rows)
+
+
+def test_options_and_what_has_no_row_are_in_the_page() -> None:
+    fields = {name for each in OPTIONS for name in each.setting.partition(":")[0].split(", ")}
+    assert fields <= {field.name for field in dataclasses.fields(RMoEConfig)}
+    assert [row[0].strip("`") for row in tables("setting")] == [each.setting for each in OPTIONS]
+    assert [row[0] for row in tables("mechanism")] == [each.name for each in WITHOUT]
+    assert all(len(row) == 3 and all(row) for row in tables("mechanism"))
 
 
 def test_a_card_has_the_equation_and_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
