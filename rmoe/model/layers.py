@@ -21,7 +21,7 @@ from rmoe.model.experts import EXPERTS
 from rmoe.model.norm import RMSNorm
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, dispatched_experts
 from rmoe.routing.initial import Initialized, Initializer, normal
-from rmoe.routing.router import SharedRouter, build_router
+from rmoe.routing.router import SharedRouter, build_router, without_autocast
 
 
 def build_norm(config: RMoEConfig) -> nn.Module:
@@ -186,7 +186,8 @@ class RMoESparseMoeBlock(nn.Module):
         matrix = self.gate.experts_matrix(shared)
         assert matrix is not None  # the configuration has checked it
         vectors = matrix[: self.num_built_experts].to(torch.promote_types(matrix.dtype, torch.float32))
-        loss = erc_loss(vectors, self.experts.first_weights(), self.erc_alpha, noise)
+        with without_autocast(vectors.device.type):
+            loss = erc_loss(vectors, self.experts.first_weights(), self.erc_alpha, noise)
         penalty = self.erc_loss_coef * loss.to(routing.probs.dtype)
         return routing._replace(penalty=penalty if routing.penalty is None else routing.penalty + penalty)
 

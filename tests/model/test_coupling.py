@@ -138,6 +138,15 @@ def test_it_depends_on_no_token_and_reaches_both_sides() -> None:
     }
 
 
+def test_autocast_leaves_it_in_float32() -> None:
+    net, found = model(router="smoe", erc_loss_coef=1.0).train(), []
+    for low in (False, True):
+        net.set_routing_noise(4, 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            found.append([float(r.penalty) for r in net.trunk(tokens()).routing])
+    assert found[0] == found[1]
+
+
 def test_recomputation_sees_the_same_proxies() -> None:
     found = []
     for recompute in (False, True):
