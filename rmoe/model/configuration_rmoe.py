@@ -77,6 +77,10 @@ class RMoEConfig(PreTrainedConfig):
             added in training. For routers whose scores are a product with the hidden state itself. Not with tensor
             or expert parallelism.
         erc_alpha: 0 to 1: how much of its answer to its own vector an expert may give to another's.
+        competition_rate: 0 to 1: the share of training forward passes on which a layer's experts choose themselves
+            and teach the router, see `rmoe.model.competition`. For routers that choose k of the E experts for every
+            token. Not with dense gradients, tensor or expert parallelism.
+        competition_loss_coef: weight of the router's loss on such passes.
         output_router_logits: return each layer's raw logits. The balance loss does not depend on it.
 
     Raises:
@@ -143,6 +147,8 @@ class RMoEConfig(PreTrainedConfig):
     dense_gradients: str | None = None
     erc_loss_coef: float | int = 0.0
     erc_alpha: float | int = 1.0
+    competition_rate: float | int = 0.0
+    competition_loss_coef: float | int = 0.001
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.01
 
@@ -207,7 +213,7 @@ class RMoEConfig(PreTrainedConfig):
             if getattr(self, name) <= 0:
                 raise RequestError(name, getattr(self, name), "1 or more")
         not_negative = ("num_shared_experts", "initializer_range", "rms_norm_eps", "router_aux_loss_coef")
-        for name in (*not_negative, "erc_loss_coef"):
+        for name in (*not_negative, "erc_loss_coef", "competition_loss_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RequestError(name, getattr(self, name), "0 or more, and finite")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
@@ -229,8 +235,9 @@ class RMoEConfig(PreTrainedConfig):
                 raise RequestError(name, getattr(self, name), " or ".join(map(repr, allowed)))
         if self.dense_gradients not in (None, "densemixer", "default"):
             raise RequestError("dense_gradients", self.dense_gradients, "null, 'densemixer' or 'default'")
-        if not 0 <= self.erc_alpha <= 1:
-            raise RequestError("erc_alpha", self.erc_alpha, "0 to 1")
+        for name in ("erc_alpha", "competition_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RequestError(name, getattr(self, name), "0 to 1")
         if self.hidden_act not in ACT2FN or self.hidden_act in LEARNED:
             fixed = ", ".join(name for name in ACT2FN if name not in LEARNED)
             raise RequestError("hidden_act", self.hidden_act, f"one of {fixed}")
@@ -263,10 +270,19 @@ class RMoEConfig(PreTrainedConfig):
                 "0 with this router: it has no vector that it compares with the hidden state, for each expert"
             )
             raise RequestError("erc_loss_coef", self.erc_loss_coef, allowed)
+        if self.competition_rate:
+            self._check_competition(spec, mixes)
         weighed = spec.router.shared_classes
         if weighed and self.num_shared_experts not in (0, weighed):
             allowed = f"0 or {weighed}, with router {spec.router.kind}"
             raise RequestError("num_shared_experts", self.num_shared_experts, allowed)
+
+    def _check_competition(self, spec: RouterSpec, mixes: bool) -> None:
+        if not mixes or spec.leaves_empty_slots or spec.router.shared_classes:
+            allowed = f"0 with this router ({spec.router.kind}): not every token has k of the E experts"
+            raise RequestError("competition_rate", self.competition_rate, allowed)
+        if self.dense_gradients is not None:
+            raise RequestError("competition_rate", self.competition_rate, "0 with dense_gradients")
 
     def without_absent(self, plan: dict[str, str]) -> dict[str, str]:
         """A parallel plan without rules for parameters that this model's experts lack: transformers warns of them."""

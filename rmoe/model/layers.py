@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rmoe.compat import accept_empty_slots
 from rmoe.errors import RequestError
+from rmoe.model.competition import compete, drawn
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.coupling import erc_loss
 from rmoe.model.dense_gradients import DefaultOutputs, densemixer
@@ -138,6 +139,8 @@ class RMoESparseMoeBlock(nn.Module):
         self.shared_experts = DenseMLP(config, width) if width else None
         self.weighs_inputs = spec.router.weighs_inputs
         self.erc_loss_coef, self.erc_alpha = float(config.erc_loss_coef), float(config.erc_alpha)
+        self.competition_rate = float(config.competition_rate)
+        self.competition_loss_coef = float(config.competition_loss_coef)
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """`[B, S, d]` and the decision for its tokens -> `[B, S, d]` (Eq. 1, 6: experts read `x`, not the state)."""
@@ -166,29 +169,38 @@ class RMoESparseMoeBlock(nn.Module):
             out = out + self.shared_experts(flat, routing.shared_weights)
         return out.view_as(hidden_states), routing
 
-    def coupled(
-        self, routing: Routing, shared: SharedRouter | None, context: RouterContext | None
+    def in_training(
+        self, x: Tensor, routing: Routing, shared: SharedRouter | None, context: RouterContext | None
     ) -> Routing:
-        """The decision with the ERC loss in its penalty, in training where it has a weight.
+        """The router's decision as the options of training make it: by competition, and with the ERC loss.
+
+        Args:
+            x: `[T, d]`, what the experts read.
 
         Raises:
             RequestError: the experts are wrapped, as PEFT's `target_parameters` does.
         """
-        if not self.training or self.erc_loss_coef == 0:
+        if not self.training or (self.erc_loss_coef == 0 and self.competition_rate == 0):
             return routing
-        if not hasattr(self.experts, "first_weights"):
+        if not isinstance(self.experts, _Experts):
+            name = "erc_loss_coef" if self.erc_loss_coef else "competition_rate"
             allowed = f"0 with experts in a {type(self.experts).__name__}"
-            raise RequestError("erc_loss_coef", self.erc_loss_coef, allowed)
+            raise RequestError(name, getattr(self, name), allowed)
         noise = None if context is None else context.noise
         if noise is not None:  # a stream that no router draws from
             geometry = self.gate.geometry
             noise = noise.for_layer(geometry.num_layers + geometry.layer_index)
-        matrix = self.gate.experts_matrix(shared)
-        assert matrix is not None  # the configuration has checked it
-        vectors = matrix[: self.num_built_experts].to(torch.promote_types(matrix.dtype, torch.float32))
-        with without_autocast(vectors.device.type):
+        with without_autocast(x.device.type):
+            if noise is not None and self.competition_rate and drawn(self.competition_rate, noise):
+                mask = None if context is None else context.mask
+                routing = compete(self.experts, x, routing, mask, self.competition_loss_coef)
+            if self.erc_loss_coef == 0:
+                return routing
+            matrix = self.gate.experts_matrix(shared)
+            assert matrix is not None  # the configuration has checked it
+            vectors = matrix[: self.num_built_experts].to(torch.promote_types(matrix.dtype, torch.float32))
             loss = erc_loss(vectors, self.experts.first_weights(), self.erc_alpha, noise)
-        penalty = self.erc_loss_coef * loss.to(routing.probs.dtype)
+            penalty = self.erc_loss_coef * loss.to(routing.probs.dtype)
         return routing._replace(penalty=penalty if routing.penalty is None else routing.penalty + penalty)
 
     def _with_defaults(
@@ -262,7 +274,7 @@ class RMoEDecoderLayer(GradientCheckpointingLayer):
         else:
             flat = x.reshape(-1, x.shape[-1])
             routing, router_state = self.mlp.gate(flat, router_state, shared=shared, context=context)
-            routing = self.mlp.coupled(routing, shared, context)
+            routing = self.mlp.in_training(flat, routing, shared, context)
             if self.mlp.default_outputs is None:
                 mixed = self.mlp(x, routing)
             else:

@@ -168,7 +168,7 @@ class RMoEModel(RMoEPreTrainedModel):
         # A post-norm model ends in a norm already.
         self.norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
-        self.uses_noise = spec.uses_noise or config.erc_loss_coef > 0
+        self.uses_noise = spec.uses_noise or config.erc_loss_coef > 0 or config.competition_rate > 0
         self.reads_sequence = spec.router.reads_sequence
         self.register_buffer("routing_noise_key", torch.zeros((), dtype=torch.int64), persistent=False)
         self.gradient_checkpointing = False
@@ -328,7 +328,7 @@ def _check_parallelism(config: RMoEConfig) -> None:
     groups = getattr(config, "distributed_config", None)
     sizes = [getattr(groups, name, None) or 1 for name in ("tp_size", "ep_size")]
     cut = max(sizes) > 1 or bool(getattr(groups, "enable_expert_parallel", False))
-    for name, off in (("dense_gradients", None), ("erc_loss_coef", 0)):
+    for name, off in (("dense_gradients", None), ("erc_loss_coef", 0), ("competition_rate", 0)):
         value = getattr(config, name)
         if value != off and cut:
             allowed = f"{'null' if off is None else off} with tensor or expert parallelism"

@@ -30,9 +30,10 @@ def misfit(config: RMoEConfig, parallel: ParallelConfig) -> RequestError | None:
     if config.dense_gradients and parallel.expert * parallel.tensor > 1:
         allowed = "null with tensor or expert parallelism: no device has an expert's whole output"
         return RequestError("dense_gradients", config.dense_gradients, allowed)
-    if config.erc_loss_coef and parallel.expert * parallel.tensor > 1:
-        allowed = "0 with tensor or expert parallelism: no device has all experts' matrices"
-        return RequestError("erc_loss_coef", config.erc_loss_coef, allowed)
+    for name in ("erc_loss_coef", "competition_rate"):
+        if getattr(config, name) and parallel.expert * parallel.tensor > 1:
+            allowed = "0 with tensor or expert parallelism: no device has all experts' matrices"
+            return RequestError(name, getattr(config, name), allowed)
     return None
 
 

@@ -112,6 +112,11 @@ OPTIONS = (
         "each expert is to answer its own vector in the router more strongly than any other's",
         "ERC loss, 2512.23447",
     ),
+    Option(
+        "competition_rate, competition_loss_coef",
+        "on some passes the experts that answer most are chosen, and teach the router",
+        "CompeteSMoE, 2505.13380",
+    ),
 )
 
 
@@ -133,12 +138,6 @@ WITHOUT = (
         "Chain of experts",
         "2506.18945",
         "a layer's experts are visited several times, each time by a router of its own. A layer has one router here",
-    ),
-    Without(
-        "CompeteSMoE",
-        "2505.13380",
-        "on some steps all experts compute, and their outputs choose and teach the router: an option of the layer "
-        "rather than a router, and not built",
     ),
     Without("EMO", "-", "no source gives the rule by which a document's experts are chosen"),
     Without(

@@ -62,6 +62,8 @@ class ModelConfig:
         dense_gradients: how experts that a token did not choose teach the router; None is not at all.
         erc_loss_coef: weight of the loss that couples each expert with its vector in the router; 0 is off.
         erc_alpha: how much of its answer to its own vector an expert may give to another's.
+        competition_rate: share of passes on which a layer's experts choose themselves and teach the router; 0 is off.
+        competition_loss_coef: weight of the router's loss on such passes.
     """
 
     hidden_size: int = 128
@@ -87,6 +89,8 @@ class ModelConfig:
     dense_gradients: Literal["densemixer", "default"] | None = None
     erc_loss_coef: float = 0.0
     erc_alpha: float = 1.0
+    competition_rate: float = 0.0
+    competition_loss_coef: float = 0.001
 
 
 @dataclass(frozen=True)

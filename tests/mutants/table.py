@@ -97,6 +97,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rmoe/routing/options.py": _OPTIONS,
     "rmoe/routing/spec.py": _OPTIONS,
     "rmoe/model/": _WHOLE,
+    "rmoe/model/competition.py": ("tests/model/test_competition.py",),
     "rmoe/model/coupling.py": ("tests/model/test_coupling.py",),
     "rmoe/model/dense_gradients.py": ("tests/model/test_dense_gradients.py",),
     "rmoe/model/layers.py": (*_WHOLE, "tests/model/test_dense_gradients.py", "tests/model/test_coupling.py"),

@@ -41,6 +41,7 @@ BOUND = {
         "fsdp2 rmoe",
         "fsdp2 smoe tied",
         "fsdp2 smoe erc",
+        "fsdp2 smoe competition",
         pytest.param("fsdp2+ep rmoe", marks=HAS_EP),
         pytest.param("fsdp2+ep smoe tied", marks=HAS_EP),
         *(pytest.param(f"fsdp2+ep {router}", marks=HAS_EP) for router in EMPTY_SLOTS),

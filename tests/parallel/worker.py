@@ -20,13 +20,14 @@ IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
 
 def build(router: str) -> RMoEForCausalLM:
-    """`smoe`, `smoe tied` for one with tied embeddings, or `smoe erc` for one with the ERC loss."""
+    """`smoe`, `smoe tied` for one with tied embeddings, `smoe erc` or `smoe competition` for one trained so."""
     router, _, more = router.partition(" ")
     config = RMoEConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=4,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, initializer_range=0.05, router=router,
         tie_word_embeddings=more == "tied",
         erc_loss_coef=float(more == "erc"),
+        competition_rate=float(more == "competition"),
     )  # fmt: skip
     model = RMoEForCausalLM(config)
     initialize(model, 0)
@@ -89,6 +90,7 @@ def main(out: str) -> None:
         ("pp", "rmoe-lstm"),
         ("fsdp2", "smoe tied"),
         ("fsdp2", "smoe erc"),
+        ("fsdp2", "smoe competition"),
         ("fsdp2+ep", "smoe tied"),
         *(("fsdp2+ep", router) for router in ("top-p", "moepp", "remoe", "smoe-capacity")),
     ]
