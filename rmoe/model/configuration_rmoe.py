@@ -173,6 +173,8 @@ class RMoEConfig(PreTrainedConfig):
         super().__setattr__(name, value)
         if resolved and name == "router":
             self._take_router(resolve(value))
+        elif resolved and name in ("erc_loss_coef", "competition_rate", "dense_gradients"):
+            self.check_router()
         elif resolved and name == "norm_topk_prob" and value is not None:
             self._take_router(_renormalising(self.router_spec, value))
 

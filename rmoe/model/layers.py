@@ -138,9 +138,7 @@ class RMoESparseMoeBlock(nn.Module):
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = DenseMLP(config, width) if width else None
         self.weighs_inputs = spec.router.weighs_inputs
-        self.erc_loss_coef, self.erc_alpha = float(config.erc_loss_coef), float(config.erc_alpha)
-        self.competition_rate = float(config.competition_rate)
-        self.competition_loss_coef = float(config.competition_loss_coef)
+        self.config = config
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """`[B, S, d]` and the decision for its tokens -> `[B, S, d]` (Eq. 1, 6: experts read `x`, not the state)."""
@@ -180,27 +178,28 @@ class RMoESparseMoeBlock(nn.Module):
         Raises:
             RequestError: the experts are wrapped, as PEFT's `target_parameters` does.
         """
-        if not self.training or (self.erc_loss_coef == 0 and self.competition_rate == 0):
+        config = self.config  # read now: a schedule may set these
+        if not self.training or (config.erc_loss_coef == 0 and config.competition_rate == 0):
             return routing
         if not isinstance(self.experts, _Experts):
-            name = "erc_loss_coef" if self.erc_loss_coef else "competition_rate"
+            name = "erc_loss_coef" if config.erc_loss_coef else "competition_rate"
             allowed = f"0 with experts in a {type(self.experts).__name__}"
-            raise RequestError(name, getattr(self, name), allowed)
+            raise RequestError(name, getattr(config, name), allowed)
         noise = None if context is None else context.noise
         if noise is not None:  # a stream that no router draws from
             geometry = self.gate.geometry
             noise = noise.for_layer(geometry.num_layers + geometry.layer_index)
         with without_autocast(x.device.type):
-            if noise is not None and self.competition_rate and drawn(self.competition_rate, noise):
+            if noise is not None and config.competition_rate and drawn(config.competition_rate, noise):
                 mask = None if context is None else context.mask
-                routing = compete(self.experts, x, routing, mask, self.competition_loss_coef)
-            if self.erc_loss_coef == 0:
+                routing = compete(self.experts, x, routing, mask, config.competition_loss_coef)
+            if config.erc_loss_coef == 0:
                 return routing
             matrix = self.gate.experts_matrix(shared)
             assert matrix is not None  # the configuration has checked it
             vectors = matrix[: self.num_built_experts].to(torch.promote_types(matrix.dtype, torch.float32))
-            loss = erc_loss(vectors, self.experts.first_weights(), self.erc_alpha, noise)
-            penalty = self.erc_loss_coef * loss.to(routing.probs.dtype)
+            loss = erc_loss(vectors, self.experts.first_weights(), config.erc_alpha, noise)
+            penalty = config.erc_loss_coef * loss.to(routing.probs.dtype)
         return routing._replace(penalty=penalty if routing.penalty is None else routing.penalty + penalty)
 
     def _with_defaults(

@@ -92,10 +92,11 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
     @property
     def routers(self) -> list[BaseRouter]:
         """The routing layers' routers, lowest first."""
-        return [block.gate for block in self._blocks]
+        return [block.gate for block in self.blocks]
 
     @property
-    def _blocks(self) -> list[RMoESparseMoeBlock]:
+    def blocks(self) -> list[RMoESparseMoeBlock]:
+        """The routing layers' router and experts, lowest first."""
         layers: list[Any] = list(self.trunk.layers[: self.config.num_hidden_layers])
         return [layer.mlp for layer in layers if not layer.is_dense]
 
@@ -110,7 +111,7 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
             step: optimizer steps done, from 1.
             total_steps: of the whole training.
         """
-        for block in self._blocks:
+        for block in self.blocks:
             block.update(stats, step, total_steps)
 
     def set_routing_noise(self, seed: int, step: int) -> None:
@@ -168,7 +169,6 @@ class RMoEModel(RMoEPreTrainedModel):
         # A post-norm model ends in a norm already.
         self.norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
-        self.uses_noise = spec.uses_noise or config.erc_loss_coef > 0 or config.competition_rate > 0
         self.reads_sequence = spec.router.reads_sequence
         self.register_buffer("routing_noise_key", torch.zeros((), dtype=torch.int64), persistent=False)
         self.gradient_checkpointing = False
@@ -180,6 +180,12 @@ class RMoEModel(RMoEPreTrainedModel):
             if any(part in b for b in buffers)
         }
         self.post_init()
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether a forward pass of training draws random numbers."""
+        config = self.config
+        return config.router_spec.uses_noise or config.erc_loss_coef > 0 or config.competition_rate > 0
 
     def _require_whole_sequences(
         self, packed: bool, seen: int | Tensor, attention_mask: Any, position_ids: Any
@@ -201,6 +207,12 @@ class RMoEModel(RMoEPreTrainedModel):
             raise ValueError(
                 f"router {kind!r} reads a token's earlier tokens: give each example a row of its own"
             )
+
+    def _is_packed(self, attention_mask: Any, position_ids: Tensor | None) -> bool:
+        """Whether rows hold several examples: a cache would let them see each other. Compiled code cannot ask."""
+        if position_ids is None or torch.compiler.is_compiling():
+            return False
+        return starts_again(attention_mask, position_ids)
 
     def _context(
         self, input_ids: Tensor | None, embeds: Tensor, attention_mask: Any, seen: int | Tensor
@@ -251,7 +263,7 @@ class RMoEModel(RMoEPreTrainedModel):
         if wants_attention:
             kwargs["output_attentions"] = True  # attention that has no weights to give warns
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and cache is None:
+        if use_cache and cache is None and not self._is_packed(attention_mask, position_ids):
             cache = DynamicCache(config=config)
         # Continuous batching packs requests into one row: its cache has no length, and its mask no padding.
         packed = cache is not None and not hasattr(cache, "get_seq_length")
@@ -567,7 +579,8 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
         The mask says what is real; without one every token but `config.pad_token_id`, as in transformers; without
         that, every token.
         """
-        real: Tensor | None = attention_mask
+        # Of what a cache holds there are no hidden states.
+        real: Tensor | None = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
         if real is None and input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
         positions = torch.arange(hidden.shape[1], device=hidden.device)

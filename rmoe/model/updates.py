@@ -14,28 +14,33 @@ from rmoe.errors import RequestError
 from rmoe.model.modeling_rmoe import RMoEModel
 from rmoe.routing.balance import summed_over_ranks
 from rmoe.routing.contract import RouterStats
+from rmoe.routing.noise import rank_seed
 
 
 def _warn_of_lost_state(trunk: RMoEModel) -> None:
     """An adapter holds its own parameters and copies: what moves in the base's routers is not saved with it."""
-    moving = [
-        name
-        for router in trunk.routers
-        if not isinstance(getattr(router, "modules_to_save", None), nn.Module)
-        for name, _ in router.named_buffers()
-        if name in router.state_dict()
-    ]
+    moving = {
+        (part, name.rpartition(".")[2])
+        for block in trunk.blocks
+        for part in ("gate", "default_outputs")
+        if (module := getattr(block, part)) is not None
+        if not isinstance(getattr(module, "modules_to_save", None), nn.Module)
+        for name, _ in module.named_buffers()
+        if name in module.state_dict()
+    }
     if moving:
-        named = sorted({name.rpartition(".")[2] for name in moving})
-        said = f"the routers' {', '.join(named)} will move, and the adapter does not save them"
-        warnings.warn(f'{said}: add modules_to_save=["gate"] to its configuration', stacklevel=3)
+        named, parts = (", ".join(sorted({each[i] for each in moving})) for i in (1, 0))
+        saved = ", ".join(f'"{part}"' for part in parts.split(", "))
+        said = f"the routers' {named} will move, and the adapter does not save them"
+        warnings.warn(f"{said}: add modules_to_save=[{saved}] to its configuration", stacklevel=3)
 
 
 class RouterUpdates(TrainerCallback):
     """Move an RMoE model's selection biases, schedules and stages after each optimizer step.
 
     `rmoe train` does so itself; another training program does not know that it must, and biases then stay where they
-    were.
+    were. It also keys the routing noise by the run's seed, the rank and the step, so a resumed run draws what a run
+    without a break does. Under DDP set `ddp_broadcast_buffers=False`, or all ranks draw the first one's.
 
         Trainer(model, args, train_dataset=..., callbacks=[rmoe.RouterUpdates()])
 
@@ -70,6 +75,12 @@ class RouterUpdates(TrainerCallback):
         stats = getattr(output, "router_stats", None)
         if stats is not None and module.training:
             self._stats = stats if self._stats is None else self._stats.add(stats)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before a step's first forward pass."""
+        if self._trunk is not None:
+            seed = rank_seed(args.seed, args.process_index)
+            self._trunk.set_routing_noise(seed, state.global_step * args.gradient_accumulation_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An optimizer step is done; `state.global_step` counts it."""

@@ -28,8 +28,14 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "parallel")
-        divides = (self.fsdp * self.tensor) % self.expert == 0
-        require(divides, "parallel.expert", self.expert, f"a divisor of parallel.fsdp ({self.fsdp})")
+        shards = self.fsdp * self.tensor
+        fits = self.expert == 1 or (shards % self.expert == 0 and self.expert % self.tensor == 0)
+        allowed = f"1, or a divisor of parallel.fsdp ({self.fsdp})"
+        if self.tensor > 1:
+            allowed = (
+                f"1, or a multiple of parallel.tensor ({self.tensor}) that divides fsdp x tensor ({shards})"
+            )
+        require(fits, "parallel.expert", self.expert, allowed)
         alone = self.pipeline == 1 or self.fsdp * self.tensor == 1
         require(alone, "parallel.pipeline", self.pipeline, "1 with parallel.fsdp or parallel.tensor above 1")
 

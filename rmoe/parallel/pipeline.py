@@ -45,7 +45,7 @@ class PipelinePart(nn.Module):
         RequestError: more stages than layers, tied embeddings, or a router that needs what only one stage has.
     """
 
-    def __init__(self, model: RMoEForCausalLM, index: int, count: int) -> None:
+    def __init__(self, model: RMoEForCausalLM, index: int, count: int, bf16: bool = False) -> None:
         super().__init__()
         reason = pipeline_misfit(model.config, count)
         if reason is not None:
@@ -62,7 +62,7 @@ class PipelinePart(nn.Module):
         trunk.norm = whole.norm if index == count - 1 else None
         self.model = trunk
         self.lm_head = model.lm_head if index == count - 1 else None
-        self.uses_noise = whole.uses_noise
+        self.uses_noise, self.bf16 = whole.uses_noise, bf16
         self.routing_noise_key: Tensor
         self.register_buffer("routing_noise_key", whole.routing_noise_key, persistent=False)
         self.stats: RouterStats | None = None
@@ -98,6 +98,10 @@ class PipelinePart(nn.Module):
         Returns:
             `(hidden, *state, balance)`, or on the last stage `(logits [B, S, V], balance)`.
         """
+        with torch.autocast(entering.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._run(entering, *carried)
+
+    def _run(self, entering: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
         trunk = self.model
         if trunk.embed_tokens is not None:
             hidden = trunk.dropout(trunk.embed_tokens(entering))
@@ -167,6 +171,7 @@ class Pipeline:
             activations of as many as there are stages at most (1F1B).
         device: of this process.
         replicas: pipelines side by side; neighbouring processes are one pipeline.
+        bf16: bfloat16 mixed precision.
     """
 
     def __init__(
@@ -175,13 +180,14 @@ class Pipeline:
         micro_batches: int,
         device: torch.device | str = "cpu",
         replicas: int = 1,
+        bf16: bool = False,
     ) -> None:
         self.device, self.micro_batches, self.replicas = torch.device(device), micro_batches, replicas
         self.rank, self.count = dist.get_rank(), dist.get_world_size() // replicas
         mesh = init_device_mesh(self.device.type, (replicas, self.count), mesh_dim_names=("replica", "stage"))
         self.stages, self.copies = mesh["stage"].get_group(), mesh["replica"].get_group()
         self.index = self.rank % self.count
-        self.part = PipelinePart(model, self.index, self.count).to(self.device).train()
+        self.part = PipelinePart(model, self.index, self.count, bf16).to(self.device).train()
         self.stats: RouterStats | None = None
         self._schedule: Schedule1F1B | None = None
         self._targets = 0.0

@@ -31,6 +31,11 @@ def splitmix64(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def rank_seed(seed: int, rank: int) -> int:
+    """A seed for each rank: equal positions on two ranks must not draw equal noise."""
+    return (seed + 1_000_003 * rank) % 2**31
+
+
 class Noise(Protocol):
     """A source of routing noise. Each call of a method is one use and draws new numbers."""
 

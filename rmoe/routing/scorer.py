@@ -56,7 +56,7 @@ class Scorer(Initialized, Mechanism):
 
     def experts_matrix(self, shared: nn.Module | None) -> Tensor | None:
         last = self.last(shared)
-        return None if last is None else last.weight
+        return None if last is None else _matrix(last)
 
     def scaled_by(self, shared: nn.Module | None) -> nn.Module | None:
         """The module whose `rescale(factor)` multiplies the logits by a factor; None where nothing does."""
@@ -64,6 +64,15 @@ class Scorer(Initialized, Mechanism):
 
     def forward(self, features: Tensor, shared: nn.Module | None, noise: Noise | None) -> Tensor:
         raise NotImplementedError
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """The matrix of a linear map; where an adapter wraps it, what it makes of unit vectors."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    if isinstance(linear, ProjectionFP32):
+        return weight
+    units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return (linear(units) - linear(torch.zeros_like(units[:1]))).mT
 
 
 class Linear(Scorer):

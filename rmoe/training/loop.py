@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 
 from rmoe.data.blocks import BlockSampler
 from rmoe.data.config import SplitName
+from rmoe.routing.noise import rank_seed
 from rmoe.training import resume
 from rmoe.training.accounting import StepSums, Window
 from rmoe.training.average import WeightAverage
@@ -185,7 +186,7 @@ class Loop:
         self.sums = StepSums(ranks)
         if self.learner.has_routers:
             # Noise is keyed by (seed and rank, forward passes of a rank so far).
-            seed = (self.training.seed + 1_000_003 * ranks.data_rank) % 2**31
+            seed = rank_seed(self.training.seed, ranks.data_rank)
             self.model.set_routing_noise(seed, self.step * self.learner.forward_passes)
         self._tell(lambda hook: hook.step_begin(self))
 

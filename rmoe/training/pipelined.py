@@ -35,7 +35,7 @@ def build_pipeline(model: RMoEForCausalLM, config: RunConfig, place: Place) -> P
     if share % micro:
         allowed = f"a divisor of {share}, a pipeline's share of a batch"
         raise RequestError("training.micro_batch_size", micro, allowed)
-    return Pipeline(model, share // micro, PartialState().device, config.parallel.replicate)
+    return Pipeline(model, share // micro, PartialState().device, config.parallel.replicate, place.bf16)
 
 
 class PipelineLearner(Learner):

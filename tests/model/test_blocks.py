@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rmoe.compat import CACHE
 from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, count_parameters, head, initialize
 from rmoe.model.experts import in_whole_16_bytes
@@ -678,3 +679,24 @@ def test_balance_loss_sees_what_the_layers_share() -> None:
     matrix = net.model.router_shared.scorer.groups[0].weight
     wanted = 1e-2 * (matrix @ matrix.T - torch.eye(5)).abs().sum() / 25
     assert math.isclose(float(net(ids, labels=ids).balance_loss), float(wanted), rel_tol=1e-5)
+
+
+def test_packed_examples_do_not_see_each_other_with_the_default_cache() -> None:
+    """`config.use_cache` is True by default: a cache of our own would join them."""
+    net, ids = model(router="rmoe").eval(), tokens(2, 8)
+    positions = torch.arange(4).repeat(2)[None].expand(2, -1)
+    got = net(ids, position_ids=positions)
+    assert got.get(CACHE) is None
+    assert torch.allclose(got.logits[:, 4:], net(ids[:, 4:]).logits, atol=1e-5)
+    assert net(ids, position_ids=torch.arange(8)[None].expand(2, -1)).get(CACHE) is not None
+
+
+def test_a_classifier_behind_a_cache_takes_a_mask_of_all_it_has_seen() -> None:
+    settings = config(num_labels=3, router="smoe", pad_token_id=0)
+    net = RMoEForSequenceClassification(settings).eval()
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    cache = net.model(ids[:, :4], use_cache=True).get(CACHE)
+    got = net(ids[:, 4:], attention_mask=mask, **{CACHE: cache})
+    assert torch.allclose(got.logits, net(ids, attention_mask=mask).logits, atol=1e-5)

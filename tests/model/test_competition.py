@@ -90,6 +90,20 @@ def test_it_equals_plain_loops(gated: bool, padded: bool) -> None:
     assert torch.allclose(routing.probs.sum(-1), torch.ones(T, dtype=torch.float64))
 
 
+def test_the_weights_are_the_published_runs() -> None:
+    assert (OF_CHOSEN, DIVERSITY) == (0.2, 0.005)
+
+
+def test_padding_alone_teaches_nothing_and_a_penalty_that_is_there_stays() -> None:
+    part, (x, _) = block(), data()
+    context = RouterContext(1, T)
+    routing = part.gate(x, (), None, context)[0]
+    assert float(compete(part.experts, x, routing, torch.zeros(T, dtype=torch.bool), 1.0).penalty) == 0
+    alone = compete(part.experts, x, routing, None, 1.0).penalty
+    both = compete(part.experts, x, routing._replace(penalty=torch.tensor(2.0)), None, 1.0).penalty
+    assert float(both) == pytest.approx(2 + float(alone))
+
+
 def test_the_router_learns_from_its_loss_alone() -> None:
     part, (x, direction) = block(), data()
     routing = compete(part.experts, x, part.gate(x, (), None, RouterContext(1, T))[0], None, 0.0)

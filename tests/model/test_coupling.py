@@ -67,9 +67,16 @@ def test_a_proxy_is_nearest_to_its_own_vector(scale: float) -> None:
     moved = [proxies(vectors, noise(key)) for key in range(40)]
     for one in moved:
         assert torch.equal(torch.cdist(one, vectors).argmin(-1), torch.arange(9))
-    spread = torch.stack([one / vectors - 1 for one in moved]).abs().amax((0, 2))
-    assert spread[0] < 0.05  # its neighbour leaves it little room
-    assert spread[5] > 0.3
+    apart = (torch.cdist(vectors, vectors) + torch.eye(9) * 1e9).amin(-1)
+    reach = (apart / vectors.norm(dim=-1) / 2).clamp(max=1)
+    assert reach[0] < 0.05  # its neighbour leaves it little room
+    draws = torch.stack([one / vectors - 1 for one in moved]) / reach[:, None]  # [40, 9, 13], in (-1, 1)
+    assert draws.abs().max() <= 1 + 1e-6
+    assert draws.min() < -0.99
+    assert draws.max() > 0.99
+    assert abs(float(draws.mean())) < 0.03
+    first = noise(0).uniform(vectors)  # the sign of the noise, too
+    assert torch.allclose(draws[0], 2 * first - 1)
     assert torch.equal(proxies(vectors, None), vectors)
 
 
@@ -164,7 +171,7 @@ def test_it_is_saved(tmp_path: Path) -> None:
     model(router="smoe", erc_loss_coef=0.3, erc_alpha=0.5).save_pretrained(tmp_path)
     loaded = RMoEForCausalLM.from_pretrained(tmp_path)
     assert (loaded.config.erc_loss_coef, loaded.config.erc_alpha) == (0.3, 0.5)
-    assert loaded.model.layers[1].mlp.erc_loss_coef == 0.3
+    assert loaded.model.layers[1].mlp.config.erc_loss_coef == 0.3
 
 
 @pytest.mark.parametrize(
@@ -211,3 +218,33 @@ def test_refused_with_lora_on_the_experts() -> None:
     net, ids = peft.get_peft_model(model(router="smoe", erc_loss_coef=1.0), lora), tokens()
     with pytest.raises(RequestError, match=r"erc_loss_coef is 1\.0; allowed: 0 with experts in a"):
         net.train()(input_ids=ids, labels=ids)
+
+
+def test_a_schedule_can_set_it_while_it_trains() -> None:
+    net, ids = model(router="smoe", erc_loss_coef=1.0, router_aux_loss_coef=0.0).train(), tokens()
+    net.set_routing_noise(0, 0)
+    assert float(net(ids, labels=ids).balance_loss) > 0
+    net.config.erc_loss_coef = 0.0
+    assert float(net(ids, labels=ids).balance_loss) == 0
+    assert not net.model.uses_noise
+    rmoe = model(router="rmoe")
+    with pytest.raises(RequestError, match="erc_loss_coef"):
+        rmoe.config.erc_loss_coef = 1.0
+
+
+def test_with_an_adapter_on_the_router_it_reads_what_the_router_computes() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(
+        target_modules=[], target_parameters=["scorer.linear.weight"], init_lora_weights=False
+    )
+    net = model(router="smoe", erc_loss_coef=1.0, router_aux_loss_coef=0.0)
+    net, ids = peft.get_peft_model(net, lora).train(), tokens()
+    outputs = net(input_ids=ids, labels=ids)
+    outputs.balance_loss.backward()
+    found = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    assert found
+    assert all(g is not None and g.abs().sum() > 0 for g in found.values())
+    gate = net.base_model.model.model.layers[1].mlp.gate
+    x = torch.randn(4, 36)
+    logits = gate.scorer(x, shared=None, noise=None)
+    assert torch.allclose(x @ gate.experts_matrix(None).mT, logits, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,3 +201,54 @@ def test_router_updates_need_an_rmoe_model(tmp_path: Path) -> None:
     job.add_callback(rmoe.RouterUpdates())
     with pytest.raises(RequestError, match="an RMoE model"):
         job.train()
+
+
+@pytest.mark.parametrize("router", ["noisy-topk", "gshard-sampled"])
+def test_a_resumed_training_draws_the_noise_of_one_without_a_break(router: str, tmp_path: Path) -> None:
+    weights = {}
+    for name, stops in {"whole": (4,), "resumed": (2, 4)}.items():
+        for stop in stops:
+            job = trainer(
+                tiny_rmoe(router), tmp_path / name, max_steps=4, save_strategy="steps", save_steps=2, seed=3,
+                gradient_accumulation_steps=2, lr_scheduler_type="constant",
+            )  # fmt: skip
+            job.add_callback(rmoe.RouterUpdates())
+            if stop < 4:
+                job.add_callback(_StopAt(stop))
+            job.train(resume_from_checkpoint=name == "resumed" and stop == 4)
+        weights[name] = {n: p.detach().clone() for n, p in job.model.named_parameters()}
+    assert all(torch.equal(weights["whole"][n], p) for n, p in weights["resumed"].items())
+
+
+def test_the_noise_follows_the_seed_and_the_rank() -> None:
+    model, keys = tiny_rmoe("noisy-topk"), set()
+    updates = rmoe.RouterUpdates()
+    updates.on_train_begin(None, None, None, model=model)
+    for seed in (0, 1):
+        for rank in (0, 1):
+            args = SimpleNamespace(seed=seed, process_index=rank, gradient_accumulation_steps=2)
+            updates.on_step_begin(args, SimpleNamespace(global_step=5), None)
+            keys.add(int(model.trunk.routing_noise_key))
+    assert len(keys) == 4
+    assert {key % 2**32 for key in keys} == {10}
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_an_adapter_that_loses_the_experts_default_outputs_is_warned_of(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    for copied, named in ((["gate"], '"default_outputs"'), (["gate", "default_outputs"], None)):
+        model = tiny_rmoe("smoe", dense_gradients="default")
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=copied)
+        adapted = peft.get_peft_model(model, settings)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            rmoe.RouterUpdates().on_train_begin(None, None, None, model=adapted)
+        found = [str(w.message) for w in said if "the adapter does not save them" in str(w.message)]
+        assert [named in each for each in found] == ([True] if named else [])

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM
@@ -64,3 +65,34 @@ def test_a_plan_offers_what_runs():
     cluster = Cluster(2, 2, ACCELERATORS["h100"])
     assert sharded | {Layout(tensor=2), Layout(pipeline=2)} <= set(layouts_for(config(), cluster))
     assert sharded <= set(layouts_for(config(**TIED), cluster))
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_pipeline_computes_in_the_precision_it_is_given(bf16: bool) -> None:
+    """In training and in evaluation; the loss is taken of the logits that autocast gives."""
+    model = RMoEForCausalLM(config(router="rmoe"))
+    ids = torch.arange(24).reshape(2, 12)
+    part = PipelinePart(model, 0, 1, bf16)
+    for training in (True, False):
+        part.train(training), model.train(training)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            want = model(ids, use_cache=False).logits
+        assert torch.equal(part(ids)[0], want)
+        assert want.dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (
+            {"tensor": 4, "expert": 2},
+            r"1, or a multiple of parallel.tensor \(4\) that divides fsdp x tensor \(4\)",
+        ),
+        ({"fsdp": 2, "tensor": 3, "expert": 2}, r"a multiple of parallel.tensor \(3\)"),
+        ({"fsdp": 3, "expert": 2}, r"1, or a divisor of parallel.fsdp \(3\)"),
+    ],
+)
+def test_experts_over_devices_that_share_them(sizes: dict[str, int], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        ParallelConfig(**sizes)
+    assert ParallelConfig(fsdp=2, tensor=2, expert=4).expert == 4

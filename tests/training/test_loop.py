@@ -307,3 +307,13 @@ def test_nothing_of_trainer_is_imported():
                 assert "Trainer" not in name or path.name in ("callback.py", "updates.py"), path
                 assert not name.startswith(("transformers.trainer", "transformers.training_args")), path
                 assert name != "TrainingArguments", path
+
+
+def test_ranks_keep_their_own_buffers(tmp_path: Path) -> None:
+    """DDP would give every rank the first one's key of the routing noise."""
+    config = tiny.config(tmp_path)
+    accelerator = make_learner(build_model(model_config(config, 64), 0), config, tmp_path, place_of(config))[
+        1
+    ]
+    assert accelerator.ddp_handler is not None
+    assert not accelerator.ddp_handler.broadcast_buffers
