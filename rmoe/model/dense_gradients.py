@@ -35,10 +35,14 @@ class _OfAllExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, x: Tensor, experts: Any) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.experts, ctx.dtype = experts, weights.dtype
+    def forward(weights: Tensor, x: Tensor, experts: Any) -> Tensor:
         return torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Any], output: Tensor) -> None:
+        weights, x, ctx.experts = inputs
+        ctx.save_for_backward(x)
+        ctx.dtype = weights.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

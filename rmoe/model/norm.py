@@ -12,18 +12,23 @@ from torch.autograd.function import once_differentiable
 
 
 class _RMSNormCPU(torch.autograd.Function):
-    """`w x / rms(x)`, float32 or float64; keeps `x` and one number per row."""
+    """`w x / rms(x)` and `1 / rms(x)`, float32 or float64; keeps `x` and one number per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (x * scale).mul_(weight), scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2], output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         width = x.shape[-1]
         rows, grad_rows, scale = x.reshape(-1, width), grad.reshape(-1, width), scale.reshape(-1, 1)
@@ -47,7 +52,7 @@ class RMSNorm(nn.Module):
         if x.device.type == "cpu" and wide and not torch.compiler.is_compiling():
             if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
                 return self._one_row(x)
-            out: Tensor = _RMSNormCPU.apply(x, self.weight, self.variance_epsilon)
+            out: Tensor = _RMSNormCPU.apply(x, self.weight, self.variance_epsilon)[0]
             return out
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)

@@ -23,7 +23,7 @@ from rmoe.routing.initial import initializers_of
 from rmoe.routing.losses import SimilarityPreserving
 from rmoe.routing.scorer import Linear
 from tests import naive
-from tests.model.small import POST, PRE, config, model, tokens
+from tests.model.small import POST, PRE, config, loss_and_gradients, model, tokens
 from tests.versions import since
 
 
@@ -700,3 +700,22 @@ def test_a_classifier_behind_a_cache_takes_a_mask_of_all_it_has_seen() -> None:
     cache = net.model(ids[:, :4], use_cache=True).get(CACHE)
     got = net(ids[:, 4:], attention_mask=mask, **{CACHE: cache})
     assert torch.allclose(got.logits, net(ids, attention_mask=mask).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm"])
+@pytest.mark.parametrize("changes", [{"router": "rmoe"}, {"router": "smoe", "dense_gradients": "densemixer"}])
+def test_gradients_by_torch_func(changes: dict, experts: str) -> None:
+    """Per-sample gradients, influence functions: what is written by hand must not be in their way.
+
+    torch's custom operators cannot be, so not with `sorted_mm`, nor `auto`, which may choose it.
+    """
+    net, ids = model(experts=experts, **changes).train(), tokens()
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+        return torch.func.functional_call(net, parameters, (), inputs).loss
+
+    found = torch.func.grad(loss)(dict(net.named_parameters()))
+    _, want = loss_and_gradients(net, ids)
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name], gradient)
