@@ -178,8 +178,10 @@ class RMoESparseMoeBlock(nn.Module):
         Raises:
             RequestError: the experts are wrapped, as PEFT's `target_parameters` does.
         """
+        if not self.training:
+            return routing
         config = self.config  # read now: a schedule may set these
-        if not self.training or (config.erc_loss_coef == 0 and config.competition_rate == 0):
+        if config.erc_loss_coef == 0 and config.competition_rate == 0:
             return routing
         if not isinstance(self.experts, _Experts):
             name = "erc_loss_coef" if config.erc_loss_coef else "competition_rate"
