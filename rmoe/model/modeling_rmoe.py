@@ -169,7 +169,7 @@ class RMoEModel(RMoEPreTrainedModel):
         # A post-norm model ends in a norm already.
         self.norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
-        self.reads_sequence = spec.router.reads_sequence
+        self.router_uses_noise, self.reads_sequence = spec.uses_noise, spec.router.reads_sequence
         self.register_buffer("routing_noise_key", torch.zeros((), dtype=torch.int64), persistent=False)
         self.gradient_checkpointing = False
         # Counts and biases stay float32 in a model loaded in bfloat16.
@@ -184,8 +184,7 @@ class RMoEModel(RMoEPreTrainedModel):
     @property
     def uses_noise(self) -> bool:
         """Whether a forward pass of training draws random numbers."""
-        config = self.config
-        return config.router_spec.uses_noise or config.erc_loss_coef > 0 or config.competition_rate > 0
+        return self.router_uses_noise or self.config.erc_loss_coef > 0 or self.config.competition_rate > 0
 
     def _require_whole_sequences(
         self, packed: bool, seen: int | Tensor, attention_mask: Any, position_ids: Any
