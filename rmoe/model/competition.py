@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rmoe.routing.contract import Routing
+from rmoe.routing.losses import masked_mean
 from rmoe.routing.noise import Noise
 
 OF_CHOSEN = 0.2
@@ -26,7 +27,7 @@ DIVERSITY = 0.005
 
 def drawn(rate: float, noise: Noise) -> bool:
     """Whether a layer competes in this forward pass; waits for the device."""
-    return rate >= 1 or bool(noise.uniform(torch.zeros(())) < rate)
+    return bool(noise.uniform(torch.zeros(())) < rate)
 
 
 def compete(experts: Any, x: Tensor, routing: Routing, mask: Tensor | None, coefficient: float) -> Routing:
@@ -44,20 +45,17 @@ def compete(experts: Any, x: Tensor, routing: Routing, mask: Tensor | None, coef
     affinity = F.softplus(outputs).mean(-1)
     best, chosen = affinity.topk(routing.experts.shape[1], -1)
     target = affinity.softmax(-1)
-    fixed, real = target.detach(), torch.ones_like(best[:, 0]) if mask is None else mask.to(best.dtype)
-    tokens = real.sum().clamp(min=1)
 
     def distance(got: Tensor, want: Tensor) -> Tensor:
-        return ((got - want).square().mean(-1) * real).sum() / tokens
+        return masked_mean((got - want).square().mean(-1)[None], mask)[0]
 
+    fixed = target.detach()
     taught = distance(routing.probs, fixed)
     taught = taught + OF_CHOSEN * distance(routing.probs.gather(1, chosen), fixed.gather(1, chosen))
     units = F.normalize(outputs.gather(1, chosen[..., None].expand(-1, -1, outputs.shape[-1])), dim=-1)
     similar = (units @ units.mT - torch.diag_embed(units.square().sum(-1))).mean((-2, -1))  # [T]
-    penalty = coefficient * taught + DIVERSITY * (similar * real).sum() / tokens
-    return routing._replace(
-        probs=target,
-        weights=best / best.sum(-1, keepdim=True),
-        experts=chosen,
-        penalty=penalty if routing.penalty is None else routing.penalty + penalty,
+    penalty = coefficient * taught + DIVERSITY * masked_mean(similar[None], mask)[0]
+    chosen_by_affinity = routing._replace(
+        probs=target, weights=best / best.sum(-1, keepdim=True), experts=chosen
     )
+    return chosen_by_affinity.with_penalty(penalty)

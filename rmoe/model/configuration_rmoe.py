@@ -286,6 +286,15 @@ class RMoEConfig(PreTrainedConfig):
         if self.dense_gradients is not None:
             raise RequestError("competition_rate", self.competition_rate, "0 with dense_gradients")
 
+    def cut_experts_misfit(self) -> RequestError | None:
+        """Why experts cannot be cut up or spread over devices (tensor or expert parallelism); None: they can."""
+        for name, off in (("dense_gradients", None), ("erc_loss_coef", 0), ("competition_rate", 0)):
+            value = getattr(self, name)
+            if value != off:
+                allowed = f"{'null' if off is None else off} with tensor or expert parallelism"
+                return RequestError(name, value, f"{allowed}: no device has all of an expert, or all experts")
+        return None
+
     def without_absent(self, plan: dict[str, str]) -> dict[str, str]:
         """A parallel plan without rules for parameters that this model's experts lack: transformers warns of them."""
         absent = ".experts.up_proj" if self.mlp_gated else ".experts.gate_up_proj"

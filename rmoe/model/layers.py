@@ -201,8 +201,7 @@ class RMoESparseMoeBlock(nn.Module):
             assert matrix is not None  # the configuration has checked it
             vectors = matrix[: self.num_built_experts].to(torch.promote_types(matrix.dtype, torch.float32))
             loss = erc_loss(vectors, self.experts.first_weights(), config.erc_alpha, noise)
-            penalty = config.erc_loss_coef * loss.to(routing.probs.dtype)
-        return routing._replace(penalty=penalty if routing.penalty is None else routing.penalty + penalty)
+        return routing.with_penalty(config.erc_loss_coef * loss.to(routing.probs.dtype))
 
     def _with_defaults(
         self, x: Tensor, experts: Tensor, weights: Tensor, routing: Routing, mask: Tensor | None

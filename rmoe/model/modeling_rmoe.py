@@ -200,9 +200,7 @@ class RMoEModel(RMoEPreTrainedModel):
             raise ValueError(
                 f"router {kind!r} reads a token's earlier tokens: call the model without a cache"
             )
-        if position_ids is None or torch.compiler.is_compiling():
-            return
-        if starts_again(attention_mask, position_ids):
+        if self._is_packed(attention_mask, position_ids):
             raise ValueError(
                 f"router {kind!r} reads a token's earlier tokens: give each example a row of its own"
             )
@@ -339,11 +337,9 @@ def _check_parallelism(config: RMoEConfig) -> None:
     groups = getattr(config, "distributed_config", None)
     sizes = [getattr(groups, name, None) or 1 for name in ("tp_size", "ep_size")]
     cut = max(sizes) > 1 or bool(getattr(groups, "enable_expert_parallel", False))
-    for name, off in (("dense_gradients", None), ("erc_loss_coef", 0), ("competition_rate", 0)):
-        value = getattr(config, name)
-        if value != off and cut:
-            allowed = f"{'null' if off is None else off} with tensor or expert parallelism"
-            raise RequestError(name, value, allowed)
+    reason = config.cut_experts_misfit() if cut else None
+    if reason is not None:
+        raise reason
 
 
 def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor | None:

@@ -29,10 +29,10 @@ def _warn_of_lost_state(trunk: RMoEModel) -> None:
         if name in module.state_dict()
     }
     if moving:
-        named, parts = (", ".join(sorted({each[i] for each in moving})) for i in (1, 0))
-        saved = ", ".join(f'"{part}"' for part in parts.split(", "))
+        named = ", ".join(sorted({buffer for _, buffer in moving}))
+        parts = ", ".join(sorted({f'"{part}"' for part, _ in moving}))
         said = f"the routers' {named} will move, and the adapter does not save them"
-        warnings.warn(f"{said}: add modules_to_save=[{saved}] to its configuration", stacklevel=3)
+        warnings.warn(f"{said}: add modules_to_save=[{parts}] to its configuration", stacklevel=3)
 
 
 class RouterUpdates(TrainerCallback):

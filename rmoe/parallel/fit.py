@@ -27,14 +27,7 @@ def misfit(config: RMoEConfig, parallel: ParallelConfig) -> RequestError | None:
     experts = config.num_built_experts
     if experts % parallel.expert:
         return RequestError("parallel.expert", parallel.expert, f"a divisor of a layer's experts ({experts})")
-    if config.dense_gradients and parallel.expert * parallel.tensor > 1:
-        allowed = "null with tensor or expert parallelism: no device has an expert's whole output"
-        return RequestError("dense_gradients", config.dense_gradients, allowed)
-    for name in ("erc_loss_coef", "competition_rate"):
-        if getattr(config, name) and parallel.expert * parallel.tensor > 1:
-            allowed = "0 with tensor or expert parallelism: no device has all experts' matrices"
-            return RequestError(name, getattr(config, name), allowed)
-    return None
+    return config.cut_experts_misfit() if parallel.expert * parallel.tensor > 1 else None
 
 
 def pipeline_misfit(config: RMoEConfig, count: int) -> RequestError | None:

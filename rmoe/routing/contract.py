@@ -66,6 +66,10 @@ class Routing(NamedTuple):
     shared_weights: Tensor | None = None
     classes: Tensor | None = None
 
+    def with_penalty(self, more: Tensor) -> Routing:
+        """The same with one more loss, a scalar with its weight, beside any that it has."""
+        return self._replace(penalty=more if self.penalty is None else self.penalty + more)
+
 
 class RouterStats(NamedTuple):
     """Sums over the real (unpadded) tokens of one or more forward passes; they add up over micro-batches and ranks.

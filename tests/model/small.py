@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
@@ -28,6 +29,15 @@ def model(seed: int = 0, attention: str = "sdpa", experts: str = "eager", **chan
     )
     initialize(built, seed)
     return built
+
+
+def with_lora_on_experts(net: torch.nn.Module) -> Any:
+    """PEFT's wrapper around the experts' own weights: an expert's weight is computed, no parameter."""
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(
+        net,
+        peft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    )
 
 
 def tokens(batch: int = 3, length: int = 13, seed: int = 0, vocab: int = 67) -> torch.Tensor:

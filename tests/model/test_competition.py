@@ -17,7 +17,7 @@ from rmoe.parallel.fit import misfit
 from rmoe.routing import RouterContext, Routing
 from rmoe.routing.noise import CounterNoise
 from tests import naive
-from tests.model.small import config, loss_and_gradients, model, tokens
+from tests.model.small import config, loss_and_gradients, model, tokens, with_lora_on_experts
 
 T, D, E, K = 11, 36, 5, 2
 
@@ -212,8 +212,6 @@ def test_refused_where_experts_are_cut_up() -> None:
 
 
 def test_refused_with_lora_on_the_experts() -> None:
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    net, ids = peft.get_peft_model(model(router="smoe", competition_rate=1.0), lora), tokens()
+    net, ids = with_lora_on_experts(model(router="smoe", competition_rate=1.0)), tokens()
     with pytest.raises(RequestError, match=r"competition_rate is 1\.0; allowed: 0 with experts in a"):
         net.train()(input_ids=ids, labels=ids)

@@ -15,7 +15,7 @@ from rmoe.model.coupling import erc_loss, proxies
 from rmoe.parallel.config import ParallelConfig
 from rmoe.parallel.fit import misfit
 from rmoe.routing.noise import CounterNoise
-from tests.model.small import config, loss_and_gradients, model, tokens
+from tests.model.small import config, loss_and_gradients, model, tokens, with_lora_on_experts
 
 
 def weights(seed: int = 0, experts: int = 5, inner: int = 7, width: int = 11) -> tuple[Tensor, Tensor]:
@@ -213,9 +213,7 @@ def test_refused_in_such_a_layout() -> None:
 
 
 def test_refused_with_lora_on_the_experts() -> None:
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    net, ids = peft.get_peft_model(model(router="smoe", erc_loss_coef=1.0), lora), tokens()
+    net, ids = with_lora_on_experts(model(router="smoe", erc_loss_coef=1.0)), tokens()
     with pytest.raises(RequestError, match=r"erc_loss_coef is 1\.0; allowed: 0 with experts in a"):
         net.train()(input_ids=ids, labels=ids)
 

@@ -13,7 +13,7 @@ from rmoe.model import RMoEForCausalLM, initialize
 from rmoe.model.layers import RMoESparseMoeBlock
 from rmoe.routing import RouterContext, Routing
 from tests import naive
-from tests.model.small import config, loss_and_gradients, model, tokens
+from tests.model.small import config, loss_and_gradients, model, tokens, with_lora_on_experts
 
 ROUTERS = [
     "smoe",
@@ -220,11 +220,7 @@ def test_refused_with_experts_cut_up(dense: str, groups: dict) -> None:
 @pytest.mark.parametrize("dense", [None, "densemixer"])
 def test_lora_on_the_experts_one_by_one(dense: str | None) -> None:
     """Under PEFT an expert's weight is computed, no parameter; and one expert alone cannot be."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
-    )
-    net, ids = peft.get_peft_model(model(router="smoe", dense_gradients=dense), config), tokens()
+    net, ids = with_lora_on_experts(model(router="smoe", dense_gradients=dense)), tokens()
     if dense is not None:
         with pytest.raises(
             RequestError, match=r"dense_gradients is 'densemixer'; allowed: null with experts in a"

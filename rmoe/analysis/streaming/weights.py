@@ -23,6 +23,10 @@ QUANTISERS = ("fp8", "mxfp4")
 """Block-scaled FP8 (DeepSeek-V3) and MXFP4 (GPT-OSS): transformers' own quantisers give bfloat16 where no kernel is."""
 
 
+_MOST_TIMES_THE_FILES = 8
+"""4 bits in the file, 32 in memory."""
+
+
 def loaded_bytes(path: Path, dtype: str, enough: int) -> int:
     """Bytes of a model folder's tensors as `rmoe.load` would hold them.
 
@@ -41,10 +45,6 @@ def loaded_bytes(path: Path, dtype: str, enough: int) -> int:
         model = rmoe.load(path, dtype=dtype)
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-_MOST_TIMES_THE_FILES = 8
-"""4 bits in the file, 32 in memory."""
 
 
 class StreamedModel:
