@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.model.card import Metric, ModelCard, stated_license
+from rmoe.places import display_name
 
 if TYPE_CHECKING:
     from rmoe.finetune.run import FinetuneResult
@@ -33,9 +34,9 @@ def finetuning_card(
     """
     labels = config.task == "classification"
     return ModelCard(
-        title=f"{source.name}-{config.task}",
+        title=f"{display_name(source)}-{config.task}",
         summary=(
-            f"{source.name}, fine-tuned on {'labelled texts' if labels else 'instructions'} "
+            f"{display_name(source)}, fine-tuned on {'labelled texts' if labels else 'instructions'} "
             f"for {result.steps:,} steps. It has had no evaluation beyond the metrics below."
         ),
         data=data.name,
@@ -44,7 +45,7 @@ def finetuning_card(
         ),
         load=_LOAD[config.task],
         task="text-classification" if labels else "text-generation",
-        base=source.name,
+        base=display_name(source),
         license=stated_license(source),
         tables={
             "Data": {"file": data.name, "sha256": data_sha256, "examples": f"{result.examples:,}"},

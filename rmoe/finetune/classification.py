@@ -27,12 +27,19 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
     """A model folder's model with a head for these labels; the head starts random unless the folder has one.
 
     Raises:
-        RequestError: as `rmoe.load`; or the family has no classifier; or any weight but a head's does not fit.
+        RequestError: as `rmoe.load`; or the folder has a head for other labels; or the family has no classifier; or any
+            weight but a head's does not fit.
     """
     open_weights(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if AutoModelForSequenceClassification not in dict(model_classes(type(config))):
         raise RequestError("model", config.model_type, "a family with a sequence classifier in transformers")
+    has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    its, given = list(config.id2label.values()), [str(label) for label in labels]
+    unnamed = its == [f"LABEL_{index}" for index in range(len(given))]
+    if has_head and its != given and not unnamed:
+        allowed = f"those of the model's head, {', '.join(its)}; or a model without a head"
+        raise RequestError("labels", ", ".join(given), allowed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, report = AutoModelForSequenceClassification.from_pretrained(

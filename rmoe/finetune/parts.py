@@ -66,6 +66,8 @@ def choose_trained(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
                 "" if is_grafted(model) else ", router a graft or RMoE"
             )
             raise RequestError("--train", config.train, allowed)
+        if config.task == "classification":  # its head is new
+            chosen |= {name for name in every if name.startswith("score.")}
     else:
         frozen = frozenset() if config.freeze == "none" else parts.layers | parts.gates
         if config.freeze != "none" and not frozen:

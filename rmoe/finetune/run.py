@@ -295,8 +295,10 @@ def _train(
     # As transformers' Trainer decides it; an adapter of PEFT's is no PreTrainedModel.
     unused = not (isinstance(job.model, PreTrainedModel) and run.training.gradient_checkpointing)
     accelerator = accelerator_of(run, out, place, unused)
+    learner = ModelLearner(job.model, accelerator, place.ranks, micro_batches(run, place.ranks))
+    learner.moves_routers &= request.config["freeze"] == "none"
     loop = Loop(
-        ModelLearner(job.model, accelerator, place.ranks, micro_batches(run, place.ranks)),
+        learner,
         run.training,
         StepPlan.of(run),
         accelerator,

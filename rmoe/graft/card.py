@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rmoe.graft.spec import GraftSpec
 from rmoe.model.card import ModelCard, stated_license
+from rmoe.places import display_name
 
 _LOAD = "import rmoe\n\nmodel = rmoe.load(folder)"
 
@@ -28,10 +29,10 @@ def graft_card(
         else "Before training it computes what its base computes, bit for bit."
     )
     return ModelCard(
-        title=f"{source.name}-graft",
-        summary=f"A recurrent router grafted onto {source.name}. {start}",
+        title=f"{display_name(source)}-graft",
+        summary=f"A recurrent router grafted onto {display_name(source)}. {start}",
         load=f"{_LOAD}  # finds its base by the place and digest in config.json",
-        base=source.name,
+        base=display_name(source),
         license=stated_license(source),
         tables={
             "Router": {
@@ -48,13 +49,13 @@ def graft_card(
 def upcycling_card(source: Path, router: str, num_experts: int, top_k: int, parameters: int) -> ModelCard:
     """The card of an RMoE model whose experts are copies of a dense model's MLPs."""
     return ModelCard(
-        title=f"{source.name}-upcycled",
+        title=f"{display_name(source)}-upcycled",
         summary=(
-            f"{source.name} as a Mixture-of-Experts model (arXiv:2212.05055): each expert starts as a copy of "
+            f"{display_name(source)} as a Mixture-of-Experts model (arXiv:2212.05055): each expert starts as a copy of "
             "its layer's MLP. Before training it computes what the dense model computes."
         ),
         load=_LOAD,
-        base=source.name,
+        base=display_name(source),
         license=stated_license(source),
         tables={
             "Model": {

@@ -155,7 +155,8 @@ class _Original:
     def write(self, folder: Path) -> None:
         """Write the tensors, a file for a file; a file that stays as it is is copied."""
         written = [file for file, names in self.files.items() if not all(map(self._skips, names))]
-        single = len(written) == 1 and not self.more
+        index = self._index()
+        single = len(written) == 1 and not self.more and index is None  # an index names files
         for file in written:
             target = folder / (WEIGHTS if single else file)
             if any(self._skips(name) or name in self.instead for name in self.files[file]):
@@ -168,7 +169,6 @@ class _Original:
                 written[written.index(WEIGHTS)] = BASE_WEIGHTS
             save_file(self.more, folder / MORE_WEIGHTS, metadata={"format": "pt"})
             written.append(MORE_WEIGHTS)
-        index = self._index()
         if index is not None:
             shutil.copyfile(index, folder / INDEX)
         elif not single:

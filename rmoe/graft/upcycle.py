@@ -6,12 +6,13 @@ is that MLP, whatever the router says; that, and not the router's name, is what 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
@@ -68,6 +69,7 @@ def upcycle(
     model.to(device=dense.device, dtype=dense.dtype)
     _copy_weights(dense, model)
     _require_same_function(dense, model.eval(), router)
+    model.generation_config = copy.deepcopy(dense.generation_config)
     return model
 
 
@@ -82,12 +84,16 @@ def upcycle_folder(
 
     model = upcycle(load(source), router, num_experts=num_experts, top_k=top_k, seed=seed)
 
+    # transformers refuses to write some of the defaults that it reads.
+    defaults, model.generation_config = model.generation_config, GenerationConfig()
+
     def write(folder: Path) -> None:
-        copy_others(source, folder)
         model.save_pretrained(folder)
+        copy_others(source, folder)  # last: the dense model's generation defaults, as they are
         write_card(folder, upcycling_card(source, router, num_experts, top_k, model.num_parameters()))
 
     publish(out, write)
+    model.generation_config = defaults
     return model
 
 

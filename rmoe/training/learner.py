@@ -35,6 +35,7 @@ class Learner(ABC):
         ranks: this process among the others.
         parts: batches that the loop hands over for a step.
         forward_passes: of this process in a step.
+        moves_routers: whether the routers' own training state, biases and schedules, moves with each step.
         storage: how the tensors get into a checkpoint.
     """
 
@@ -45,7 +46,7 @@ class Learner(ABC):
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model: Any = model
         self.ranks = ranks
-        self.has_routers = hasattr(model, "update_routers")
+        self.has_routers = self.moves_routers = hasattr(model, "update_routers")
 
     @abstractmethod
     def accumulate(self, batches: list[Batch], sums: StepSums) -> None:

@@ -208,7 +208,7 @@ class Loop:
         if self.training.max_grad_norm > 0:
             self.learner.clip(self.training.max_grad_norm, self._norm)
         self.optimizer.step()
-        if self.learner.has_routers and self.sums.stats is not None:
+        if self.learner.moves_routers and self.sums.stats is not None:
             self.model.update_routers(self.sums.stats, self.step + 1, self.plan.max_steps)
 
     def skip(self) -> None:

@@ -15,7 +15,7 @@ from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer
 from rmoe.data.tasks import Labelled
 from rmoe.errors import RequestError
-from rmoe.finetune.classification import label_set, scores
+from rmoe.finetune.classification import label_set, load_classifier, scores
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import finetune
 from rmoe.graft import GraftSpec, graft_folder, undo_folder
@@ -131,3 +131,32 @@ def test_one_label_is_no_task() -> None:
     with pytest.raises(RequestError, match="labels 1 and '1'"):
         label_set([Labelled(text="a", label=1), Labelled(text="b", label="1"), Labelled(text="c", label=0)])
     assert label_set([Labelled(text="a", label=10), Labelled(text="b", label=9)]) == [9, 10]
+
+
+def test_a_new_head_learns_beside_a_router_alone(grafted_qwen: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "train.jsonl", texts(24, 0))
+    config = FinetuneConfig(
+        task="classification", train="router", epochs=1.0, batch_size=8, sequence_length=32, device="cpu", threads=1
+    )  # fmt: skip
+    result = finetune(grafted_qwen / "grafted", data, tmp_path / "out", config, progress=False)
+    new = load_classifier(grafted_qwen / "grafted", ["bad", "good"], 256, config.seed)
+    tuned = AutoModelForSequenceClassification.from_pretrained(result.model)
+    assert not torch.equal(tuned.score.weight, new.score.weight)
+    same = [
+        torch.equal(p, dict(new.named_parameters())[n])
+        for n, p in tuned.named_parameters()
+        if "self_attn" in n
+    ]
+    assert all(same)
+
+
+@pytest.mark.parametrize("labels", [["bad"], ["bad", "good", "so-so"], ["bad", "worse"]])
+def test_a_head_for_other_labels_is_not_given_to_these(
+    labels: list[str], models: Path, tmp_path: Path
+) -> None:
+    model = load_classifier(models / "rmoe", ["bad", "good"], 256, 0)
+    model.save_pretrained(tmp_path / "head")
+    again = load_classifier(tmp_path / "head", ["bad", "good"], 256, 1)
+    assert torch.equal(again.score.weight, model.score.weight)
+    with pytest.raises(RequestError, match=r"labels is '.*'; allowed: those of the model's head, bad, good"):
+        load_classifier(tmp_path / "head", labels, 256, 0)

@@ -14,12 +14,14 @@ import torch
 
 import rmoe
 from rmoe.cli.main import main
+from rmoe.data.encode import byte_tokenizer
 from rmoe.errors import RequestError
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import FinetuneResult, finetune
 from rmoe.graft import undo_folder
 from rmoe.graft.base import Base
 from rmoe.graft.folder import is_graft_tensor
+from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.model.weights import ADAPTER, open_weights, read_json, tensor_sha256
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
@@ -337,3 +339,30 @@ def test_a_model_without_tokenizer_or_weights(
     assert "tokenizer" in refused(capsys, tmp_path / "out", str(bare), "--data", str(alpaca))
     (bare / "model.safetensors").unlink()
     assert "no weights" in refused(capsys, tmp_path / "out", str(bare), "--data", str(alpaca))
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_frozen_router_keeps_its_biases(lora: int, alpaca: Path, tmp_path: Path) -> None:
+    """They are moved by no gradient; an adapter would not save where they went."""
+    settings = RMoEConfig(
+        vocab_size=320, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_experts=4, router="smoe-bias"
+    )  # fmt: skip
+    start = RMoEForCausalLM(settings)
+    initialize(start, 0)
+    start.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    found = {}
+    for freeze in ("none", "router"):
+        result = tune(tmp_path / "base", alpaca, tmp_path / freeze, freeze=freeze, lora_rank=lora, epochs=2.0)
+        tuned = rmoe.load(result.model)
+        found[freeze] = any(
+            bool(b.abs().sum()) for name, b in tuned.named_buffers() if "selection_bias" in name
+        )
+        if lora:
+            peft = pytest.importorskip("peft")
+            base = rmoe.load(tmp_path / "base")
+            adapted = peft.PeftModel.from_pretrained(base, tmp_path / freeze / "adapter").eval()
+            ids = torch.arange(40)[None]
+            with torch.no_grad():
+                torch.testing.assert_close(tuned(ids).logits, adapted(input_ids=ids).logits)
+    assert found == {"none": True, "router": False}

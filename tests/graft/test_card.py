@@ -51,3 +51,15 @@ def test_undo_gives_the_bases_own_card_back(tmp_path: Path) -> None:
     graft_folder(base, tmp_path / "full", GraftSpec.from_router("rmoe", width=8), full=True)
     undo_folder(tmp_path / "full", tmp_path / "again")
     assert (tmp_path / "again" / CARD).read_text() == BASE_CARD
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_a_model_of_the_hub_is_called_by_its_name(kind: str, tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "models--Org--Nice-MoE" / "snapshots" / ("0123" * 10), kind)
+    if kind == "moe":
+        graft_folder(base, tmp_path / "out", GraftSpec.from_router("rmoe", width=8))
+    else:
+        upcycle_folder(base, tmp_path / "out", "rmoe", num_experts=2, top_k=1)
+    card = ModelCard.load(tmp_path / "out" / CARD)
+    assert card.data.base_model == "Org/Nice-MoE"
+    assert "0123" not in card.text.split("## ")[0]

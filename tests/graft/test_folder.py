@@ -338,3 +338,22 @@ def test_gates_are_found_where_a_family_has_them() -> None:
     stack = find_routed_stack(tiny_model("jamba"))
     assert stack.gate_paths() == [f"model.layers.{i}.feed_forward.router" for i in (1, 3)]
     assert stack.backbone == "model"
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_undo_of_one_shard_with_an_index_names_files_that_are_there(full: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_model("olmoe").save_pretrained(base)
+    shard = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / shard)
+    names = load_file(base / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    graft_folder(base, tmp_path / "grafted", SPEC, full=full)
+    assert undo_folder(tmp_path / "grafted", tmp_path / "again").verified is True
+    named = set(
+        json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())["weight_map"].values()
+    )
+    assert all((tmp_path / "again" / name).is_file() for name in named)
+    assert {file.name for file in (tmp_path / "again").glob("*.safetensors")} == named
+    assert (tmp_path / "again" / shard).read_bytes() == (base / shard).read_bytes()

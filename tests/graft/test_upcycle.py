@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import rmoe
 from rmoe.cli.main import main
 from rmoe.errors import RequestError
 from rmoe.graft import upcycle
+from rmoe.graft.upcycle import upcycle_folder
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -120,3 +122,19 @@ def test_layers_that_rmoe_has_not() -> None:
 def test_a_router_that_would_change_the_function(router: str) -> None:
     with pytest.raises(RequestError, match=r"--router|gate"):
         upcycle(dense("llama"), router)
+
+
+def test_the_generation_defaults_are_the_dense_models(tmp_path: Path) -> None:
+    model = dense("qwen2")
+    model.save_pretrained(tmp_path / "dense")
+    said = {
+        "eos_token_id": [5, 6],
+        "temperature": 0.7,
+        "do_sample": False,
+    }  # what transformers would not write
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps(said))
+    made = upcycle_folder(tmp_path / "dense", tmp_path / "out", "rmoe-norm", num_experts=2, top_k=1)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == said
+    for one in (made, rmoe.load(tmp_path / "out"), upcycle(rmoe.load(tmp_path / "dense"), "rmoe-norm")):
+        assert one.generation_config.eos_token_id == [5, 6]
+        assert one.generation_config.temperature == 0.7
