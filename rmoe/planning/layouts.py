@@ -167,7 +167,7 @@ class Traffic:
     Attributes:
         collective: torch's name for it. purpose: what travels.
         bytes: sent by one device.
-        group: devices taking part. hidden: it can run beside the computation.
+        group: neighbouring devices over which it reaches. hidden: it can run beside the computation.
         router_bytes: the part that is the router's: its parameters, its state between stages, its counts.
     """
 
@@ -213,9 +213,17 @@ def traffic_of(
         each = dense + routed
         share = own.router / own.total * local * (g - 1) / g / max(each, 1.0)
         twice = 2 * passes * width * each
-        add("all_gather", "weights, before each layer's forward and backward", twice, g, True, share * twice)
+        reach = g * layout.tensor  # devices of a TP group are neighbours, those of an FSDP group so far apart
+        add(
+            "all_gather",
+            "weights, before each layer's forward and backward",
+            twice,
+            reach,
+            True,
+            share * twice,
+        )
         once = passes * FULL * each
-        add("reduce_scatter", "gradients", once, g, True, share * once)
+        add("reduce_scatter", "gradients", once, reach, True, share * once)
     if layout.replicate > 1:
         held = FULL * parameters_per_device(own, layout)
         g = layout.replicate

@@ -234,3 +234,20 @@ def test_wrong_requests(arguments, capsys):
 def test_a_batch_nobody_can_share():
     with pytest.raises(RequestError, match=r"training\.batch_size is 3"):
         plan_of(config(num_hidden_layers=2), CLUSTER, sequence_length=16, batch_size=3, micro_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "over_nodes"), [(8, 1, False), (4, 2, False), (8, 2, True), (2, 8, True)]
+)
+def test_a_sharding_group_behind_tensor_parallelism_reaches_over_nodes(
+    fsdp: int, tensor: int, over_nodes: bool
+) -> None:
+    """transformers' mesh has TP innermost: devices that hold shards of one matrix are `tensor` apart."""
+    settings, cluster = config(), Cluster(16, 8, ACCELERATORS["h100"])
+    layout = Layout(fsdp=fsdp, tensor=tensor)
+    found = traffic_of(needs_of(settings, 64, bf16=False), settings, layout, 1, 64, 1, False, False)
+    slow, fast = cluster.bandwidth(16), cluster.bandwidth(8)
+    assert slow < fast
+    for collective in ("all_gather", "reduce_scatter"):
+        (sent,) = (one for one in found if one.collective == collective)
+        assert cluster.bandwidth(sent.group) == (slow if over_nodes else fast)
