@@ -248,6 +248,6 @@ def test_a_sharding_group_behind_tensor_parallelism_reaches_over_nodes(
     found = traffic_of(needs_of(settings, 64, bf16=False), settings, layout, 1, 64, 1, False, False)
     slow, fast = cluster.bandwidth(16), cluster.bandwidth(8)
     assert slow < fast
-    for collective in ("all_gather", "reduce_scatter"):
-        (sent,) = (one for one in found if one.collective == collective)
+    for collective, purpose in (("all_gather", "weights"), ("reduce_scatter", "gradients")):
+        (sent,) = (one for one in found if one.collective == collective and one.purpose.startswith(purpose))
         assert cluster.bandwidth(sent.group) == (slow if over_nodes else fast)
