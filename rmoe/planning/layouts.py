@@ -77,12 +77,13 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: float32 master weights, their gradients, AdamW's two moments.
-        gathered: whole layers that FSDP has put together for computing, this one and the next.
-        activations: what autograd keeps, weight copies of autocast included.
+        gathered: whole layers that FSDP has put together for computing, this one and the next, in float32.
+        activations: what autograd keeps, autocast's copies of weights included: FSDP frees what it gathered, not these.
         loss: what is alive besides while the loss is taken and differentiated: a chunk's logits, or where they cannot
             be taken in chunks (TP, PP) float32 gradients of logits and of log-probabilities.
         layer: activations of the one layer that is being recomputed or differentiated, and gradients inside it:
-            together 1.26 to 1.43 times the activations in real steps of three architectures.
+            together 1.26 to 1.43 times the activations in real steps of three architectures. Under FSDP also that
+            layer's whole gradients before they are cut up, and under autocast its copies and theirs.
     """
 
     weights: float
@@ -131,13 +132,19 @@ def memory_of(
         body = kept.boundary + (kept.layer - kept.boundary) * (0.5 + 0.5 / layout.tensor)
     held = batch * layout.pipeline
     activations = held * (layers * (kept.boundary if checkpointing else body) + kept.ends)
-    fixed = kept.fixed / layout.pipeline / layout.tensor if layout.fsdp == 1 else 0.0
-    gathered = 0.0
+    fixed = kept.fixed / layout.pipeline / layout.tensor
+    gathered = reduced = 0.0
     if layout.fsdp > 1:
-        layer = own.layer - own.layer_experts * (1 - layout.tensor**-1)
-        if layout.expert > 1:
-            layer -= own.layer_experts * (1 - 1 / layout.expert)
-        gathered = (2 * layer + own.embedding + own.head) * (HALF if bf16 else FULL)
+        elsewhere = 1 - 1 / layout.expert  # share of a layer's experts that other devices compute
+        layer = own.layer - own.layer_experts * (1 - layout.tensor**-1) - own.layer_experts * elsewhere
+        gathered = (2 * layer + own.embedding + own.head) * FULL
+        reduced = layer * (FULL + (2 * HALF if bf16 else 0))
+        if (
+            checkpointing
+        ):  # copies are of gathered weights, which autocast does not remember: a layer's go with it
+            fixed = min(fixed, FULL * own.head / layout.tensor)
+        elif bf16:
+            fixed -= HALF * own.experts * elsewhere
     return Memory(
         weights=FULL * parameters,
         gradients=FULL * parameters,
@@ -145,7 +152,7 @@ def memory_of(
         gathered=gathered,
         activations=activations + fixed,
         loss=_loss_bytes(config, layout, batch * length),
-        layer=1.3 * batch * body,
+        layer=1.3 * batch * body + reduced,
     )
 
 
@@ -212,7 +219,7 @@ def traffic_of(
         routed = experts / layout.expert * (copies - 1) / copies
         each = dense + routed
         share = own.router / own.total * local * (g - 1) / g / max(each, 1.0)
-        twice = 2 * passes * width * each
+        twice = 2 * passes * FULL * each  # autocast makes its copies of what has arrived
         reach = g * layout.tensor  # devices of a TP group are neighbours, those of an FSDP group so far apart
         add(
             "all_gather",

@@ -155,23 +155,24 @@ class ModelLearner(Learner):
         return every / self.ranks.same
 
     def _no_sync(self) -> AbstractContextManager[Any]:
-        """Let gradients add up here, without a word to other processes."""
+        """Add gradients up here, and meet the other replicas at the step's last micro-batch only."""
         if not self.sharded:
             return self.accelerator.no_sync(self.forward)
-        return _deferred(self.model) if isinstance(self.model, FSDPModule) else nullcontext()
+        replicas = getattr(getattr(self.model.config, "distributed_config", None), "dp_replicate_size", 1)
+        return _apart(self.model) if replicas > 1 else nullcontext()
 
 
 @contextmanager
-def _deferred(model: Any) -> Iterator[None]:
-    """FSDP2's no_sync. Replicas (HSDP) only put off their all-reduce, so gradients stay cut up."""
-    if getattr(getattr(model.config, "distributed_config", None), "dp_replicate_size", 1) > 1:
-        model.set_requires_all_reduce(False)
-    else:
-        model.set_requires_gradient_sync(False)
+def _apart(model: FSDPModule) -> Iterator[None]:
+    """Replicas (HSDP) put off their all-reduce.
+
+    FSDP2's reduce-scatter is never put off: a device would hold the whole model's gradients until the last micro-batch.
+    """
+    model.set_requires_all_reduce(False)
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
+        model.set_requires_all_reduce(True)
 
 
 def _counts_tokens(model: Any) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
 from tests.finetune.conftest import instructions, write_lines
 from tests.host import host_program
+from tests.torchrun import torchrun
 
 FAST: dict[str, Any] = {
     "batch_size": 4,
@@ -237,10 +236,9 @@ def test_two_processes_publish_one_model(
     out = tmp_path / "out"
     request = [str(models / "rmoe"), "--data", str(alpaca), "--valid", str(alpaca), "--out", str(out)]
     steps = ["--epochs", "4", "--batch-size", "4", "--learning-rate", "0.01", "--sequence-length", "512"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "rmoe.cli.main", "finetune", *request, *steps, "--device", "cpu", *options]
+    command = ["-m", "rmoe.cli.main", "finetune", *request, *steps, "--device", "cpu", *options]
     for more in ([], ["--resume"]):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, check=False)
+        done = torchrun(*command, *more)
         assert done.returncode == 0, done.stderr
     result = json.loads((out / "result.json").read_text())
     rank, settings = (2 if options else 0), {"epochs": 4.0, "sequence_length": 512}

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from rmoe.cli.main import main
 from rmoe.training.metrics import read_metrics
+from tests.torchrun import torchrun
 from tests.training import tiny
 from tests.training.test_kill import SETTINGS
 
@@ -37,8 +37,8 @@ def launch(line: str, *more: str, ranks: int = 2) -> subprocess.CompletedProcess
     """Run a documented line with this interpreter's torchrun and any free port."""
     program, *arguments = shlex.split(line.replace("--nproc-per-node 2", f"--nproc-per-node {ranks}"))
     assert program == "torchrun"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert arguments[:2] == ["--nproc-per-node", str(ranks)]
+    return torchrun(*arguments[2:], *more, ranks=ranks)
 
 
 def train(line: str, text: Path, out: Path, *more: str, ranks: int = 2) -> Path:

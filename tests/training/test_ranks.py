@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rmoe.training.metrics import read_metrics
+from tests.torchrun import torchrun
 from tests.training import tiny
-from tests.training.test_kill import ROOT, SETTINGS
+from tests.training.test_kill import SETTINGS
 
 pytestmark = pytest.mark.slow
 
@@ -19,9 +18,9 @@ GLOBAL = ["--router", "smoe-global", "--model.hidden-dropout", "0", "--training.
 
 
 def run(text: Path, out: Path, ranks: int, *more: str) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launch, "-m", "rmoe.cli.main", "train", "--data", str(text), "--out", str(out), *more]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    done = torchrun(
+        "-m", "rmoe.cli.main", "train", "--data", str(text), "--out", str(out), *more, ranks=ranks
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -75,26 +74,17 @@ def test_branch_of_on_two_ranks(text, settings, tmp_path):
     run(text, tmp_path / "whole", 2, *shorter, "5")
     run(text, tmp_path / "branch", 2, *shorter, "5", "--branch-of", str(tmp_path / "long"))
     assert tiny.weights(tmp_path / "branch") == tiny.weights(tmp_path / "whole")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [
-        *launch,
-        "-m",
-        "rmoe.cli.main",
-        "train",
+    asked = [
         "--data",
         str(text),
         "--out",
         str(tmp_path / "no"),
         *shorter,
+        "7",
+        "--branch-of",
+        str(tmp_path / "long"),
     ]
-    done = subprocess.run(
-        [*command, "7", "--branch-of", str(tmp_path / "long")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        check=False,
-    )
+    done = torchrun("-m", "rmoe.cli.main", "train", *asked)
     assert done.returncode != 0
     assert "a run that kept checkpoint-6 (training.branch_points)" in done.stderr
     assert [path.name for path in (tmp_path / "no").iterdir()] == ["run.lock"]

@@ -1,0 +1,109 @@
+"""What each of two gloo processes does: steps under FSDP2, their tensors counted. Run by test_sharded."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor import DTensor
+
+from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
+from rmoe.parallel import ParallelConfig
+from rmoe.parallel.sharding import distribute
+from rmoe.planning.layouts import Layout, memory_of
+from rmoe.planning.trace import needs_of
+from rmoe.training.accounting import StepSums
+from rmoe.training.learner import ModelLearner
+from rmoe.training.place import Ranks
+from tests.versions import older
+
+SIZES = {
+    "vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "num_experts": 16,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 192, "first_k_dense_replace": 1,
+}  # fmt: skip
+LENGTH = 128
+CASES = {  # micro-batch, expert parallelism, bfloat16, gradient checkpointing
+    "many tokens": (4, 1, False, False),
+    "few tokens": (1, 1, False, False),
+    "few tokens, bf16": (1, 1, True, False),
+    "many tokens, bf16, checkpointing": (4, 1, True, True),
+    "many tokens, bf16, EP": (4, 2, True, False),
+}
+
+
+def sharded(expert: int) -> RMoEForCausalLM:
+    config = RMoEConfig(**SIZES)
+    model = RMoEForCausalLM._from_config(
+        config, attn_implementation="sdpa", experts_implementation="grouped_mm"
+    )
+    initialize(model, 0)
+    return distribute(model, ParallelConfig(fsdp=2, expert=expert), 2).train()
+
+
+def peak(batch: int, expert: int, bf16: bool, checkpointing: bool) -> int:
+    """Bytes of this process's tensors at the fullest moment of a step after the first."""
+    net = sharded(expert)
+    if checkpointing:
+        net.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    ids = torch.randint(0, 512, (batch, LENGTH))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = net(input_ids=ids, labels=ids, use_cache=False, output_logits=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    tracker = MemTracker()
+    tracker.track_external(net, optimizer, ids)
+    with tracker:
+        step()
+    (device,) = tracker.get_tracker_snapshot("peak").values()
+    return next(size for kind, size in device.items() if str(kind).endswith("Total"))
+
+
+def cut_after_each_micro_batch() -> list[bool]:
+    """Whether all gradients are shards, after each micro-batch of a step of two."""
+    net = sharded(1)
+    accelerator = Accelerator(cpu=True)
+    learner = ModelLearner(net, accelerator, Ranks(2, dist.get_rank()), 2)
+    found = []
+    backward = accelerator.backward
+
+    def looked_at(loss: Tensor) -> None:
+        backward(loss)
+        found.append(all(isinstance(p.grad, DTensor) for p in net.parameters()))
+
+    accelerator.backward = looked_at
+    ids = torch.randint(0, 512, (1, 16))
+    learner.accumulate([{"input_ids": ids, "labels": ids}] * 2, StepSums())
+    return found
+
+
+def main(out: str) -> None:
+    dist.init_process_group("gloo")
+    report: dict[str, object] = {"cut": cut_after_each_micro_batch()}
+    for case, (batch, expert, bf16, checkpointing) in CASES.items():
+        if expert > 1 and older("transformers", "5.23"):
+            continue
+        config, layout = RMoEConfig(**SIZES), Layout(fsdp=2, expert=expert)
+        planned = memory_of(
+            needs_of(config, LENGTH, bf16), config, layout, batch, LENGTH, bf16, checkpointing
+        )
+        report[case] = {"planned": planned.peak, "real": peak(batch, expert, bf16, checkpointing)}
+    if dist.get_rank() == 0:
+        with open(out, "w") as file:
+            json.dump(report, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
