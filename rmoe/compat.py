@@ -60,6 +60,7 @@ __all__ = [
     "prune_expert_plan",
     "prune_fsdp_plan",
     "storage_key",
+    "decode_by",
     "stream_error",
     "weights_later",
 ]
@@ -311,6 +312,13 @@ def weights_later() -> Iterator[LaterWeights]:
 
 def _opened(filename: Any, framework: str, device: Any = "cpu", backend: str | None = None) -> Any:
     return safe_open(filename, framework=framework, device="cpu", backend="pread")
+
+
+def decode_by(streamer: object, text: object) -> None:
+    """Have transformers' `DirectStreamer` decode tokens by `text.step(backend, token)`; 5.17 to 5.24."""
+    if not hasattr(streamer, "_decode_stream"):
+        raise AttributeError("DirectStreamer keeps its decoder elsewhere: see rmoe/compat.py")
+    streamer._decode_stream = text
 
 
 def stream_error(message: str) -> object:

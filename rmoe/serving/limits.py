@@ -202,15 +202,15 @@ def tokens_asked(body: dict[str, Any], prompt_tokens: int, limits: Limits) -> in
     Raises:
         Refused: prompt and answer together are too long.
     """
-    asked = body.get("max_completion_tokens", body.get("max_tokens"))
+    field = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    asked = body.get(field)
     room = limits.max_length - prompt_tokens
-    if room < 1 or (asked is not None and asked > room):
-        wanted = "" if asked is None else f" and max_tokens {asked}"
-        raise Refused(
-            400,
-            f"prompt of {prompt_tokens} tokens{wanted}: over the limit of {limits.max_length} together",
-            "prompt" if asked is None else "max_tokens",
-        )
+    if room < 1:
+        said = f"prompt of {prompt_tokens} tokens: with an answer over the limit of {limits.max_length}"
+        raise Refused(400, said, "messages" if "messages" in body else "prompt")
+    if asked is not None and asked > room:
+        said = f"prompt of {prompt_tokens} tokens and {field} {asked}: over the limit of {limits.max_length} together"
+        raise Refused(400, said, field)
     return min(DEFAULT_TOKENS, room) if asked is None else int(asked)
 
 

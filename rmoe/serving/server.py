@@ -25,10 +25,10 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.utils import DirectStreamer, GenerateManager, GenerationState
 
-from rmoe.compat import stream_error
+from rmoe.compat import decode_by, stream_error
 from rmoe.errors import one_line
 from rmoe.serving.limits import Limits, Refused, Slots, parse, tokens_asked
-from rmoe.serving.text import Penalties, StopText, Until, before_stop
+from rmoe.serving.text import Penalties, StopText, TokenText, Until, before_stop
 
 POLL_SECONDS = 0.1
 OWN = "rmoe_own"
@@ -48,9 +48,7 @@ class _Answer(asyncio.Queue[Any]):
         parsed: the streamer tells reasoning and tool calls from text: the text is not the whole answer.
     """
 
-    def __init__(
-        self, tokenizer: Any, config: Any = None, stops: Sequence[str] = (), parsed: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: Any, config: Any, stops: Sequence[str] = (), parsed: bool = False) -> None:
         super().__init__()
         self.ids: list[int] = []
         self._tokenizer, self._config, self._stops, self._parsed = tokenizer, config, stops, parsed
@@ -68,10 +66,10 @@ class _Answer(asyncio.Queue[Any]):
 
     def _rest(self) -> str:
         """What is missing of the answer at its end."""
+        whole = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        whole = _whole_answer(whole, self.ids, self._stops, self._config)
         if self._parsed:
             return self._text_stops.rest()
-        whole = self._tokenizer.decode(self.ids, skip_special_tokens=True)
-        whole = _up_to_stop(whole, self._stops, self._config)
         return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
 
@@ -80,6 +78,7 @@ class _Streamer(DirectStreamer):
 
     def __init__(self, tokenizer: Any, loop: Any, answer: _Answer, response_parser: Any = None) -> None:
         super().__init__(tokenizer.backend_tokenizer, loop, answer, response_parser=response_parser)
+        decode_by(self, TokenText(tokenizer, skip_special_tokens=response_parser is None))
         self.gone, self._answer, self._prompt_seen = threading.Event(), answer, False
 
     def put(self, value: torch.Tensor) -> None:
@@ -132,14 +131,18 @@ class _Manager(GenerateManager):
             raise
         length = inputs["input_ids"].shape[-1]
         generated = sequences[0, length:]
-        text = _up_to_stop(processor.decode(generated, skip_special_tokens=True), own.stops, gen_config)
-        return text, length, generated
+        text = processor.decode(generated, skip_special_tokens=True)
+        return _whole_answer(text, generated.tolist(), own.stops, gen_config), length, generated
 
 
-def _up_to_stop(text: str, stops: Sequence[str], config: Any) -> str:
-    """The text before a stop string. One that is found is why the answer ended, were it also at its last token."""
+def _whole_answer(text: str, ids: list[int], stops: Sequence[str], config: Any) -> str:
+    """The text before a stop string.
+
+    One that is found, or a token that ends an answer, is why it ended, were it also at the last token allowed.
+    """
     ready = before_stop(text, stops)
-    if ready != text:
+    ends = config.eos_token_id
+    if ready != text or (ids and ids[-1] in (ends if isinstance(ends, list) else [ends])):
         config.max_new_tokens = None  # by which the handlers tell "length" from "stop"
     return ready
 
@@ -180,6 +183,14 @@ def _generate(
             logits_processor=processors,
             streamer=streamer,
         )
+
+
+class _OneModel(ModelManager):
+    """It loads nothing: the model is here already. And its name is ours: no `@main` behind it."""
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id
 
 
 class _State(GenerationState):
@@ -239,9 +250,9 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
         name: what clients call the model.
         limits: see `Limits`.
     """
-    manager = ModelManager(device="cpu")  # it loads nothing: the model is here already
+    manager = _OneModel(device="cpu")
     manager.force_model = name
-    manager.loaded_models[manager.process_model_name(name)] = TimedModel(model, -1, tokenizer)
+    manager.loaded_models[name] = TimedModel(model, -1, tokenizer)
     state = _State()
     handlers: dict[str, Any] = {"chat": _Chat(manager, state), "completion": _Completion(manager, state)}
     slots = Slots(limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 BYTES_OF_CHARACTER = 4
+
+_ONE_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token of a byte-fallback vocabulary."""
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
@@ -52,6 +56,44 @@ class StopText:
     def rest(self) -> str:
         """What was held back when the text has ended."""
         return self._held
+
+
+class TokenText:
+    """Text of tokens that come one by one: the parts, joined, are what all tokens together decode to.
+
+    What a later token can still change is held back: the beginning of a character, and a run of byte-fallback tokens,
+    which is decoded as a whole (`<0xC3><0xA9>` is one character, with `<0xFF>` behind them three unknown ones).
+    tokenizers' own `DecodeStream` raises on such a run if it is no text.
+
+    Args:
+        tokenizer: of transformers.
+        skip_special_tokens: as its `decode`.
+    """
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = frozenset(tokenizer.all_special_ids) if skip_special_tokens else frozenset()
+        self._ids: list[int] = []  # from a token before those held back on: it says how their text begins
+        self._sent = 0  # of them
+
+    def step(self, _backend: Any, token: int) -> str | None:
+        """The text that is certain now; the signature is `DecodeStream.step`'s."""
+        if token in self._skipped:
+            return None
+        self._ids.append(token)
+        if _ONE_BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""):
+            return None
+        before, now = self._decode(self._ids[: self._sent]), self._decode(self._ids)
+        if now.endswith("\ufffd") or not now.startswith(before):
+            return None
+        if len(now) > len(before):
+            self._ids = self._ids[self._sent :]
+            self._sent = len(self._ids)
+        return now[len(before) :] or None
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids)
+        return text
 
 
 class Until(StoppingCriteria):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -22,12 +23,17 @@ import torch  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from tokenizers import Tokenizer, decoders  # noqa: E402
+from tokenizers.models import BPE  # noqa: E402
+from transformers import GenerationConfig, PreTrainedTokenizerFast  # noqa: E402
 
 from rmoe.data.encode import byte_tokenizer  # noqa: E402
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize  # noqa: E402
-from rmoe.serving.limits import FIELDS, Limits, Refused, parse  # noqa: E402
+from rmoe.serving.limits import FIELDS, Limits, Refused, parse, tokens_asked  # noqa: E402
 from rmoe.serving.server import _Answer, _Streamer, build_app  # noqa: E402
+from rmoe.serving.text import TokenText  # noqa: E402
 
+APP: dict[str, Any] = {}
 LIMITS = Limits(max_length=4096, concurrent=2, waiting=200, max_body_bytes=20_000)
 
 
@@ -40,6 +46,7 @@ def port() -> Iterator[int]:
     )  # fmt: skip
     model = RMoEForCausalLM(config).eval()
     initialize(model, 0)
+    APP["model"] = model
     with socket.create_server(("127.0.0.1", 0)) as listening:
         number = listening.getsockname()[1]
         app = build_app(model, byte_tokenizer(), "tiny", LIMITS)
@@ -125,23 +132,85 @@ def test_streaming_gives_the_same_text(port):
     assert chunks[-1]["usage"]["completion_tokens"] == 12
 
 
+def with_byte_fallback() -> Any:
+    """As of Llama 2: what has no token comes as bytes, `<0x00>` and so on, and a run of them is one text."""
+    words = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b", "▁cd", "é"]
+    backend = Tokenizer(BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@given(ids=st.lists(st.sampled_from([0, 1, 0xC3 + 2, 0xA9 + 2, 0xFF + 2, 0x61 + 2, 258, 259, 260, 261])))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_text_of_byte_fallback_comes_as_it_is_as_a_whole(ids: list[int]) -> None:
+    tokenizer = with_byte_fallback()
+    assert asyncio.run(streamed(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@given(ids=st.lists(st.sampled_from([97, 32, 46, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xFF])))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_text_of_bytes_comes_as_it_is_as_a_whole(ids: list[int]) -> None:
+    tokenizer = byte_tokenizer()
+    assert asyncio.run(streamed(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_text_is_sent_as_soon_as_it_is_certain() -> None:
+    text = TokenText(with_byte_fallback(), skip_special_tokens=True)
+    found = [text.step(None, token) for token in (258, 260, 0xC3 + 2, 0xA9 + 2, 259, 1, 258)]
+    assert found == ["a", " cd", None, None, "éb", None, " a"]
+
+
+async def streamed(tokenizer: Any, ids: list[int]) -> str:
+    queue = _Answer(tokenizer, GenerationConfig())
+    streamer = _Streamer(tokenizer, asyncio.get_running_loop(), queue)
+    streamer.put(torch.tensor([1, 2]))  # the prompt
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    parts = []
+    while (part := await queue.get()) is not None:
+        parts.append(part)
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_end_token_at_the_limit_is_a_stop(
+    port: int, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = post(port, {"prompt": "abc", "max_tokens": 1})[1]["choices"][0]
+    assert first["finish_reason"] == "length"
+    (token,) = first["text"].encode()
+    monkeypatch.setattr(APP["model"].generation_config, "eos_token_id", token)
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(
+        "POST", "/v1/completions", json.dumps({"prompt": "abc", "max_tokens": 1, "stream": stream})
+    )
+    sent = connection.getresponse().read().decode()
+    assert re.findall(r'"finish_reason":\s*"(\w+)"', sent) == ["stop"]
+    assert set(re.findall(r'"model":\s*"([^"]+)"', sent)) == {"tiny"}
+
+
 @pytest.mark.parametrize("answer", [b"abc", "aé€".encode(), "a€".encode()[:-1], b"k\xff\xe2", b"\xe2\x82"])
 def test_a_stream_cut_in_mid_character_is_the_whole_answer(answer):
     tokenizer = byte_tokenizer()
+    assert asyncio.run(streamed(tokenizer, list(answer))) == tokenizer.decode(
+        list(answer), skip_special_tokens=True
+    )
 
-    async def stream() -> str:
-        queue = _Answer(tokenizer)
-        streamer = _Streamer(tokenizer, asyncio.get_running_loop(), queue)
-        streamer.put(torch.tensor([1, 2]))  # the prompt
-        for byte in answer:
-            streamer.put(torch.tensor([byte]))
-        streamer.end()
-        parts = []
-        while (part := await queue.get()) is not None:
-            parts.append(part)
-        return "".join(parts)
 
-    assert asyncio.run(stream()) == tokenizer.decode(list(answer), skip_special_tokens=True)
+def test_what_is_too_long_is_named_as_it_was_asked_for() -> None:
+    limits = Limits(max_length=10)
+    for body, prompt, name in (
+        ({"prompt": "x", "max_tokens": 8}, 4, "max_tokens"),
+        ({"messages": [], "max_completion_tokens": 8}, 4, "max_completion_tokens"),
+        ({"prompt": "x", "max_tokens": 1}, 10, "prompt"),
+        ({"messages": [], "max_completion_tokens": 1}, 11, "messages"),
+    ):
+        with pytest.raises(Refused, match="over the limit of 10") as refusal:
+            tokens_asked(body, prompt, limits)
+        assert refusal.value.body()["error"]["param"] == name
 
 
 def test_models_and_nothing_else(port):
@@ -179,7 +248,7 @@ def test_a_closed_connection_frees_its_slot(port, stream):
         ({"prompt": ["a", "b"]}, "prompt must be a text"),
         ({"prompt": [97, 98]}, "prompt must be a text"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens must be an integer"),
-        ({"prompt": "a", "max_tokens": 10**9}, "over the limit of 4096"),
+        ({"prompt": "a", "max_tokens": 10**9}, "max_tokens 1000000000: over the limit of 4096"),
         ({"prompt": "a", "temperature": "hot"}, "temperature must be a number"),
         ({"prompt": "a", "generation_config": '{"num_beams": 100000}'}, "unknown field 'generation_config'"),
         ({"prompt": "a", "n": 50}, "n must be an integer"),
