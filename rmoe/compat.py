@@ -44,6 +44,7 @@ __all__ = [
     "accept_empty_slots",
     "announce_causal_lm",
     "attention_keywords",
+    "decode_by",
     "enable_checkpointing",
     "forget_accelerators",
     "grouped_products_in_python",
@@ -60,7 +61,6 @@ __all__ = [
     "prune_expert_plan",
     "prune_fsdp_plan",
     "storage_key",
-    "decode_by",
     "stream_error",
     "weights_later",
 ]
