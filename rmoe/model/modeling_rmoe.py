@@ -270,16 +270,18 @@ class RMoEModel(RMoEPreTrainedModel):
         seen = 0 if cache is None or packed else cache.get_seq_length()
         if self.reads_sequence:
             self._require_whole_sequences(packed, seen, attention_mask, position_ids)
-        own_mask = attention_mask
+        own_mask, same_example = attention_mask, None
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
         else:
-            own_mask, position_ids = split_packed(attention_mask, position_ids, cache)
+            varlen = "flash" in str(config._attn_implementation)
+            own_mask, position_ids, same_example = split_packed(attention_mask, position_ids, cache, varlen)
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=embeds,
             attention_mask=own_mask,
             position_ids=position_ids,
+            and_mask_function=same_example,
             **{CACHE: cache},
         )
         context = self._context(input_ids, embeds, None if packed else attention_mask, seen)

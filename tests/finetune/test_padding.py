@@ -107,12 +107,12 @@ def test_expert_choice_gives_padding_no_expert() -> None:
 )
 def test_what_is_packed(mask: list[int], positions: list[int], packed: bool) -> None:
     given, places = torch.tensor([mask]), torch.tensor([positions])
-    kept, moved = split_packed(given, places, None)
+    kept, moved, _ = split_packed(given, places, None)
     assert (kept is None) == packed
     real = given.bool()
     assert torch.equal(moved[real], places[real])
-    assert split_packed(given, places, object()) == (given, places)
-    assert split_packed(None, places, None) == (None, places)
+    assert split_packed(given, places, object()) == (given, places, None)
+    assert split_packed(None, places, None) == (None, places, None)
 
 
 def test_a_family_with_a_balance_loss_is_not_packed(models: Path) -> None:

@@ -468,13 +468,13 @@ def test_packed_examples_are_told_to_attention_by_positions(
     examples: tuple, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     positions, mask = packed(*examples)
-    got_mask, got = split_packed(mask, positions, None)
+    got_mask, got, _ = split_packed(mask, positions, None)
     assert (got_mask is None) == split
     assert torch.equal(got, torch.where(mask.bool(), positions, -2) if split else positions)
     for other in ((mask, positions, object()), (None, positions, None), (mask[:, 1:], positions, None)):
-        assert all(a is b for a, b in zip(split_packed(*other), other[:2], strict=True))
+        assert all(a is b for a, b in zip(split_packed(*other), (*other[:2], None), strict=True))
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    got_mask, got = split_packed(mask, positions, None)  # compiled code cannot ask
+    got_mask, got, _ = split_packed(mask, positions, None, varlen=True)  # compiled code cannot ask
     assert got_mask is None
     assert torch.equal(got, torch.where(mask.bool(), positions, -2))
 
@@ -493,6 +493,21 @@ def test_packed_examples_with_padding_do_not_see_each_other(compiled: bool) -> N
             for row, shift in ((0, 0), (1, 3)):
                 begin = start + shift
                 torch.testing.assert_close(got[row, begin : begin + len(want)], want)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_inside_an_example_does_not_split_it(compiled: bool, attention: str) -> None:
+    net, whole = model(router="rmoe", experts="batched_mm").eval(), tokens(1, 9)
+    net.set_attn_implementation(attention)
+    ids = torch.cat((whole[:, :4], tokens(1, 2, seed=1), whole[:, 4:]), 1)
+    mask = torch.tensor([[1] * 4 + [0] * 2 + [1] * 5])
+    positions = mask.cumsum(-1) - 1
+    call = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
+    with torch.no_grad():
+        got = call(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        want = net(whole, use_cache=False).logits
+    torch.testing.assert_close(got[mask.bool()][None], want)
 
 
 @since("transformers", "5.24", "the attention function updates a paged cache, not the layer")
