@@ -101,7 +101,9 @@ def record(model: nn.Module) -> Iterator[Recording]:
     A pass without a cache, or with an empty one, begins a sequence for each row of its batch, and for each sequence
     packed into a row (told by `position_ids` that begin anew, without a mask). A decode step continues the sequences of
     its cache, so caches may take turns; candidates that assisted generation takes out of a cache again are forgotten,
-    but for the last pass's. Padding is left out. What activation checkpointing runs again is not recorded again.
+    but for the last pass's. Padding is left out, also what `generate` writes behind a row that has ended (by the
+    model's `generation_config`; on leaving the context). A pass of fewer layers, a draft of `assistant_early_exit`, is
+    not recorded, nor is what activation checkpointing runs again.
 
     Args:
         model: RMoE, a graft, or any MoE with one stack that can be read; beam search reorders rows and is not followed.
@@ -113,8 +115,12 @@ def record(model: nn.Module) -> Iterator[Recording]:
     layers = _one_text(model)
     recording = Recording()
     of_cache: WeakKeyDictionary[Any, list[RecordedSequence]] = WeakKeyDictionary()
+    begun: list[int] = []  # tokens of each sequence's first pass
+    depth = _depth(model)
 
     def end(done: Pass, cache: Any) -> None:
+        if _depth(model) != depth:
+            return
         if not recording.layers:
             recording.layers = tuple(names_of_calls(done.called))
             recording.num_experts = tuple(done.num_experts)
@@ -130,6 +136,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
                 RecordedSequence(torch.empty(0, dtype=torch.int64), ids[:0]) for _ in done.tokens.rows
             ]
             recording.sequences.extend(sequences)
+            begun.extend(len(rows) for rows in done.tokens.rows)
         if len(sequences) != len(done.tokens.rows):
             found = f"{len(sequences)} of {len(done.tokens.rows)} sequences recorded"
             raise RequestError("cache", f"one with {found}", "the cache of passes that were recorded")
@@ -151,7 +158,35 @@ def record(model: nn.Module) -> Iterator[Recording]:
                 now.num_experts.append(found.num_experts)
 
         stack.enter_context(listen(layers, receive))
-        yield recording
+        try:
+            yield recording
+        finally:
+            for sequence, prompt in zip(recording.sequences, begun, strict=True):
+                _cut_padding(sequence, prompt, getattr(model, "generation_config", None))
+
+
+def _depth(model: nn.Module) -> int | None:
+    """How many layers run; `assistant_early_exit` lowers it for its drafts."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "num_hidden_layers", None)
+
+
+def _cut_padding(sequence: RecordedSequence, prompt: int, config: Any) -> None:
+    """Forget what follows an end token behind the prompt if it is padding: `generate` reads it with the other rows."""
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        return
+    ends = ends if isinstance(ends, list) else [ends]
+    pad = ends[0] if config.pad_token_id is None else config.pad_token_id
+    tokens = sequence.tokens.tolist()
+    length = len(tokens)
+    while length > prompt and tokens[length - 1] == pad:
+        length -= 1
+    # An end token may be the padding's: the first one was generated.
+    if length < len(tokens) and length >= prompt and pad in ends:
+        length += 1
+    if length > prompt and tokens[length - 1] in ends:
+        sequence.cut(length)
 
 
 def _ids(done: Pass) -> Tensor:

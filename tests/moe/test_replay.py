@@ -421,6 +421,46 @@ def test_a_generation_of_padded_prompts_is_recorded_without_padding(name: str, c
     assert [one.tokens.tolist() for one in recording.sequences] == want
 
 
+@pytest.mark.parametrize("pad", [None, 0, "end"])
+def test_what_generation_writes_behind_an_end_token_is_not_recorded(pad: Any) -> None:
+    model, options = made("olmoe"), {"max_new_tokens": 6, "do_sample": False}
+    free = model.generate(IDS, **options, eos_token_id=None)[:, IDS.shape[1] :].tolist()
+    end = next(token for token in free[0][:4] if token not in free[1])  # ends the first row alone
+    model.generation_config.eos_token_id = [end, 63]
+    model.generation_config.pad_token_id = end if pad == "end" else pad
+    with record(model) as recording:
+        texts = model.generate(IDS, **options)
+    assert texts.shape[1] == IDS.shape[1] + 6
+    first = IDS.shape[1] + free[0].index(end) + 1
+    assert recording.lengths == [first, texts.shape[1] - 1]
+    assert recording.sequences[0].tokens.tolist() == texts[0, :first].tolist()
+
+
+def test_an_end_token_in_a_text_is_kept() -> None:
+    model = made("olmoe")
+    model.generation_config.eos_token_id = 5
+    ids = torch.tensor([[3, 4, 5, 5, 5]])
+    with record(model) as recording, torch.no_grad():
+        out = model(input_ids=ids, use_cache=True)
+        model(input_ids=torch.tensor([[7, 5, 9]]), **{CACHE: out[CACHE]})
+    assert recording.sequences[0].tokens.tolist() == [3, 4, 5, 5, 5, 7, 5, 9]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "rmoe"])
+def test_drafts_of_an_early_exit_are_not_recorded(name: str) -> None:
+    model, options = made(name), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with record(model) as plain:
+        texts = model.generate(IDS[:1], **options)
+    with record(model) as recording:
+        assert torch.equal(model.generate(IDS[:1], **options, assistant_early_exit=1), texts)
+    assert recording.layers == plain.layers
+    (got,), (want,) = recording.sequences, plain.sequences
+    length = min(len(got), len(want))
+    assert length >= IDS.shape[1] + 4
+    assert torch.equal(got.tokens[:length], want.tokens[:length])
+    assert torch.equal(got.ids[:length].sort(-1).values, want.ids[:length].sort(-1).values)
+
+
 def test_rejected_candidates_are_forgotten() -> None:
     model = made("olmoe")
     prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
