@@ -23,6 +23,8 @@ PREFIX = "hf:"
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 # What makes a model: no pickles, no weights of other frameworks, no code.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# The same weights for another program: GPT-OSS has them in `original/`, Mistral beside the model.
+_OTHER_COPIES = ["original/*", "metal/*", "consolidated*"]
 
 
 def expand(path: str | Path, field: str) -> Path:
@@ -99,9 +101,11 @@ def require_writable(out: Path) -> None:
 
 
 def display_name(folder: Path) -> str:
-    """What to call a model: its folder's name; `ORG/NAME` for a folder of the Hub cache."""
-    cached = hub_name(folder)
-    return folder.resolve().name if cached is None else cached[0]
+    """What to call a model: its folder's name, or its run's; `ORG/NAME` for a folder of the Hub cache."""
+    cached, whole = hub_name(folder), folder.resolve()
+    if cached is not None:
+        return cached[0]
+    return whole.parent.name if whole.name == "model" else whole.name
 
 
 def hub_name(folder: Path) -> tuple[str, str] | None:
@@ -148,7 +152,11 @@ def _downloaded(repository: str, field: str, revision: str | None = None) -> Pat
         allowed = "a repository in the local Hub cache while HF_HUB_OFFLINE is set"
         raise RequestError(field, f"{PREFIX}{repository}", allowed)
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_FILES))
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=_FILES, ignore_patterns=_OTHER_COPIES
+            )
+        )
     except Exception as error:  # the network, the Hub, the cache's folder: each has its own family of errors
         allowed = f"a repository of the Hugging Face Hub that can be read ({one_line(str(error))[:200]})"
         raise RequestError(field, f"{PREFIX}{repository}", allowed) from None

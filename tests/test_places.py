@@ -63,6 +63,8 @@ def test_the_hub_is_asked_only_by_prefix_or_what_is_cached(
     assert model_place("org/tiny") == cached
     assert model_place("hf:org/tiny") == cached  # offline
     assert display_name(model_place("org/tiny")) == "org/tiny"
+    assert display_name(Path("runs/a/model")) == "a"
+    assert display_name(Path("runs/a")) == "a"
     with pytest.raises(RequestError, match="in the local Hub cache while HF_HUB_OFFLINE is set"):
         model_place("hf:org/other")
     for wrong in ("hf:", "hf:/a", "hf:a/b/c", "hf:../a"):

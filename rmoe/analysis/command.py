@@ -225,9 +225,7 @@ def trained_steps(folder: Path) -> int:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """A short name for each: its folder's, or its run's; the whole path where that would not tell them apart."""
-    short = [
-        path.resolve().parent.name if path.resolve().name == "model" else display_name(path) for path in paths
-    ]
+    short = [display_name(path) for path in paths]
     if len(set(short)) == len(short):
         return short
     whole = [str(path) for path in paths]

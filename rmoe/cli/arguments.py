@@ -95,11 +95,16 @@ def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(_binder(run, parameters), args=list(argv), prog=prog)
+            bound = tyro.cli(_binder(run, parameters), args=list(argv), prog=prog)
     except SystemExit as stop:
         if not stop.code:
             return None
         raise _as_request_error(stop, errors.getvalue(), prog) from None
+    engine = bound.keywords.get("engine")
+    if engine is not None:
+        options = [token.partition("=")[0] for token in argv if token.startswith("--engine.")]
+        engine.require_read(option.removeprefix("--engine.").replace("-", "_") for option in options)
+    return bound
 
 
 def _parameters(run: Verb, argv: Sequence[str]) -> list[inspect.Parameter]:
@@ -201,14 +206,14 @@ def _value(argv: Sequence[str], option: str) -> str | None:
     return value
 
 
-def _binder(run: Verb, parameters: list[inspect.Parameter]) -> Callable[..., Callable[[], int | None]]:
+def _binder(run: Verb, parameters: list[inspect.Parameter]) -> Callable[..., partial[int | None]]:
     """A function with these parameters that returns `run` bound instead of calling it.
 
     tyro calls what it parses for; `run` must be called outside, where its output and its errors are its own.
     """
     accepted = inspect.signature(run).parameters
 
-    def bind(**arguments: Any) -> Callable[[], int | None]:
+    def bind(**arguments: Any) -> partial[int | None]:
         given = {name: value for name, value in arguments.items() if name in accepted}
         for name, value in given.items():
             if isinstance(value, Path):  # a shell leaves the ~ of `--out=~/runs` alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -45,6 +46,8 @@ def run(
         result = finetune(model_folder(model), data, out, settings, resume=resume)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        return
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         return
     if json:
         print(msgspec.json.encode(result).decode())

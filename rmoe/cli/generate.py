@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rmoe.cli.arguments import require_unset
 from rmoe.cli.models import Model, Plugins
 from rmoe.errors import RequestError
 
@@ -30,9 +31,13 @@ def run(
         ("--max-new-tokens", max_new_tokens, "1 or more", max_new_tokens >= 1),
         ("--temperature", temperature, "0 or more", temperature >= 0),
         ("--top-p", top_p, "above 0, at most 1", 0 < top_p <= 1),
+        ("--seed", seed, "0 or more, below 2^63", 0 <= seed < 2**63),
+        ("--prompt", ascii(prompt), "a text in UTF-8", not any("\ud800" <= c <= "\udfff" for c in prompt)),
     ):
         if not ok:
             raise RequestError(name, value, allowed)
+    if not temperature:
+        require_unset(run, {"top_p": top_p, "seed": seed}, ("top_p", "seed"), "with --temperature 0")
 
     import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,6 +77,8 @@ def run(
     require(seeds >= 1, "--seeds", seeds, "1 or more")
     require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
     require(0 <= margin < math.inf, "--margin", margin, "0 or more, and finite")
+    # Slurm's jobs stay when this process ends, and need a folder that does.
+    require(out is not None or engine.kind != "slurm", "--out", out, "a folder with --engine slurm")
     if out is not None:
         require_writable(out)
     load_plugins(plugin)
@@ -112,19 +115,24 @@ def run(
 def _on_engine(
     config: EngineConfig, units: Sequence[ProbeUnit], out: Path | None, jobs: int
 ) -> Iterator[list[ProbeRow]]:
-    """Every unit's rows, as they come; few units need no processes of their own."""
+    """Every unit's rows, as they come; few units need no processes of their own. Holds the lock of `out`."""
     from rmoe.compare.engines import Wants, engine_of
+    from rmoe.compare.engines.engine import named
     from rmoe.probes.runner import one_by_one
+    from rmoe.training.run_folder import locked
 
-    if config.kind == "local" and min(jobs, len(units)) < 2:
-        yield from one_by_one(units)
-        return
     wants = Wants(cpus=config.cpus or 1, memory_gib=config.memory_gib)
+    lock = nullcontext() if out is None else locked(out)
+    if config.kind == "local" and min(jobs, len(units)) < 2:
+        with lock:
+            yield from one_by_one(units)
+        return
     with (
         tempfile.TemporaryDirectory() as scratch,
         engine_of(config, out or Path(scratch), wants, min(jobs, len(units)), threads=1) as engine,
+        lock,
     ):
-        for _, answer in engine.answers({f"unit-{n}": unit for n, unit in enumerate(units)}, wants):
+        for _, answer in engine.answers({named("unit", unit): unit for unit in units}, wants):
             if answer.error is not None:
                 raise RunError(answer.error, "every other unit", "run the same command again")
             yield answer.value

@@ -231,7 +231,8 @@ def _set_up(
             "At the size of the quick preset no router is expected to win; the paper's small model saw none."
         )
     machine = hardware(sharing.threads, training.device)
-    setting = Setting(plan, out, sharing, options, corpus, versions(), machine, wants)
+    # Absolute: jobs may run where another folder is the current one.
+    setting = Setting(plan, out.absolute(), sharing, options, corpus, versions(), machine, wants)
     return setting, engine_of(options.engine, out, wants, sharing.jobs, sharing.threads), notes
 
 

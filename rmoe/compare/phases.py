@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import msgspec
 
 from rmoe.compare import plan as plans
 from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
+from rmoe.compare.engines.engine import named
 from rmoe.compare.engines.fetch import Fetched, unpack
 from rmoe.compare.jobs import EvaluateTest, MeasureRouting, Train
 from rmoe.compare.plan import ComparisonPlan, Run
@@ -247,11 +247,6 @@ def _row(setting: Setting, run: Run, answer: Answer) -> ResultRow:
     return ResultRow(router=run.router, seed=run.seed, sweep=run.sweep, result=answer.value, failure=failure)
 
 
-def _named(what: str, *request: object) -> str:
-    """A job's name that says what is asked for: Slurm finds a job of an earlier call again by its name."""
-    return f"{what}-{hashlib.sha256(msgspec.json.encode(request)).hexdigest()[:8]}"
-
-
 def evaluate_chosen(setting: Setting, engine: Engine) -> None:
     """With a sweep: the test split, once, for the point each router does best at on validation."""
     if not setting.plan.sweep:
@@ -308,7 +303,7 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
         logs=str(setting.out / "logs"),
     )
     wants = replace(setting.wants, processes=1, node=setting.options.engine.node, alone=True)
-    for _, answer in engine.answers({_named("timing", job.configs, job.rounds): job}, wants):
+    for _, answer in engine.answers({named("timing", job.configs, job.rounds): job}, wants):
         if answer.error is not None:
             raise RunError(answer.error, "every run", "run the same command again, or with --timing-rounds 0")
         for router, timing in answer.value.items():
@@ -344,7 +339,7 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
         )
         for name in wanted
     }
-    by_job = {_named(f"{name}-routing", job.config, job.tokens): name for name, job in jobs.items()}
+    by_job = {named(f"{name}-routing", job.config, job.tokens): name for name, job in jobs.items()}
     for job, answer in engine.answers({job: jobs[name] for job, name in by_job.items()}, setting.one):
         name = by_job[job]
         if answer.error is not None:

@@ -92,11 +92,12 @@ class ModelCard:
             one_line(self.summary),
         ]
         if self.metrics:
-            rows = {
-                metric.split: f"{metric.value:.4f} {metric.unit.replace('_', ' ')}" for metric in self.metrics
-            }
-            said = f"\n\nEach token is predicted from {one_line(self.context)}." if self.context else ""
-            parts.append("## Metrics\n\n" + _table(rows) + said)
+            rows: dict[str, str] = {}
+            for metric in self.metrics:
+                said = f"{metric.value:.4f} {metric.unit.replace('_', ' ')}"
+                rows[metric.split] = f"{rows[metric.split]}, {said}" if metric.split in rows else said
+            context = f"\n\nEach token is predicted from {one_line(self.context)}." if self.context else ""
+            parts.append("## Metrics\n\n" + _table(rows) + context)
         parts.append(f"## Load it\n\n```python\n{self.load}\n```")
         parts += [f"## {heading}\n\n{_table(rows)}" for heading, rows in self.tables.items()]
         parts.append(f"## Licence\n\n{self._licence()}")

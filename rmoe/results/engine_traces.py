@@ -118,7 +118,7 @@ def _read(path: Path, given: Given) -> tuple[Trace | ExpertCounts, list[str]]:
         return read_trace(path), []
     if start.startswith(b"\x93NUMPY"):
         return read_vllm([_Response(_load_npy(path.read_bytes(), path), None)], path, given)
-    first = start.decode("utf-8-sig", errors="replace").splitlines()[0].strip() if start else ""
+    first = next(iter(start.decode("utf-8-sig", errors="replace").splitlines()), "").strip()
     if first == _SGLANG_HEADER:
         return read_sglang(path, given), []
     if re.fullmatch(r"\d+,\d+", first):
@@ -155,8 +155,12 @@ def _responses(path: Path) -> Iterable[_Response]:
         choices = document.get("choices") if isinstance(document, dict) else None
         if not isinstance(choices, list):
             raise RequestError("--trace", str(path), f"a file in a known format: {FORMATS}")
-        for choice in choices:
-            yield _response(document, choice, path)
+        for number, choice in enumerate(choices):
+            found = _response(document, choice, path)
+            if number:
+                found = _without_prompt(found, document, choice, path)
+            if len(found.experts):  # an answer of one token has no routing of its own
+                yield found
 
 
 def _response(document: dict[str, Any], choice: dict[str, Any], path: Path) -> _Response:
@@ -178,6 +182,18 @@ def _response(document: dict[str, Any], choice: dict[str, Any], path: Path) -> _
     asked = f"routing for {len(ids) - 1} tokens (prompt and completion less its last), not {len(experts)}"
     require(len(experts) in (len(ids), len(ids) - 1), "--trace", str(path), asked)
     return _Response(experts, ids[: len(experts)])
+
+
+def _without_prompt(
+    found: _Response, document: dict[str, Any], choice: dict[str, Any], path: Path
+) -> _Response:
+    """Another answer to the same prompt (`n`): its own tokens alone, as the prompt was read once."""
+    given = document.get("prompt_routed_experts")
+    prompt = document.get("prompt_token_ids") or choice.get("prompt_token_ids")
+    if given is None and prompt is None:
+        raise RequestError("--trace", str(path), "prompt_token_ids in a response with several choices")
+    length = len(_decode(given, path)) if prompt is None else len(prompt)
+    return _Response(found.experts[length:], None if found.tokens is None else found.tokens[length:])
 
 
 def _decode(part: Any, path: Path) -> np.ndarray:
@@ -288,7 +304,7 @@ def read_sglang(path: Path, given: Given) -> ExpertCounts:
         asked = f"one row for layer {layer}, expert {expert}"
         require((layer, expert) not in counts, "--trace", str(path), asked)
         counts[layer, expert] = count
-    require(bool(counts), "--trace", str(path), "at least one row")
+    require(any(counts.values()), "--trace", str(path), "at least one token")
     layers = sorted({layer for layer, _ in counts})
     table = np.zeros((len(layers), given.experts(max(expert for _, expert in counts), "SGLang")), np.int64)
     for (layer, expert), count in counts.items():

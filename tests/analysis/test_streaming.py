@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,34 @@ def test_what_does_not_belong_to_a_run_is_not_resumed(tmp_path: Path) -> None:
     again = stream_routing(folder, BLOCKS, 3, tmp_path / "t", CPU)
     assert again.resumed is None
     assert streamed(again) == plain(folder)
+    kill = _stop_after(2)
+    with pytest.raises(Killed):
+        stream_routing(folder, BLOCKS, 3, tmp_path / "u", CPU, "auto", lambda progress: next(kill))
+    (tmp_path / "u" / "probs-0").unlink()
+    without = stream_routing(folder, BLOCKS, 3, tmp_path / "u", CPU)
+    assert without.resumed is None
+    assert streamed(without) == plain(folder)
+
+
+def test_what_a_run_has_written_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "probs-0").write_bytes(bytes(500))
+    require_space(tmp_path / "s", 1500)
+    with pytest.raises(RequestError):
+        require_space(tmp_path / "s", 1501)
+
+
+def test_routing_has_its_place_on_the_disk_before_it_is_written(tmp_path: Path) -> None:
+    """A memory map of a file with holes ends the process where the disk fills up."""
+    folder = saved("olmoe", tmp_path / "m")
+    kill = _stop_after(1)
+    with pytest.raises(Killed):
+        stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU, "auto", lambda progress: next(kill))
+    for file in (tmp_path / "s").glob("probs-*"):
+        assert file.stat().st_blocks * 512 >= file.stat().st_size
 
 
 def test_checksums_tell_that_a_resumed_pass_is_another(tmp_path: Path) -> None:
@@ -337,6 +366,8 @@ def test_memory_is_counted_as_the_model_is_loaded(format: str, dtype: str, tmp_p
     files = (folder / "model.safetensors").stat().st_size
     model = rmoe.load(folder, dtype=dtype)
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    assert loaded_bytes(folder, dtype, files) == held
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # of another program
     assert loaded_bytes(folder, dtype, files) == held
     assert (held > 1.2 * files) == (format != "none")
     assert loaded_bytes(folder, dtype, files - 1) == files

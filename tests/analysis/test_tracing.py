@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer
 from rmoe.moe import RoutingRecord
 from rmoe.results.analysis import read_analysis
+from rmoe.results.engine_traces import Given, read_any_trace
 from rmoe.results.trace import NO_EXPERT, Trace, TraceMeta, read_trace
 from tests.analysis.tiny_families import TINY
 from tests.analysis.tiny_rmoe import tiny_rmoe
@@ -98,6 +102,34 @@ def test_vllm_form_of_a_model_with_a_dense_layer(
     assert "does not rank a token's experts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("beside", [True, False])  # the prompt's part: beside `choices` up to vLLM 0.21
+def test_a_prompt_with_several_answers_is_read_once(beside: bool, tmp_path: Path) -> None:
+    def encoded(experts: np.ndarray) -> str:
+        file = io.BytesIO()
+        np.save(file, experts)
+        return base64.b64encode(file.getvalue()).decode()
+
+    prompt, answers = [1, 2, 3, 4], [[5, 6, 7], [8, 9], [10]]
+    routed = np.arange(1, 7, dtype=np.int16)[:, None, None] * np.ones((1, 2, 1), np.int16)
+    choices = []
+    for ids in answers:
+        whole = routed[: len(prompt) + len(ids) - 1]
+        own = whole[len(prompt) :] if beside else whole
+        choices.append(
+            {"token_ids": ids} | ({"routed_experts": encoded(own)} if len(own) else {"routed_experts": None})
+        )
+    response: dict[str, Any] = {"prompt_token_ids": prompt, "choices": choices}
+    if beside:
+        response["prompt_routed_experts"] = encoded(routed[: len(prompt)])
+    (tmp_path / "r.json").write_text(json.dumps(response))
+    trace, _ = read_any_trace(tmp_path / "r.json", Given(num_experts=8))
+    assert isinstance(trace, Trace)
+    assert trace.tokens is not None
+    assert trace.tokens.tolist() == [1, 2, 3, 4, 5, 6, 8]
+    assert trace.experts[:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 5]
+    assert trace.sequences.tolist() == [6, 1]
+
+
 def test_the_measures_of_a_trace_are_chosen(text: Path, tmp_path: Path) -> None:
     model, file = _saved("olmoe", tmp_path / "m"), tmp_path / "t.safetensors"
     assert main(["trace", str(model), "--data", str(text), *TOKENS, "--out", str(file)]) == 0
@@ -136,6 +168,9 @@ def test_refused_requests(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (other / "config.json").write_text(json.dumps(config))
     counts, sizes = tmp_path / "c.csv", ["--experts", "3", "--experts-per-token", "2"]
     counts.write_text("layer_id,expert_id,count\n0,0,3\n0,1,1\n")
+    mark, nothing = tmp_path / "mark.csv", tmp_path / "nothing.csv"
+    mark.write_bytes(b"\xef\xbb\xbf")
+    nothing.write_text("layer_id,expert_id,count\n0,0,0\n")
     capsys.readouterr()
     for arguments, said in (
         ([str(tmp_path / "layers"), "--trace", str(file)], "allowed: the model's 5"),
@@ -158,6 +193,8 @@ def test_refused_requests(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
             "--measures is 'confidence'; allowed: load, ",
         ),
         (["--trace", str(counts), *sizes, "--measures", "paths"], "load, all that a sglang trace tells"),
+        (["--trace", str(mark)], "a file in a known format"),
+        (["--trace", str(nothing), *sizes], "at least one token"),
         ([str(olmoe), "--measures", ""], "--measures is ''; allowed: load, coactivation"),
         ([str(olmoe), "--experts", "8"], "--experts is 8; allowed: unset without --trace"),
         ([], "MODEL is None"),

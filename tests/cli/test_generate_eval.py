@@ -35,6 +35,19 @@ def test_generate_goes_on_with_the_prompt(capsys, run):
     assert said.startswith("import os")
     assert said == output(capsys, "generate", run / "model", "--prompt", "import os", "--max-new-tokens", "8")
 
+    for asked, said in (
+        (["--top-p", "0.5"], "--top-p is 0.5; allowed: unset with --temperature 0"),
+        (["--seed", "3"], "--seed is 3; allowed: unset with --temperature 0"),
+        (
+            ["--seed", str(10**20), "--temperature", "1"],
+            "--seed is 100000000000000000000; allowed: 0 or more",
+        ),
+    ):
+        assert cli.main(["generate", str(run), "--prompt", "x", *asked]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["generate", str(run), "--prompt", "a\udcff"]) == 2
+    assert "allowed: a text in UTF-8" in capsys.readouterr().err
+
     draw = ["generate", run, "--prompt", "x", "--max-new-tokens", "12", "--temperature", "1.5", "--seed"]
     assert output(capsys, *draw, "1") == output(capsys, *draw, "1") != output(capsys, *draw, "2")
 

@@ -41,6 +41,8 @@ def test_the_card_of_each_task(
     card = ModelCard.load(Path(result.model) / CARD)
     assert (card.data.license, card.data.base_model) == ("mit", "base")
     assert {entry.metric_type: entry.metric_value for entry in card.data.eval_results} == result.scores
+    for name, value in result.scores.items():
+        assert f"{value:.4f} {name.replace('_', ' ')}" in card.text
     assert f"| trained | {trains}, {result.trained_parameters:,} parameters |" in card.text
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     names = {"folder": result.model}

@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import rmoe
 from rmoe.analysis.gradients import find_shared
 from rmoe.analysis.streaming.memory import free_memory
 from rmoe.analysis.streaming.store import (
@@ -133,7 +134,7 @@ def stream_routing(
     identity = _identity(path, blocks, batch_size, device) | {"dtype": str(model.model.dtype)}
     state = store.saved_state(identity)
     resumed: int | None = 0 if state is None else state.stage
-    if state is not None and not store.has_outputs(state.stage - 1):
+    if state is not None and not (store.has_outputs(state.stage - 1) and store.has_records(state.records)):
         state, resumed = None, None
     run = _Run(model, recorder, chunks, store, state or State(identity=identity), on_disk, report)
     try:
@@ -308,5 +309,6 @@ def _identity(path: Path, blocks: np.ndarray, batch_size: int, device: torch.dev
         "files": " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files),
         "tokens": hashlib.sha256(np.ascontiguousarray(blocks.astype(np.int64)).tobytes()).hexdigest(),
         "blocks": f"{blocks.shape}, {batch_size} at a time",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, {device.type}",
+        "versions": f"rmoe {rmoe.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{device.type}",
     }

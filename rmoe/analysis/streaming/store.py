@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -99,6 +100,14 @@ class Store:
             return False
         return True
 
+    def has_records(self, records: list[StoredRecord]) -> bool:
+        """Whether the routing of all these layers is there."""
+        return all(
+            path.is_file() and path.stat().st_size == self.tokens * width * 4
+            for number, stored in enumerate(records)
+            for path, width, _ in self._files(number, stored.classes, stored.slots)
+        )
+
     def write_record(self, number: int, chunk: int, record: RoutingRecord) -> None:
         """Keep a layer's routing of one chunk."""
         for name, array in self._arrays(number, record.probs.shape[-1], record.experts.shape[-1]):
@@ -126,19 +135,33 @@ class Store:
     def _output(self, stage: int, chunk: int) -> Path:
         return self.folder / f"outputs-{stage % 2}" / f"{chunk}.safetensors"
 
-    def _arrays(self, number: int, classes: int, slots: int) -> Iterator[tuple[str, np.ndarray]]:
+    def _files(self, number: int, classes: int, slots: int) -> Iterator[tuple[Path, int, str]]:
         for name, width, kind in (
             ("probs", classes, "f4"),
             ("experts", slots, "i4"),
             ("weights", slots, "f4"),
         ):
-            path = self.folder / f"{name}-{number}"
-            whole = path.is_file() and path.stat().st_size == self.tokens * width * 4
-            yield name, np.memmap(path, kind, "r+" if whole else "w+", shape=(self.tokens, width))
+            yield self.folder / f"{name}-{number}", width, kind
+
+    def _arrays(self, number: int, classes: int, slots: int) -> Iterator[tuple[str, np.ndarray]]:
+        for path, width, kind in self._files(number, classes, slots):
+            size = self.tokens * width * 4
+            if not path.is_file() or path.stat().st_size != size:
+                _allocate(path, size)
+            yield path.name.partition("-")[0], np.memmap(path, kind, "r+", shape=(self.tokens, width))
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A file of zeros whose blocks the disk has: a memory map of one that fills up later ends the process."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Check, before anything is written, that a disk has room.
+    """Check, before anything is written, that a disk has room; what an earlier run left is written over.
 
     Raises:
         RequestError: it has not.
@@ -147,6 +170,7 @@ def require_space(folder: Path, needed: int) -> None:
     while not above.exists():
         above = above.parent
     free = shutil.disk_usage(above).free
+    free += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if free < needed:
         allowed = (
             f"a disk with {needed / 1e9:.1f} GB for hidden states and routing (fewer --tokens need less)"

@@ -37,7 +37,7 @@ def loaded_bytes(path: Path, dtype: str, enough: int) -> int:
         enough: bytes that there are. A model that fits whatever its files hold is not built to be counted; nor is one
             that is larger on disk already.
     """
-    files = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    files = sum((path / file).stat().st_size for file in open_weights(path).files)
     known = not (path / ADAPTER).is_file() and _quantised_by(path) in (None, *QUANTISERS)
     if not known or files > enough or files * _MOST_TIMES_THE_FILES <= enough:
         return files

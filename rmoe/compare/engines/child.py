@@ -24,7 +24,7 @@ from rmoe.errors import RequestError, RunError, Stopped, one_line
 
 def main() -> None:
     """Serve until stdin closes."""
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the answers
     jobs: queue.Queue[Job | None] = queue.Queue()
     busy, alone = threading.Event(), threading.Event()
@@ -56,7 +56,8 @@ def _listen(
 
 def _say(answers: BinaryIO, answer: Answer) -> None:
     try:
-        answers.write(pickle.dumps(answer))
+        answers.write(pickle.dumps(answer))  # buffered: one write of the system's takes 2 GiB at most
+        answers.flush()
     except BrokenPipeError:  # nobody is left to hear it; the run is saved in its folder
         os._exit(1)
 

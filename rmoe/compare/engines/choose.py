@@ -25,6 +25,8 @@ def engine_of(config: EngineConfig, out: Path, wants: Wants, jobs: int | None, t
     Raises:
         RequestError: it is not installed, does not answer, or has not what a run wants.
     """
+    if config.fetch != "no" and (config.kind != "ray" or config.shared is not None):
+        raise RequestError("engine.fetch", config.fetch, "no, but with --engine ray and no engine.shared")
     if config.kind == "ray":
         from rmoe.compare.engines.ray import RayEngine
 

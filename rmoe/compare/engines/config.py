@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,18 @@ from rmoe.places import expand
 from rmoe.validation import require
 
 Kind = Literal["local", "ray", "slurm"]
+
+_KINDS: dict[str, tuple[Kind, ...]] = {
+    "runs_per_gpu": ("local",),
+    "shared": ("ray",),
+    "fetch": ("ray",),
+    "address": ("ray",),
+    "partition": ("slurm",),
+    "hours": ("slurm",),
+    "submitit": ("slurm",),
+    "at_once": ("ray", "slurm"),
+}
+"""Fields that not every kind of engine reads, and those that do."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,18 @@ class EngineConfig:
         require(
             1 <= hours * 60 < math.inf, "engine.hours", hours, "1/60, which is a minute, or more, and finite"
         )
-        if self.fetch != "no" and (self.kind != "ray" or self.shared is not None):
-            raise RequestError("engine.fetch", self.fetch, "no, but with --engine ray and no engine.shared")
+
+    def require_read(self, given: Iterable[str]) -> None:
+        """Refuse options of a command line that this kind of engine does not read; a preset's table may have them.
+
+        Raises:
+            RequestError: one is among `given`, names of fields.
+        """
+        for name in given:
+            value = getattr(self, name, None)
+            if name in _KINDS and self.kind not in _KINDS[name] and value is not None:
+                allowed = f"unset with --engine {self.kind}"
+                raise RequestError(f"engine.{name}", value, allowed)
 
     @classmethod
     def from_preset(cls, name: str) -> EngineConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     stopped: bool = False
     lost: bool = False
+
+
+def named(what: str, *request: object) -> str:
+    """A job's name that says what is asked for: Slurm finds a job of an earlier call again by its name."""
+    return f"{what}-{hashlib.sha256(msgspec.json.encode(request)).hexdigest()[:8]}"
 
 
 class Engine(ABC):

@@ -29,10 +29,17 @@ class Process:
         environment: its own variables, over this process's.
         log: where what it prints is kept.
         setup: shell lines before it starts.
+        folder: where it runs; default is this process's.
     """
 
-    def __init__(self, environment: Mapping[str, str], log: Path, setup: Sequence[str] = ()) -> None:
-        self.environment, self.log, self.setup = environment, log, setup
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        log: Path,
+        setup: Sequence[str] = (),
+        folder: Path | None = None,
+    ) -> None:
+        self.environment, self.log, self.setup, self.folder = environment, log, setup, folder
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = threading.Event()
 
@@ -43,13 +50,16 @@ class Process:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = CHILD
         if self.setup:
-            command = ["bash", "-c", "\n".join(["set -e", *self.setup, 'exec "$@"']), "setup", *CHILD]
+            # Answers go to stdout; what the lines print goes to the log.
+            lines = ["set -e", "exec 3>&1 1>&2", *self.setup, 'exec "$@" 1>&3 3>&-']
+            command = ["bash", "-c", "\n".join(lines), "setup", *CHILD]
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                cwd=self.folder,
                 env={**os.environ, **self.environment},
                 start_new_session=True,  # Ctrl-C reaches whoever started it, who lets it save
             )
@@ -74,10 +84,14 @@ class Process:
         try:
             process.stdin.write(pickle.dumps(job))
             process.stdin.flush()
-            answer: Answer = pickle.load(process.stdout)  # nosec B301
-            return answer
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError, ValueError):  # ValueError: stdin is closed
-            status = process.wait()
+            answer = pickle.load(process.stdout)  # nosec B301
+            if isinstance(answer, Answer):
+                return answer
+        except (BrokenPipeError, EOFError, ValueError):  # ValueError: stdin is closed
+            pass
+        except Exception:  # what it wrote is no pickle; it waits for its next job
+            process.kill()
+        status = process.wait()
         self._free()
         if self._closing.is_set():
             return Answer(error="stopped; its last checkpoint stays", stopped=True)

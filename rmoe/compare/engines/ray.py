@@ -47,12 +47,20 @@ def require_answer(address: str) -> None:
 
 
 def _carried(
-    job: Job, wants: Wants, threads: int, log: Path, setup: tuple[str, ...], retries: int, bell: Any
+    job: Job,
+    wants: Wants,
+    threads: int,
+    log: Path,
+    setup: tuple[str, ...],
+    retries: int,
+    bell: Any,
+    folder: Path,
 ) -> Answer:
-    """In a Ray worker: one job, in a child process."""
+    """In a Ray worker: one job, in a child process, which runs in the caller's folder where there is such a one."""
     import ray
 
-    process = Process(threads_of(threads), log, setup)
+    # Ray's own is where `ray start` was called: relative paths of a job would lead elsewhere.
+    process = Process(threads_of(threads), log, setup, folder if folder.is_dir() else None)
 
     def listen() -> None:
         try:
@@ -107,8 +115,8 @@ class RayEngine(Engine):
         if config.address is not None:
             require_answer(config.address)
             ray.init(address=config.address, **quiet)
-        else:
-            ray.init(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
+        else:  # "local": not the cluster that RAY_ADDRESS names
+            ray.init("local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
         try:
             self._node(config.node)
             self._require_room(wants)
@@ -215,7 +223,8 @@ class RayEngine(Engine):
             while left and (self.config.at_once is None or len(self._running) < self.config.at_once):
                 name, job = left.pop(0)
                 arguments = (job, wants, self.threads, self.out / "logs" / f"{name}.log")
-                reference = carried.remote(*arguments, self.config.setup, self.config.retries, self._bell)
+                rest = (self.config.setup, self.config.retries, self._bell, Path.cwd())
+                reference = carried.remote(*arguments, *rest)
                 self._running[reference] = name
                 note(self.out, name, "queued", "ray")
             done, _ = self.ray.wait(list(self._running), num_returns=1, timeout=0.5)

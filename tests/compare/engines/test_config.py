@@ -45,7 +45,6 @@ def test_a_presets_table_is_the_default_and_options_override_it(tmp_path):
         ("hours = nan", "engine.hours is nan; allowed: 1/60"),
         ("memory_gib = 0.0", "engine.memory_gib is 0.0; allowed: above 0"),
         ("memory_gib = nan", "engine.memory_gib is nan; allowed: above 0, and finite"),
-        ("fetch = 'model'", "engine.fetch is 'model'; allowed: no, but with --engine ray"),
     ],
 )
 def test_a_wrong_table_is_one_line(table, said, tmp_path):
@@ -102,9 +101,34 @@ def test_a_layout_for_other_gpus_is_refused():
             "engine.cpus is 10000; allowed: at most",
         ),
         (EngineConfig(node="elsewhere"), "engine.node is 'elsewhere'; allowed: "),
+        (EngineConfig(fetch="model"), "engine.fetch is 'model'; allowed: no, but with --engine ray"),
+        (
+            EngineConfig(kind="ray", fetch="model", shared="/"),
+            "engine.fetch is 'model'; allowed: no, but with",
+        ),
     ],
 )
 def test_what_this_machine_has_not_is_one_line(engine, said, tmp_path):
     with pytest.raises(RequestError, match=re.escape(said)):
         engine_of(engine, tmp_path / "out", Wants(), 1, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--engine.address", "head:6379"], "engine.address is 'head:6379'; allowed: unset with --engine local"),
+        (["--engine.partition=gpu"], "engine.partition is 'gpu'; allowed: unset with --engine local"),
+        (["--engine", "slurm", "--engine.runs-per-gpu", "2"], "runs_per_gpu is 2; allowed: unset with --engine slurm"),
+        (["--engine", "ray", "--engine.hours", "2"], "engine.hours is 2.0; allowed: unset with --engine ray"),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_engine_does_not_read_is_refused(options, said):
+    with pytest.raises(RequestError, match=re.escape(said)):
+        parsed(*options)
+
+
+def test_a_presets_table_may_be_of_another_engine(tmp_path):
+    preset = tmp_path / "mine.toml"
+    preset.write_text("[engine]\nkind = 'slurm'\npartition = 'gpu'\nfetch = 'model'\n")
+    assert parsed("--preset", str(preset), "--engine", "local").partition == "gpu"

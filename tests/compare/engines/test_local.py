@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
@@ -13,11 +14,11 @@ import pytest
 
 import rmoe
 from rmoe.compare.engines import Wants
-from rmoe.compare.engines.child import answer_to
+from rmoe.compare.engines.child import _say, answer_to
 from rmoe.compare.engines.devices import slots_of
-from rmoe.compare.engines.engine import Failed
+from rmoe.compare.engines.engine import Answer, Failed
 from rmoe.compare.engines.local import LocalEngine
-from rmoe.compare.engines.process import CHILD
+from rmoe.compare.engines.process import CHILD, Process
 from rmoe.errors import RequestError
 from tests.compare.engines.jobs import Count, Crash, Environment, Fail, Rank
 
@@ -100,10 +101,42 @@ def test_set_up_lines_come_first_and_their_failure_is_said(tmp_path):
     with LocalEngine([[]], 1, tmp_path, setup=("export GREETING='a b'",)) as engine:
         (answer,) = dict(engine.answers({"0": Environment(names=["GREETING"])}, Wants())).values()
     assert answer.value["GREETING"] == "a b"
+    with LocalEngine([[]], 1, tmp_path / "said", setup=("echo Loading cuda/12.4",)) as engine:
+        (answer,) = dict(engine.answers({"0": Environment(names=[])}, Wants())).values()
+    assert answer.error is None
+    assert "Loading cuda/12.4" in "".join(f.read_text() for f in (tmp_path / "said").iterdir())
     with LocalEngine([[]], 1, tmp_path, setup=("false", "true")) as engine:
         (answer,) = dict(engine.answers({"0": Environment(names=[])}, Wants())).values()
     assert answer.lost
     assert "ended with status 1" in answer.error
+
+
+def test_a_child_that_writes_something_else_is_ended_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("rmoe.compare.engines.process.CHILD", ["sh", "-c", "echo no pickle; cat > /dev/null"])
+    process = Process({}, tmp_path / "log")
+    answer = process.do(Environment(names=[]), Wants())
+    assert answer.lost
+    assert "by signal 9" in answer.error
+    process.close()
+
+
+def test_an_answer_is_whole_however_little_the_system_takes_at_once():
+    """Linux writes 2 GiB at most in one call; here each call takes three bytes."""
+
+    class Narrow(io.RawIOBase):
+        def __init__(self):
+            self.written = bytearray()
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            self.written += bytes(data[:3])
+            return min(len(data), 3)
+
+    raw = Narrow()
+    _say(io.BufferedWriter(raw, 16), Answer(value=list(range(100))))
+    assert pickle.loads(bytes(raw.written)) == Answer(value=list(range(100)))
 
 
 def test_leaving_early_lets_what_runs_save(tmp_path):
