@@ -27,7 +27,7 @@ from rmoe.model.outputs import (
     RMoEModelOutputWithPast,
     RMoESequenceClassifierOutput,
 )
-from rmoe.model.packing import split_packed, starts_again
+from rmoe.model.packing import Apart, kept_apart, starts_again
 from rmoe.model.recompute import NonReentrant, keep_decisions
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, on_device, router_stats
@@ -260,8 +260,9 @@ class RMoEModel(RMoEPreTrainedModel):
         if wants_attention:
             kwargs["output_attentions"] = True  # attention that has no weights to give warns
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        new_cache = None
         if use_cache and cache is None and not self._is_packed(attention_mask, position_ids):
-            cache = DynamicCache(config=config)
+            cache = new_cache = DynamicCache(config=config)
         # Continuous batching packs requests into one row: its cache has no length, and its mask no padding.
         packed = cache is not None and not hasattr(cache, "get_seq_length")
         if packed and CACHE != "cache":
@@ -270,19 +271,21 @@ class RMoEModel(RMoEPreTrainedModel):
         seen = 0 if cache is None or packed else cache.get_seq_length()
         if self.reads_sequence:
             self._require_whole_sequences(packed, seen, attention_mask, position_ids)
-        own_mask, same_example = attention_mask, None
+        filled = None if cache is new_cache else cache  # what a new one holds is of this call
+        apart = Apart(attention_mask)
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
         else:
-            varlen = "flash" in str(config._attn_implementation)
-            own_mask, position_ids, same_example = split_packed(attention_mask, position_ids, cache, varlen)
+            flash = "flash" in str(config._attn_implementation) and "cu_seq_lens_q" not in kwargs
+            apart = kept_apart(attention_mask, position_ids.expand(embeds.shape[:2]), filled, flash)
+            kwargs |= apart.lengths
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=embeds,
-            attention_mask=own_mask,
+            attention_mask=apart.mask,
             position_ids=position_ids,
-            and_mask_function=same_example,
-            **{CACHE: cache},
+            and_mask_function=apart.same_example,
+            **{CACHE: filled},
         )
         context = self._context(input_ids, embeds, None if packed else attention_mask, seen)
         hidden = self.dropout(embeds)

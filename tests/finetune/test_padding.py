@@ -18,7 +18,7 @@ from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.instructions import PackedExamples, encode, needs_mask, pack, why_not_packed
 from rmoe.finetune.run import finetune
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
-from rmoe.model.packing import split_packed
+from rmoe.model.packing import starts_again
 from rmoe.training.metrics import read_metrics
 from tests.finetune.conftest import instructions
 
@@ -107,12 +107,7 @@ def test_expert_choice_gives_padding_no_expert() -> None:
 )
 def test_what_is_packed(mask: list[int], positions: list[int], packed: bool) -> None:
     given, places = torch.tensor([mask]), torch.tensor([positions])
-    kept, moved, _ = split_packed(given, places, None)
-    assert (kept is None) == packed
-    real = given.bool()
-    assert torch.equal(moved[real], places[real])
-    assert split_packed(given, places, object()) == (given, places, None)
-    assert split_packed(None, places, None) == (None, places, None)
+    assert starts_again(given, places) == packed
 
 
 def test_a_family_with_a_balance_loss_is_not_packed(models: Path) -> None:

@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from rmoe.compat import CACHE
 from rmoe.errors import RequestError
@@ -17,7 +19,6 @@ from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, count_par
 from rmoe.model.experts import in_whole_16_bytes
 from rmoe.model.layers import RMoEDecoderLayer, RMoESparseMoeBlock
 from rmoe.model.norm import RMSNorm
-from rmoe.model.packing import split_packed
 from rmoe.routing import BalanceSpec, RouterContext, RouterStats, resolve, vary
 from rmoe.routing.initial import initializers_of
 from rmoe.routing.losses import SimilarityPreserving
@@ -457,42 +458,84 @@ def packed(*examples: list[int]) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows), torch.tensor(masks)
 
 
+def by_lengths(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float, cu_seq_lens_q: Tensor | None = None, **_: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """As FlashAttention is told: a mask of padding, or lengths of sequences that lie one behind the other."""
+    batch, _, length, _ = query.shape
+    if cu_seq_lens_q is None:
+        real = (
+            torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
+        sees = (real[:, None, :] & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    else:
+        assert attention_mask is None
+        sequence = torch.bucketize(torch.arange(batch * length), cu_seq_lens_q[1:], right=True)
+        same = sequence[:, None] == sequence
+        query, key, value = (t.transpose(0, 1).flatten(1, 2)[None] for t in (query, key, value))
+        sees = (same & torch.ones_like(same).tril())[None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, sees, scale=scaling, enable_gqa=True
+    )
+    if cu_seq_lens_q is not None:
+        out = out[0].unflatten(1, (batch, length)).transpose(0, 1)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("flash_by_lengths", by_lengths)
+AttentionMaskInterface.register("flash_by_lengths", lambda *_, attention_mask=None, **__: attention_mask)
+
+
 @pytest.mark.parametrize(
-    ("examples", "split"),
-    [
-        (([3, 4],), True), (([3, -2, 2],), True), (([7],), False), (([-3, 4],), False), (([4, -3],), False),
-        (([7], [2, 5]), True),
-    ],
-)  # fmt: skip
-def test_packed_examples_are_told_to_attention_by_positions(
-    examples: tuple, split: bool, monkeypatch: pytest.MonkeyPatch
+    ("attention", "compiled"),
+    [("sdpa", False), ("sdpa", True), ("eager", False), ("eager", True), ("flash_by_lengths", False)],
+)
+@pytest.mark.parametrize("use_cache", [False, None])
+def test_packed_examples_with_padding_do_not_see_each_other(
+    attention: str, compiled: bool, use_cache: bool | None
 ) -> None:
-    positions, mask = packed(*examples)
-    got_mask, got, _ = split_packed(mask, positions, None)
-    assert (got_mask is None) == split
-    assert torch.equal(got, torch.where(mask.bool(), positions, -2) if split else positions)
-    for other in ((mask, positions, object()), (None, positions, None), (mask[:, 1:], positions, None)):
-        assert all(a is b for a, b in zip(split_packed(*other), (*other[:2], None), strict=True))
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    got_mask, got, _ = split_packed(mask, positions, None, varlen=True)  # compiled code cannot ask
-    assert got_mask is None
-    assert torch.equal(got, torch.where(mask.bool(), positions, -2))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_packed_examples_with_padding_do_not_see_each_other(compiled: bool) -> None:
     net, one, two = model(router="rmoe", experts="batched_mm").eval(), tokens(1, 5), tokens(1, 6, seed=1)
+    net.config._attn_implementation = attention
     positions, mask = packed([5, 6, -3], [-3, 5, 6])
     both = torch.cat((one, two), 1)
     ids = torch.cat((torch.nn.functional.pad(both, (0, 3)), torch.nn.functional.pad(both, (3, 0))))
     call = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
     with torch.no_grad():
-        got = call(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        got = call(ids, attention_mask=mask, position_ids=positions, use_cache=use_cache).logits
         for start, example in ((0, one), (5, two)):
             want = net(example, use_cache=False).logits[0]
             for row, shift in ((0, 0), (1, 3)):
                 begin = start + shift
                 torch.testing.assert_close(got[row, begin : begin + len(want)], want)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_by_lengths"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_packed_alike_may_share_their_positions(attention: str, masked: bool) -> None:
+    net, one, two = model(router="rmoe", experts="batched_mm").eval(), tokens(1, 5), tokens(1, 6, seed=1)
+    net.config._attn_implementation = attention
+    ids = torch.cat((one, two), 1).repeat(2, 1)
+    positions, _ = packed([5, 6])
+    with torch.no_grad():
+        mask = torch.ones_like(ids) if masked else None
+        got = net(ids, attention_mask=mask, position_ids=positions).logits
+        want = torch.cat([net(example, use_cache=False).logits for example in (one, two)], 1)
+    torch.testing.assert_close(got, want.expand_as(got))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_that_are_not_packed_keep_their_mask(compiled: bool) -> None:
+    """Positions beside a mask, as `generate` gives them: FlashAttention is told of padding by the mask."""
+    net, ids = model(router="rmoe", experts="batched_mm").eval(), tokens(1, 6)
+    net.config._attn_implementation = "flash_by_lengths"
+    positions, mask = packed([-3, 6], [-3, 6])
+    rows = torch.nn.functional.pad(ids, (3, 0)).repeat(2, 1)
+    call = torch.compile(net, backend="eager") if compiled else net
+    with torch.no_grad():
+        got = call(rows, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        want = net(ids, use_cache=False).logits
+    torch.testing.assert_close(got[:, 3:], want.expand(2, -1, -1))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -507,7 +550,16 @@ def test_padding_inside_an_example_does_not_split_it(compiled: bool, attention: 
     with torch.no_grad():
         got = call(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         want = net(whole, use_cache=False).logits
-    torch.testing.assert_close(got[mask.bool()][None], want)
+        torch.testing.assert_close(got[mask.bool()][None], want)
+        if attention == "sdpa":  # the same in a row with another example
+            got = call(
+                torch.cat((ids, whole), 1),
+                attention_mask=torch.cat((mask, torch.ones_like(whole)), 1),
+                position_ids=torch.cat((positions, torch.arange(9)[None]), 1),
+                use_cache=False,
+            ).logits
+            torch.testing.assert_close(got[:, :11][mask.bool()][None], want)
+            torch.testing.assert_close(got[:, 11:], want)
 
 
 @since("transformers", "5.24", "the attention function updates a paged cache, not the layer")
