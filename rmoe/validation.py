@@ -12,12 +12,17 @@ from msgspec import Meta
 
 from rmoe.errors import RequestError
 
+# Of what a tensor holds: float32's normal numbers, int64's.
+_LEAST, _MOST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
+_MOST_INT = 2**63 - 1
+
 # A bound's description is what its error says is allowed.
-Positive = Annotated[float, Meta(gt=0, description="a value above 0")]
-PositiveInt = Annotated[int, Meta(gt=0, description="a value above 0")]
-NotNegative = Annotated[float, Meta(ge=0, description="0 or more")]
-NotNegativeInt = Annotated[int, Meta(ge=0, description="0 or more")]
-AtLeastOne = Annotated[int, Meta(ge=1, description="1 or more")]
+Finite = Annotated[float, Meta(ge=-_MOST, le=_MOST, description="a finite number, in float32")]
+Positive = Annotated[float, Meta(ge=_LEAST, le=_MOST, description="a value above 0, finite in float32")]
+PositiveInt = Annotated[int, Meta(gt=0, le=_MOST_INT, description="a value above 0")]
+NotNegative = Annotated[float, Meta(ge=0, le=_MOST, description="0 or more, finite in float32")]
+NotNegativeInt = Annotated[int, Meta(ge=0, le=_MOST_INT, description="0 or more")]
+AtLeastOne = Annotated[int, Meta(ge=1, le=_MOST_INT, description="1 or more")]
 Share = Annotated[float, Meta(ge=0, lt=1, description="0 to below 1")]
 
 

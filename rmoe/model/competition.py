@@ -1,10 +1,11 @@
 """Competition (CompeteSMoE, 2505.13380): on some steps the experts that answer most are chosen, and teach the router.
 
 All experts compute. An expert's affinity is the mean of `softplus` of its output; the k largest are chosen, weighted by
-their share of the k. The router's loss is the squared distance of its probabilities from the affinities' softmax, and
-once more, with a weight, over the chosen; another keeps the chosen experts' outputs apart. The form is that of the
-published code, its weights those of its 154M run. There at most three layers compete on one step; here each draws by
-itself.
+their share of the k, which has the sum of the gate's weights. The router's loss is the squared distance of its
+probabilities from the affinities' softmax, and once more, with a weight, over the chosen; another keeps the chosen
+experts' outputs apart. The form is that of the published code, its weights those of its 154M run. There one schedule
+for all ranks begins after a warm-up and lets at most three layers compete on one step; here each layer, micro-batch and
+rank draws by itself.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def compete(experts: Any, x: Tensor, routing: Routing, mask: Tensor | None, coef
     units = F.normalize(outputs.gather(1, chosen[..., None].expand(-1, -1, outputs.shape[-1])), dim=-1)
     similar = (units @ units.mT - torch.diag_embed(units.square().sum(-1))).mean((-2, -1))  # [T]
     penalty = coefficient * taught + DIVERSITY * masked_mean(similar[None], mask)[0]
-    chosen_by_affinity = routing._replace(
-        probs=target, weights=best / best.sum(-1, keepdim=True), experts=chosen
-    )
+    # In the gate's units: its weights need not sum to one.
+    weights = best / best.sum(-1, keepdim=True) * routing.weights.sum(-1, keepdim=True).detach()
+    chosen_by_affinity = routing._replace(probs=target, weights=weights, experts=chosen)
     return chosen_by_affinity.with_penalty(penalty)

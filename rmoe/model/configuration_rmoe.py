@@ -72,7 +72,7 @@ class RMoEConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of those balance losses that name none (the load-balance loss).
         dense_gradients: how experts that a token did not choose teach the router: None, not at all; "densemixer", as
             if all had been computed; "default", by a moving average of their outputs, which is also added to the
-            layer's (Default MoE). Not with tensor or expert parallelism.
+            layer's (Default MoE). Not with tensor or expert parallelism. Read when the model is built.
         erc_loss_coef: weight of the expert-router coupling loss, see `rmoe.model.coupling`; the mean over layers is
             added in training. For routers whose scores are a product with the hidden state itself. Not with tensor
             or expert parallelism.
@@ -266,7 +266,8 @@ class RMoEConfig(PreTrainedConfig):
         if self.dense_gradients is not None and not mixes:
             allowed = f"null with router {spec.router.kind}, which does not weigh what experts give"
             raise RequestError("dense_gradients", self.dense_gradients, allowed)
-        compared = spec.scorer is not None and spec.scorer.kind == "linear" and spec.recurrence.kind == "none"
+        linear = spec.scorer is not None and spec.scorer.kind == "linear"
+        compared = linear and spec.recurrence.kind == "none" and spec.router.scores_hidden
         if self.erc_loss_coef and not compared:
             allowed = (
                 "0 with this router: it has no vector that it compares with the hidden state, for each expert"
@@ -283,6 +284,13 @@ class RMoEConfig(PreTrainedConfig):
         if not mixes or spec.leaves_empty_slots or spec.router.shared_classes:
             allowed = f"0 with this router ({spec.router.kind}): not every token has k of the E experts"
             raise RequestError("competition_rate", self.competition_rate, allowed)
+        # A pass that competes has no use for the one, and would steer the other by the affinities.
+        for field, set_ in (
+            ("gate.expert_scale", getattr(spec.gate, "expert_scale", False)),
+            ("temperature.target_entropy", spec.temperature.target_entropy is not None),
+        ):
+            if set_:
+                raise RequestError("competition_rate", self.competition_rate, f"0 with {field}")
         if self.dense_gradients is not None:
             raise RequestError("competition_rate", self.competition_rate, "0 with dense_gradients")
 

@@ -172,13 +172,15 @@ class RMoESparseMoeBlock(nn.Module):
     ) -> Routing:
         """The router's decision as the options of training make it: by competition, and with the ERC loss.
 
+        A pass without gradients is none of training, though a model that samples between steps may be in that mode.
+
         Args:
             x: `[T, d]`, what the experts read.
 
         Raises:
             RequestError: the experts are wrapped, as PEFT's `target_parameters` does.
         """
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
             return routing
         config = self.config  # read now: a schedule may set these
         if config.erc_loss_coef == 0 and config.competition_rate == 0:

@@ -216,7 +216,7 @@ class RMoEModel(RMoEPreTrainedModel):
     ) -> RouterContext:
         batch, length = embeds.shape[:2]
         noise = None
-        if self.training and self.uses_noise:
+        if self.training and torch.is_grad_enabled() and self.uses_noise:
             self.routing_noise_key += 1
             noise = CounterNoise(self.routing_noise_key.clone())
         ids = None if input_ids is None else input_ids.reshape(-1)

@@ -44,7 +44,8 @@ class RouterUpdates(TrainerCallback):
 
         Trainer(model, args, train_dataset=..., callbacks=[rmoe.RouterUpdates()])
 
-    Counts are summed over the micro-batches of gradient accumulation and over all ranks; evaluation does not count.
+    Counts are summed over the micro-batches of gradient accumulation and over all ranks; evaluation does not count, nor
+    what a model in training mode reads without gradients: samples, a reference's probabilities.
     """
 
     def __init__(self) -> None:
@@ -73,7 +74,7 @@ class RouterUpdates(TrainerCallback):
 
     def _add(self, module: Any, args: Any, output: Any) -> None:
         stats = getattr(output, "router_stats", None)
-        if stats is not None and module.training:
+        if stats is not None and module.training and torch.is_grad_enabled():
             self._stats = stats if self._stats is None else self._stats.add(stats)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -85,8 +85,11 @@ def _one_text(model: nn.Module) -> list[RoutedLayer]:
     """The routed layers of a model that reads one text.
 
     Raises:
-        RequestError: an encoder-decoder, whose stacks route different tokens.
+        RequestError: an encoder-decoder, whose stacks route different tokens; experts that compete choose themselves.
     """
+    rate = getattr(getattr(model, "config", None), "competition_rate", 0)
+    if rate and model.training:
+        raise RequestError("competition_rate", rate, "0, or a model in evaluation mode")
     layers = require_layers(model)
     if len(routed_stacks(layers)) > 1:
         allowed = f"a model with one stack of routed layers, not {sorted(routed_stacks(layers))}"

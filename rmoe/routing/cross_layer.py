@@ -95,6 +95,7 @@ class AdaptiveClustering(Router):
         equation = "s_i = G_i (M_{k*} f_i), M = 1 / MAD of the tokens with the same k* = argmax p_{i-1}"
         carries = "expert [1]"
         is_causal = False
+        scores_hidden = False
 
         eps: Positive = 1e-4
         cap: Positive = 10.0
@@ -160,6 +161,7 @@ class MultiLevelContext(Router):
         kind = "multi_level_context"
         equation = "q = x + local context; z = attention(q, inputs of the layers below); s = G z"
         reads_sequence = True
+        scores_hidden = False
 
         window: PositiveInt = 8
         local_top: PositiveInt = 4

@@ -98,7 +98,7 @@ class TableTopK(Router):
         needs_token_ids = True
 
         table_layers: NotNegativeInt = 3
-        table_seed: int = 0
+        table_seed: NotNegativeInt = 0
 
         def check(self) -> None:
             require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")

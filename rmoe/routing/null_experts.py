@@ -52,5 +52,5 @@ class NullBalance(Loss):
         null = masked_mean(empty, view.context.mask)  # [L], share of choices that are null
         counts = view.counts.to(mean.dtype)
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1) * (1 - null[:, None])
-        nulls = null * mean[:, experts:].mean(-1)
+        nulls = null * mean[:, experts:].mean(-1) if classes > experts else 0.0
         return classes * ((share * mean[:, :experts]).sum(-1) + nulls)

@@ -156,7 +156,7 @@ MOST_L1_WEIGHT = 1e10
 class ReLU(Gate):
     """ReMoE (2412.14711): weights are `ReLU(logits)`, not normalised; slot `n` holds expert `n` or nothing.
 
-    Its loss is `lambda * E sum_n f_n P_n` with `P_n` the mean ReLU output and `f_n` the share of tokens that use
+    Its loss is `lambda sum_n f_n P_n` with `P_n` the mean ReLU output and `f_n` the share of tokens that use
     expert n over `k / E`; `lambda` follows the sparsity (`update`). `probs` are the outputs over their sum.
 
     Deviation: lambda stays within float32's least normal number and 1e10.

@@ -78,7 +78,7 @@ class QuantileBalanced(Router):
             return routing, state
         with torch.no_grad():
             s = routing.logits if self.temperature is None else self.temperature(routing.logits)
-            share = 1 - self.geometry.top_k / self.num_experts
+            share = 1 - self.top_k / self.num_experts
             bar = quantile((s + self.selection_bias.bias).mT, share)  # [T]
             beta = quantile(s - bar[:, None], share, context.mask)
             tokens = torch.full((), s.shape[0]) if context.mask is None else context.mask.sum()

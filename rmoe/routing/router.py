@@ -104,6 +104,11 @@ class BaseRouter(StepState, Mechanism):
             return False
 
         @property
+        def scores_hidden(self) -> bool:
+            """Whether the scorer is given the hidden state itself, where no recurrence is before it."""
+            return True
+
+        @property
         def weighs_inputs(self) -> bool:
             """Whether a weight multiplies its expert's input instead of its output."""
             return False

@@ -12,7 +12,7 @@ from rmoe.routing.contract import RouterContext, Routing, State
 from rmoe.routing.initial import ProjectionFP32, constant
 from rmoe.routing.options import Geometry
 from rmoe.routing.router import Router, SharedRouter
-from rmoe.validation import require
+from rmoe.validation import Finite, require
 
 if TYPE_CHECKING:
     from rmoe.routing.spec import RouterSpec
@@ -29,7 +29,7 @@ class ResidualScores(Router):
         equation = "s_i = G_i f_i + a G_{i-1} f_{i-1}"
         carries = "scores [E]"
 
-        scale: float = 0.5
+        scale: Finite = 0.5
         detach: bool = False
 
     options: Config
@@ -59,8 +59,8 @@ class NoisyTopK(Router):
         equation = "s + N(0, 1) (softplus(W f) + 0.01)"
         uses_noise = True
 
-        importance_weight: float = 0.1
-        load_weight: float = 0.1
+        importance_weight: Finite = 0.1
+        load_weight: Finite = 0.1
 
         def check(self) -> None:
             require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")
@@ -93,8 +93,8 @@ class NoisyTopK(Router):
         experts = torch.where(routing.experts < self.num_experts, routing.experts, 0)
         importance = torch.zeros_like(clean).scatter_add(-1, experts, routing.weights)
         penalty = self.options.importance_weight * _squared_variation((importance * real).sum(0))
-        if self.geometry.top_k < self.num_experts:
-            top = noisy.topk(self.geometry.top_k + 1, -1).values
+        if self.top_k < self.num_experts:
+            top = noisy.topk(self.top_k + 1, -1).values
             inside = noisy > top[:, -1:]
             # The bar to clear is the k-th best of the others: one lower for an expert already inside.
             bar = torch.where(inside, top[:, -1:], top[:, -2:-1])

@@ -201,7 +201,8 @@ def with_options(spec: RouterSpec, changes: Any) -> RouterSpec:
                 "--router-option", change, f"NAME=VALUE, NAME one of {', '.join(sorted(known))}"
             )
         stage, _, option = name.partition(".")
-        stages.setdefault(stage, {})[option] = _json_value(text)
+        value = _json_value(text)
+        stages.setdefault(stage, {})[option] = tuple(value) if isinstance(value, list) else value
     return vary(spec, **stages)
 
 

@@ -15,7 +15,7 @@ from rmoe.routing.initial import Initializer, ProjectionFP32, linear_fp32, norma
 from rmoe.routing.noise import splitmix64
 from rmoe.routing.options import Geometry
 from rmoe.routing.router import BaseRouter, SharedRouter
-from rmoe.validation import PositiveInt, require
+from rmoe.validation import Finite, NotNegativeInt, PositiveInt, require
 
 if TYPE_CHECKING:
     from rmoe.routing.spec import RouterSpec
@@ -66,7 +66,7 @@ class Hash(TokenRouter):
         kind = "hash"
         equation = "n = table[token]"
 
-        table_seed: int = 0
+        table_seed: NotNegativeInt = 0
 
     options: Config
     table: Tensor
@@ -118,8 +118,8 @@ class Stable(TokenRouter):
 
         stage1_share: Annotated[float, Meta(gt=0, lt=1, description="above 0, below 1")] = 0.1
         embedding_width: PositiveInt = 50
-        balance_weight: float = 0.3
-        distill_weight: float = 1.0
+        balance_weight: Finite = 0.3
+        distill_weight: Finite = 1.0
 
         def check_geometry(self, geometry: Geometry) -> None:
             super().check_geometry(geometry)

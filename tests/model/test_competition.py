@@ -12,6 +12,7 @@ from rmoe.errors import RequestError
 from rmoe.model import RMoEForCausalLM, initialize
 from rmoe.model.competition import DIVERSITY, OF_CHOSEN, compete, drawn
 from rmoe.model.layers import RMoESparseMoeBlock
+from rmoe.moe import record, replay
 from rmoe.parallel.config import ParallelConfig
 from rmoe.parallel.fit import misfit
 from rmoe.routing import RouterContext, Routing
@@ -88,6 +89,39 @@ def test_it_equals_plain_loops(gated: bool, padded: bool) -> None:
         assert (a - b).abs().max() < 1e-10
     assert torch.equal(routing.logits, plain.logits)
     assert torch.allclose(routing.probs.sum(-1), torch.ones(T, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("router", ["olmoe", "deepseek-v3", "smoe"])
+def test_weights_are_in_the_gates_units(router: str) -> None:
+    part, (x, _) = block(router=router), data()
+    routing = part.gate(x, (), None, RouterContext(1, T))[0]
+    got = compete(part.experts, x, routing, None, 1.0)
+    torch.testing.assert_close(got.weights.sum(-1), routing.weights.sum(-1))
+    assert not torch.equal(got.experts, routing.experts)
+
+
+def test_a_pass_without_gradients_is_no_training() -> None:
+    """A model that samples between steps is in training mode: its routing is that of evaluation."""
+    net = model(router="rmoe", competition_rate=1.0, erc_loss_coef=0.0).train()
+    key = net.trunk.routing_noise_key.clone()
+    with torch.no_grad():
+        got = net(tokens())
+    assert torch.equal(net.trunk.routing_noise_key, key)
+    torch.testing.assert_close(got.logits, net.eval()(tokens()).logits)
+    assert float((net.train()(tokens()).logits - got.logits).detach().abs().max()) > 1e-3
+
+
+def test_recording_does_not_see_what_competition_chooses() -> None:
+    net = model(router="rmoe", competition_rate=1.0).train()
+    with (
+        pytest.raises(RequestError, match=r"competition_rate is 1\.0; allowed: 0, or a model in evaluation"),
+        record(net),
+    ):
+        pass
+    with record(net.eval()) as recording, torch.no_grad():
+        net(tokens())
+    with pytest.raises(RequestError, match="competition_rate"), replay(net.train(), recording):
+        pass
 
 
 def test_the_weights_are_the_published_runs() -> None:
@@ -192,6 +226,8 @@ def test_with_other_routers_it_trains(router: str) -> None:
         ({"router": "inkling"}, "competition_rate"),
         ({"router": "llama-4"}, "competition_rate"),
         ({"router": "hash"}, "competition_rate"),
+        ({"router": "gemma-4"}, "competition_rate is 0.1; allowed: 0 with gate.expert_scale"),
+        ({"router": "smoe-entropy"}, "competition_rate is 0.1; allowed: 0 with temperature.target_entropy"),
         ({"dense_gradients": "densemixer"}, "competition_rate is 0.1; allowed: 0 with dense_gradients"),
         ({"competition_rate": 1.5}, "competition_rate is 1.5; allowed: 0 to 1"),
         ({"competition_loss_coef": -1.0}, "competition_loss_coef is -1.0; allowed: 0 or more"),

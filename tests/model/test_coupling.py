@@ -178,6 +178,8 @@ def test_it_is_saved(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"router": "rmoe"}, "erc_loss_coef is 1.0; allowed: 0 with this router"),
+        ({"router": "mcf-moe"}, "erc_loss_coef is 1.0; allowed: 0 with this router"),
+        ({"router": "acmoe"}, "erc_loss_coef is 1.0; allowed: 0 with this router"),
         ({"router": "smoe-mlp"}, "erc_loss_coef"),
         ({"router": "cosine-moe"}, "erc_loss_coef"),
         ({"router": "hash"}, "erc_loss_coef"),

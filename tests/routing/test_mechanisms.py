@@ -48,6 +48,7 @@ from rmoe.routing.losses import (
     SimilarityPreserving,
     ZLoss,
 )
+from rmoe.routing.null_experts import NullBalance
 from rmoe.routing.other_gates import ReLU, SparseMixer
 from rmoe.routing.recurrence import Recurrence
 from rmoe.routing.router import Router
@@ -1012,6 +1013,9 @@ def test_options_are_changed_by_name() -> None:
     )
     assert with_options(changed, ["balance.capacity_factor=null"]).balance.capacity_factor is None
     assert with_options(RMOE, []) == RMOE
+    assert with_options(resolve("hunyuan"), ["gate.layer_k=[2,1]"]) == vary(
+        resolve("hunyuan"), gate={"layer_k": (2, 1)}
+    )
     for wrong in (
         "recurrence.width",
         "width=3",
@@ -1031,6 +1035,44 @@ def test_options_are_changed_by_name() -> None:
         with_options(RMOE, ["recurrence.width=wide"])
     with pytest.raises(RequestError, match="--router-option"):
         with_options(resolve("hash"), ["scorer.bias=true"])  # it has no scorer
+
+
+@pytest.mark.parametrize(
+    ("row", "change"),
+    [
+        ("deepseek-v3", "gate.scale=Infinity"), ("deepseek-v3", "gate.scale=NaN"), ("hunyuan", "gate.softcap=1e-300"),
+        ("smoe", "scorer.init_std=Infinity"), ("smoe", "temperature.start=1e-300"),
+        ("noisy-topk", "router.load_weight=NaN"), ("noisy-topk", "router.importance_weight=-Infinity"),
+        ("rmoe-np-r0.5", "router.scale=NaN"), ("stable-moe", "router.balance_weight=Infinity"),
+        ("remoe", "gate.start_weight=1e300"), ("hash", "router.table_seed=99999999999999999999"),
+    ],
+)  # fmt: skip
+def test_what_a_tensor_cannot_hold_is_refused(row: str, change: str) -> None:
+    with pytest.raises(RequestError, match=f"{change.partition('=')[0]} is"):
+        with_options(resolve(row), [change])
+
+
+def test_balance_of_null_experts_without_any_is_that_of_the_others() -> None:
+    probs = torch.rand(1, 6, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    experts = probs.topk(2).indices
+    counts = torch.bincount(experts.flatten(), minlength=4)[None]
+    view = LossView(probs.log(), probs, experts, experts, RouterContext(1, 6), counts, 4, 2, [None])
+    torch.testing.assert_close(NullBalance()(view), LoadBalance()(view))
+
+
+@pytest.mark.parametrize("row", ["quantile-balance", "noisy-topk"])
+def test_a_layers_own_k_is_what_its_state_and_loss_follow(row: str) -> None:
+    """`gate.layer_k` of one, where the model's k is two: all as with a model's k of one."""
+    x, found = inputs(64), []
+    for layer_k, top_k in (((1,), 2), ((), 1)):
+        spec = vary(resolve(row), gate=TopK.Config(choose_by="logits", layer_k=layer_k))
+        routing = layer_of(spec, 0, top_k=top_k).train()(x, (), None, RouterContext(1, 64, noise=noise()))[0]
+        found.append((routing.observed, routing.penalty))
+    for own, models in zip(*found, strict=True):
+        assert (own is None) == (models is None)
+        if own is not None:
+            torch.testing.assert_close(own, models)
+    assert found[0] != (None, None)
 
 
 @pytest.mark.parametrize("loss", [GateEntropy(), MutualInformation()])
