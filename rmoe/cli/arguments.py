@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +51,10 @@ def names(text: str) -> tuple[str, ...]:
     ('smoe', 'rmoe')
     """
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+GIVEN: ContextVar[frozenset[str]] = ContextVar("GIVEN", default=frozenset())
+"""Options of the command line parsed last, in full: `--training.micro-batch-size`. A value says no more than its default."""
 
 
 def require_unset(
@@ -92,6 +97,8 @@ def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None]
         os.environ["COLUMNS"] = str(NARROWEST)
     argv = _plain(argv, run)
     parameters = _parameters(run, argv)
+    options = {token.partition("=")[0].replace("_", "-") for token in argv if token.startswith("--")}
+    GIVEN.set(frozenset(options))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -102,8 +109,8 @@ def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None]
         raise _as_request_error(stop, errors.getvalue(), prog) from None
     engine = bound.keywords.get("engine")
     if engine is not None:
-        options = [token.partition("=")[0] for token in argv if token.startswith("--engine.")]
-        engine.require_read(option.removeprefix("--engine.").replace("-", "_") for option in options)
+        fields = {option.removeprefix("--engine.") for option in sorted(options)}
+        engine.require_read(sorted(field.replace("-", "_") for field in fields))
     return bound
 
 

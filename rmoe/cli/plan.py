@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rmoe.cli.arguments import names, require_unset
+from rmoe.cli.arguments import GIVEN, names, require_unset
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError
 from rmoe.training.config import RunConfig
@@ -65,6 +65,8 @@ def run(
     of_layouts = ("devices", "devices_per_node", "accelerator", "efficiency", "vocab_size", "as_set")
     unread, where = (of_layouts, "with --grid") if grid else (of_grid, "without --grid")
     require_unset(run, locals(), unread, where)
+    if not grid and any(option.startswith("--engine") for option in GIVEN.get()):
+        raise RequestError("--engine", engine.kind, "unset without --grid")
 
     import sys
 
@@ -107,11 +109,13 @@ def run(
 
 def _told(config: RunConfig, as_set: bool) -> tuple[int | None, bool | None]:
     """Micro-batch size and gradient checkpointing that somebody asked for; None chooses."""
-    training, preset = config.training, RunConfig.from_preset(config.preset).training
-    micro, checkpointing = training.micro_batch_size, training.gradient_checkpointing
-    asked_micro = as_set or micro != preset.micro_batch_size
-    asked_checkpointing = as_set or checkpointing != preset.gradient_checkpointing
-    return micro if asked_micro else None, checkpointing if asked_checkpointing else None
+    training, given = config.training, GIVEN.get()
+    micro = as_set or "--training.micro-batch-size" in given
+    checkpointing = {"--training.gradient-checkpointing", "--training.no-gradient-checkpointing"} & given
+    return (
+        training.micro_batch_size if micro else None,
+        training.gradient_checkpointing if as_set or checkpointing else None,
+    )
 
 
 def _print_grid(

@@ -97,7 +97,9 @@ class RoutingCallback(TrainerCallback):
     def _end(self, done: Pass, cache: Any) -> None:
         """One forward pass: add up what its layers decided for real tokens."""
         heard, self._heard = self._heard, []
-        if not heard or not self.trainer.model.training:
+        if not heard or not (
+            self.trainer.model.training and torch.is_grad_enabled()
+        ):  # samples are no training
             return
         real = torch.cat(done.tokens.rows)
         for layer, record in heard:

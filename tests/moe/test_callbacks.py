@@ -233,6 +233,23 @@ def test_the_noise_follows_the_seed_and_the_rank() -> None:
     assert {key % 2**32 for key in keys} == {10}
 
 
+def test_what_is_read_without_gradients_is_not_counted(tmp_path: Path) -> None:
+    """As an RL loop samples: in training mode, between steps."""
+    model = tiny_rmoe("deepseek-v3")
+    updates = rmoe.RouterUpdates()
+    updates.on_train_begin(None, None, None, model=model)
+    args = SimpleNamespace(seed=0, process_index=0, gradient_accumulation_steps=1)
+    updates.on_step_begin(args, SimpleNamespace(global_step=0), None)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    with torch.no_grad():
+        model.train()(torch.zeros(1, 8, dtype=torch.int64))
+    updates.on_step_end(args, SimpleNamespace(global_step=1, max_steps=5), None)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    model(torch.zeros(1, 8, dtype=torch.int64))
+    updates.on_step_end(args, SimpleNamespace(global_step=1, max_steps=5), None)
+    assert not all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
 class _StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step

@@ -17,6 +17,7 @@ from rmoe.planning.hardware import ACCELERATORS, Cluster
 from rmoe.planning.layouts import Layout, layouts_for, memory_of, parameters_per_device, traffic_of
 from rmoe.planning.plan import plan_of
 from rmoe.planning.trace import flops_of, needs_of, parameters_of
+from rmoe.training.config import RunConfig
 from tests.versions import older
 
 POST = {"norm_position": "post", "norm_type": "layernorm", "mlp_gated": False, "hidden_act": "relu"}
@@ -220,6 +221,20 @@ def test_large_presets(preset, total, devices, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["parameters"]["total"] == pytest.approx(total, rel=0.01)
     assert plan["layouts"][0]["fits"]
+
+
+def test_what_is_given_binds_also_where_the_preset_says_the_same(capsys):
+    own = RunConfig.from_preset("pretrain-0.9b").training.micro_batch_size
+    base = ["plan", "--preset", "pretrain-0.9b", "--devices", "8", "--json"]
+    chosen = []
+    for more in ([], ["--training.micro-batch-size", str(own)], ["--as-set"]):
+        assert main([*base, *more]) == 0
+        layouts = json.loads(capsys.readouterr().out)["layouts"]
+        chosen.append({item["micro_batch_size"] for item in layouts})
+    assert chosen[1] == chosen[2] == {own}
+    assert chosen[0] != {own}
+    assert main([*base, "--engine", "slurm"]) == 2
+    assert capsys.readouterr().err == "error: --engine is 'slurm'; allowed: unset without --grid\n"
 
 
 @pytest.mark.parametrize(
