@@ -54,7 +54,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 GIVEN: ContextVar[frozenset[str]] = ContextVar("GIVEN", default=frozenset())
-"""Options of the command line parsed last, in full: `--training.micro-batch-size`. A value says no more than its default."""
+"""Options of the command line that was parsed last, in full: `--training.micro-batch-size`."""
 
 
 def require_unset(
