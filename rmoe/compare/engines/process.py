@@ -81,15 +81,17 @@ class Process:
         assert process.stdout is not None
         if self._closing.is_set():  # since `do` has looked
             self.stop()
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended; stdin is closed
             process.stdin.write(pickle.dumps(job))
             process.stdin.flush()
+        try:
             answer = pickle.load(process.stdout)  # nosec B301
             if isinstance(answer, Answer):
                 return answer
-        except (BrokenPipeError, EOFError, ValueError):  # ValueError: stdin is closed
+            process.kill()
+        except EOFError:
             pass
-        except Exception:  # what it wrote is no pickle; it waits for its next job
+        except Exception:  # what it wrote is no pickle, and it waits for its next job
             process.kill()
         status = process.wait()
         self._free()

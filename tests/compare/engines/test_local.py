@@ -111,8 +111,9 @@ def test_set_up_lines_come_first_and_their_failure_is_said(tmp_path):
     assert "ended with status 1" in answer.error
 
 
-def test_a_child_that_writes_something_else_is_ended_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("rmoe.compare.engines.process.CHILD", ["sh", "-c", "echo no pickle; cat > /dev/null"])
+@pytest.mark.parametrize("said", ["no pickle", "Loading cuda/12.4", "N."])  # the last one is: of None
+def test_a_child_that_writes_something_else_is_ended_and_said(said, tmp_path, monkeypatch):
+    monkeypatch.setattr("rmoe.compare.engines.process.CHILD", ["sh", "-c", f"echo {said}; cat > /dev/null"])
     process = Process({}, tmp_path / "log")
     answer = process.do(Environment(names=[]), Wants())
     assert answer.lost
