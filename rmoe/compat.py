@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.11 to 2.14
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.core_model_loading import (  # 5.17 to 5.24
     WeightConverter,
     WeightRenaming,
@@ -62,6 +62,7 @@ __all__ = [
     "prune_fsdp_plan",
     "storage_key",
     "stream_error",
+    "takes_lengths",
     "weights_later",
 ]
 
@@ -312,6 +313,11 @@ def weights_later() -> Iterator[LaterWeights]:
 
 def _opened(filename: Any, framework: str, device: Any = "cpu", backend: str | None = None) -> Any:
     return safe_open(filename, framework=framework, device="cpu", backend="pread")
+
+
+def takes_lengths(config: PreTrainedConfig) -> bool:
+    """Whether attention is FlashAttention's, of any version: it takes lengths of sequences, and no mask of pairs."""
+    return "flash" in str(config._attn_implementation)
 
 
 def decode_by(streamer: object, text: object) -> None:

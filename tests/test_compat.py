@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from rmoe.compat import (
     CACHE_NAMES,
     FakeTensorMode,
     accept_empty_slots,
+    decode_by,
     enable_checkpointing,
     forget_accelerators,
     has_default_gate,
@@ -34,6 +37,7 @@ from rmoe.compat import (
     plain_forward,
     storage_key,
     stream_error,
+    takes_lengths,
     weights_later,
 )
 from rmoe.model import RMoEForSequenceClassification
@@ -246,6 +250,33 @@ def test_tensors_of_one_storage_have_one_key() -> None:
     with FakeTensorMode():
         whole = torch.empty(4)
         assert storage_key(whole) == storage_key(whole[1:]) != storage_key(torch.empty(4))
+
+
+def test_which_attention_takes_lengths() -> None:
+    settings = config()
+    for name in ("sdpa", "eager", "flex_attention", None):
+        settings._attn_implementation = name
+        assert not takes_lengths(settings)
+    for name in ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"):
+        settings._attn_implementation_internal = name
+        assert takes_lengths(settings)
+
+
+def test_a_streamer_decodes_by_what_it_is_given() -> None:
+    pytest.importorskip("fastapi")
+    from transformers.cli.serving.utils import DirectStreamer
+
+    streamer, found = (
+        DirectStreamer(None, SimpleNamespace(call_soon_threadsafe=lambda f, x: f(x)), Queue()),
+        [],
+    )
+    streamer._queue = SimpleNamespace(put_nowait=found.append)
+    decode_by(streamer, SimpleNamespace(step=lambda backend, token: f"<{token}>"))
+    streamer.put(torch.tensor([7]))  # the prompt
+    streamer.put(torch.tensor([3]))
+    assert found == ["<3>"]
+    with pytest.raises(AttributeError, match="compat"):
+        decode_by(SimpleNamespace(), None)
 
 
 def test_an_error_ends_a_stream_of_transformers_server() -> None:

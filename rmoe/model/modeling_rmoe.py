@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
-from rmoe.compat import CACHE, attention_keywords, merge_with_config_defaults, one_cache
+from rmoe.compat import CACHE, attention_keywords, merge_with_config_defaults, one_cache, takes_lengths
 from rmoe.errors import RequestError
 from rmoe.model.auto_code import save_with_code
 from rmoe.model.configuration_rmoe import RMoEConfig
@@ -276,8 +276,8 @@ class RMoEModel(RMoEPreTrainedModel):
         if position_ids is None:
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
         else:
-            flash = "flash" in str(config._attn_implementation) and "cu_seq_lens_q" not in kwargs
-            apart = kept_apart(attention_mask, position_ids.expand(embeds.shape[:2]), filled, flash)
+            varlen = takes_lengths(config) and "cu_seq_lens_q" not in kwargs
+            apart = kept_apart(attention_mask, position_ids.expand(embeds.shape[:2]), filled, varlen)
             kwargs |= apart.lengths
         causal_mask = create_causal_mask(
             config=config,
