@@ -118,7 +118,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
     layers = _one_text(model)
     recording = Recording()
     of_cache: WeakKeyDictionary[Any, list[RecordedSequence]] = WeakKeyDictionary()
-    begun: list[int] = []  # tokens of each sequence's first pass
+    begun: list[tuple[RecordedSequence, int]] = []  # each sequence, and the tokens of its first pass
     depth = _depth(model)
 
     def end(done: Pass, cache: Any) -> None:
@@ -139,7 +139,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
                 RecordedSequence(torch.empty(0, dtype=torch.int64), ids[:0]) for _ in done.tokens.rows
             ]
             recording.sequences.extend(sequences)
-            begun.extend(len(rows) for rows in done.tokens.rows)
+            begun.extend(zip(sequences, map(len, done.tokens.rows), strict=True))
         if len(sequences) != len(done.tokens.rows):
             found = f"{len(sequences)} of {len(done.tokens.rows)} sequences recorded"
             raise RequestError("cache", f"one with {found}", "the cache of passes that were recorded")
@@ -164,7 +164,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
         try:
             yield recording
         finally:
-            for sequence, prompt in zip(recording.sequences, begun, strict=True):
+            for sequence, prompt in begun:
                 _cut_padding(sequence, prompt, getattr(model, "generation_config", None))
 
 

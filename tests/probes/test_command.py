@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rmoe.cli.main import main
+from rmoe.compare.engines.engine import Answer
+from rmoe.compare.engines.local import LocalEngine
 from rmoe.compare.probes import summarise
 from rmoe.errors import RequestError, RunError
 from rmoe.probes import Knobs, read_rows, run
 from rmoe.results.probes import MEAN, read_summary
 from rmoe.routing.zoo import ZOO
+from rmoe.training.run_folder import locked
 
 TINY = (
     "--knob",
@@ -137,6 +141,59 @@ def test_sweep_and_options(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     rows, _ = read_rows(tmp_path / "results.jsonl")
     assert {row.router_spec["recurrence"]["width"] for row in rows} == {7}
     assert '"sweep"' in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_unit_has_one_name_whatever_else_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm finds the job of an earlier call by its name."""
+    asked: list[dict[str, Any]] = []
+
+    class Lost(LocalEngine):
+        def answers(self, jobs: Any, wants: Any) -> Any:
+            asked.append(dict(jobs))
+            for name, job in list(jobs.items())[: 1 if len(asked) == 1 else None]:
+                yield name, Answer(value=job.carry_out())
+            if len(asked) == 1:
+                yield "", Answer(error="lost")
+
+    monkeypatch.setattr("rmoe.compare.engines.engine_of", lambda *_, **__: Lost([[]], 1, tmp_path / "logs"))
+    arguments = [
+        "probe",
+        "--routers",
+        "smoe",
+        "--probes",
+        "lookup,carry",
+        "--seeds",
+        "1",
+        *TINY[:-2],
+        "--jobs",
+        "2",
+    ]
+    arguments += ["--sweep", "noise=0.5,1,2", "--out", str(tmp_path / "out")]
+    assert [main(arguments), main(arguments)] == [1, 0]
+    first, second = asked
+    assert len(second) == len(first) - 1
+    assert all(first[name] == unit for name, unit in second.items())
+
+
+def test_one_process_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [
+        "probe",
+        "--routers",
+        "smoe",
+        "--probes",
+        "lookup",
+        "--seeds",
+        "1",
+        *TINY,
+        "--out",
+        str(tmp_path),
+    ]
+    with locked(tmp_path):
+        assert main(arguments) == 2
+    assert "a folder no other run is writing to" in capsys.readouterr().err
+    assert main(arguments) == 0
 
 
 @pytest.mark.parametrize(

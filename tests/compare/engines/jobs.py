@@ -23,6 +23,13 @@ class Environment(Record, frozen=True, kw_only=True):
         return {name: os.environ.get(name) for name in self.names} | {"pid": os.getpid()}
 
 
+class Where(Record, frozen=True, kw_only=True):
+    """Gives the folder that it runs in."""
+
+    def carry_out(self) -> str:
+        return os.getcwd()
+
+
 class Fail(Record, frozen=True, kw_only=True):
     """Fails as a run does."""
 

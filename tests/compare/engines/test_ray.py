@@ -20,7 +20,7 @@ from rmoe.cli.main import main
 from rmoe.compare.engines import EngineConfig, Wants
 from rmoe.compare.engines.ray import RayEngine, require_answer
 from rmoe.errors import RequestError
-from tests.compare.engines.jobs import Count, Crash, Environment, Fail
+from tests.compare.engines.jobs import Count, Crash, Environment, Fail, Where
 
 ROOT = Path(__file__).parents[3]
 
@@ -159,6 +159,23 @@ def test_a_folder_that_is_not_shared(cluster, tmp_path):
         assert list(tmp_path.iterdir()) == []
     finally:
         cluster.kill("apart")
+
+
+@pytest.mark.slow
+def test_jobs_run_in_the_folder_of_who_asks(cluster, tmp_path, monkeypatch):
+    """Not in that of `ray start`: relative paths of a job would lead there."""
+    monkeypatch.chdir(tmp_path)
+    with on(cluster, tmp_path) as engine:
+        (answer,) = dict(engine.answers({"w": Where()}, Wants())).values()
+    assert answer.value == str(tmp_path)
+
+
+@pytest.mark.slow
+def test_without_an_address_the_cluster_is_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with RayEngine(EngineConfig(kind="ray"), tmp_path / "out", Wants(), threads=1) as engine:
+        (answer,) = dict(engine.answers({"w": Where()}, Wants())).values()
+    assert answer.error is None
 
 
 def test_an_address_that_does_not_answer(monkeypatch, tmp_path, capsys):
