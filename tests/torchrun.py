@@ -38,3 +38,13 @@ def report_of(module: str, out: Path) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(out.read_text())
     return found
+
+
+def end_with(report: dict[str, Any], out: str) -> None:
+    """In a worker: the first rank writes what `report_of` reads, and all leave together."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()

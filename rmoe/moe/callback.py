@@ -97,9 +97,8 @@ class RoutingCallback(TrainerCallback):
     def _end(self, done: Pass, cache: Any) -> None:
         """One forward pass: add up what its layers decided for real tokens."""
         heard, self._heard = self._heard, []
-        if not heard or not (
-            self.trainer.model.training and torch.is_grad_enabled()
-        ):  # samples are no training
+        trains = self.trainer.model.training and torch.is_grad_enabled()  # without gradients: samples
+        if not heard or not trains:
             return
         real = torch.cat(done.tokens.rows)
         for layer, record in heard:

@@ -139,9 +139,8 @@ def memory_of(
         layer = own.layer - own.layer_experts * (1 - layout.tensor**-1) - own.layer_experts * elsewhere
         gathered = (2 * layer + own.embedding + own.head) * FULL
         reduced = layer * (FULL + (2 * HALF if bf16 else 0))
-        if (
-            checkpointing
-        ):  # copies are of gathered weights, which autocast does not remember: a layer's go with it
+        # Copies are of gathered weights, which autocast does not remember: with checkpointing they go with their layer.
+        if checkpointing:
             fixed = min(fixed, FULL * own.head / layout.tensor)
         elif bf16:
             fixed -= HALF * own.experts * elsewhere

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.parallel import ParallelConfig, Pipeline
 from rmoe.parallel.sharding import distribute, whole
+from tests.torchrun import end_with
 from tests.versions import older
 
 IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -112,11 +112,7 @@ def main(out: str) -> None:
             "expected": len(expected),
             "missing": every[0][1],
         }
-    if dist.get_rank() == 0:
-        with open(out, "w") as file:
-            json.dump(report, file)
-    dist.barrier()
-    dist.destroy_process_group()
+    end_with(report, out)
 
 
 if __name__ == "__main__":

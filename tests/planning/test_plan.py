@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmoe.cli.main import main
@@ -18,6 +17,7 @@ from rmoe.planning.layouts import Layout, layouts_for, memory_of, parameters_per
 from rmoe.planning.plan import plan_of
 from rmoe.planning.trace import flops_of, needs_of, parameters_of
 from rmoe.training.config import RunConfig
+from tests.planning.peak import peak_of_a_step
 from tests.versions import older
 
 POST = {"norm_position": "post", "norm_type": "layernorm", "mlp_gated": False, "hidden_act": "relu"}
@@ -38,25 +38,6 @@ def model(settings: RMoEConfig, attention: str, experts: str) -> RMoEForCausalLM
         settings, attn_implementation=attention, experts_implementation=experts
     )
     return built.train()
-
-
-def peak_of_a_step(net: RMoEForCausalLM, batch: int, length: int) -> int:
-    """Bytes of all tensors at the fullest moment of a training step that has optimizer state."""
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    ids = torch.randint(0, net.config.vocab_size, (batch, length))
-
-    def step() -> None:
-        net(input_ids=ids, labels=ids, use_cache=False, output_logits=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    tracker = MemTracker()
-    tracker.track_external(net, optimizer, ids)
-    with tracker:
-        step()
-    (device,) = tracker.get_tracker_snapshot("peak").values()
-    return next(size for kind, size in device.items() if str(kind).endswith("Total"))
 
 
 @pytest.mark.parametrize(("changes", "checkpointing"), [(DENSE, False), ({}, True), (POST, True)])

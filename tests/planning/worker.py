@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
@@ -20,6 +18,8 @@ from rmoe.planning.trace import needs_of
 from rmoe.training.accounting import StepSums
 from rmoe.training.learner import ModelLearner
 from rmoe.training.place import Ranks
+from tests.planning.peak import peak_of_a_step
+from tests.torchrun import end_with
 from tests.versions import older
 
 SIZES = {
@@ -46,27 +46,11 @@ def sharded(expert: int) -> RMoEForCausalLM:
 
 
 def peak(batch: int, expert: int, bf16: bool, checkpointing: bool) -> int:
-    """Bytes of this process's tensors at the fullest moment of a step after the first."""
+    """`peak_of_a_step` of this process's part."""
     net = sharded(expert)
     if checkpointing:
         net.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    ids = torch.randint(0, 512, (batch, LENGTH))
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = net(input_ids=ids, labels=ids, use_cache=False, output_logits=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    tracker = MemTracker()
-    tracker.track_external(net, optimizer, ids)
-    with tracker:
-        step()
-    (device,) = tracker.get_tracker_snapshot("peak").values()
-    return next(size for kind, size in device.items() if str(kind).endswith("Total"))
+    return peak_of_a_step(net, batch, LENGTH, bf16)
 
 
 def cut_after_each_micro_batch() -> list[bool]:
@@ -98,11 +82,7 @@ def main(out: str) -> None:
             needs_of(config, LENGTH, bf16), config, layout, batch, LENGTH, bf16, checkpointing
         )
         report[case] = {"planned": planned.peak, "real": peak(batch, expert, bf16, checkpointing)}
-    if dist.get_rank() == 0:
-        with open(out, "w") as file:
-            json.dump(report, file)
-    dist.barrier()
-    dist.destroy_process_group()
+    end_with(report, out)
 
 
 if __name__ == "__main__":
