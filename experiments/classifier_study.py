@@ -1,9 +1,10 @@
 """Does a recurrent router help a classifier that has read something? RMoE against SMoE, beside a bag of words.
 
-    python -m experiments.classifier_study run --data-dir ../shared/data --models runs/study/std-1/runs
+    python -m experiments.study run --plan experiments/classifier-models.toml --data-dir ../shared/data
+    python -m experiments.classifier_study run --data-dir ../shared/data
     python -m experiments.classifier_study table          # results/classifier.jsonl -> results/classifier.md
 
-Fixed beforehand in `classifier_study.md`. The models are the finished ones of `experiments.study` (grid `std-1`). A
+Fixed beforehand in `classifier_study.md`. The first command pretrains the models. A fine-tuning
 run that was stopped starts again; finished runs are kept, and a file holds runs of one code only.
 """
 
@@ -214,7 +215,7 @@ def markdown(rows: Sequence[ClassifierRow], words: dict[str, dict[str, float]]) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong request."""
     parser = command("experiments.classifier_study", __doc__, Path("runs/classifier"), RESULTS)
-    parser.add_argument("--models", type=Path, default=Path("runs/study/std-1/runs"))
+    parser.add_argument("--models", type=Path, default=Path("runs/classifier-models/models/runs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     asked = parser.parse_args(argv)
 
