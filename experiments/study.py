@@ -36,7 +36,7 @@ from experiments.status import exit_status
 from experiments.study_domains import evaluate_domains, read_domains
 from experiments.study_routing import measure_runs, routing_section
 from experiments.study_rows import StudyRow, append_missing, one_code, read_study_rows, study_row
-from experiments.study_table import home, markdown, over_training
+from experiments.study_table import Contrast, contrasts, home, markdown, over_training
 from experiments.study_time import section, time_routers, train_branches
 from rmoe.compare.engines import EngineConfig, engine_of
 from rmoe.compare.jobs import Train
@@ -76,6 +76,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`study.toml`, or another plan.
 
     Attributes:
+        contrast: differences between two arms neither of which is the baseline.
         reference: the grid whose baseline the arms of the study's size are compared with.
         equal_codes: versions of the code whose runs have the same bits; see `study.md`.
     """
@@ -89,6 +90,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: dict[str, dict[str, Any]]
     stage: list[Stage]
     reference: str = "std-1"
+    contrast: list[Contrast] = []
 
     @property
     def grids(self) -> list[Grid]:
@@ -122,15 +124,22 @@ def read_study(plan: Path = PLAN) -> Study:
         study = msgspec.convert(data, Study)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise RequestError("--plan", str(plan), f"a plan as study.toml is ({error})") from None
-    return msgspec.structs.replace(study, stage=[_named(stage, study.state_width) for stage in study.stage])
+    return _named(study)
 
 
-def _named(stage: Stage, width: int) -> Stage:
-    grids = [
-        msgspec.structs.replace(grid, routers=[name.replace("{p}", str(width)) for name in grid.routers])
-        for grid in stage.grid
+def _named(study: Study) -> Study:
+    """With the width of the state for `{p}`."""
+
+    def name(router: str) -> str:
+        return router.replace("{p}", str(study.state_width))
+
+    replace = msgspec.structs.replace
+    stages = [
+        replace(stage, grid=[replace(grid, routers=[name(r) for r in grid.routers]) for grid in stage.grid])
+        for stage in study.stage
     ]
-    return msgspec.structs.replace(stage, grid=grids)
+    contrasts = [replace(c, of=name(c.of), minus=name(c.minus)) for c in study.contrast]
+    return replace(study, stage=stages, contrast=contrasts)
 
 
 def steps(study: Study) -> Iterator[tuple[Grid, int]]:
@@ -339,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 beside(results, "_routing.jsonl"), study.baseline, lambda grid: home(grid, study.reference)
             )
             training = over_training(found, study.baseline, study.reference)
-            table = "\n".join(filter(None, (table, training, at_equal_time, routing)))
+            between = contrasts(found, study.contrast)
+            table = "\n".join(filter(None, (table, between, training, at_equal_time, routing)))
             write_table(results, table)
 
     return exit_status(work)

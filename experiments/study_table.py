@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+import msgspec
 import numpy as np
 
 from experiments.study_rows import StudyRow
-from rmoe.compare.statistics import compare_to_baseline, seeds_needed, t_interval, text_interval
+from rmoe.compare.statistics import compare_to_baseline, holm, seeds_needed, t_interval, text_interval
 from rmoe.results.comparison import Difference
 
 Arms = dict[tuple[str, str], dict[int, StudyRow]]
 
 LOOKS = (5, 8)  # pairs; fixed beforehand in study.md
 OWN_BASELINE = ("depth-", "proxy-", "long-")  # grids of another size: compared within themselves
+
+
+class Contrast(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A difference between two arms, each `grid/router`.
+
+    Attributes:
+        planned: fixed before its runs. Holm's correction is over all planned ones of a plan.
+    """
+
+    question: str
+    of: str
+    minus: str
+    planned: bool = False
 
 
 def markdown(
@@ -66,6 +80,37 @@ def arms_of(rows: Sequence[StudyRow]) -> Arms:
     for row in rows:
         arms[row.grid, row.router][row.seed] = row
     return arms
+
+
+def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
+    """Markdown: a line for each contrast that has the pairs of the first look; empty without one."""
+    tests = {f"{g}/{r}": {s: row.test for s, row in arm.items()} for (g, r), arm in arms_of(rows).items()}
+    values = []
+    for contrast in asked:
+        of, minus = tests.get(contrast.of, {}), tests.get(contrast.minus, {})
+        differences = [of[seed] - minus[seed] for seed in sorted(of.keys() & minus.keys())]
+        if len(differences) >= LOOKS[0]:
+            values.append((contrast, differences))
+    if not values:
+        return ""
+    p_values = [t_interval(differences)[1] for contrast, differences in values if contrast.planned]
+    corrected = iter(holm(p_values, sum(contrast.planned for contrast in asked)))
+    lines = [
+        "**Between other arms.** The first less the second, seed by seed, with 95% t intervals over seeds. Only where "
+        "a p value stands was the difference planned as one; it has Holm's correction over the planned.",
+        "",
+        "| question | first | second | pairs | difference | interval | each pair | p |",
+        "|---|---|---|---:|---:|---|---|---:|",
+    ]
+    for contrast, differences in values:
+        interval, _ = t_interval(differences)
+        lines.append(
+            f"| {contrast.question} | `{contrast.of}` | `{contrast.minus}` | {len(differences)} "
+            f"| {np.mean(differences):+.4f} | {interval.low:+.4f} to {interval.high:+.4f} "
+            f"| {', '.join(f'{value:+.4f}' for value in differences)} "
+            f"| {f'{next(corrected):.3f}' if contrast.planned else ''} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def over_training(rows: Sequence[StudyRow], baseline: str, reference: str) -> str:

@@ -12,7 +12,7 @@ from scipy import stats
 
 from experiments import study
 from experiments.study_rows import append_missing, coarser, read_study_rows, study_row, thinner
-from experiments.study_table import markdown, over_training
+from experiments.study_table import Contrast, contrasts, markdown, over_training
 from rmoe.records import write_record
 from rmoe.results.probes import ProbeRow
 from rmoe.results.run import Averaged, Curve, InitialLogits, LayerCurve, RunResult, TextLosses
@@ -58,6 +58,8 @@ def test_every_grid_has_a_configuration_and_routers_that_exist(name, runs):
             assert max(config.average_steps) == config.training.max_steps
             for router in grid.routers:
                 find(router)
+    arms = {f"{grid.folder}/{router}" for grid in plan.grids for router in grid.routers}
+    assert {name for contrast in plan.contrast for name in (contrast.of, contrast.minus)} <= arms
     keys = {
         (g.folder, r, s)
         for stage in plan.stage
@@ -234,6 +236,29 @@ def test_verdicts_come_at_five_pairs_with_the_boundary_of_two_looks():
     assert "| not decided |" in later  # its p of 0.00001 is not below 0.05 over a thousand arms to come
     assert stats.ttest_1samp(gains["rmoe-p32"], 0).pvalue < 0.05
     assert "| not decided |" in lines["rmoe-p32"]  # p = 0.036: not below the first look's boundary
+
+
+def test_a_contrast_is_shown_at_the_first_look_and_corrected_over_those_planned():
+    gains = {"a": (0.02, 0.021, 0.019, 0.022, 0.02), "b": (0.0, 0.01, -0.01, 0.005, 0.0), "c": (0.1, 0.1)}
+    found = [
+        study_row("std-1", run_of(name, seed, 2.0 + 0.01 * seed - gain).result)
+        for name, values in gains.items()
+        for seed, gain in enumerate(values)
+    ]
+    asked = [
+        Contrast("planned", "std-1/a", "std-1/b", planned=True),
+        Contrast("after", "std-1/b", "std-1/a"),
+        Contrast("two pairs", "std-1/a", "std-1/c", planned=True),
+        Contrast("not run", "std-1/a", "std-1/d"),
+    ]
+    lines = contrasts(found, asked).splitlines()[4:]
+    p = stats.ttest_1samp(np.subtract(gains["a"], gains["b"]), 0).pvalue
+    assert len(lines) == 2
+    assert lines[0].startswith("| planned | `std-1/a` | `std-1/b` | 5 | -0.0194 | ")
+    assert lines[0].endswith(f"| {2 * p:.3f} |")  # two were planned, one of them is still to come
+    assert "| +0.0194 |" in lines[1]
+    assert lines[1].endswith("|  |")
+    assert contrasts(found, asked[2:]) == ""
 
 
 def test_differences_over_training_are_paired_at_steps_that_all_have():
