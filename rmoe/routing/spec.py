@@ -122,7 +122,11 @@ class RouterSpec:
         """
         k, experts = geometry.top_k, geometry.num_experts
         require(1 <= k <= experts, "num_experts_per_tok", k, f"1 to num_experts ({experts})")
+        known = geometry.vocab_size > 0 or not self.router.needs_token_ids
+        require(known, "router.kind", self.router.kind, "a model that knows its token ids (vocab_size > 0)")
         for stage in self.stages():
+            allowed = f"{stage.only_k} with {stage.stage} {stage.kind}"
+            require(stage.only_k in (None, k), "num_experts_per_tok", k, allowed)
             chooses = isinstance(stage, Gate.Config)
             stage.check_geometry(self.router.chosen_from(geometry) if chooses else geometry)
 
