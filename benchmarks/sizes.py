@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
-from rmoe.routing.cost import router_cost
+from experiments.zoo_page.cost import router_cost
 from rmoe.routing.options import Geometry
 from rmoe.routing.zoo import resolve
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from rmoe.compare.probes import summarise
 from rmoe.errors import RequestError
 from rmoe.records import write_record
-from rmoe.report.probes.cards import Cards, PackagedCard, Regret, markdown
+from rmoe.report.probes.cards import Cards, PackagedCard, Regret, shown
+from rmoe.report.probes.table import HELP
 from rmoe.results.probes import MEAN, Knobs, ProbeRow, Summary, read_rows
 
 BEGIN, END = "<!-- table: python -m experiments.cards RUN -->", "<!-- end of table -->"
@@ -66,6 +67,22 @@ def cards_of(summary: Summary) -> Cards:
             for card in summary.cards
         },
     )
+
+
+def markdown(cards: Cards) -> str:
+    """The table of docs/probes.md, best router first."""
+    columns = [MEAN, *cards.probes]
+    lines = [
+        f"{HELP} Mean ± half the 95% t interval over {cards.seeds} paired seeds; best mean first.",
+        "",
+        "| router | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+        *(
+            f"| `{name}` | " + " | ".join(shown(card.regret[probe]) for probe in columns) + " |"
+            for name, card in cards.routers.items()
+        ),
+    ]
+    return "\n".join(lines)
 
 
 def with_table(document: str, table: str) -> str:

@@ -18,7 +18,7 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.11 to 2.14
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode  # torch 2.11 to 2.14
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.core_model_loading import (  # 5.17 to 5.24
     WeightConverter,
@@ -31,40 +31,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.utils.generic import merge_with_config_defaults  # not in `transformers.utils`; 5.17 to 5.24
+from transformers.utils.generic import (  # not in `transformers.utils`; 5.17 to 5.24
+    merge_with_config_defaults as merge_with_config_defaults,
+)
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-
-__all__ = [
-    "ATTENTION_KEYWORDS",
-    "CACHE",
-    "CACHE_NAMES",
-    "HAS_ACTIVATION_CHECKPOINTING",
-    "FakeTensorMode",
-    "LaterWeights",
-    "accept_empty_slots",
-    "announce_causal_lm",
-    "attention_keywords",
-    "decode_by",
-    "enable_checkpointing",
-    "forget_accelerators",
-    "grouped_products_in_python",
-    "has_default_gate",
-    "is_loaded",
-    "is_replica",
-    "is_split_by_plan",
-    "keep_recording",
-    "kept_accelerators",
-    "merge_with_config_defaults",
-    "model_classes",
-    "one_cache",
-    "plain_forward",
-    "prune_expert_plan",
-    "prune_fsdp_plan",
-    "storage_key",
-    "stream_error",
-    "takes_lengths",
-    "weights_later",
-]
 
 CACHE = "cache" if "cache" in signature(LlamaAttention.forward).parameters else "past_key_values"
 """The keyword of the key-value cache: `past_key_values` up to transformers 5.23, `cache` from 5.24."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -142,15 +141,9 @@ class _Pass:
             RequestError: silencing an expert changed other tokens than those said to use it.
         """
         ids = torch.from_numpy(blocks[:1, :CHECKED_TOKENS].astype(np.int64)).to(self.device)
-        found = check_reading(self.subject.model, ids)
-        self.check = schema.ReadingCheck(
-            passed=found.passed,
-            summary=found.summary(),
-            tokens=found.tokens,
-            experts=list(found.experts),
-        )
-        if not found.passed:
-            allowed = f"a model whose routing can be read, or --no-check; the check {found.summary()}"
+        self.check = check_reading(self.subject.model, ids)
+        if not self.check.passed:
+            allowed = f"a model whose routing can be read, or --no-check; the check {self.check.summary}"
             raise RequestError("MODEL", self.subject.name, allowed)
 
     def update(self, chunk: int, input_ids: Tensor) -> RoutingBatch:
@@ -214,27 +207,12 @@ class _Pass:
         )
 
     def _predictability(self) -> schema.Predictability | None:
-        if self.predictability is None or not self.predictability.n:
-            return None
-        below, own = self.predictability.result()
-        probe, state_probe = self.predictability.probed()
-        return schema.Predictability(
-            own_router=below,
-            at_its_own_input=own,
-            chance=[layer.top_k / layer.num_experts for layer in self.recorder.layers[1:]],
-            probe=probe,
-            state_probe=state_probe,
-            n=self.predictability.n,
-        )
+        found = self.predictability
+        return found.result() if found is not None and found.n else None
 
     def _contributions(self) -> schema.Contributions | None:
         found = self.contributions
-        if found is None or not found.known:
-            return None
-        values, state, advantage = found.result()
-        return schema.Contributions(
-            sources=found.sources, values=values, state=state, advantage=advantage, n=found.n
-        )
+        return found.result() if found is not None and found.known else None
 
     def _saliency(self) -> list[list[float | None]] | None:
         if self.saliency is None:
@@ -304,22 +282,9 @@ class _Pass:
 
     def _gradient_split(self, blocks: np.ndarray) -> schema.GradientSplit | None:
         sample = self._gradient_sample("gradients", blocks)
-        gradients = router_gradients(self.subject.model, self.recorder.layers, self.shared, sample)
-        if gradients is None:
-            return None
-        return schema.GradientSplit(
-            step=[self.subject.step],
-            language_model=[gradients.language_model],
-            balance=_one(gradients.balance),
-            language_model_cut=_one(gradients.cut),
-            recurrent=_one(gradients.recurrent),
-            shared=_one(gradients.shared),
-            tokens=gradients.tokens,
+        return router_gradients(
+            self.subject.model, self.recorder.layers, self.shared, sample, self.subject.step
         )
-
-
-def _one(value: Any) -> list[Any] | None:
-    return None if value is None else [value]
 
 
 def _require_alike(passes: Sequence[_Pass]) -> None:

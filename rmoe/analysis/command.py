@@ -110,13 +110,13 @@ def analyze_folders(
     readings = [read_text(path, model, text, length) for path, model in zip(paths, loaded, strict=True)]
     notes = [reading.note for reading in readings if reading.note]
     routings: list[StreamedRouting | None] = []
-    for i, (path, layered, reading) in enumerate(zip(paths, streamed, readings, strict=True)):
+    for i, (layered, reading) in enumerate(zip(streamed, readings, strict=True)):
         if layered is None:
             routings.append(None)
             continue
         folder, size = streaming.folder / str(i), options.batch_size
-        how = streaming.hidden, streaming.report, layered
-        routings.append(stream_routing(path, reading.blocks, size, folder, target, *how))
+        how = streaming.hidden, streaming.report
+        routings.append(stream_routing(layered, reading.blocks, size, folder, *how))
         needs: list[str] = [n for n in WHOLE_MODEL if n in options.measures]
         needs += ["the check of the reading"] if options.check else []
         skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""

@@ -15,6 +15,7 @@ from rmoe.graft.modules import GraftedGate
 from rmoe.moe import RoutedLayer, RoutingRecord, listen, scorer_matrix
 from rmoe.moe.reading import is_own
 from rmoe.moe.tokens import first_tensor
+from rmoe.results.analysis import Contributions
 
 LINEAR = 0.02
 """Of the logits' spread: how far they may be from linear in the router's input. bfloat16 rounds them to 0.4%."""
@@ -218,13 +219,8 @@ class RouteContributions:
         """Whether there is anything to show: a row that is exact, or a state."""
         return self.n > 0 and (any(self._linear) or any(self._has_state))
 
-    @property
-    def sources(self) -> list[str]:
-        """What the columns of `result` are."""
-        return ["embedding", *(f"layer {at}" for at in range(len(self._elements)))]
-
-    def result(self) -> tuple[list[list[float | None]], list[float | None], list[float]]:
-        """[L, 1 + elements of the stack] contributions, [L] the state's, and [L] the whole advantage, all in logits.
+    def result(self) -> Contributions:
+        """In logits; the sources are the embedding and the elements of the stack.
 
         A layer's own column is its attention's, which lies below its router; None above it, in a row that is not
         exact, and where there is no state.
@@ -236,7 +232,13 @@ class RouteContributions:
             known = self._linear[at]
             rows.append([v if known and place <= layer.index + 1 else None for place, v in enumerate(values)])
         state = [float(v) / n if has else None for v, has in zip(self._state, self._has_state, strict=True)]
-        return rows, state, (self._total / n).tolist()
+        return Contributions(
+            sources=["embedding", *(f"layer {at}" for at in range(len(self._elements)))],
+            values=rows,
+            state=state,
+            advantage=(self._total / n).tolist(),
+            n=self.n,
+        )
 
 
 def _share_of_chosen(record: RoutingRecord) -> Tensor:

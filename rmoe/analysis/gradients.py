@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,33 +13,11 @@ from rmoe.graft.modules import GraftedGate
 from rmoe.model.head import next_token_loss
 from rmoe.model.modeling_rmoe import RMoEPreTrainedModel
 from rmoe.moe import RoutedLayer
+from rmoe.results.analysis import GradientSplit
 
 _STATE_ARGUMENTS = ("state", "router_states")  # of our routers, of ZAYA1's
 LOSS_SCALE = 2.0**14
 """Times the loss in float16: a mean's gradient per token is then an ordinary number, and well below 65,504."""
-
-
-@dataclass(frozen=True)
-class RouterGradients:
-    """Gradient norms per MoE layer over the parameters of its router; gradients are averaged over the sample first.
-
-    Attributes:
-        language_model: [L] from the language-model loss alone.
-        balance: [L] from the balance losses alone, with their weights; None if the model adds none.
-        cut: [L] from the language-model loss, the state detached between layers; None without recurrence.
-        recurrent: [L] norm of the difference of `language_model`'s gradient and `cut`'s: what comes down through
-            the state.
-        shared: norm over the parameters that belong to no layer (the shared cell), from both losses; None if
-            there are none.
-        tokens: in the sample.
-    """
-
-    language_model: list[float]
-    balance: list[float] | None
-    cut: list[float] | None
-    recurrent: list[float] | None
-    shared: float | None
-    tokens: int
 
 
 def find_shared(model: nn.Module, layers: Sequence[RoutedLayer]) -> nn.Module | None:
@@ -166,9 +143,16 @@ def _only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Ite
 
 
 def router_gradients(
-    model: nn.Module, layers: Sequence[RoutedLayer], shared: nn.Module | None, batches: Sequence[Tensor]
-) -> RouterGradients | None:
+    model: nn.Module,
+    layers: Sequence[RoutedLayer],
+    shared: nn.Module | None,
+    batches: Sequence[Tensor],
+    step: int = 0,
+) -> GradientSplit | None:
     """Measure the split on a sample; None if that is empty, or the routers have nothing to train.
+
+    Gradients are averaged over the sample before their norm is taken. `recurrent`, what comes down through the state,
+    is None without recurrence, as is `language_model_cut`.
 
     The model is used in the mode it is in; call it in evaluation mode, where neither dropout nor routing noise
     acts, so that the passes with and without the cut differ in the cut alone. Its parameters and their `.grad`
@@ -179,6 +163,7 @@ def router_gradients(
         layers: its MoE layers.
         shared: the module with the routers' shared parameters; None if they share nothing.
         batches: [B, S] token ids each, all of one shape.
+        step: optimizer steps that the model was trained for.
     """
     owners = [layer.gate for layer in layers] + ([shared] if shared is not None else [])
     owned = [[p for p in owner.parameters() if p.requires_grad] for owner in owners]
@@ -202,11 +187,12 @@ def router_gradients(
     through_state = [a - b for a, b in zip(language, cut.mean(), strict=True)]
     both = [a + b for a, b in zip(language, balance.mean(), strict=True)]
     count = len(layers)
-    return RouterGradients(
-        language_model=norms(language, owned)[:count],
-        balance=norms(balance.mean(), owned)[:count] if balance.count else None,
-        cut=norms(cut.mean(), owned)[:count] if cut.count else None,
-        recurrent=norms(through_state, owned)[:count] if cut.count else None,
-        shared=norms(both, owned)[count] if shared is not None else None,
+    return GradientSplit(
+        step=[step],
+        language_model=[norms(language, owned)[:count]],
+        balance=[norms(balance.mean(), owned)[:count]] if balance.count else None,
+        language_model_cut=[norms(cut.mean(), owned)[:count]] if cut.count else None,
+        recurrent=[norms(through_state, owned)[:count]] if cut.count else None,
+        shared=[norms(both, owned)[count]] if shared is not None else None,
         tokens=sum(batch.numel() for batch in batches),
     )

@@ -14,6 +14,7 @@ from rmoe.analysis.probe import ChoiceProbe, top_k_recall
 from rmoe.graft.modules import GraftedGate
 from rmoe.moe import RoutedLayer, RoutingBatch, scorer_matrix
 from rmoe.moe.reading import DenseReader, is_own
+from rmoe.results import analysis as schema
 
 
 class Predictability:
@@ -89,17 +90,20 @@ class Predictability:
             probe.update([x if x is not None and len(x) == len(c) else None for x, c in pairs], choices)
         self.n += batch.num_tokens
 
-    def probed(self) -> tuple[list[float | None], list[float | None]]:
-        """[L - 1] recall of the linear probes of the input below and of the state below; None where there is none."""
-        return self._probe.result(), self._state_probe.result()
-
-    def result(self) -> tuple[list[float | None], list[float | None]]:
-        """[L - 1] recall from the input below, and from the router's own input; None where it cannot be measured."""
+    def result(self) -> schema.Predictability:
+        """Recall from the input below, the router's own input, and the probes; None where it cannot be measured."""
         below, own = (
             [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
             for sums, counts in zip(self._sums, self._counts, strict=True)
         )
-        return below, own
+        return schema.Predictability(
+            own_router=below,
+            at_its_own_input=own,
+            chance=[layer.top_k / layer.num_experts for layer in self.layers[1:]],
+            probe=self._probe.result(),
+            state_probe=self._state_probe.result(),
+            n=self.n,
+        )
 
 
 class Saliency:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,51 +18,13 @@ from rmoe.moe.layers import RoutedLayer
 from rmoe.moe.recorder import Recorder, listen
 from rmoe.moe.records import RoutingRecord
 from rmoe.moe.tokens import first_tensor
-from rmoe.results.analysis import ExpertCheck
+from rmoe.results.analysis import ExpertCheck, ReadingCheck
 
 EXPERTS_PER_LAYER = 3
 """The busiest, one of middling load, and the idlest: the last is where tokens would change that should not."""
 
 LOUDER = 64.0
 """Where silence changes nothing, the expert's weights are multiplied by this: a part that was rounded away shows."""
-
-
-@dataclass(frozen=True)
-class ReadingCheck:
-    """The check of one model.
-
-    Attributes:
-        tokens: of the text.
-        experts: what was silenced, layer by layer.
-        unchecked: layers whose experts' weights cannot be set to zero (quantised ones).
-    """
-
-    tokens: int
-    experts: tuple[ExpertCheck, ...]
-    unchecked: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every expert's tokens changed, and no others."""
-        return all(one.passed for one in self.experts)
-
-    def summary(self) -> str:
-        """The verdict in a sentence."""
-        layers = len({one.layer for one in self.experts})
-        wrong = [one for one in self.experts if not one.passed]
-        what = (
-            f"{len(self.experts)} experts of {layers} layers, silenced one at a time on {self.tokens} tokens"
-        )
-        if wrong:
-            first = wrong[0]
-            found = f"expert {first.expert} of {first.layer}: {first.extra} other tokens changed, and {first.missed} "
-            return f"failed: {what}; {found}of its {first.said} did not ({len(wrong)} experts failed)"
-        if not self.experts:
-            return "not checked: the experts' weights cannot be set to zero"
-        rest = f"; {len(self.unchecked)} layers not checked: quantised" if self.unchecked else ""
-        missed = sum(one.missed for one in self.experts)
-        but = f", but for {missed} assignments whose part was rounded away" if missed else ""
-        return f"passed: {what}, changed exactly the tokens said to use them{but}{rest}"
 
 
 @torch.no_grad()
@@ -101,7 +62,30 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
             block = model.get_submodule(layer.name)
             stack.enter_context(block.register_forward_hook(partial(look, layer), with_kwargs=True))
         recorder.run(input_ids)
-    return ReadingCheck(input_ids.numel(), tuple(found), tuple(dict.fromkeys(unchecked)))
+    return ReadingCheck(
+        passed=all(one.passed for one in found),
+        summary=_summary(input_ids.numel(), found, len(set(unchecked))),
+        tokens=input_ids.numel(),
+        experts=found,
+    )
+
+
+def _summary(tokens: int, experts: list[ExpertCheck], unchecked: int) -> str:
+    """The verdict in a sentence; `unchecked`: how many layers have experts whose weights cannot be set to zero."""
+    if not experts:
+        return "not checked: the experts' weights cannot be set to zero"
+    layers, wrong = len({one.layer for one in experts}), [one for one in experts if not one.passed]
+    what = f"{len(experts)} experts of {layers} layers, silenced one at a time on {tokens} tokens"
+    if wrong:
+        first = wrong[0]
+        found = (
+            f"expert {first.expert} of {first.layer}: {first.extra} other tokens changed, and {first.missed} "
+        )
+        return f"failed: {what}; {found}of its {first.said} did not ({len(wrong)} experts failed)"
+    missed = sum(one.missed for one in experts)
+    but = f", but for {missed} assignments whose part was rounded away" if missed else ""
+    rest = f"; {unchecked} layers not checked: quantised" if unchecked else ""
+    return f"passed: {what}, changed exactly the tokens said to use them{but}{rest}"
 
 
 def _silence_some(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rmoe.routing.contract import RouterContext, Routing
 from rmoe.routing.gate import Gate, slots_of
 from rmoe.routing.initial import rms_norm_as_input
-from rmoe.routing.losses import Loss, LossView, masked_mean
+from rmoe.routing.losses import Loss, LossView, masked_mean, real_tokens
 from rmoe.routing.options import Geometry
 from rmoe.validation import NotNegative, Positive, PositiveInt
 
@@ -64,8 +64,8 @@ class ActivationLocality(Loss):
         scores = self.sharpness * view.logits[..., : view.num_experts].unflatten(1, (batch, length))
         before, after = scores[:, :, :-1], scores[:, :, 1:]  # [L, B, S - 1, E]
         differ = F.binary_cross_entropy_with_logits(before, after.sigmoid(), reduction="none").mean(-1)
-        real = _real(view).view(batch, length)
-        pairs = real[:, :-1] & real[:, 1:]
+        real = real_tokens(view).view(batch, length)
+        pairs = real[:, :-1] * real[:, 1:]
         return masked_mean(differ.flatten(1), pairs.flatten())
 
 
@@ -84,7 +84,7 @@ class ChunkSparsity(Loss):
 
     def __call__(self, view: LossView) -> Tensor:
         batch, length = view.context.batch, view.context.length
-        real = _real(view)
+        real = real_tokens(view)
         short = -length % self.chunk
         p = view.probs[..., : view.num_experts] * real[:, None]
         p = F.pad(p.unflatten(1, (batch, length)), (0, 0, 0, short)).unflatten(2, (-1, self.chunk))
@@ -92,10 +92,3 @@ class ChunkSparsity(Loss):
         idle = torch.log1p(-p.clamp(max=most)).sum(3).exp()  # [L, B, chunks, E]
         present = F.pad(real.view(batch, length), (0, short)).unflatten(1, (-1, self.chunk)).any(-1)
         return masked_mean(1 - idle.mean(-1).flatten(1), present.flatten())
-
-
-def _real(view: LossView) -> Tensor:
-    """`[T]` bool: the mask, or without one all tokens."""
-    if view.context.mask is not None:
-        return view.context.mask
-    return torch.ones(view.probs.shape[1], dtype=torch.bool, device=view.probs.device)

@@ -36,6 +36,7 @@ class SharedInSoftmax(Router):
         """
 
         kind = "shared_in_softmax"
+        takes_zero_experts = False
 
         shared_experts: PositiveInt = 2
         scale: Positive = 8.0
@@ -47,9 +48,6 @@ class SharedInSoftmax(Router):
         @property
         def shared_classes(self) -> int:
             return self.shared_experts
-
-        def check(self) -> None:
-            require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")
 
         def scored(self, geometry: Geometry) -> Geometry:
             return replace(geometry, num_experts=geometry.num_experts + self.shared_experts)
@@ -96,16 +94,10 @@ class TableTopK(Router):
         kind = "table_top_k"
         equation = "n = table[token] in the first layers"
         needs_token_ids = True
+        takes_zero_experts = False
 
         table_layers: NotNegativeInt = 3
         table_seed: NotNegativeInt = 0
-
-        def check(self) -> None:
-            require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")
-
-        def check_geometry(self, geometry: Geometry) -> None:
-            known = geometry.vocab_size > 0
-            require(known, "router.kind", self.kind, "a model that knows its token ids (vocab_size > 0)")
 
     options: Config
     table: Tensor | None

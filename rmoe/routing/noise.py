@@ -7,8 +7,6 @@ use, position): recomputation under gradient checkpointing sees the same noise, 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -36,28 +34,10 @@ def rank_seed(seed: int, rank: int) -> int:
     return (seed + 1_000_003 * rank) % 2**31
 
 
-class Noise(Protocol):
-    """A source of routing noise. Each call of a method is one use and draws new numbers."""
-
-    def uniform(self, like: Tensor) -> Tensor:
-        """In (0, 1), shape and dtype of `like`."""
-        ...
-
-    def exponential(self, like: Tensor) -> Tensor:
-        """Exponential with rate 1, shape and dtype of `like`."""
-        ...
-
-    def normal(self, like: Tensor) -> Tensor:
-        """Standard normal, shape and dtype of `like`."""
-        ...
-
-    def for_layer(self, layer: int) -> Noise:
-        """An independent stream for one layer."""
-        ...
-
-
 class CounterNoise:
     """Noise keyed by a tensor, so that advancing the key recompiles nothing.
+
+    Each call of `uniform`, `exponential` or `normal` is one use and draws new numbers, in `like`'s shape and dtype.
 
     Args:
         key: scalar int64, a new one each forward pass.
@@ -68,16 +48,20 @@ class CounterNoise:
         self.key, self.layer, self.uses = key, layer, 0
 
     def for_layer(self, layer: int) -> CounterNoise:
+        """An independent stream for one layer."""
         return CounterNoise(self.key, layer)
 
     def uniform(self, like: Tensor) -> Tensor:
+        """In (0, 1)."""
         bounds = torch.finfo(like.dtype)
         return self._uniform(like).to(like.dtype).clamp(bounds.tiny, 1 - bounds.eps / 2)
 
     def exponential(self, like: Tensor) -> Tensor:
+        """Exponential with rate 1."""
         return -self._uniform(like).log().to(like.dtype)
 
     def normal(self, like: Tensor) -> Tensor:
+        """Standard normal."""
         return torch.special.ndtri(self._uniform(like)).to(like.dtype)
 
     def _uniform(self, like: Tensor) -> Tensor:
@@ -91,17 +75,5 @@ class CounterNoise:
         return ((bits.to(dtype) + 0.5) * 2**-24).clamp(max=1 - 2**-24).view(like.shape)
 
 
-class TorchNoise:
-    """Noise from torch's default generator, in the order other implementations draw it: for equality tests."""
-
-    def for_layer(self, layer: int) -> TorchNoise:
-        return self
-
-    def uniform(self, like: Tensor) -> Tensor:
-        return torch.rand_like(like)
-
-    def exponential(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like).exponential_()
-
-    def normal(self, like: Tensor) -> Tensor:
-        return torch.randn_like(like)
+Noise = CounterNoise
+"""What a mechanism is given, as annotations name it."""

@@ -84,6 +84,11 @@ class Options:
         """Whether it has state that moves after each optimizer step."""
         return False
 
+    @property
+    def only_k(self) -> int | None:
+        """The one number of experts per token that it works with; None: any."""
+        return None
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclass(frozen=True, kw_only=True)(cls)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from rmoe.routing.contract import RouterContext, RouterStats, Routing
 from rmoe.routing.gate import Gate, slots_of
-from rmoe.routing.options import Geometry
-from rmoe.validation import Positive, require
+from rmoe.validation import Positive
 
 
 class SecondExpert(Gate):
@@ -31,11 +30,9 @@ class SecondExpert(Gate):
         kind = "second_expert"
         equation = "g = top_2(softmax(s)), the second at random"
         uses_noise = True
+        only_k = 2
 
         policy: Literal["random", "sampled"] = "random"
-
-        def check_geometry(self, geometry: Geometry) -> None:
-            require(geometry.top_k == 2, "num_experts_per_tok", geometry.top_k, "2 with gate second_expert")
 
     options: Config
 
@@ -90,11 +87,9 @@ class SparseMixer(Gate):
         equation = "g = sampled top_2, masked softmax"
         uses_noise = True
         leaves_empty_slots = False
+        only_k = 2
 
         jitter: Positive = 0.01
-
-        def check_geometry(self, geometry: Geometry) -> None:
-            require(geometry.top_k == 2, "num_experts_per_tok", geometry.top_k, "2 with gate sparsemixer")
 
     options: Config
 

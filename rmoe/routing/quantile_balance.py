@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rmoe.routing.balance import SelectionBias
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State
 from rmoe.routing.gate import TopK
 from rmoe.routing.options import Geometry
 from rmoe.routing.router import Router, SharedRouter
-from rmoe.routing.step_state import StepState
 from rmoe.routing.threshold_gates import quantile
 from rmoe.validation import require
 
@@ -19,23 +19,13 @@ if TYPE_CHECKING:
     from rmoe.routing.spec import RouterSpec
 
 
-class QuantileBias(StepState):
-    """`b`, float32, `[E]`, in the place of the selection bias."""
-
-    bias: Tensor
-
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self.experts = experts
-        self.register_state()
-
-    def start_values(self) -> dict[str, Tensor | None]:
-        return {"bias": torch.zeros(self.experts, dtype=torch.float32)}
+class QuantileBias(SelectionBias):
+    """`b`, float32, `[E]`: a selection bias that is set anew after each step, not moved by a rate."""
 
     @torch.no_grad()
     def update(self, layer: int, stats: RouterStats, step: int, total_steps: int) -> None:
         if stats.observed is not None:
-            self.bias.copy_(-stats.observed[layer, : self.experts] / stats.tokens.clamp(min=1))
+            self.bias.copy_(-stats.observed[layer, : self.num_experts] / stats.tokens.clamp(min=1))
 
 
 class QuantileBalanced(Router):
@@ -50,9 +40,7 @@ class QuantileBalanced(Router):
         kind = "quantile_balanced"
         equation = "chosen by s + b, b = -quantile over tokens of (s - quantile over experts of (s + b))"
         moves = True
-
-        def check(self) -> None:
-            require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")
+        takes_zero_experts = False
 
     options: Config
 
@@ -68,7 +56,7 @@ class QuantileBalanced(Router):
             one, "balance.bias_update_rate", rate, "0, without a skip class, with router quantile_balanced"
         )
         super().__init__(options, spec, geometry)
-        self.selection_bias: QuantileBias = QuantileBias(geometry.num_experts)  # type: ignore[assignment]
+        self.selection_bias: QuantileBias = QuantileBias(spec.balance, geometry, skip_class=False)
 
     def route(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext

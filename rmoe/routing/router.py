@@ -21,7 +21,7 @@ from rmoe.routing.options import Geometry, Mechanism, Options
 from rmoe.routing.step_state import StepState
 from rmoe.routing.temperature import Temperature
 from rmoe.routing.zero_experts import ZeroExperts
-from rmoe.validation import NotNegativeInt, Share
+from rmoe.validation import NotNegativeInt, Share, require
 
 if TYPE_CHECKING:
     from rmoe.routing.spec import RouterSpec
@@ -208,6 +208,8 @@ class Router(BaseRouter):
         zero_experts: NotNegativeInt = 0
         constant_experts: NotNegativeInt = 0
 
+        takes_zero_experts = True  # those three; a subclass may have no place for them
+
         @property
         def equation(self) -> str:
             identity, zero, constants = self.identity_experts, self.zero_experts, self.constant_experts
@@ -220,6 +222,10 @@ class Router(BaseRouter):
         @property
         def has_zero_experts(self) -> bool:
             return self.identity_experts + self.zero_experts + self.constant_experts > 0
+
+        def check(self) -> None:
+            fits = self.takes_zero_experts or not self.has_zero_experts
+            require(fits, "router.kind", self.kind, "staged, with zero experts")
 
         @property
         def weighs_inputs(self) -> bool:

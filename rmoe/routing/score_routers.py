@@ -56,14 +56,12 @@ class NoisyTopK(Router):
 
     class Config(Router.Config):
         kind = "noisy_topk"
+        takes_zero_experts = False
         equation = "s + N(0, 1) (softplus(W f) + 0.01)"
         uses_noise = True
 
         importance_weight: Finite = 0.1
         load_weight: Finite = 0.1
-
-        def check(self) -> None:
-            require(not self.has_zero_experts, "router.kind", self.kind, "staged, with zero experts")
 
     options: Config
 

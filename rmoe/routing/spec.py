@@ -1,4 +1,4 @@
-"""A router as data: one mechanism per stage, strictly validated, round-tripping through JSON."""
+"""A router as data: one mechanism per stage, strictly validated, round-tripping through JSON's values."""
 # ruff: noqa: RUF009 (defaults are frozen)
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RouterSpec:
     >>> spec = resolve("rmoe")
     >>> spec.recurrence.width, spec.scorer.kind, spec.gate.kind
     (128, 'linear', 'softmax')
-    >>> RouterSpec.from_json(spec.to_json()) == spec
+    >>> RouterSpec.from_dict(spec.to_dict()) == spec
     True
 
     Raises:
@@ -122,7 +122,11 @@ class RouterSpec:
         """
         k, experts = geometry.top_k, geometry.num_experts
         require(1 <= k <= experts, "num_experts_per_tok", k, f"1 to num_experts ({experts})")
+        known = geometry.vocab_size > 0 or not self.router.needs_token_ids
+        require(known, "router.kind", self.router.kind, "a model that knows its token ids (vocab_size > 0)")
         for stage in self.stages():
+            allowed = f"{stage.only_k} with {stage.stage} {stage.kind}"
+            require(stage.only_k in (None, k), "num_experts_per_tok", k, allowed)
             chooses = isinstance(stage, Gate.Config)
             stage.check_geometry(self.router.chosen_from(geometry) if chooses else geometry)
 
@@ -144,17 +148,6 @@ class RouterSpec:
         except (TypeError, ValueError):  # no JSON: let the mechanism that it is given to refuse it
             return _parsed(data)
         return _parsed_once(text, Options.registered)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> RouterSpec:
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RequestError("router", text[:60], f"a JSON object ({error})") from None
-        return cls.from_dict(data)
 
 
 def _parsed(data: Any) -> RouterSpec:

@@ -15,7 +15,7 @@ from rmoe.routing.initial import Initializer, ProjectionFP32, linear_fp32, norma
 from rmoe.routing.noise import splitmix64
 from rmoe.routing.options import Geometry
 from rmoe.routing.router import BaseRouter, SharedRouter
-from rmoe.validation import Finite, NotNegativeInt, PositiveInt, require
+from rmoe.validation import Finite, NotNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from rmoe.routing.spec import RouterSpec
@@ -28,10 +28,6 @@ class TokenRouter(BaseRouter):
         uses_scorer = False
         uses_gate = False
         needs_token_ids = True
-
-        def check_geometry(self, geometry: Geometry) -> None:
-            known = geometry.vocab_size > 0
-            require(known, "router.kind", self.kind, "a model that knows its token ids (vocab_size > 0)")
 
 
 def token_ids(context: RouterContext, router: str) -> Tensor:
@@ -115,15 +111,12 @@ class Stable(TokenRouter):
         kind = "stable"
         equation = "y = a E(x) + (1 - a) x, a = sig(x . c)"
         moves = True
+        only_k = 1
 
         stage1_share: Annotated[float, Meta(gt=0, lt=1, description="above 0, below 1")] = 0.1
         embedding_width: PositiveInt = 50
         balance_weight: Finite = 0.3
         distill_weight: Finite = 1.0
-
-        def check_geometry(self, geometry: Geometry) -> None:
-            super().check_geometry(geometry)
-            require(geometry.top_k == 1, "num_experts_per_tok", geometry.top_k, "1 with router stable")
 
     options: Config
     stage: Tensor

@@ -42,7 +42,8 @@ def advantage(record: RoutingRecord) -> float:
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "deepseek_v3", "mixtral", "granitemoe"])
 def test_contributions_sum_to_the_advantage(family: str) -> None:
     measure, records = measured(tiny_model(family))
-    values, state, total = measure.result()
+    found = measure.result()
+    values, state, total = found.values, found.state, found.advantage
     indices = [layer.index for layer in measure.layers]
     assert state == [None] * len(records)
     for record, row, index, whole in zip(records, values, indices, total, strict=True):
@@ -58,7 +59,8 @@ def test_a_layer_that_adds_nothing_contributes_nothing() -> None:
             layer.self_attn.o_proj.weight.zero_()
         for at in (0, 2):
             model.model.layers[at].mlp.experts.down_proj.zero_()
-    values, _, total = measured(model)[0].result()
+    found = measured(model)[0].result()
+    values, total = found.values, found.advantage
     for at, row in enumerate(values):
         assert row[1 + at] == 0  # its own attention
         assert all(row[1 + below] == 0 for below in (0, 2) if below < at)
@@ -88,13 +90,14 @@ def test_one_source_against_the_logits_of_it_alone() -> None:
         part = norm.weight * (seen["after"] - seen["before"]) / rms
         logits = (part @ layers[3].mlp.gate.weight.T).flatten(0, 1)
     expected = advantage(records[3]._replace(logits=logits))
-    assert measure.result()[0][3][2] == pytest.approx(expected, rel=1e-4)
+    assert measure.result().values[3][2] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_state_of_a_graft_is_exact() -> None:
     model = at_work(graft(tiny_model("olmoe"), SPEC)).eval()
     measure, records = measured(model)
-    values, state, total = measure.result()
+    found = measure.result()
+    values, state, total = found.values, found.state, found.advantage
     for record, row, part, whole in zip(records, values, state, total, strict=True):
         assert part is not None
         assert part != 0
@@ -105,7 +108,8 @@ def test_the_state_of_a_graft_is_exact() -> None:
 def test_the_state_of_rmoe_is_what_is_lost_without_it() -> None:
     model = tiny_rmoe("rmoe")
     measure, records = measured(model)
-    values, state, total = measure.result()
+    found = measure.result()
+    values, state, total = found.values, found.state, found.advantage
     assert all(value is None for row in values for value in row)  # its router is not linear
     assert state[0] is None  # no layer below
     lost: list[torch.Tensor] = []
@@ -125,7 +129,7 @@ def test_the_state_of_rmoe_is_what_is_lost_without_it() -> None:
 def test_where_it_is_not_exact_there_is_no_row() -> None:
     """Post-norm: the stream is not a sum. RMoE's linear router in a pre-norm model is."""
     for position, known in (("pre", True), ("post", False)):
-        values, _, _ = measured(tiny_rmoe("smoe", norm_position=position))[0].result()
+        values = measured(tiny_rmoe("smoe", norm_position=position))[0].result().values
         assert all((row[0] is not None) == known for row in values)
     measure, _ = measured(tiny_model("zaya"))  # reads the layer below and has an MLP
     assert not measure.known

@@ -125,7 +125,8 @@ def _recall(model: torch.nn.Module) -> tuple[list[float | None], list[float | No
         batch = recorder.batch(IDS)
     measure.update(batch)
     assert measure.n == IDS.numel()
-    return measure.result()
+    found = measure.result()
+    return found.own_router, found.at_its_own_input
 
 
 def test_a_probe_finds_what_is_linear_and_nothing_in_noise() -> None:
@@ -198,8 +199,10 @@ def test_the_probes_read_the_input_and_the_state_of_the_layer_below(name: str) -
     sizes = [(layer.num_experts, layer.top_k) for layer in layers[1:]]
     want = ChoiceProbe(sizes, 64)
     want.update(inputs[:-1], [record.experts for record in records[1:]])
-    linear, state = measure.probed()
+    found = measure.result()
+    linear, state = found.probe, found.state_probe
     assert linear == want.result()
+    assert state is not None
     assert [one is not None for one in state] == [name in ("rmoe", "graft")] * (len(layers) - 1)
     assert state != linear
 

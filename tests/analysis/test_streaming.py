@@ -82,7 +82,7 @@ def test_the_same_record_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: 
     folder = saved(family, tmp_path / "m", dtype)
     expected = plain(folder)
     for hidden in ("memory", "disk"):
-        routing = stream_routing(folder, BLOCKS, 3, tmp_path / hidden, CPU, hidden)
+        routing = stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / hidden, hidden)
         assert streamed(routing) == expected
         assert all(p.is_meta for p in routing.model.model.layers.parameters())
         routing.close()
@@ -94,7 +94,7 @@ def test_quantised_checkpoints_are_dequantised_layer_by_layer(format: str, tmp_p
     kind, _, family = format.partition("-")
     folder = fp8_checkpoint(tmp_path / "m", family) if kind == "fp8" else mxfp4_checkpoint(tmp_path / "m")
     expected = plain(folder)
-    routing = stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU)
+    routing = stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s")
     assert streamed(routing) == expected
     assert all(p.is_meta for p in routing.model.model.layers.parameters())
 
@@ -115,9 +115,11 @@ def test_a_killed_run_is_resumed_at_the_layer_it_was_in(family: str, hidden: str
     expected = plain(folder)
     kill = _stop_after(2)
     with pytest.raises(Killed):
-        stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU, hidden, lambda progress: next(kill))
+        stream_routing(
+            StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s", hidden, lambda progress: next(kill)
+        )
     seen: list[Progress] = []
-    routing = stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU, hidden, seen.append)
+    routing = stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s", hidden, seen.append)
     assert routing.resumed == 2
     assert [p.layer.rpartition(".")[2] for p in seen] == ["2", "3"]
     assert seen[-1].read == seen[-1].total
@@ -128,21 +130,27 @@ def test_what_does_not_belong_to_a_run_is_not_resumed(tmp_path: Path) -> None:
     folder = saved("olmoe", tmp_path / "m")
     kill = _stop_after(2)
     with pytest.raises(Killed):
-        stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU, "auto", lambda progress: next(kill))
-    other = stream_routing(folder, BLOCKS[::-1].copy(), 3, tmp_path / "s", CPU)
+        stream_routing(
+            StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s", "auto", lambda progress: next(kill)
+        )
+    other = stream_routing(StreamedModel(folder, CPU), BLOCKS[::-1].copy(), 3, tmp_path / "s")
     assert other.resumed == 0
     kill = _stop_after(2)
     with pytest.raises(Killed):
-        stream_routing(folder, BLOCKS, 3, tmp_path / "t", CPU, "auto", lambda progress: next(kill))
+        stream_routing(
+            StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "t", "auto", lambda progress: next(kill)
+        )
     (tmp_path / "t" / "outputs-1" / "1.safetensors").write_bytes(b"cut")
-    again = stream_routing(folder, BLOCKS, 3, tmp_path / "t", CPU)
+    again = stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "t")
     assert again.resumed is None
     assert streamed(again) == plain(folder)
     kill = _stop_after(2)
     with pytest.raises(Killed):
-        stream_routing(folder, BLOCKS, 3, tmp_path / "u", CPU, "auto", lambda progress: next(kill))
+        stream_routing(
+            StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "u", "auto", lambda progress: next(kill)
+        )
     (tmp_path / "u" / "probs-0").unlink()
-    without = stream_routing(folder, BLOCKS, 3, tmp_path / "u", CPU)
+    without = stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "u")
     assert without.resumed is None
     assert streamed(without) == plain(folder)
 
@@ -163,7 +171,9 @@ def test_routing_has_its_place_on_the_disk_before_it_is_written(tmp_path: Path) 
     folder = saved("olmoe", tmp_path / "m")
     kill = _stop_after(1)
     with pytest.raises(Killed):
-        stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU, "auto", lambda progress: next(kill))
+        stream_routing(
+            StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s", "auto", lambda progress: next(kill)
+        )
     for file in (tmp_path / "s").glob("probs-*"):
         assert file.stat().st_blocks * 512 >= file.stat().st_size
 
@@ -172,11 +182,13 @@ def test_checksums_tell_that_a_resumed_pass_is_another(tmp_path: Path) -> None:
     folder = saved("olmoe", tmp_path / "m")
     kill = _stop_after(2)
     with pytest.raises(Killed):
-        stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU, "auto", lambda progress: next(kill))
+        stream_routing(
+            StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s", "auto", lambda progress: next(kill)
+        )
     state = json.loads((tmp_path / "s" / "state.json").read_text())
     state["arrived"][1] += 1
     (tmp_path / "s" / "state.json").write_text(json.dumps(state))
-    again = stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU)
+    again = stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s")
     assert again.resumed is None
     assert streamed(again) == plain(folder)
 
@@ -193,7 +205,7 @@ def test_one_layer_at_a_time_and_each_tensor_once(tmp_path: Path, monkeypatch: p
         assert loaded == ([part] if part in self.units else [])
 
     monkeypatch.setattr(StreamedModel, "load", load)
-    stream_routing(folder, BLOCKS, 3, tmp_path / "s", CPU)
+    stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s")
     assert loads == ["rest", "model.embed_tokens", *(f"model.layers.{i}" for i in range(4))]
 
 
@@ -311,7 +323,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = saved("olmoe", tmp_path / "m")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(RequestError, match=r"a disk with 0\.0 GB for hidden states and routing"):
-        stream_routing(folder, BLOCKS, 3, tmp_path / "new" / "s", CPU)
+        stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "new" / "s")
     assert not (tmp_path / "new").exists()
     require_space(tmp_path, 999)
 

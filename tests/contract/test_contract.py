@@ -319,7 +319,6 @@ def test_bfloat16_inputs_choose_as_float32_does(name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_json_round_trip(name: str) -> None:
     spec = find(name).spec
-    assert RouterSpec.from_json(spec.to_json()) == spec
     assert RouterSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
@@ -352,7 +351,7 @@ def test_golden() -> None:
 
 
 def test_at_least_ninety_distinct_rows() -> None:
-    specs = {row.spec.to_json() for row in ZOO.values()}
+    specs = {json.dumps(row.spec.to_dict(), sort_keys=True) for row in ZOO.values()}
     assert len(specs) == len(ZOO) >= 90
     assert all(row.source and row.summary for row in ZOO.values())
 

@@ -345,7 +345,7 @@ def unread(model: PreTrainedModel) -> str:
     """Read a tiny model and silence every expert; what was wrong, empty if nothing."""
     ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0))
     check = check_reading(model, ids, per_layer=1000)
-    return "" if check.passed and check.experts else check.summary()
+    return "" if check.passed and check.experts else check.summary
 
 
 def _limit(model: PreTrainedModel) -> str:

@@ -45,7 +45,7 @@ def test_a_right_reading_passes(name: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     check = check_reading(model, IDS)
     assert check.passed
-    assert check.summary().startswith("passed: ")
+    assert check.summary.startswith("passed: ")
     assert {one.layer for one in check.experts} == {layer.name for layer in routed_layers(model)}
     assert all(one.missed == one.extra == 0 for one in check.experts)
     assert all((one.change > 0) == (one.said > 0) for one in check.experts)
@@ -66,7 +66,7 @@ def test_a_wrong_reading_is_found_and_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ExpertsReader, "_find_scoring", lambda *args: "softmax")
     check = check_reading(model, IDS)
     assert not check.passed
-    assert check.summary().startswith("failed: 12 experts of 4 layers")
+    assert check.summary.startswith("failed: 12 experts of 4 layers")
     blocks = IDS.numpy()
     with pytest.raises(RequestError, match="the check failed"):
         analyze_models([Subject("a", model)], blocks, str)

@@ -15,7 +15,22 @@ from rmoe.model.layers import RMoESparseMoeBlock
 from rmoe.routing import Geometry, RouterContext, build_router, resolve, vary
 from rmoe.routing.gate import Softmax
 from rmoe.routing.losses import LoadBalance
-from rmoe.routing.noise import TorchNoise
+
+
+class TorchNoise:
+    """Noise from torch's default generator, in the order other implementations draw it."""
+
+    def for_layer(self, layer: int) -> TorchNoise:
+        return self
+
+    def uniform(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.rand_like(like)
+
+    def exponential(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like).exponential_()
+
+    def normal(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.randn_like(like)
 
 
 def fill(module: torch.nn.Module) -> None:

@@ -10,9 +10,9 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
+from experiments.zoo_page.shipped import DIFFERENCES, RELEASE, WITHOUT_ROW, rows_of_classes
 from rmoe.routing import ZOO, Geometry, RouterContext, Routing, build_router, find, vary
 from rmoe.routing.gate import TopK
-from rmoe.routing.shipped import DIFFERENCES, RELEASE, WITHOUT_ROW, rows_of_classes
 from tests.routing import transformers_routers as theirs
 from tests.routing.transformers_routers import EXPERTS, VOCAB, WIDTH
 
@@ -26,7 +26,9 @@ def test_every_router_class_has_a_row_or_a_reason() -> None:
     assert len(set(INSTALLED) & known) > 40
     if Version(transformers.__version__) >= Version(RELEASE):
         missing = set(INSTALLED) - known
-        assert not missing, "new in transformers: name its row in rmoe/routing/shipped.py, or say why none"
+        assert not missing, (
+            "new in transformers: name its row in experiments/zoo_page/shipped.py, or say why none"
+        )
     assert not rows_of_classes().keys() & WITHOUT_ROW.keys()
     assert DIFFERENCES.keys() <= rows_of_classes().keys()
     assert {row for rows in rows_of_classes().values() for row in rows} <= ZOO.keys()

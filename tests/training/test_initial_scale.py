@@ -117,8 +117,8 @@ def test_what_a_cosine_cannot_reach_is_refused():
 
 def test_the_scale_of_a_zoo_row_is_what_its_initialisation_says():
     """Against closed forms: G normal with std s on unit-scale inputs gives s sqrt(features)."""
-    from rmoe.model.logit_scale import initial_logit_std
-    from rmoe.routing.cost import MEDIUM
+    from experiments.zoo_page.cost import MEDIUM
+    from experiments.zoo_page.logit_scale import initial_logit_std
 
     for router, expected in (("smoe", 0.02 * 352**0.5), ("rmoe-norm", 1.0), ("xmoe", 2 / 16**0.5)):
         assert initial_logit_std(find(router).spec, MEDIUM) == pytest.approx(expected, rel=0.05)

@@ -94,33 +94,28 @@ class StreamedRouting:
 
 
 def stream_routing(
-    path: Path,
+    model: StreamedModel,
     blocks: np.ndarray,
     batch_size: int,
     folder: Path,
-    device: torch.device,
     hidden: Hidden = "auto",
     report: Callable[[Progress], object] = lambda progress: None,
-    model: StreamedModel | None = None,
 ) -> StreamedRouting:
     """Record the routing of a model on a text with one of its layers in memory at a time.
 
     Args:
-        path: a model folder.
+        model: without its layers' weights.
         blocks: [N, S] token ids.
         batch_size: blocks that go through a layer together, as in a forward pass of the plain way.
         folder: for hidden states and routing; an earlier run of the same is resumed at the layer it was in.
-        device: where layers run.
         hidden: where hidden states are between two layers; "auto" is the disk if they would take a quarter of the free
             memory.
         report: called after each layer.
-        model: if it is there already.
 
     Raises:
-        RequestError: a model that cannot be streamed, or a disk that is too small.
+        RequestError: a disk that is too small.
         RunError: the model's forward pass does not go through its layers in one order.
     """
-    model = model or StreamedModel(path, device)
     recorder = Recorder(model.model)
     chunks = [blocks[start : start + batch_size] for start in range(0, len(blocks), batch_size)]
     ends = np.cumsum([chunk.size for chunk in chunks]).tolist()
@@ -129,24 +124,23 @@ def stream_routing(
     width = blocks.size * config.hidden_size * model.model.dtype.itemsize
     classes = sum((layer.num_experts + 1) * 4 + layer.slots * 8 for layer in recorder.layers)
     require_space(folder, 2 * width + blocks.size * classes)
-    on_disk = hidden == "disk" or (hidden == "auto" and 2 * width > _SHARE_OF_MEMORY * free_memory(device))
+    too_much = 2 * width > _SHARE_OF_MEMORY * free_memory(model.device)
+    on_disk = hidden == "disk" or (hidden == "auto" and too_much)
     store = Store(folder, blocks.size, spans)
-    identity = _identity(path, blocks, batch_size, device) | {"dtype": str(model.model.dtype)}
-    state = store.saved_state(identity)
-    resumed: int | None = 0 if state is None else state.stage
-    if state is not None and not (store.has_outputs(state.stage - 1) and store.has_records(state.records)):
-        state, resumed = None, None
-    run = _Run(model, recorder, chunks, store, state or State(identity=identity), on_disk, report)
-    try:
-        finished = run.all_layers()
-        if finished is None:  # what an earlier run left does not lead to the calls that it had seen
-            run.close()
-            resumed = None
-            run = _Run(model, recorder, chunks, store, State(identity=identity), on_disk, report)
+    identity = _identity(model, blocks, batch_size)
+    saved, attempts = store.saved_state(identity), [State(identity=identity)]
+    if saved is not None and store.has_outputs(saved.stage - 1) and store.has_records(saved.records):
+        attempts.insert(0, saved)
+    for state in attempts:
+        run = _Run(model, recorder, chunks, store, state, on_disk, report)
+        try:
             finished = run.all_layers()
-            assert finished is not None
-    finally:
-        run.close()
+        finally:
+            run.close()
+        if finished is not None:  # else what an earlier run left does not lead to the calls that it had seen
+            break
+    assert finished is not None  # a run from the start resumes nothing
+    resumed = state.stage if saved is None or state is saved else None
     return StreamedRouting(model, recorder, store, finished, resumed)
 
 
@@ -301,14 +295,15 @@ def _stored(layer: RoutedLayer, record: RoutingRecord, stage: int) -> StoredReco
     )
 
 
-def _identity(path: Path, blocks: np.ndarray, batch_size: int, device: torch.device) -> dict[str, str]:
+def _identity(model: StreamedModel, blocks: np.ndarray, batch_size: int) -> dict[str, str]:
     """Everything on which the numbers depend: a run with another is not resumed."""
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(model.path.glob("*.safetensors"))
     return {
-        "config": hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
+        "config": hashlib.sha256((model.path / "config.json").read_bytes()).hexdigest(),
         "files": " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files),
         "tokens": hashlib.sha256(np.ascontiguousarray(blocks.astype(np.int64)).tobytes()).hexdigest(),
         "blocks": f"{blocks.shape}, {batch_size} at a time",
         "versions": f"rmoe {rmoe.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{device.type}",
+        f"{model.device.type}",
+        "dtype": str(model.model.dtype),
     }

@@ -81,7 +81,7 @@ class StreamedModel:
         with weights_later() as later:
             model = rmoe.load(path, dtype=dtype)
         self.model: PreTrainedModel = model
-        self.device = device
+        self.path, self.device = path, device
         self._later: LaterWeights = later
         self.units = _units(model)
         for layer in routed_layers(model):
@@ -99,7 +99,6 @@ class StreamedModel:
         for key, target in later.target.items():
             self._keys[owners.get(target, "rest")].append(key)
         bound_kernel_cache()
-        self._folder = path
         self._offsets: dict[str, tuple[str, int, int]] = {}
         self._empty: dict[str, dict[str, Tensor]] = {}
         self.loaded_bytes = 0
@@ -136,14 +135,14 @@ class StreamedModel:
         if not following or not hasattr(os, "posix_fadvise"):
             return
         for file, spans in self._places(following[0]).items():
-            with (self._folder / file).open("rb") as opened:
+            with (self.path / file).open("rb") as opened:
                 for begin, end in spans:
                     os.posix_fadvise(opened.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _places(self, part: str) -> dict[str, list[tuple[int, int]]]:
         """File -> byte ranges of a part's tensors, neighbours joined."""
         if not self._offsets:
-            for file, start, key, entry in entries(open_weights(self._folder)):
+            for file, start, key, entry in entries(open_weights(self.path)):
                 begin, end = entry["data_offsets"]
                 self._offsets[key] = (file, start + begin, start + end)
         joined: dict[str, list[tuple[int, int]]] = {}

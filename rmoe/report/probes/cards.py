@@ -46,24 +46,9 @@ def packaged() -> Cards | None:
     return msgspec.json.decode(file.read_bytes(), type=Cards) if file.is_file() else None
 
 
-def _shown(regret: Regret) -> str:
+def shown(regret: Regret) -> str:
+    """`0.123 ± 0.004`, with a sign of minus where it is below 0."""
     return f"{regret.mean:.3f} ± {regret.half:.3f}".replace("-", "−")
-
-
-def markdown(cards: Cards) -> str:
-    """The table of docs/probes.md, best router first."""
-    columns = [MEAN, *cards.probes]
-    lines = [
-        f"{HELP} Mean ± half the 95% t interval over {cards.seeds} paired seeds; best mean first.",
-        "",
-        "| router | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * len(columns),
-        *(
-            f"| `{name}` | " + " | ".join(_shown(card.regret[probe]) for probe in columns) + " |"
-            for name, card in cards.routers.items()
-        ),
-    ]
-    return "\n".join(lines)
 
 
 def text(cards: Cards, name: str) -> str | None:
@@ -75,7 +60,7 @@ def text(cards: Cards, name: str) -> str | None:
     lines = [
         f"{'probe':<10} {'regret':>15} {'state holds class':>18} {'recurrent gradient':>19}",
         *(
-            f"{probe:<10} {_shown(card.regret[probe]):>15} {_share(card.decodability.get(probe)):>18} "
+            f"{probe:<10} {shown(card.regret[probe]):>15} {_share(card.decodability.get(probe)):>18} "
             f"{_share(card.recurrent_share.get(probe)):>19}"
             for probe in [MEAN, *cards.probes]
         ),

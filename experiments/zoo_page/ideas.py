@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rmoe.routing import describe
-from rmoe.routing.zoo import ZooRow
+from rmoe.routing.spec import RouterSpec
 
 
 class Idea(NamedTuple):
@@ -78,14 +77,14 @@ BASELINES = Idea(
 IDEAS = (SCORES, STATE, BETWEEN, CHOICE, BALANCE, SHIPPED, BASELINES)
 
 
-def of(name: str, row: ZooRow) -> Idea:
+def of(name: str, spec: RouterSpec, carried: str) -> Idea:
     """The family of a row: the one that names it, else by what it carries from layer to layer, and how it balances."""
     for idea in IDEAS:
         if name in idea.names.split():
             return idea
-    if describe.carries(row.spec) != "-":
+    if carried != "-":
         return BETWEEN
-    return CHOICE if row.spec.balance.described() in ("-", "", "load_balance") else BALANCE
+    return CHOICE if spec.balance.described() in ("-", "", "load_balance") else BALANCE
 
 
 class Option(NamedTuple):

@@ -1,4 +1,4 @@
-"""Which row of the zoo the routers of transformers' models are: `rmoe zoo --markdown` prints it, without torch.
+"""Which row of the zoo the routers of transformers' models are: the last table of docs/zoo.md.
 
 A test walks the installed models: a router class that is missing here fails it, and each that is here is compared
 with its row, choice and weights bit for bit.
