@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError
 from rmoe.finetune.config import FinetuneConfig
-from rmoe.graft.attach import CELL, OFFSET, is_grafted
-from rmoe.graft.discover import find_routed_stack
+from rmoe.graft.attach import CELL, OFFSET, is_grafted, routed_stack
 from rmoe.training.build import router_parameters
 
 SHARED = "router_shared"
@@ -37,7 +36,7 @@ def router_parts(model: PreTrainedModel) -> RouterParts:
         cell = frozenset(name for name in names if f".{SHARED}." in f".{name}")
         return RouterParts(names - cell, frozenset(), cell)
     try:
-        gates = find_routed_stack(model).gate_paths()
+        gates = [layer.gate_name for layer in routed_stack(model)]
     except RequestError:
         return RouterParts(frozenset(), frozenset(), frozenset())
     names = frozenset(name for name, _ in model.named_parameters())
@@ -80,7 +79,7 @@ def choose_trained(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
 
 def module_paths(model: PreTrainedModel, names: frozenset[str]) -> list[str]:
     """Paths of the modules that PEFT copies to train these parameters whole: each layer's gate, the shared cell."""
-    gates = find_routed_stack(model).gate_paths() if names else []
+    gates = [layer.gate_name for layer in routed_stack(model)] if names else []
     found: set[str] = set()
     for name in names:
         parts = name.split(".")

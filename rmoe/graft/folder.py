@@ -92,7 +92,7 @@ def graft_folder(source: Path, out: Path, spec: GraftSpec, *, full: bool = False
     if config.get("model_type") == GRAFT_MODEL_TYPE:
         raise RequestError("model", str(source), "a model without a graft; --undo takes one off")
     model = _empty_model(config, weights)
-    gates = attach(model, spec).gate_paths()
+    gates = [layer.gate_name for layer in attach(model, spec)]
     added = {name: tensor for name, tensor in model.state_dict().items() if is_graft_tensor(name)}
     architecture = type(model).__name__
     base_sha256 = digest(weights.tensors())
