@@ -150,7 +150,8 @@ def finetune(
         data = expand(data, "--data")
         if config.valid is not None:
             config = replace(config, valid=expand(config.valid, "--valid"))
-        tokenizer = _tokenizer(source)
+        open_weights(source)
+        tokenizer = load_tokenizer(source)
         job = (_instruction_job if config.task == "instruction" else _classification_job)(
             source, data, config, tokenizer
         )
@@ -267,11 +268,6 @@ def _classification_job(source: Path, data: Path, config: FinetuneConfig, tokeni
 
 
 # --- before, while and after training ------------------------------------------------------------
-
-
-def _tokenizer(source: Path) -> Any:
-    open_weights(source)
-    return load_tokenizer(source)
 
 
 def _prepare(job: Job, config: FinetuneConfig) -> int:
