@@ -73,7 +73,8 @@ def recurrence_cut(layers: Sequence[RoutedLayer]) -> Iterator[list[bool]]:
         return (*args[:1], *map(detach, args[1:2]), *args[2:]), cut
 
     def before_grafted(module: Any, args: tuple, kwargs: dict) -> None:
-        module.incoming = detach(module.incoming)  # a grafted gate carries its state for the length of a call
+        ride = module.ride  # a grafted gate carries its state for the length of a call
+        ride.incoming = detach(ride.incoming)
 
     with ExitStack() as hooks:
         for layer in layers:

@@ -60,7 +60,7 @@ class Predictability:
         def keep_state(module: nn.Module, args: Any, output: Any) -> None:
             state = output[1] if is_own(module) else ()
             if isinstance(module, GraftedGate):
-                state = module.outgoing or ()
+                state = module.ride.outgoing or ()
             self._states.append(state[0].detach() if state else None)
 
         with ExitStack() as hooks:

@@ -45,14 +45,11 @@ def run(
         raise RequestError("--data", data, "a text, or --tasks: one of the two")
     if context is not None and context < 2:
         raise RequestError("--context", context, "2 or more")
-    if tasks is None:
-        require_unset(run, given, ("limit", "num_fewshot"), "without --tasks")
-    else:
-        require_unset(run, given, ("overlap",), "without --data")
     if tasks is not None:
+        require_unset(run, given, ("overlap",), "without --data")
         _benchmarks(model, plugin, tasks, limit, num_fewshot, context, json)
-    else:
-        assert data is not None
+    elif data is not None:
+        require_unset(run, given, ("limit", "num_fewshot"), "without --tasks")
         _text(model, plugin, data, context, overlap, json)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -39,14 +38,9 @@ def run(
     from rmoe.cli.models import set_up
     from rmoe.finetune.run import finetune
     from rmoe.places import model_folder
-    from rmoe.training.run import Stopped
 
     set_up(plugin)
-    try:
-        result = finetune(model_folder(model), data, out, settings, resume=resume)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return
+    result = finetune(model_folder(model), data, out, settings, resume=resume)
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         return
     if json:

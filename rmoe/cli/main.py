@@ -19,7 +19,7 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from rmoe import __version__
-from rmoe.errors import RequestError, RunError, one_line
+from rmoe.errors import RequestError, RunError, Stopped, one_line
 
 # verb -> what it does, in the order of `rmoe --help`.
 VERBS = {
@@ -110,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # inside the try: a closed pipe shows itself here
         return status
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 0
     except (RequestError, RunError) as error:
         if debug:
             traceback.print_exc()

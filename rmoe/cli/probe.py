@@ -74,7 +74,6 @@ def run(
     from rmoe.routing.spec import with_options
     from rmoe.routing.zoo import find, select
 
-    require(seeds >= 1, "--seeds", seeds, "1 or more")
     require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
     require(0 <= margin < math.inf, "--margin", margin, "0 or more, and finite")
     # Slurm's jobs stay when this process ends, and need a folder that does.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,13 +35,9 @@ def run(
         branch_of: folder of a longer run with --training.schedule wsd and the same settings, which kept a checkpoint
             where this run's decay begins (--training.branch-points): begin there.
     """
-    from rmoe.training.run import Stopped, train
+    from rmoe.training.run import train
 
-    try:
-        result = train(config, out, resume=resume, profile=profile, branch_of=branch_of)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return
+    result = train(config, out, resume=resume, profile=profile, branch_of=branch_of)
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         return
     unit = result.corpus.unit.replace("_", " ")

@@ -1,5 +1,5 @@
 """Benchmarks through lm-evaluation-harness."""
 
-from rmoe.evaluation.harness import Benchmark, parse_benchmarks, run_benchmarks
+from rmoe.evaluation.harness import parse_benchmarks, run_benchmarks
 
-__all__ = ["Benchmark", "parse_benchmarks", "run_benchmarks"]
+__all__ = ["parse_benchmarks", "run_benchmarks"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,56 +18,48 @@ from rmoe.evaluation.local_tasks import LOCAL, local_task
 from rmoe.places import expand
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A task of the harness; `file` is None where its data comes from the Hugging Face Hub."""
-
-    name: str
-    file: Path | None = None
-
-
-def parse_benchmarks(text: str) -> list[Benchmark]:
+def parse_benchmarks(text: str) -> dict[str, Path | None]:
     """Read `--tasks`: names separated by commas, each with `=FILE` if its data is local.
 
     >>> parse_benchmarks("hellaswag,piqa=valid.jsonl")
-    [Benchmark(name='hellaswag', file=None), Benchmark(name='piqa', file=PosixPath('valid.jsonl'))]
+    {'hellaswag': None, 'piqa': PosixPath('valid.jsonl')}
 
     Raises:
         RequestError: empty, or a name twice.
     """
-    found = []
+    found: list[tuple[str, Path | None]] = []
     parts = text.split(",")
     while parts:
         name, separator, file = parts.pop(0).partition("=")
         if not separator:
-            found += [Benchmark(name.strip())] if name.strip() else []
+            found += [(name.strip(), None)] if name.strip() else []
             continue
         # A comma may be part of the path: the longest text that names a file is one.
         joined = [",".join([file, *parts[:count]]).strip() for count in range(len(parts) + 1)]
         paths = [expand(path, "--tasks") for path in joined]
         count = max((count for count, path in enumerate(paths) if path.is_file()), default=0)
-        found.append(Benchmark(name.strip(), paths[count]))
+        found.append((name.strip(), paths[count]))
         del parts[:count]
-    names = [benchmark.name for benchmark in found]
-    if not found or len(set(names)) < len(names):
+    benchmarks = dict(found)
+    if not found or len(benchmarks) < len(found):
         raise RequestError("--tasks", text, "different names separated by commas, as arc_easy,piqa=FILE")
-    return found
+    return benchmarks
 
 
 def run_benchmarks(
     model: PreTrainedModel,
     tokenizer: Any,
-    benchmarks: list[Benchmark],
+    benchmarks: Mapping[str, Path | None],
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
     max_length: int | None = None,
-    batch_size: int = 8,
     samples: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on benchmark tasks.
 
     Args:
+        benchmarks: tasks of the harness, each with its file; None where its data comes from the Hugging Face Hub.
         limit: only so many items of each task.
         num_fewshot: examples in the prompt; None is the task's own number.
         max_length: tokens of context; None is the model's.
@@ -87,7 +79,7 @@ def run_benchmarks(
     except ImportError:
         raise RequestError("--tasks", "lm_eval", "pip install 'rmoe[eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    remote = [benchmark.name for benchmark in benchmarks if benchmark.file is None]
+    remote = [name for name, file in benchmarks.items() if file is None]
     manager = TaskManager(include_defaults=bool(remote))
     for name in remote:
         if name not in manager.all_tasks:
@@ -95,14 +87,10 @@ def run_benchmarks(
             raise RequestError("--tasks", name, f"a task of the harness, such as {', '.join(near)}")
     with TemporaryDirectory(prefix="rmoe-tasks-") as folder:
         tasks: list[Any] = [
-            benchmark.name
-            if benchmark.file is None
-            else local_task(benchmark.name, benchmark.file, Path(folder))
-            for benchmark in benchmarks
+            name if file is None else local_task(name, file, Path(folder))
+            for name, file in benchmarks.items()
         ]
-        language_model = HFLM(
-            pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size
-        )
+        language_model = HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=8)
         try:
             with redirect_stdout(sys.stderr):  # the harness prints; stdout is for the result
                 results: dict[str, Any] = simple_evaluate(

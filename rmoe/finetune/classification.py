@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rmoe.compat import model_classes
 from rmoe.data.tasks import Labelled
 from rmoe.errors import RequestError
+from rmoe.model.loading import read_strictly
 from rmoe.model.weights import open_weights
 from rmoe.training.evaluation import Evaluation, inference
 
@@ -42,20 +43,15 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
         raise RequestError("labels", ", ".join(given), allowed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model: PreTrainedModel = read_strictly(
+            AutoModelForSequenceClassification,
             path,
+            free=_HEADS,
             id2label=dict(enumerate(map(str, labels))),
             label2id={str(label): index for index, label in enumerate(labels)},
             pad_token_id=pad,
             dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
         )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        wrong = [key for key in map(str, report[kind]) if not key.startswith(_HEADS)]
-        if wrong:
-            raise RequestError("model", str(path), f"weights that fit its configuration; {kind}: {wrong[0]}")
     return model
 
 

@@ -29,20 +29,10 @@ from rmoe.training.evaluation import inference
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, from which of them on they are the answer, and the spans (start, stop) after that which are not."""
+    """Token ids, and as labels those of answers; IGNORED elsewhere and at the first, which nothing in it predicts."""
 
     ids: list[int]
-    answer: int
-    questions: tuple[tuple[int, int], ...] = ()
-
-    def labels(self) -> list[int]:
-        """The ids of answers, IGNORED elsewhere and at the first token, which nothing in the example predicts."""
-        answer = max(self.answer, 1)
-        labels = [IGNORED] * answer + self.ids[answer:]
-        for start, stop in self.questions:
-            stop = min(stop, len(labels))
-            labels[start:stop] = [IGNORED] * (stop - start)
-        return labels
+    labels: list[int]
 
 
 def prompt_of(item: Instruction) -> str:
@@ -70,11 +60,6 @@ def drafts(items: Sequence[Instruction], tokenizer: Any) -> list[list[Segment]]:
     return made
 
 
-def encode(items: Sequence[Instruction], tokenizer: Any, length: int) -> list[Example]:
-    """See `encode_drafts`."""
-    return encode_drafts(drafts(items, tokenizer), tokenizer, length)
-
-
 def encode_drafts(made: Sequence[Sequence[Segment]], tokenizer: Any, length: int) -> list[Example]:
     """Tokens of each example, the end-of-text token last, cut to `length`.
 
@@ -86,7 +71,7 @@ def encode_drafts(made: Sequence[Sequence[Segment]], tokenizer: Any, length: int
     if tokenizer.eos_token_id is None:
         raise RequestError("model", type(tokenizer).__name__, "a tokenizer with an end-of-text token")
     examples = [_example(draft, tokenizer, length) for draft in made]
-    kept = [example for example in examples if example.answer < length]
+    kept = [example for example in examples if set(example.labels) != {IGNORED}]
     if not kept:
         raise RequestError("--sequence-length", length, "more than the prompt of at least one example")
     return kept
@@ -121,19 +106,13 @@ def _by_segment(draft: Sequence[Segment], tokenizer: Any) -> Iterator[tuple[Segm
 def _example(draft: Sequence[Segment], tokenizer: Any, length: int) -> Example:
     """One example of its segments."""
     ids: list[int] = []
-    answer: int | None = None
-    questions = []
+    labels: list[int] = []
     for segment, of_segment in _by_segment(draft, tokenizer):
-        start = len(ids)
-        ids += of_segment
         if segment.ends and not _ended(of_segment, tokenizer):
-            ids.append(tokenizer.eos_token_id)
-        if segment.learned:
-            answer = start if answer is None else answer
-        elif answer is not None:
-            questions.append((start, len(ids)))
-    assert answer is not None
-    return Example(ids[:length], answer, tuple(span for span in questions if span[0] < length))
+            of_segment = [*of_segment, tokenizer.eos_token_id]
+        ids += of_segment
+        labels += of_segment if segment.learned else [IGNORED] * len(of_segment)
+    return Example(ids[:length], [IGNORED, *labels[1:length]])
 
 
 def _ended(ids: list[int], tokenizer: Any) -> bool:
@@ -147,7 +126,7 @@ def _ended(ids: list[int], tokenizer: Any) -> bool:
 def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
     """Put examples into sequences of at most `length` tokens: longest first, each where it fits best.
 
-    >>> sizes = [Example([0] * n, 0) for n in (6, 3, 5, 4, 2)]
+    >>> sizes = [Example([0] * n, [0] * n) for n in (6, 3, 5, 4, 2)]
     >>> [[len(e.ids) for e in row] for row in pack(sizes, 10)]
     [[6, 4], [5, 3, 2]]
     """
@@ -193,7 +172,7 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
         positions: list[int] = []
         for example in self.rows[index]:
             ids += example.ids
-            labels += example.labels()
+            labels += example.labels
             positions += range(len(example.ids))
         rest = self.length - len(ids)
         row = {
@@ -237,9 +216,8 @@ def _balances(model: PreTrainedModel) -> bool:
 def _carries(model: PreTrainedModel) -> bool:
     """Whether what a model makes of the second of two packed examples depends on the first, by trying it."""
     length, vocabulary = 8, model.config.get_text_config().vocab_size
-    first, other, second = (
-        Example([token % vocabulary for token in range(start, start + length)], 0) for start in (3, 11, 19)
-    )
+    texts = ([token % vocabulary for token in range(start, start + length)] for start in (3, 11, 19))
+    first, other, second = (Example(ids, ids) for ids in texts)
     masked = needs_mask(model, packed=True)
     sequences = PackedExamples([[first, second], [other, second]], 3 * length, 0, masked)
     logits = []

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError
 from rmoe.finetune.config import FinetuneConfig
-from rmoe.finetune.parts import module_paths, router_parts
+from rmoe.finetune.parts import router_parts
 
 
 def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
@@ -28,19 +28,14 @@ def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     except ImportError:
         raise RequestError("--lora-rank", config.lora_rank, "0, or pip install 'rmoe[finetune]'") from None
     parts = router_parts(model)
-    trained = frozenset[str]()
-    if config.freeze == "none":
-        trained = parts.layers | parts.gates | parts.cell
-    elif config.freeze == "router":
-        trained = parts.cell
-    routers = parts.layers | parts.gates | parts.cell
-    saved = module_paths(model, trained)
+    trained = tuple(parts.every - parts.frozen(config.freeze))
+    saved = [path for path in parts.modules if any(name.startswith(f"{path}.") for name in trained)]
     if config.task == "classification":
         saved.append("score")
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        target_modules=_attention(model, routers),
+        target_modules=_attention(model, parts.every),
         target_parameters=_experts(model),
         modules_to_save=saved or None,
     )

@@ -8,9 +8,7 @@ from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError
 from rmoe.finetune.config import FinetuneConfig
-from rmoe.graft.attach import CELL, OFFSET, is_grafted
-from rmoe.graft.discover import find_routed_stack
-from rmoe.training.build import router_parameters
+from rmoe.graft.attach import CELL, OFFSET, is_grafted, routed_stack
 
 SHARED = "router_shared"
 
@@ -23,29 +21,39 @@ class RouterParts:
         layers: what each layer has of its own: projector and `B` of a graft, projector and scorer of an RMoE model.
         gates: the family's gates under a graft, or of a model without one.
         cell: what all layers share.
+        modules: paths of the modules that these are in: each layer's gate, the shared cell.
     """
 
-    layers: frozenset[str]
-    gates: frozenset[str]
-    cell: frozenset[str]
+    layers: frozenset[str] = frozenset()
+    gates: frozenset[str] = frozenset()
+    cell: frozenset[str] = frozenset()
+    modules: tuple[str, ...] = ()
+
+    @property
+    def every(self) -> frozenset[str]:
+        return self.layers | self.gates | self.cell
+
+    def frozen(self, freeze: str) -> frozenset[str]:
+        """What of the routers stays as it is, as `--freeze` says."""
+        frozen = {"none": frozenset[str](), "router": self.layers | self.gates, "router+cell": self.every}
+        return frozen[freeze]
 
 
 def router_parts(model: PreTrainedModel) -> RouterParts:
     """The router's parameters of an RMoE model, a grafted one, or any other MoE; none of a dense model."""
-    if hasattr(model, "routers"):
-        names = frozenset(router_parameters(model))
-        cell = frozenset(name for name in names if f".{SHARED}." in f".{name}")
-        return RouterParts(names - cell, frozenset(), cell)
     try:
-        gates = find_routed_stack(model).gate_paths()
+        gates = [layer.gate_name for layer in routed_stack(model)]
     except RequestError:
-        return RouterParts(frozenset(), frozenset(), frozenset())
-    names = frozenset(name for name, _ in model.named_parameters())
-    within = frozenset(name for name in names if any(name.startswith(f"{path}.") for path in gates))
-    layers = frozenset(name for name in within if f".{OFFSET}." in name)
-    return RouterParts(
-        layers, within - layers, frozenset(name for name in names if f".{CELL}." in f".{name}")
+        return RouterParts()
+    cells = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in (CELL, SHARED)]
+    names = [name for name, _ in model.named_parameters()]
+    cell, within = (
+        frozenset(name for name in names if name.startswith(tuple(f"{path}." for path in paths)))
+        for paths in (cells, gates)
     )
+    own = hasattr(model, "routers")
+    layers = frozenset(name for name in within if own or f".{OFFSET}." in name)
+    return RouterParts(layers, within - layers, cell, tuple(sorted(gates + cells)))
 
 
 def choose_trained(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
@@ -69,24 +77,10 @@ def choose_trained(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
         if config.task == "classification":  # its head is new
             chosen |= {name for name in every if name.startswith("score.")}
     else:
-        frozen = frozenset() if config.freeze == "none" else parts.layers | parts.gates
+        frozen = parts.frozen(config.freeze)
         if config.freeze != "none" and not frozen:
             raise RequestError("--freeze", config.freeze, "none: the model has no router")
-        chosen = frozenset(every - frozen - (parts.cell if config.freeze == "router+cell" else frozenset()))
+        chosen = frozenset(every - frozen)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     return sorted(chosen)
-
-
-def module_paths(model: PreTrainedModel, names: frozenset[str]) -> list[str]:
-    """Paths of the modules that PEFT copies to train these parameters whole: each layer's gate, the shared cell."""
-    gates = find_routed_stack(model).gate_paths() if names else []
-    found: set[str] = set()
-    for name in names:
-        parts = name.split(".")
-        shared = next((place for place, part in enumerate(parts) if part in (CELL, SHARED)), None)
-        if shared is not None:
-            found.add(".".join(parts[: shared + 1]))
-        else:
-            found.add(next(path for path in gates if name.startswith(f"{path}.")))
-    return sorted(found)

@@ -4,9 +4,8 @@ Importing this makes grafted folders known to transformers' Auto classes.
 """
 
 from rmoe.graft.adapter import move_adapter, save_adapter
-from rmoe.graft.attach import attach
+from rmoe.graft.attach import attach, routed_stack
 from rmoe.graft.auto import GraftConfig, graft
-from rmoe.graft.discover import RoutedStack, find_routed_stack
 from rmoe.graft.folder import GraftReport, graft_folder
 from rmoe.graft.modules import GraftedGate, GraftedLayer, RecurrentOffset, RouterStream
 from rmoe.graft.spec import GraftSpec
@@ -20,15 +19,14 @@ __all__ = [
     "GraftedGate",
     "GraftedLayer",
     "RecurrentOffset",
-    "RoutedStack",
     "RouterStream",
     "UndoReport",
     "attach",
-    "find_routed_stack",
     "graft",
     "graft_folder",
     "keep_originals",
     "move_adapter",
+    "routed_stack",
     "save_adapter",
     "undo_folder",
     "upcycle",

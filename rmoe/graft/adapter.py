@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from rmoe.errors import RequestError
 from rmoe.graft.auto import AUTO_MAP, CODE
 from rmoe.graft.base import GRAFT_SECTION, POINTER, Base, open_base
-from rmoe.graft.files import copy_others, publish
+from rmoe.graft.files import copy_others, new_folder
 from rmoe.graft.join import JoinsBase
 from rmoe.model.auto_code import write_auto_code
 from rmoe.model.weights import (
@@ -54,11 +54,9 @@ def save_adapter(model: PreTrainedModel, out: str | Path, *, base: str | Path | 
     """
     weights = None if base is None else open_base(model_place(base, "base"))
 
-    def write(folder: Path) -> None:
+    with new_folder(Path(out)) as folder:
         model.save_pretrained(folder)
         strip(folder, model, Path(out), weights)
-
-    publish(Path(out), write)
 
 
 def strip(folder: Path, model: PreTrainedModel, place: Path, base: WeightFolder | None = None) -> int:
@@ -117,11 +115,9 @@ def move_adapter(source: Path, out: Path, base: str | Path) -> Base:
     found = Base.of(pointer.open(source, config[GRAFT_SECTION], moved=base, full=True))
     moved = msgspec.structs.replace(found, unused=pointer.unused).seen_from(out)
 
-    def write(folder: Path) -> None:
+    with new_folder(out) as folder:
         copy_others(source, folder, same=True)
         write_adapter(folder, dict(weights.tensors()), config, moved)
-
-    publish(out, write)
     return moved
 
 

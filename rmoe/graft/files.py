@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,8 +25,9 @@ TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")  # with what generation 
 _WEIGHT_SUFFIXES = (*PICKLES, ".safetensors", ".gguf")
 
 
-def publish(out: Path, write: Callable[[Path], None]) -> None:
-    """Have a folder written beside `out` and give it that name only when it is whole.
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give a folder beside `out` to fill, which gets that name only when it is whole.
 
     Raises:
         RequestError: `out` is there and not an empty folder.
@@ -36,9 +38,7 @@ def publish(out: Path, write: Callable[[Path], None]) -> None:
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
         folder = Path(staging) / "model"
         folder.mkdir()
-        write(folder)
-        if out.exists():
-            out.rmdir()
+        yield folder
         durable_rename(folder, out)
 
 

@@ -35,7 +35,7 @@ from rmoe.graft.files import (
     GRAFT_WEIGHTS,
     TOKENIZER_FILES,
     copy_others,
-    publish,
+    new_folder,
 )
 from rmoe.graft.spec import GraftSpec
 from rmoe.model.auto_code import write_auto_code
@@ -92,7 +92,7 @@ def graft_folder(source: Path, out: Path, spec: GraftSpec, *, full: bool = False
     if config.get("model_type") == GRAFT_MODEL_TYPE:
         raise RequestError("model", str(source), "a model without a graft; --undo takes one off")
     model = _empty_model(config, weights)
-    gates = attach(model, spec).gate_paths()
+    gates = [layer.gate_name for layer in attach(model, spec)]
     added = {name: tensor for name, tensor in model.state_dict().items() if is_graft_tensor(name)}
     architecture = type(model).__name__
     base_sha256 = digest(weights.tensors())
@@ -106,7 +106,7 @@ def graft_folder(source: Path, out: Path, spec: GraftSpec, *, full: bool = False
     report = GraftReport(config["model_type"], gates, sum(t.numel() for t in added.values()), base_sha256)
     card = graft_card(source, report.model_type, len(gates), report.added_parameters, spec)
 
-    def write(folder: Path) -> None:
+    with new_folder(out) as folder:
         if full:  # has the base's own card, which undo gives back
             copy_others(source, folder)
             _write_standalone(folder, weights, added, config | own)
@@ -114,8 +114,6 @@ def graft_folder(source: Path, out: Path, spec: GraftSpec, *, full: bool = False
             copy_others(source, folder, TOKENIZER_FILES)
             write_adapter(folder, added, config | own, Base.of(weights).seen_from(out))
             write_card(folder, card)
-
-    publish(out, write)
     return report
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -72,15 +73,23 @@ class CellOwner:
         return CellOwner(memo.get(id(self.backbone), self.backbone))
 
 
+@dataclass
+class Ride:
+    """The router's state during one call of a layer: as it comes in, and as it goes out once the gate has run."""
+
+    incoming: State = ()
+    outgoing: State | None = None
+
+
 class _Riding(threading.local):
     """What rides on gates in one thread: another may run the same model meanwhile.
 
     Attributes:
-        states: by `id` of each gate whose layer is being called, the state that came in and the one that goes out.
+        states: by `id` of each gate whose layer is being called.
     """
 
     def __init__(self) -> None:
-        self.states: dict[int, tuple[State, State | None]] = {}
+        self.states: dict[int, Ride] = {}
 
 
 _RIDING = _Riding()
@@ -93,7 +102,6 @@ class GraftedGate(nn.Module):
         owner: whose cell this gate uses.
         router_offset: this layer's projector and `B`.
         pure: read the offset alone.
-        incoming, outgoing: the state during one call of the layer in this thread; the layer sets and removes both.
     """
 
     owner: CellOwner
@@ -101,20 +109,9 @@ class GraftedGate(nn.Module):
     pure: bool
 
     @property
-    def incoming(self) -> State:
-        return _RIDING.states.get(id(self), ((), None))[0]
-
-    @incoming.setter
-    def incoming(self, state: State) -> None:
-        self._ride(state, self.outgoing)
-
-    @property
-    def outgoing(self) -> State | None:
-        return _RIDING.states.get(id(self), ((), None))[1]
-
-    def _ride(self, incoming: State, outgoing: State | None) -> None:
-        if id(self) in _RIDING.states:  # else no layer is there to take it, or to remove it
-            _RIDING.states[id(self)] = incoming, outgoing
+    def ride(self) -> Ride:
+        """What rides on this gate in this thread; outside a call of its layer an empty one, which nobody keeps."""
+        return _RIDING.states.get(id(self), Ride())
 
     def shared(self) -> nn.Module | None:
         """The cell, looked up at its owner each time: PEFT may have put a trainable copy in its place."""
@@ -122,9 +119,8 @@ class GraftedGate(nn.Module):
 
     def steer(self, x: Tensor) -> Tensor:
         """`x + B h` (or `B h`), moving the state on; `x` is `[..., d]`."""
-        incoming = self.incoming
-        offset, outgoing = self.router_offset(x.reshape(-1, x.shape[-1]), incoming, shared=self.shared())
-        self._ride(incoming, outgoing)
+        ride, flat = self.ride, x.reshape(-1, x.shape[-1])
+        offset, ride.outgoing = self.router_offset(flat, ride.incoming, shared=self.shared())
         offset = offset.view(x.shape)
         return offset if self.pure else x + offset
 
@@ -184,17 +180,17 @@ def grafted_layer_class(base: type[nn.Module]) -> type[nn.Module]:
         riding = _RIDING.states
         outer = [riding.get(id(gate)) for gate in gates]  # of a call that this one is nested in
         for gate in gates:
-            riding[id(gate)] = state, None
+            riding[id(gate)] = Ride(state)
         try:
             output = base.forward(self, hidden, *args, **kwargs)
             if gates:
                 state = _moved_on(gates, type(self).__name__)
         finally:  # a recomputation may stop half-way; nothing may outlive the call
-            for gate, states in zip(gates, outer, strict=True):
-                if states is None:
+            for gate, ride in zip(gates, outer, strict=True):
+                if ride is None:
                     del riding[id(gate)]
                 else:
-                    riding[id(gate)] = states
+                    riding[id(gate)] = ride
         if self.ends_stream:
             return output
         if isinstance(output, tuple):
@@ -211,8 +207,8 @@ def _moved_on(gates: list[GraftedGate], layer: str) -> State:
         RuntimeError: none ran. Something replaced the family's block and reads its weights directly.
     """
     for gate in gates:
-        if gate.outgoing is not None:
-            return gate.outgoing
+        if gate.ride.outgoing is not None:
+            return gate.ride.outgoing
     raise RuntimeError(
         f"{layer} did not call its grafted gate: a kernel that routes by itself has replaced the block; load without it"
     )

@@ -21,7 +21,7 @@ from rmoe.graft.files import (
     MORE_WEIGHTS,
     ORIGINALS,
     copy_others,
-    publish,
+    new_folder,
 )
 from rmoe.graft.folder import is_graft_tensor
 from rmoe.model.weights import (
@@ -81,15 +81,13 @@ def undo_folder(
         allowed = "a graft whose base was not trained; --keep-trained takes the router off the trained base"
         raise RequestError("model", str(source), allowed)
 
-    def write(folder: Path) -> None:
+    with new_folder(out) as folder:
         copy_others(source, folder)
         original.write(folder)
         if (source / BASE_CONFIG).is_file() and verified is not False:
             shutil.copyfile(source / BASE_CONFIG, folder / CONFIG)
         else:
             write_json(folder / CONFIG, _base_config(config))
-
-    publish(out, write)
     return UndoReport(config[GRAFT_SECTION]["base_model_type"], original.num_graft_tensors(), verified)
 
 
@@ -108,15 +106,13 @@ def _undo_adapter(
     changed = bool(trained) or (keep_trained and bool(pointer.unused))
     result = _Original(weights, trained, pointer.unused if changed else ())
 
-    def write(folder: Path) -> None:
+    with new_folder(out) as folder:
         copy_others(weights.path, folder)
         result.write(folder)
         if changed:
             write_json(folder / CONFIG, _base_config(config))
         else:
             shutil.copyfile(weights.path / CONFIG, folder / CONFIG)
-
-    publish(out, write)
     return UndoReport(section["base_model_type"], sum(map(is_graft_tensor, names)), not changed)
 
 

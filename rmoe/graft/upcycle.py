@@ -78,7 +78,7 @@ def upcycle_folder(
 ) -> RMoEForCausalLM:
     """`upcycle` from folder to folder, the tokenizer with it. Raises as `upcycle` does, with nothing written."""
     from rmoe.graft.card import upcycling_card
-    from rmoe.graft.folder import copy_others, publish
+    from rmoe.graft.folder import copy_others, new_folder
     from rmoe.model.card import write_card
     from rmoe.model.loading import load
 
@@ -87,12 +87,10 @@ def upcycle_folder(
     # transformers refuses to write some of the defaults that it reads.
     defaults, model.generation_config = model.generation_config, GenerationConfig()
 
-    def write(folder: Path) -> None:
+    with new_folder(out) as folder:
         model.save_pretrained(folder)
         copy_others(source, folder)  # last: the dense model's generation defaults, as they are
         write_card(folder, upcycling_card(source, router, num_experts, top_k, model.num_parameters()))
-
-    publish(out, write)
     model.generation_config = defaults
     return model
 

@@ -69,15 +69,22 @@ def load(
                 "base", base and str(base), f"nothing: a {config.model_type} model has no base"
             )
         computed |= {"base": base, "verify": verify}
+    return read_strictly(chosen, path, config=config, dtype=dtype, **computed).to(device).eval()
+
+
+def read_strictly(chosen: Any, path: str | Path, *, free: tuple[str, ...] = (), **options: Any) -> Any:
+    """A class's `from_pretrained`, from safetensors alone, of weights that are exactly the model's.
+
+    Args:
+        free: beginnings of names that need not fit.
+        options: further keywords of `from_pretrained`.
+
+    Raises:
+        RequestError: the files do not make a model, or the weights do not fit.
+    """
     try:
         model, report = chosen.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **computed,
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except (RequestError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -85,11 +92,11 @@ def load(
         said = f"{type(error).__name__}: {error}"[:200]
         raise RequestError("model", str(path), f"files that make a model ({said})") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        wrong = sorted(map(str, report[kind]))
+        wrong = sorted(name for name in map(str, report[kind]) if not name.startswith(free))
         if wrong:
             shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             raise RequestError("model", str(path), f"weights that fit its configuration; {kind}: {shown}")
-    return model.to(device).eval()
+    return model
 
 
 def _require_known_quantisation(config: Any) -> None:

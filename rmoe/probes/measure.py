@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -13,20 +13,8 @@ from rmoe.probes.stack import Routed
 RIDGE = 1e-3  # times the mean variance of a state's features
 
 
-class Measures(NamedTuple):
-    """Per layer, `[L]`, of one model; see `ProbeRow`. `decodability` is None without a state."""
-
-    accuracy: list[float]
-    mutual_information: list[float]
-    entropy: list[float]
-    inner_balance: list[float]
-    outer_balance: list[float]
-    load: list[float]
-    decodability: list[float] | None
-
-
-def measures(routed: Routed, classes: Tensor) -> Measures:
-    """Measure one model.
+def measures(routed: Routed, classes: Tensor) -> dict[str, Any]:
+    """Fields of one model's `ProbeRow`: a number per layer, `[L]`; `decodability` is None without a state.
 
     Args:
         routed: its decisions with probabilities and states, without the dimension of seeds.
@@ -46,15 +34,15 @@ def measures(routed: Routed, classes: Tensor) -> Measures:
     top = probs.topk(2, -1).values
     tiny = torch.finfo(probs.dtype).tiny
     load = used.sum(1).double()  # [L, E]
-    return Measures(
-        accuracy=[_best_naming(table[:, :experts]) for table in joint],
-        mutual_information=_mutual_information(joint).tolist(),
-        entropy=torch.special.entr(probs).sum(-1).mean(-1).tolist(),
-        inner_balance=(top[..., 0] / top[..., 1].clamp(min=tiny)).median(-1).values.tolist(),
-        outer_balance=(probs[..., :experts] * used).sum(-1).median(-1).values.tolist(),
-        load=(load.amax(-1) / load.mean(-1).clamp(min=tiny)).tolist(),
-        decodability=_decodability(routed.states, classes, experts) if routed.states.shape[-1] else None,
-    )
+    return {
+        "accuracy": [_best_naming(table[:, :experts]) for table in joint],
+        "mutual_information": _mutual_information(joint).tolist(),
+        "entropy": torch.special.entr(probs).sum(-1).mean(-1).tolist(),
+        "inner_balance": (top[..., 0] / top[..., 1].clamp(min=tiny)).median(-1).values.tolist(),
+        "outer_balance": (probs[..., :experts] * used).sum(-1).median(-1).values.tolist(),
+        "load": (load.amax(-1) / load.mean(-1).clamp(min=tiny)).tolist(),
+        "decodability": _decodability(routed.states, classes, experts) if routed.states.shape[-1] else None,
+    }
 
 
 def _best_naming(joint: Tensor) -> float:

@@ -18,7 +18,7 @@ _AT_ONCE = 1 << 20  # tokens times choices
 
 
 class BestExperts:
-    """Optimal experts and weights for one layer's teachers.
+    """Every choice of experts for one layer's teachers.
 
     Args:
         teachers: `[E, d_u, d_u]` float64.
@@ -37,20 +37,11 @@ class BestExperts:
         )
         self.blind = float(prior @ self.gram.diagonal())
 
-    def choose(self, posterior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Experts `[T, k]`, their weights `[T, k]`, and the expected squared error `[T]` for posteriors `[T, E]`."""
+    def errors(self, posterior: Tensor) -> Tensor:
+        """The expected squared error with the best experts at their best weights, `[T]`, for posteriors `[T, E]`."""
         found = []
         for part in posterior.split(max(1, _AT_ONCE // len(self.choices))):
             b = (part @ self.gram)[:, self.choices]  # [T, C, k]
             weights = torch.einsum("tck,ckj->tcj", b, self.inverse)
-            gain, best = (weights * b).sum(-1).max(-1)
-            weights = weights.gather(1, best[:, None, None].expand(-1, 1, weights.shape[-1]))[:, 0]
-            found.append((self.choices[best], weights, part @ self.gram.diagonal() - gain))
-        experts, weights, errors = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return experts, weights, errors
-
-    def predict(self, posterior: Tensor, contents: Tensor) -> Tensor:
-        """The best prediction itself, `[T, d_u]`, for contents `[T, d_u]`."""
-        experts, weights, _ = self.choose(posterior)
-        effective = self.mean + torch.einsum("tk,tkij->tij", weights, self.deviations[experts])
-        return torch.einsum("tij,tj->ti", effective, contents)
+            found.append(part @ self.gram.diagonal() - (weights * b).sum(-1).amax(-1))
+        return torch.cat(found)

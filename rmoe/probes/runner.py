@@ -256,7 +256,7 @@ def _measured(asked: Asked, ensemble: Ensemble, curve: Curve, worlds: list[World
                 "steps_to_half": _first_below(0.5, curve.step, of_lane),
                 "steps_to_tenth": _first_below(0.1, curve.step, of_lane),
                 "recurrent_share": None if shares is None else float(shares[:, lane].mean()),
-                **measures(mine, w.test.classes)._asdict(),
+                **measures(mine, w.test.classes),
             }
         )
     return rows

@@ -197,23 +197,14 @@ class _Update(nn.Module):
         super().__init__()
         self.stack = stack
 
-    def forward(
-        self,
-        counts: Tensor,
-        tokens: Tensor,
-        entropy: Tensor,
-        dropped: Tensor,
-        variance: Tensor,
-        observed: Tensor,
-        step: int,
-        total: int,
-    ) -> Tensor:
-        stats = RouterStats(
-            counts, tokens, entropy, dropped, variance, observed if observed.numel() else None
-        )
+    def forward(self, sums: Sequence[Tensor], step: int, total: int) -> Tensor:
+        """Move the state by the fields of a `RouterStats`; what nothing observed is an empty tensor here."""
+        stats = RouterStats(*sums)
+        if not sums[-1].numel():
+            stats = stats._replace(observed=None)
         for router in self.stack.routers:
             router.update_all(stats, step, total)  # type: ignore[operator]
-        return tokens
+        return stats.tokens
 
 
 class Ensemble:
@@ -284,7 +275,7 @@ class Ensemble:
         module, tokens = _Update(self.base), torch.full((len(self.lanes),), self.knobs.tokens)
 
         def one(state: dict[str, Tensor], *sums: Tensor) -> Tensor:
-            return functional_call(module, state, (*sums, step, self.knobs.steps))
+            return functional_call(module, state, (sums, step, self.knobs.steps))
 
         with torch.no_grad():
             self._for_each(one, state, routed.counts, tokens, *routed[4:7], routed.observed)

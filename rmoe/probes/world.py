@@ -81,7 +81,7 @@ class World:
     def reference(self, inputs: Tensor) -> Reference:
         """The three lines on these tokens: exact in class and content, given their cues."""
         stateless, oracle = (
-            [float(best.choose(q)[2].mean()) for best, q in zip(self.best, posterior, strict=True)]
+            [float(best.errors(q).mean()) for best, q in zip(self.best, posterior, strict=True)]
             for posterior in self.chain.posterior(self.evidence(inputs))
         )
         return Reference(blind=[best.blind for best in self.best], stateless=stateless, oracle=oracle)

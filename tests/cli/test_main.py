@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rmoe.cli import main as cli
-from rmoe.errors import RunError
+from rmoe.errors import RunError, Stopped
 
 
 def test_help_and_version_exit_0(capsys):
@@ -54,6 +54,15 @@ def test_errors_of_a_verb(monkeypatch, capsys, error, status, said):
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
     assert said in err.splitlines()[-1]
+
+
+def test_a_run_that_was_stopped_is_no_error(monkeypatch, capsys):
+    def dispatch(argv):
+        raise Stopped("stopped at step 7 of 20; saved: checkpoint-7; --resume goes on")
+
+    monkeypatch.setattr(cli, "dispatch", dispatch)
+    assert cli.main(["train"]) == 0
+    assert capsys.readouterr().err == "stopped at step 7 of 20; saved: checkpoint-7; --resume goes on\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["zoo"], ["zoo", "--json"], ["zoo", "--help"]])

@@ -16,7 +16,7 @@ from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer
 from rmoe.data.tasks import MultipleChoice, Passage, Question, read_tasks
 from rmoe.errors import RequestError
-from rmoe.evaluation import Benchmark, parse_benchmarks, run_benchmarks
+from rmoe.evaluation import parse_benchmarks, run_benchmarks
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 
 pytest.importorskip("lm_eval")
@@ -99,11 +99,10 @@ def harness(folder: Path, name: str, file: Path, limit: int) -> dict[str, Any]:
     return run_benchmarks(
         rmoe.load(folder),
         byte_tokenizer(),
-        [Benchmark(name, file)],
+        {name: file},
         limit=limit,
         num_fewshot=0,
         samples=True,
-        batch_size=5,
     )
 
 
@@ -178,7 +177,7 @@ def test_a_task_that_does_not_exist(folder: Path, capsys: pytest.CaptureFixture[
 
 def test_a_file_for_a_task_that_has_no_local_form(folder: Path, small_tasks: dict[str, Path]) -> None:
     with pytest.raises(RequestError, match="gsm8k"):
-        run_benchmarks(rmoe.load(folder), byte_tokenizer(), [Benchmark("hellaswag", small_tasks["arc_easy"])])
+        run_benchmarks(rmoe.load(folder), byte_tokenizer(), {"hellaswag": small_tasks["arc_easy"]})
 
 
 def test_a_bad_line_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +190,7 @@ def test_a_bad_line_is_named(folder: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_what_the_option_accepts() -> None:
-    assert parse_benchmarks("a, b=x.jsonl") == [Benchmark("a"), Benchmark("b", Path("x.jsonl"))]
+    assert parse_benchmarks("a, b=x.jsonl") == {"a": None, "b": Path("x.jsonl")}
     for wrong in ("", ",", "a,a"):
         with pytest.raises(RequestError, match="--tasks"):
             parse_benchmarks(wrong)

@@ -11,6 +11,8 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from rmoe.data.encode import byte_tokenizer
+from rmoe.data.tasks import Instruction
+from rmoe.finetune.instructions import Example, drafts, encode_drafts
 from rmoe.graft import GraftSpec, graft_folder
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.routing.recurrence import Recurrence
@@ -26,6 +28,11 @@ def instructions(number: int) -> list[dict[str, str]]:
         }
         for n in range(number)
     ]
+
+
+def encode(items: list[Instruction], tokenizer: Any, length: int) -> list[Example]:
+    """The examples of instructions and conversations."""
+    return encode_drafts(drafts(items, tokenizer), tokenizer, length)
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:

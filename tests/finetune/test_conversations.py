@@ -17,8 +17,9 @@ from rmoe.data.tasks import Conversation, Instruction, Message
 from rmoe.errors import RequestError
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.conversations import segments_of
-from rmoe.finetune.instructions import PackedExamples, drafts, encode
+from rmoe.finetune.instructions import PackedExamples, drafts
 from rmoe.finetune.run import finetune
+from tests.finetune.conftest import encode
 
 # ChatML, which most chat models of today use.
 CHATML = (
@@ -131,7 +132,7 @@ def test_bytes_words_and_tokenizers_without_offsets_are_as_piece_by_piece() -> N
                 ids += piece
                 labels += piece if segment.learned else [IGNORED] * len(piece)
             assert example.ids == ids
-            assert example.labels() == labels
+            assert example.labels == labels
 
 
 def test_an_answer_of_weight_zero_is_read_and_not_learned() -> None:
@@ -188,7 +189,7 @@ def test_the_first_token_of_an_answer_that_begins_is_not_predicted() -> None:
     (example,) = encode([item], tokenizer_with(THINKS), 512)
     row = PackedExamples([[example, example]], 512, 257)[0]
     size = len(example.ids)
-    assert example.answer == 0
+    assert not any(s.text for s in drafts([item], tokenizer_with(THINKS))[0] if not s.learned)
     assert row["labels"][[0, size]].tolist() == [IGNORED, IGNORED]
     assert row["labels"][1:size].tolist() == row["labels"][size + 1 : 2 * size].tolist() == example.ids[1:]
 
@@ -217,9 +218,10 @@ def test_one_question_is_the_same_example_in_either_form() -> None:
 def test_a_conversation_that_is_too_long_is_cut() -> None:
     tokenizer = tokenizer_with(CHATML)
     (whole,) = encode([TALK], tokenizer, 4096)
-    (cut,) = encode([TALK], tokenizer, whole.answer + 3)
-    assert cut.labels()[whole.answer :] == whole.ids[whole.answer : whole.answer + 3]
-    assert len(cut.labels()) == len(cut.ids)
+    answer = next(place for place, label in enumerate(whole.labels) if label != IGNORED)
+    (cut,) = encode([TALK], tokenizer, answer + 3)
+    assert cut.labels[answer:] == whole.ids[answer : answer + 3]
+    assert len(cut.labels) == len(cut.ids)
 
 
 def test_a_run_on_conversations_and_from_another_folder(

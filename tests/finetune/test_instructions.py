@@ -19,13 +19,12 @@ from rmoe.finetune.instructions import (
     Example,
     PackedExamples,
     can_pack,
-    encode,
     needs_mask,
     pack,
     prompt_of,
     why_not_packed,
 )
-from tests.finetune.conftest import instructions
+from tests.finetune.conftest import encode, instructions
 from tests.graft.conftest import at_work
 from tests.graft.tiny_families import PROMISED, tiny_model
 
@@ -60,7 +59,7 @@ def test_long_examples_are_cut_and_prompts_that_fill_a_sequence_left_out() -> No
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_packing_loses_nothing_and_overfills_nothing(sizes: list[int]) -> None:
-    examples = [Example([n] * size, 0) for n, size in enumerate(sizes)]
+    examples = [Example([n] * size, [n] * size) for n, size in enumerate(sizes)]
     rows = pack(examples, 20)
     assert sorted(e.ids[0] for row in rows for e in row) == list(range(len(sizes)))
     fill = [sum(len(e.ids) for e in row) for row in rows]
@@ -109,7 +108,7 @@ def test_packed_examples_are_apart_or_not_packed(family: str) -> None:
     if family in ("gpt_oss", "afmoe"):
         assert "as one text" in str(refused)
     if refused is None:
-        rows = [[Example(list(range(3, 23)), 3), Example(list(range(30, 47)), 3)]]
+        rows = [[Example(ids, ids) for ids in (list(range(3, 23)), list(range(30, 47)))]]
         row = PackedExamples(rows, 48, 0, needs_mask(model, packed=True))[0]
         del row["labels"]
         with torch.no_grad():

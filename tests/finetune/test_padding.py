@@ -15,12 +15,12 @@ from rmoe.data.encode import byte_tokenizer
 from rmoe.data.tasks import Instruction, Labelled
 from rmoe.finetune.classification import LabelledTexts, label_loss, load_classifier, predict
 from rmoe.finetune.config import FinetuneConfig
-from rmoe.finetune.instructions import PackedExamples, encode, needs_mask, pack, why_not_packed
+from rmoe.finetune.instructions import PackedExamples, needs_mask, pack, why_not_packed
 from rmoe.finetune.run import finetune
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.model.packing import starts_again
 from rmoe.training.metrics import read_metrics
-from tests.finetune.conftest import instructions
+from tests.finetune.conftest import encode, instructions
 
 LENGTH = 520
 EXAMPLES = encode([Instruction(**row) for row in instructions(7)], byte_tokenizer(), LENGTH)
@@ -46,7 +46,7 @@ def batch_of(rows: list[list[Any]]) -> dict[str, torch.Tensor]:
 def unpadded() -> dict[str, torch.Tensor]:
     """The same examples as one sequence without any padding."""
     ids = [token for example in EXAMPLES for token in example.ids]
-    labels = [label for example in EXAMPLES for label in example.labels()]
+    labels = [label for example in EXAMPLES for label in example.labels]
     positions = [position for example in EXAMPLES for position in range(len(example.ids))]
     rows = {"input_ids": ids, "labels": labels, "position_ids": positions}
     return {name: torch.tensor([row]) for name, row in rows.items()}

@@ -16,7 +16,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 import rmoe
 from rmoe.cli.main import main
 from rmoe.errors import RequestError
-from rmoe.graft import GraftSpec, find_routed_stack, graft, graft_folder, keep_originals, undo_folder
+from rmoe.graft import GraftSpec, graft, graft_folder, keep_originals, routed_stack, undo_folder
 from rmoe.graft.files import GRAFT_WEIGHTS, ORIGINALS
 from rmoe.model.weights import ADAPTER, digest, open_weights
 from rmoe.routing.recurrence import Recurrence
@@ -335,9 +335,9 @@ def test_a_missing_weight_is_no_warning(original: Path, tmp_path: Path, file: st
 
 
 def test_gates_are_found_where_a_family_has_them() -> None:
-    stack = find_routed_stack(tiny_model("jamba"))
-    assert stack.gate_paths() == [f"model.layers.{i}.feed_forward.router" for i in (1, 3)]
-    assert stack.backbone == "model"
+    stack = routed_stack(tiny_model("jamba"))
+    assert [layer.gate_name for layer in stack] == [f"model.layers.{i}.feed_forward.router" for i in (1, 3)]
+    assert {layer.stack for layer in stack} == {"model.layers"}
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rmoe.graft import GraftedGate, GraftedLayer, RouterStream
 from rmoe.graft.attach import CELL
-from rmoe.graft.modules import _RIDING
+from rmoe.graft.modules import _RIDING, Ride
 from tests.graft.conftest import grafted
 from tests.graft.tiny_families import TOKENS
 
@@ -39,7 +39,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def nothing_left_on(model: PreTrainedModel) -> bool:
     gates = [module for module in model.modules() if isinstance(module, GraftedGate)]
-    empty = all(gate.incoming == () and gate.outgoing is None for gate in gates)
+    empty = all(gate.ride == Ride() for gate in gates)
     return bool(gates) and empty and not _RIDING.states
 
 

@@ -36,10 +36,9 @@ from transformers.utils import logging
 from rmoe.cli.families import FAMILIES as TABLE
 from rmoe.cli.families import markdown_table
 from rmoe.errors import RequestError, one_line
-from rmoe.graft.attach import OFFSET
+from rmoe.graft.attach import OFFSET, routed_stack
 from rmoe.graft.auto import graft
 from rmoe.graft.base import GRAFT_MODEL_TYPE
-from rmoe.graft.discover import find_routed_stack
 from rmoe.graft.spec import GraftSpec
 from rmoe.moe import check_reading, routed_layers
 from rmoe.routing.recurrence import Recurrence
@@ -350,7 +349,7 @@ def unread(model: PreTrainedModel) -> str:
 
 def _limit(model: PreTrainedModel) -> str:
     """What a graft that works does not reach."""
-    backbone = model.get_submodule(find_routed_stack(model).backbone)
+    backbone = model.get_submodule(routed_stack(model)[0].stack.rpartition(".")[0])
     if "deepstack_visual_embeds" in inspect.signature(backbone.forward).parameters:
         return "text alone: this family adds image features between layers, which stops with an error"
     return ""

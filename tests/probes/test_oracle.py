@@ -60,8 +60,7 @@ def test_best_experts_equal_brute_force(top_k: int) -> None:
     posterior = posterior / posterior.sum(-1, keepdim=True)
     best = BestExperts(teachers, prior, top_k)
     mean = sum(q * a for q, a in zip(prior, teachers, strict=True))
-    _, _, errors = best.choose(posterior)
-    for q, got in zip(posterior, errors, strict=True):
+    for q, got in zip(posterior, best.errors(posterior), strict=True):
         want = min(_least_error(q, teachers, mean, chosen) for chosen in combinations(range(4), top_k))
         assert abs(float(got) - want) < 1e-12
     blind = sum(float(q) * float((a - mean).square().sum()) for q, a in zip(prior, teachers, strict=True)) / 5
@@ -80,6 +79,16 @@ def _least_error(
     )
 
 
+def predict(best: BestExperts, posterior: torch.Tensor, contents: torch.Tensor) -> torch.Tensor:
+    """The best experts' prediction itself, `[T, d_u]`, for posteriors `[T, E]` and contents `[T, d_u]`."""
+    b = (posterior @ best.gram)[:, best.choices]  # [T, C, k]
+    weights = torch.einsum("tck,ckj->tcj", b, best.inverse)
+    chosen = (weights * b).sum(-1).argmax(-1)
+    weights = weights[torch.arange(len(chosen)), chosen]
+    effective = best.mean + torch.einsum("tk,tkij->tij", weights, best.deviations[best.choices[chosen]])
+    return torch.einsum("tij,tj->ti", effective, contents)
+
+
 @pytest.mark.parametrize("probe", EIGHT)
 def test_lines_equal_monte_carlo(probe: str) -> None:
     """What blind and the two oracles really lose on drawn tokens, within 3 standard errors of the computed lines."""
@@ -89,7 +98,7 @@ def test_lines_equal_monte_carlo(probe: str) -> None:
     reference = w.reference(tokens.inputs)
     content = tokens.inputs[..., -CONTENT:]
     predictions = {
-        name: [best.predict(q, u) for best, q, u in zip(w.best, posterior, content, strict=True)]
+        name: [predict(best, q, u) for best, q, u in zip(w.best, posterior, content, strict=True)]
         for name, posterior in zip(
             ("stateless", "oracle"), w.chain.posterior(w.evidence(tokens.inputs)), strict=True
         )

@@ -29,7 +29,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast  # noqa: E402
 
 from rmoe.data.encode import byte_tokenizer  # noqa: E402
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize  # noqa: E402
-from rmoe.serving.limits import FIELDS, Limits, Refused, parse, tokens_asked  # noqa: E402
+from rmoe.serving.limits import KINDS, Limits, Refused, parse, tokens_asked  # noqa: E402
 from rmoe.serving.server import _Answer, _Streamer, build_app  # noqa: E402
 from rmoe.serving.text import TokenText  # noqa: E402
 
@@ -254,8 +254,8 @@ def test_a_closed_connection_frees_its_slot(port, stream):
         ({"prompt": "a", "n": 50}, "n must be an integer"),
         ({"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias must map"),
         ({"prompt": "a", "stop": [""]}, "stop must be"),
-        ({"prompt": "a", "suffix": "end"}, "suffix is "),
-        ({"prompt": "a", "suffix": "\ud800"}, "suffix is "),
+        ({"prompt": "a", "suffix": "end"}, "suffix must be "),
+        ({"prompt": "a", "suffix": "\ud800"}, "suffix must be "),
         ({"prompt": "\ud800"}, "prompt must be a text"),
         ({"prompt": "a", "stop": "\ud800"}, "stop must be"),
         ({"prompt": "a" * 5000}, "prompt of 5000 tokens"),
@@ -302,9 +302,9 @@ JSON = st.recursive(
 
 
 @hypothesis_settings(max_examples=200)
-@given(kind=st.sampled_from(sorted(FIELDS)), data=st.data())
+@given(kind=st.sampled_from(sorted(KINDS)), data=st.data())
 def test_any_values_are_read_or_refused(kind, data):
-    body = data.draw(st.dictionaries(st.sampled_from(sorted(FIELDS[kind])), JSON, max_size=5))
+    body = data.draw(st.dictionaries(st.sampled_from(sorted(KINDS[kind].model_fields)), JSON, max_size=5))
     if data.draw(st.booleans()):
         body |= {"prompt": "a"} if kind == "completion" else {"messages": [{"role": "user", "content": "a"}]}
     status, said = verdict(json.dumps(body).encode(), kind)
