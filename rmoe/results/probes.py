@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, append_lines, read_lines, read_record, version_of
+from rmoe.records import Record, append_lines, read_lines, version_of
 from rmoe.results.comparison import Interval, Verdict
 
 RESULTS_VERSION = 1
@@ -58,16 +58,16 @@ def knobs_with(changes: Mapping[str, object], base: Knobs | None = None) -> Knob
     Raises:
         RequestError: an unknown knob, or a value that is not allowed.
     """
-    data = msgspec.to_builtins(base or Knobs())
+    knobs = base or Knobs()
     for name, value in changes.items():
         if name not in KNOBS:
             raise RequestError("knob", name, ", ".join(KNOBS))
         try:
-            msgspec.convert({name: value}, Knobs, strict=False)
+            read = msgspec.convert({name: value}, Knobs, strict=False)
         except msgspec.ValidationError as error:
             raise RequestError(name, value, str(error).partition(" - at")[0]) from None
-        data[name] = value
-    return checked(msgspec.convert(data, Knobs, strict=False))
+        knobs = msgspec.structs.replace(knobs, **{name: getattr(read, name)})
+    return checked(knobs)
 
 
 def checked(knobs: Knobs) -> Knobs:
@@ -248,12 +248,3 @@ class Summary(Record, frozen=True, kw_only=True):
     points: list[Point]
     code: str
     torch: str
-
-
-def read_summary(path: Path) -> Summary:
-    """Read `summary.json`.
-
-    Raises:
-        RequestError: absent, of another version, or not a summary.
-    """
-    return read_record(path, Summary, SUMMARY_VERSION)
