@@ -122,7 +122,7 @@ def section(rows: Sequence[StudyRow], baseline: str, margin: float, branches: Pa
     if law is None:
         raise RequestError(branches.name, shown, "losses that fall with the steps, and by less and less")
     seconds = {name: timing.seconds_per_1k_steps for name, timing in timings.items()}
-    found = equal_time(bits, seconds, baseline, law, "test", margin)
+    found = equal_time(bits, seconds, baseline, law, "bits_per_byte", "test", margin)
     machine = timings[baseline].hardware
     lines = [
         f"**At equal time.** `{baseline}`'s test bits, {shown} steps ({len(whole)} seeds), follow a power law with "
