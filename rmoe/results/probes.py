@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, append_lines, read_lines, version_of
+from rmoe.records import Record, read_lines, version_of
 from rmoe.results.comparison import Interval, Verdict
 
 RESULTS_VERSION = 1
@@ -149,11 +149,6 @@ class ProbeRow(Record, frozen=True, kw_only=True):
     @property
     def key(self) -> tuple[str, str, int, Knobs]:
         return self.router, self.probe, self.seed, self.knobs
-
-
-def append_rows(path: Path, rows: Sequence[ProbeRow]) -> None:
-    """Append rows, by `append_lines`."""
-    append_lines(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 
 def read_rows(path: Path) -> tuple[list[ProbeRow], list[str]]:
