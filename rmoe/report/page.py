@@ -106,7 +106,7 @@ def laid_out(
         section: [c for c in charts if c.section == section] for section in (c.section for c in charts)
     }
     verdict = sections.pop(VERDICT, [])
-    drawn = {chart.id: _packed(chart.for_page(), ("data", "table", "choice")) for chart in charts}
+    drawn = {chart.id: _packed(chart.for_page(), ("data", "choice")) for chart in charts}
     return template(name).render(
         **parts,
         verdict_charts=_in_lines(verdict),
