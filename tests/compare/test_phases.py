@@ -11,7 +11,6 @@ import pytest
 from rmoe.compare.compare import _here, _near
 from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
 from rmoe.compare.engines.engine import Job
-from rmoe.compare.evaluate import _over_training
 from rmoe.compare.jobs import EvaluateTest
 from rmoe.compare.phases import (
     Options,
@@ -27,7 +26,8 @@ from rmoe.records import append_records
 from rmoe.results.analysis import Analysis, ModelAnalysis
 from rmoe.training.accounting import Window
 from rmoe.training.config import RunConfig
-from rmoe.training.metrics import MetricsLog
+from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.publish import layer_curves
 from tests.compare.engines.jobs import Environment
 from tests.compare.rows import row
 
@@ -151,7 +151,11 @@ def test_a_window_whose_only_batch_was_skipped_loses_no_measure(tmp_path):
     log.append({"kind": "train", "step": 1, "gate_entropy": [1.0], "load_imbalance": [1.0]})
     log.append({"kind": "train", "step": 2, **Window().row()})
     log.append({"kind": "train", "step": 3, "gate_entropy": [0.5], "load_imbalance": [2.0]})
-    assert [one.step for one in _over_training(tmp_path)] == [[1, 3], [1, 3]]
+    curves = layer_curves(read_metrics(log.path))
+    assert {name: curve.step for name, curve in curves.items()} == {
+        "gate_entropy": [1, 3],
+        "load_imbalance": [1, 3],
+    }
 
 
 @pytest.mark.parametrize(("here", "sees"), [("", ""), ("4,5", "4")])

@@ -155,16 +155,12 @@ def test_routing_lines_hold_the_analysis_numbers(page, analysis):
     similarity = by_name(drawn(page, "similarity"))
     norms, spreads = by_name(drawn(page, "router-norm")), by_name(drawn(page, "router-std"))
     stability = by_name(drawn(page, "saturation"))
-    phases = by_name(drawn(page, "over-training-gate-entropy"))
     for model in analysis.models:
         assert lines[model.name]["y"] == model.drop_ratio.overall
         assert similarity[model.name]["y"] == model.similarity.values
         assert norms[model.name]["y"] == model.router_weights.norm
         assert spreads[model.name]["y"] == model.router_weights.std
         assert stability[model.name]["y"] == pytest.approx([sum(r) / LAYERS for r in model.saturation.values])
-        recorded = model.over_training[0]
-        assert phases[model.name]["x"] == recorded.step
-        assert phases[model.name]["z"] == [list(layer) for layer in zip(*recorded.values, strict=True)]
     assert similarity["random initialisation"]["y"] == analysis.models[0].similarity.random_init
 
 

@@ -138,7 +138,7 @@ def _curve(summary: Summary, curve: str, looks: Looks) -> Chart:
 
 
 def _by_layer(summary: Summary) -> Iterator[Chart]:
-    """Gate entropy and scale of the logits by layer and step: heat maps of the baseline and the best routers."""
+    """What is logged by layer, over steps: heat maps of the baseline and the best routers."""
     best = [router.router for router in summary.routers[:BY_LAYER_AT_MOST]]
     for router in (r for r in summary.routers if r.router in {summary.baseline, *best}):
         for name, curve in router.layer_curves.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from rmoe.report.charts.chart import Chart, Style, axis, counted, layer_axis
-from rmoe.report.charts.shared import Having, Looks, heat_maps, line, token_count
-from rmoe.results.analysis import GradientSplit, Matrix, OverTraining, Saturation
+from rmoe.report.charts.chart import Chart, Style, axis, layer_axis
+from rmoe.report.charts.shared import Having, Looks, line, token_count
+from rmoe.results.analysis import GradientSplit, Matrix, Saturation
 
 SECTION = "Gradients and phases"
 
@@ -94,27 +94,3 @@ def saturation(having: Having[Saturation], looks: Looks) -> Iterator[Chart]:
             "yaxis": axis("share kept"),
         },
     )
-
-
-def over_training(having: Having[list[OverTraining]], looks: Looks) -> Iterator[Chart]:
-    """Measures that were recorded on a schedule: layers down, steps across, phase by phase."""
-    recorded = [(m.name, one) for m, found in having for one in found if one.step]
-    for name, measure in {one.name: one for _, one in recorded}.items():
-        drawn = [(model, one) for model, one in recorded if one.name == name]
-        panels = heat_maps(
-            [(model, [list(layer) for layer in zip(*o.values, strict=True)]) for model, o in drawn],
-            columns=3,
-            across=axis("optimizer step"),
-            colour={"colorbar": {"title": {"text": measure.unit}}},
-            hover="step %{x}, layer %{y}: %{z:.4f}",
-            places_across=[o.step for _, o in drawn],
-        )
-        yield Chart(
-            id=f"over-training-{name.replace('_', '-')}",
-            section=SECTION,
-            title=f"{name.replace('_', ' ').capitalize()}, layer by layer over training",
-            definition=measure.definition,
-            unit=measure.unit,
-            sample=counted([len(o.step) for _, o in drawn], "measurement"),
-            **panels.figure(),
-        )
