@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -31,7 +30,7 @@ from rmoe.errors import RequestError
 from rmoe.finetune.classification import scores
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import finetune
-from rmoe.records import Record, append_lines
+from rmoe.records import Record, append_records
 from rmoe.results.run import Hardware, Versions
 from rmoe.training.environment import hardware, versions
 from rmoe.training.run_folder import read_result
@@ -111,7 +110,7 @@ def run(
                 if (task, router, seed) in done:
                     continue
                 row = tuned(task, router, seed, data_dir, models, out, config, here)
-                append_lines(results, msgspec.json.encode(row) + b"\n")
+                append_records(results, row)
                 print(f"{task}, {router}, seed {seed}: accuracy {row.accuracy:.4f}", flush=True)
 
 

@@ -30,7 +30,7 @@ from rmoe.data.order import block_number
 from rmoe.errors import RequestError, RunError
 from rmoe.graft.attach import attach
 from rmoe.graft.spec import GraftSpec
-from rmoe.records import Record, append_lines, durable_rename
+from rmoe.records import Record, append_records, durable_rename
 from rmoe.results.comparison import Difference
 from rmoe.results.run import Hardware, Versions
 from rmoe.training.environment import hardware, versions
@@ -194,7 +194,7 @@ def run(
         before = bits(base, first, size), bits(base, second, size)
         for way in missing:
             row = continued(folder, way, seed, first, second, size, before, here)
-            append_lines(results, msgspec.json.encode(row) + b"\n")
+            append_records(results, row)
             print(f"{way}, seed {seed}: {row.first:.4f} and {row.second:.4f} bits", flush=True)
 
 

@@ -12,14 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from experiments.figures import Figures, Finished, figures_of
 from experiments.lines import read_rows
 from experiments.study_rows import StudyRow
 from rmoe.compare.statistics import t_interval
-from rmoe.records import Record, append_lines
+from rmoe.records import Record, append_records
 from rmoe.results.run import Versions
 from rmoe.training.config import RunConfig
 from rmoe.training.environment import versions
@@ -65,7 +64,7 @@ def measure_runs(rows: Sequence[StudyRow], data_dir: Path, text: str, out: Path,
             figures=figures_of(run, ["routing"]),
             versions=versions(),
         )
-        append_lines(results, msgspec.json.encode(measured) + b"\n")
+        append_records(results, measured)
         print(f"{row.grid} {row.name}", flush=True)
         added += 1
     return added

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from experiments.lines import read_rows
@@ -22,7 +21,7 @@ from experiments.study_rows import StudyRow
 from rmoe.compare.equal_time import equal_time, fit_law
 from rmoe.compare.timing import TimeAlone
 from rmoe.errors import RequestError
-from rmoe.records import Record, append_lines, read_record, write_record
+from rmoe.records import Record, append_records, read_record, write_record
 from rmoe.results.comparison import Interval
 from rmoe.results.rows import Timing
 from rmoe.results.run import Hardware, Versions
@@ -79,7 +78,7 @@ def train_branches(config: RunConfig, folder: Path, results: Path) -> int:
             row = BranchRow(
                 seed=seed, steps=steps, test=found.test, versions=found.versions, hardware=found.hardware
             )
-            append_lines(results, msgspec.json.encode(row) + b"\n")
+            append_records(results, row)
             print(f"seed {seed}, {steps} steps: {found.test:.4f} bits", flush=True)
             added += 1
     return added
@@ -122,7 +121,7 @@ def section(rows: Sequence[StudyRow], baseline: str, margin: float, branches: Pa
     if law is None:
         raise RequestError(branches.name, shown, "losses that fall with the steps, and by less and less")
     seconds = {name: timing.seconds_per_1k_steps for name, timing in timings.items()}
-    found = equal_time(bits, seconds, baseline, law, "test", margin)
+    found = equal_time(bits, seconds, baseline, law, "bits_per_byte", "test", margin)
     machine = timings[baseline].hardware
     lines = [
         f"**At equal time.** `{baseline}`'s test bits, {shown} steps ({len(whole)} seeds), follow a power law with "

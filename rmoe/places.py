@@ -16,6 +16,7 @@ import difflib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from rmoe.errors import RequestError, one_line
 
@@ -129,34 +130,27 @@ def _near(path: Path) -> str:
 
 def cached_folder(repository: str, revision: str | None = None) -> Path | None:
     """The folder of a repository in the Hub cache; None where it is not there. No network is asked."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_FILES, local_files_only=True)
-        )
+        return _snapshot(repository, revision=revision, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         return None
 
 
-def _downloaded(repository: str, field: str, revision: str | None = None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
+def _downloaded(repository: str, field: str) -> Path:
     if not _HUB_NAME.fullmatch(repository):
         raise RequestError(field, f"{PREFIX}{repository}", f"{PREFIX}NAME or {PREFIX}ORG/NAME")
-    if HF_HUB_OFFLINE:
-        if (cached := cached_folder(repository, revision)) is not None:
-            return cached
-        allowed = "a repository in the local Hub cache while HF_HUB_OFFLINE is set"
-        raise RequestError(field, f"{PREFIX}{repository}", allowed)
     try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=_FILES, ignore_patterns=_OTHER_COPIES
-            )
-        )
+        return _snapshot(repository)
     except Exception as error:  # the network, the Hub, the cache's folder: each has its own family of errors
         allowed = f"a repository of the Hugging Face Hub that can be read ({one_line(str(error))[:200]})"
         raise RequestError(field, f"{PREFIX}{repository}", allowed) from None
+
+
+def _snapshot(repository: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(repository, allow_patterns=_FILES, ignore_patterns=_OTHER_COPIES, **options)
+    )

@@ -90,6 +90,11 @@ def append_lines(path: Path, lines: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def append_records(path: Path, *records: Record) -> None:
+    """Append one line of JSON each, by `append_lines`."""
+    append_lines(path, b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+
+
 def write_whole(file: FileIO, data: bytes) -> None:
     """Write at the end of an unbuffered file until all is there; a disk that fills up raises, and keeps none of it."""
     end, left = file.seek(0, os.SEEK_END), memoryview(data)

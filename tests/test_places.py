@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_the_hub_is_asked_only_by_prefix_or_what_is_cached(
     assert display_name(model_place("org/tiny")) == "org/tiny"
     assert display_name(Path("runs/a/model")) == "a"
     assert display_name(Path("runs/a")) == "a"
-    with pytest.raises(RequestError, match="in the local Hub cache while HF_HUB_OFFLINE is set"):
+    with pytest.raises(RequestError, match=r"outgoing traffic has been disabled.*HF_HUB_OFFLINE"):
         model_place("hf:org/other")
     for wrong in ("hf:", "hf:/a", "hf:a/b/c", "hf:../a"):
         with pytest.raises(RequestError, match="hf:NAME or hf:ORG/NAME"):
@@ -73,6 +74,15 @@ def test_the_hub_is_asked_only_by_prefix_or_what_is_cached(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     assert model_place("org/tiny") == Path("org/tiny")  # a folder comes first
+
+
+def test_a_repository_is_cached_without_the_second_copies_that_are_never_downloaded(cached: Path) -> None:
+    entry = {"size": 2, "blob_id": "b"}
+    listed = {"config.json": entry, "original/consolidated.safetensors": entry}
+    listing = cached.parents[1] / "trees" / f"{cached.name}.json"
+    listing.parent.mkdir()
+    listing.write_text(json.dumps({"format_version": 1, "files": listed}))
+    assert model_place("org/tiny") == cached
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,8 @@ def _below(root: Path, run: RunStatus) -> RunStatus:
 
 
 def _table(runs: list[RunStatus]) -> str:
+    from rmoe.report.table import aligned
+
     def line(item: RunStatus) -> list[str]:
         return [
             one_line(item.folder),
@@ -93,11 +95,7 @@ def _table(runs: list[RunStatus]) -> str:
 
     heads = ["run", "router", "seed", "state", "step", "loss", "valid", "tokens/s"]
     heads += ["left", "quiet", "checkpoint"]
-    rows = [heads, *map(line, runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned([heads, *map(line, runs)])
 
 
 def _number(value: float | None, form: str) -> str:

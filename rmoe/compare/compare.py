@@ -304,7 +304,7 @@ def _require_free(router: str, point: Mapping[str, SweepValue]) -> None:
 
 def _matched(plan: ComparisonPlan, vocab_size: int) -> tuple[ComparisonPlan, list[str]]:
     """The plan with expert widths that give every router the baseline's parameters, and that said."""
-    from rmoe.compare.match import ALIGNED, KNOB, TOLERANCE, matched_widths
+    from rmoe.compare.match import ALIGNED, KNOB, TOLERANCE, matched_width
 
     width = plan.config.model.moe_intermediate_size
     counts = {
@@ -314,24 +314,24 @@ def _matched(plan: ComparisonPlan, vocab_size: int) -> tuple[ComparisonPlan, lis
         }
         for router in plan.routers
     }
-    found = matched_widths(counts, plan.baseline, width)
-    changes = {
-        name: plan.changes.get(name, {}) | ({KNOB: m.value} if name in found and (m := found[name]) else {})
-        for name in plan.routers
+    target = counts[plan.baseline][width]
+    found = {name: matched_width(width, own, target) for name, own in counts.items() if name != plan.baseline}
+    changes = plan.changes | {
+        name: plan.changes.get(name, {}) | {KNOB: value} for name, (value, _) in found.items()
     }
-    widths = ", ".join(f"{name} {m.value} ({m.error:+.2%})" for name, m in found.items())
+    widths = ", ".join(f"{name} {value} ({error:+.2%})" for name, (value, error) in found.items())
     note = (
         f"Parameters are matched to {plan.baseline}'s within {TOLERANCE:.1%} by the experts' width "
         f"({plan.baseline} {width}): {widths}. Expert weights then start from other values; all else starts equal."
     )
     notes = [note]
-    slow = [name for name, m in found.items() if not m.is_aligned]
+    slow = [name for name, (value, _) in found.items() if value % ALIGNED]
     if slow:
         notes.append(
             f"{', '.join(slow)}: no multiple of {ALIGNED} columns matches, so the experts run in a plain loop; the "
             "time column is not comparable."
         )
-    plan = replace(plan, changes={name: change for name, change in changes.items() if change})
+    plan = replace(plan, changes=changes)
     _require_matched(plan, vocab_size)
     return plan, notes
 

@@ -16,13 +16,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import msgspec
 from scipy import optimize
 
 from rmoe.compare.sequential import Looks
-from rmoe.compare.statistics import CONFIDENCE, compare_to_baseline, t_test
+from rmoe.compare.statistics import compare_to_baseline, t_test
 from rmoe.errors import RequestError
-from rmoe.results.comparison import Difference, EqualTime, Interval, LossLaw, Split
+from rmoe.results.comparison import BitsUnit, Difference, EqualTime, Interval, LossLaw, Split
 from rmoe.training.config import RunConfig
 
 SMALLEST, LARGEST = 1e-3, 20.0  # exponents that are looked for
@@ -65,6 +64,7 @@ def equal_time(
     seconds: Mapping[str, float],
     baseline: str,
     law: LossLaw,
+    unit: BitsUnit,
     split: Split,
     margin: float,
     looks: Looks | None = None,
@@ -75,7 +75,7 @@ def equal_time(
     Args:
         bits: router -> seed -> loss after equal steps.
         seconds: router -> seconds of a step (of any number of steps), timed alone.
-        planned: see `compare_to_baseline`.
+        unit, planned: see `compare_to_baseline`.
 
     Returns:
         Router -> comparison, without those that are `below_floor`.
@@ -88,8 +88,7 @@ def equal_time(
         name: {seed: at_baseline_seconds(loss, law, ratio) for seed, loss in bits[name].items()}
         for name, ratio in ratios.items()
     }
-    # Already in bits, whatever the corpus's unit.
-    found = compare_to_baseline(moved, baseline, "bits_per_byte", split, margin, looks=looks, planned=planned)
+    found = compare_to_baseline(moved, baseline, unit, split, margin, looks, planned)
     return {
         name: _equal_time(difference, bits[name], bits[baseline], law, ratios[name], looks)
         for name, difference in found.items()
@@ -110,19 +109,13 @@ def _equal_time(
     looks: Looks | None,
 ) -> EqualTime:
     logs = [math.log(speedup(theirs[seed], mine[seed], law, ratio)) for seed in difference.seeds]
-    interval = t_test(logs, CONFIDENCE, looks)[0] if len(logs) > 1 else None
+    interval = t_test(logs, looks)[0] if len(logs) > 1 else None
     return EqualTime(
         seconds_ratio=ratio,
         difference=difference,
         speedup=math.exp(sum(logs) / len(logs)),
         speedup_interval=interval and Interval(low=math.exp(interval.low), high=math.exp(interval.high)),
     )
-
-
-def in_unit(found: EqualTime, unit: str) -> EqualTime:
-    """With the name of the unit that differences of this corpus have."""
-    named = msgspec.structs.replace(found.difference, unit=unit)
-    return msgspec.structs.replace(found, difference=named)
 
 
 def with_branch_points(config: RunConfig, lengths: Sequence[int]) -> RunConfig:

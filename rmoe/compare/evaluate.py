@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.options import AnalysisOptions
-from rmoe.analysis.snapshot import over_training
 from rmoe.analysis.token_text import TokenText
 from rmoe.data import prepare
-from rmoe.results.analysis import ModelAnalysis, OverTraining
+from rmoe.results.analysis import ModelAnalysis
 from rmoe.training.build import load_plugins
 from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import evaluate
-from rmoe.training.metrics import read_metrics
 from rmoe.training.place import Place, place_of, torch_settings
-from rmoe.training.run_folder import METRICS, MODEL, checkpoints_of
+from rmoe.training.run_folder import MODEL, checkpoints_of
 
 
 def _load(folder: Path, place: Place) -> PreTrainedModel:
@@ -42,7 +39,7 @@ def evaluate_test(config: RunConfig, folder: Path) -> float:
 def measure_routing(config: RunConfig, folder: Path, name: str, tokens: int) -> ModelAnalysis:
     """How a finished run's model routes the first `tokens` tokens of the validation split.
 
-    Also how stable that is against the checkpoint before the last, and what was recorded while it trained.
+    Also how stable that is against the checkpoint before the last.
     """
     load_plugins(config.plugin)
     corpus = prepare(config.data, config.training.sequence_length)
@@ -52,29 +49,12 @@ def measure_routing(config: RunConfig, folder: Path, name: str, tokens: int) -> 
     final = Subject(name, _load(folder / MODEL, place), config.training.max_steps)
     before = [(step, path) for step, path in checkpoints_of(folder) if step < config.training.max_steps]
     earlier = [Subject(f"{name} earlier", _load(path, place), step) for step, path in before[-1:]]
-    analysis = analyze_models(
+    return analyze_models(
         [final, *earlier], ids, TokenText(corpus.tokenizer), AnalysisOptions(), stability=bool(earlier)
     )[0]
-    return msgspec.structs.replace(analysis, over_training=_over_training(folder))
 
 
 def _blocks(text: np.ndarray, tokens: int, length: int) -> np.ndarray:
     """The first tokens as whole blocks [N, S] that share none, at least one."""
     count = max(1, min(len(text), tokens) // length)
     return np.asarray(text[: count * length]).reshape(count, length)
-
-
-def _over_training(folder: Path) -> list[OverTraining]:
-    """The per-layer metrics of `metrics.jsonl`."""
-    recorded = ("gate_entropy", "load_imbalance")
-    rows = [row for row in read_metrics(folder / METRICS) if row["kind"] == "train"]
-    rows = [
-        row
-        for row in rows
-        if all(isinstance(row.get(name), list) and None not in row[name] for name in recorded)
-    ]
-    measures = over_training([row["step"] for row in rows], rows)
-    return [
-        msgspec.structs.replace(one, definition=one.definition.replace("held-out", "training"))
-        for one in measures
-    ]

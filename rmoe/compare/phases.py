@@ -22,9 +22,10 @@ from rmoe.compare.statistics import MARGIN_BITS
 from rmoe.compare.summary import chosen_sweep, summarise, sweep_points
 from rmoe.compare.timing import TimeAlone
 from rmoe.errors import RunError
+from rmoe.records import append_records
 from rmoe.report.charts.chart import counted
 from rmoe.results.analysis import Analysis, ModelAnalysis, TextInfo, read_analysis, write_analysis
-from rmoe.results.rows import Failure, ResultRow, append_row, finished, read_rows
+from rmoe.results.rows import Failure, ResultRow, finished, read_rows
 from rmoe.results.run import CorpusInfo, Hardware, Versions
 from rmoe.routing.zoo import ZOO
 from rmoe.training.run_folder import MODEL
@@ -212,7 +213,7 @@ def _train(
         for key, answer in _trained(setting, engine, jobs):
             if answer.stopped:
                 raise RunError(f"{key}: {answer.error}", "every finished run", "run the same command again")
-            append_row(path, _row(setting, runs[key], answer))
+            append_records(path, _row(setting, runs[key], answer))
             progress.finished(key, answer.error)
 
 
@@ -269,7 +270,7 @@ def evaluate_chosen(setting: Setting, engine: Engine) -> None:
                 "run the same command again",
             )
         result = msgspec.structs.replace(results[key], test=answer.value)
-        append_row(setting.results, msgspec.structs.replace(rows[key], result=result))
+        append_records(setting.results, msgspec.structs.replace(rows[key], result=result))
 
 
 def _first_runs(plan: ComparisonPlan, rows: Mapping[str, ResultRow]) -> dict[str, Run]:
@@ -307,7 +308,7 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
         if answer.error is not None:
             raise RunError(answer.error, "every run", "run the same command again, or with --timing-rounds 0")
         for router, timing in answer.value.items():
-            append_row(setting.results, msgspec.structs.replace(rows[runs[router].key], timing=timing))
+            append_records(setting.results, msgspec.structs.replace(rows[runs[router].key], timing=timing))
 
 
 def analyse(setting: Setting, engine: Engine) -> Analysis | None:

@@ -11,6 +11,7 @@ the bootstrap appears only from ten seeds, beside the t interval, with its own s
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from scipy import stats
 
 from rmoe.compare.sequential import Looks, nominal_levels, sequential_p
 from rmoe.results.comparison import (
+    BitsUnit,
     Bootstrap,
     Difference,
     Equivalence,
@@ -29,7 +31,6 @@ from rmoe.results.comparison import (
     Split,
     Spread,
     Verdict,
-    unit_of_differences,
 )
 from rmoe.results.run import TextLosses, Unit
 
@@ -39,7 +40,7 @@ REFERENCE_BITS = 0.01  # the difference whose price in seeds is reported
 POWER = 0.8
 BOOTSTRAP_FROM = 10  # seeds
 MOST_SEEDS = 10_000
-_RESAMPLES = 999
+_RESAMPLES, _SIMULATIONS = 999, 400
 
 
 def bits(value: float, unit: Unit) -> float:
@@ -128,17 +129,17 @@ def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:
     return adjusted
 
 
-def power_of(seeds: int, difference: float, sd: float, confidence: float = CONFIDENCE) -> float:
+def power_of(seeds: int, difference: float, sd: float) -> float:
     """Power of the two-sided paired t test: t^2 is noncentral F(1, n - 1), shift n (difference / sd)^2.
 
     By F rather than the noncentral t, whose far tail is NaN in scipy for large effects.
     """
-    critical = stats.f.isf(1 - confidence, 1, seeds - 1)
+    critical = stats.f.isf(1 - CONFIDENCE, 1, seeds - 1)
     return float(stats.ncf.sf(critical, 1, seeds - 1, seeds * (difference / sd) ** 2))
 
 
-def seeds_needed(sd: float, difference: float = REFERENCE_BITS, power: float = POWER) -> int | None:
-    """Smallest number of paired seeds that sees `difference` with `power`; None beyond `MOST_SEEDS`.
+def seeds_needed(sd: float, difference: float = REFERENCE_BITS) -> int | None:
+    """Smallest number of paired seeds that sees `difference` with `POWER`; None beyond `MOST_SEEDS`.
 
     Args:
         sd: standard deviation of the paired differences.
@@ -148,45 +149,40 @@ def seeds_needed(sd: float, difference: float = REFERENCE_BITS, power: float = P
     """
     if sd == 0:
         return 2
-    low, high = 1, MOST_SEEDS
-    if power_of(high, difference, sd) < power:
-        return None
-    while high - low > 1:  # power rises with seeds: bisection
-        middle = (low + high) // 2
-        low, high = (low, middle) if power_of(middle, difference, sd) >= power else (middle, high)
-    return high
+    numbers = range(2, MOST_SEEDS + 1)
+    # Power rises with seeds; scipy's NaN, far beyond any doubt, counts as enough.
+    first = bisect_left(numbers, POWER, key=lambda seeds: power_of(seeds, difference, sd))
+    return numbers[first] if first < len(numbers) else None
 
 
-def bootstrap_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> Bootstrap:
+def bootstrap_interval(differences: Sequence[float]) -> Bootstrap:
     """BCa bootstrap interval of the mean difference, with the coverage such intervals reach at this n."""
-    result = stats.bootstrap(
-        (np.asarray(differences),),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        confidence_level=confidence,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    interval = Interval(low=float(result.low), high=float(result.high))
-    return Bootstrap(interval=interval, simulated_coverage=bootstrap_coverage(len(differences), confidence))
+    low, high = _bca(np.asarray(differences), np.random.default_rng(0))
+    interval = Interval(low=float(low), high=float(high))
+    return Bootstrap(interval=interval, simulated_coverage=bootstrap_coverage(len(differences)))
 
 
 @lru_cache
-def bootstrap_coverage(n: int, confidence: float, simulations: int = 400) -> float:
+def bootstrap_coverage(n: int) -> float:
     """How often the BCa interval of n normal draws holds their true mean (standard error about 0.01)."""
     rng = np.random.default_rng(0)
-    samples = rng.standard_normal((simulations, n))
+    low, high = _bca(rng.standard_normal((_SIMULATIONS, n)), rng)
+    return float(np.mean((low <= 0) & (high >= 0)))
+
+
+def _bca(samples: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the intervals of the means of `[..., n]` samples."""
     interval = stats.bootstrap(
         (samples,),
         np.mean,
         axis=-1,
         n_resamples=_RESAMPLES,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="BCa",
         batch=100,
         rng=rng,
     ).confidence_interval
-    return float(np.mean((interval.low <= 0) & (interval.high >= 0)))
+    return interval.low, interval.high
 
 
 class Decision(NamedTuple):
@@ -217,13 +213,12 @@ def paired(routers: Mapping[str, Mapping[int, float]], baseline: str) -> dict[st
 def decide(
     differences: Mapping[str, Mapping[int, float]],
     margin: float,
-    confidence: float = CONFIDENCE,
     looks: Looks | None = None,
     planned: int = 0,
 ) -> dict[str, Decision]:
     """Test every router's differences, of which there are two or more; the others are skipped."""
     values = {name: list(by_seed.values()) for name, by_seed in differences.items() if len(by_seed) > 1}
-    tests = {name: t_test(found, confidence, looks) for name, found in values.items()}
+    tests = {name: t_test(found, looks) for name, found in values.items()}
     p_equal = {name: equivalence_p(found, margin) for name, found in values.items()}
     p_differs, p_same = {name: p for name, (_, p) in tests.items()}, p_equal
     if looks is not None:
@@ -247,26 +242,26 @@ def decide(
             p_holm[name],
             p_equal[name],
             p_equal_holm[name],
-            verdict_of(float(np.mean(found)), p_holm[name], p_equal_holm[name], 1 - confidence),
+            verdict_of(float(np.mean(found)), p_holm[name], p_equal_holm[name]),
         )
         for name, found in values.items()
     }
 
 
 def compare_to_baseline(
-    routers: dict[str, dict[int, float]],
+    bits: Mapping[str, Mapping[int, float]],
     baseline: str,
-    unit: Unit,
+    unit: BitsUnit,
     split: Split,
     margin: float = MARGIN_BITS,
-    confidence: float = CONFIDENCE,
     looks: Looks | None = None,
     planned: int = 0,
 ) -> dict[str, Difference]:
     """Compare every router with the baseline, over the seeds both finished.
 
     Args:
-        routers: router -> seed -> value, in the corpus's unit.
+        bits: router -> seed -> value, see `bits`.
+        unit: what to call them.
         margin: half-width of "equivalent", in bits.
         looks: pairs at which the verdicts were or will be looked at, see `rmoe.compare.sequential`; None is one look,
             at all there are.
@@ -276,19 +271,15 @@ def compare_to_baseline(
         router -> difference, without the baseline and without routers that share no seed with it. The p
         values are corrected over all routers returned or planned (Holm); intervals are not.
     """
-    in_bits = {
-        name: {seed: bits(value, unit) for seed, value in by_seed.items()}
-        for name, by_seed in routers.items()
-    }
-    differences = paired(in_bits, baseline)
-    tests = decide(differences, margin, confidence, looks, planned)
+    differences = paired(bits, baseline)
+    tests = decide(differences, margin, looks, planned)
 
     def difference(name: str) -> Difference:
         by_seed = differences[name]
         values = list(by_seed.values())
         found = Difference(
             split=split,
-            unit=unit_of_differences(unit),
+            unit=unit,
             seeds=list(by_seed),
             values=values,
             mean=float(np.mean(values)),
@@ -302,7 +293,7 @@ def compare_to_baseline(
             found,
             sd=sd,
             interval=test.interval,
-            bootstrap=bootstrap_interval(values, confidence) if boot else None,
+            bootstrap=bootstrap_interval(values) if boot else None,
             p=test.p_differs,
             p_holm=test.p_holm,
             p_sequential=None if looks is None else test.p_all_looks,
@@ -314,8 +305,9 @@ def compare_to_baseline(
     return {name: difference(name) for name in differences}
 
 
-def t_test(differences: Sequence[float], confidence: float, looks: Looks | None) -> tuple[Interval, float]:
-    """`t_interval`; with looks, one that holds the mean at every look so far with this confidence."""
+def t_test(differences: Sequence[float], looks: Looks | None) -> tuple[Interval, float]:
+    """`t_interval`; with looks, one that holds the mean at every look so far with `CONFIDENCE`."""
+    confidence = CONFIDENCE
     if looks is not None:
         # Between two looks, and before the first (a run has failed), the next one's level holds.
         look = next((i for i, pairs in enumerate(looks) if pairs >= len(differences)), len(looks) - 1)
@@ -323,9 +315,9 @@ def t_test(differences: Sequence[float], confidence: float, looks: Looks | None)
     return t_interval(differences, confidence)
 
 
-def verdict_of(mean: float, p_differs: float, p_equal: float, level: float) -> Verdict:
-    """What two p values decide at a level; lower is better."""
-    differs, equal = p_differs < level, p_equal < level
+def verdict_of(mean: float, p_differs: float, p_equal: float) -> Verdict:
+    """What two p values decide at `CONFIDENCE`; lower is better."""
+    differs, equal = p_differs < 1 - CONFIDENCE, p_equal < 1 - CONFIDENCE
     if differs and equal:
         return "better by less than the margin" if mean < 0 else "worse by less than the margin"
     if differs:

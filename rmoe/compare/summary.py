@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from rmoe.compare import statistics
-from rmoe.compare.equal_time import below_floor, equal_time, fit_law, in_unit
+from rmoe.compare.equal_time import below_floor, equal_time, fit_law
 from rmoe.compare.sequential import Looks
 from rmoe.errors import RequestError
 from rmoe.report.charts.chart import counted
@@ -126,7 +126,7 @@ def summarise(
     runs = [row.result for row in rows if row.result is not None and row.sweep == chosen.get(row.router)]
     split, said = _split(runs, baseline)
     values = _values(runs, split)
-    unit = rows[0].run.corpus.unit
+    unit = unit_of_differences(rows[0].run.corpus.unit)
     compared = partial(
         statistics.compare_to_baseline,
         baseline=baseline,
@@ -153,23 +153,17 @@ def summarise(
     shorter = [row.result for row in branches if row.result is not None]
     law, of_law = _law(shorter, runs, baseline, split)
     if law is not None:
-        in_bits = {
-            r: {s: statistics.bits(v, unit) for s, v in by_seed.items()} for r, by_seed in values.items()
-        }
         seconds = {r.router: r.timing.seconds_per_1k_steps for r in routers if r.timing is not None}
         if baseline not in seconds:
             of_law = ["No comparison at equal time: the routers were not timed alone (--timing-rounds)."]
-        at_equal = equal_time(in_bits, seconds, baseline, law, split, margin, looks, planned)
-        if low := [name for name in below_floor(in_bits, law) if name in seconds]:
+        at_equal = equal_time(values, seconds, baseline, law, unit, split, margin, looks, planned)
+        if low := [name for name in below_floor(values, law) if name in seconds]:
             one = "it" if low != [baseline] else "any router"
             of_law.append(
                 f"{', '.join(low)}: a loss is not above the law's floor, so {one} is not compared at equal time."
             )
         routers = [
-            msgspec.structs.replace(r, equal_time=in_unit(at_equal[r.router], unit_of_differences(unit)))
-            if r.router in at_equal
-            else r
-            for r in routers
+            msgspec.structs.replace(router, equal_time=at_equal.get(router.router)) for router in routers
         ]
     return Summary(
         preset=preset,
@@ -294,12 +288,12 @@ def _text_interval(mine: Sequence[RunResult], against: Mapping[int, RunResult]) 
 
 
 def _values(runs: Sequence[RunResult], split: Split, averaged: bool = False) -> dict[str, dict[int, float]]:
-    """Router -> seed -> value; with `averaged` that of the averaged weights, where there are any."""
+    """Router -> seed -> value in bits; with `averaged` that of the averaged weights, where there are any."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for run in runs:
         value = getattr(run.averaged if averaged else run, split, None)
         if value is not None:
-            found[run.router][run.seed] = value
+            found[run.router][run.seed] = statistics.bits(value, run.corpus.unit)
     return found
 
 

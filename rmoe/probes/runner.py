@@ -19,8 +19,8 @@ from rmoe.probes.stack import Ensemble, RouterStack, fitted
 from rmoe.probes.suite import named_probes
 from rmoe.probes.train import Curve, regret, regret_by_layer, train
 from rmoe.probes.world import World, world
-from rmoe.records import Record
-from rmoe.results.probes import Knobs, ProbeRow, append_rows, checked, read_rows
+from rmoe.records import Record, append_records
+from rmoe.results.probes import Knobs, ProbeRow, checked, read_rows
 from rmoe.routing.spec import RouterSpec
 from rmoe.routing.zoo import OWN, ZooRow, find, select
 
@@ -121,7 +121,7 @@ def run(
         Path(out).mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(carried_out(units), start=1):
         if out is not None:
-            append_rows(Path(out) / RESULTS, rows)
+            append_records(Path(out) / RESULTS, *rows)
         done.update({row.key: row for row in rows})
         names = ", ".join(dict.fromkeys(row.router for row in rows))
         progress(

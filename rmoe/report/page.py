@@ -106,11 +106,11 @@ def laid_out(
         section: [c for c in charts if c.section == section] for section in (c.section for c in charts)
     }
     verdict = sections.pop(VERDICT, [])
-    drawn = {chart.id: _packed(chart.for_page(), ("data", "table", "choice")) for chart in charts}
+    drawn = {chart.id: _packed(chart.for_page(), ("data", "choice")) for chart in charts}
     return template(name).render(
         **parts,
-        verdict_charts=_in_lines(verdict),
-        sections=[(section, _in_lines(found)) for section, found in sections.items()],
+        verdict_charts=verdict,
+        sections=list(sections.items()),
         data=json_for_script({"charts": drawn, **_packed(data or {}, ("explorer",))}),
         plotly_file=PLOTLY,
         # Markup is for our own and our dependencies' files, never for input.
@@ -149,18 +149,6 @@ def all_charts(summary: Summary | None, analysis: Analysis | None) -> list[Chart
     looks = styles(dict.fromkeys([*names, *analysed]), summary.baseline if summary else None)
     charts = comparison_charts(summary, looks) if summary else []
     return charts + (routing_charts(analysis, looks) if analysis else [])
-
-
-def _in_lines(charts: Sequence[Chart]) -> list[tuple[Chart, bool]]:
-    """Each chart and whether it spans the page: wide ones, and a narrow one that would stand alone in its line."""
-    placed: list[tuple[Chart, bool]] = []
-    in_line = 0  # narrow charts since the last full line
-    for index, chart in enumerate(charts):
-        last = index + 1 == len(charts) or charts[index + 1].wide
-        wide = chart.wide or (last and in_line % 2 == 0)
-        in_line = 0 if wide else in_line + 1
-        placed.append((chart, wide))
-    return placed
 
 
 def json_for_script(data: object) -> Markup:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rmoe.errors import one_line
@@ -202,9 +202,12 @@ def terminal(summary: Summary) -> str:
     shown = (0, 1, 2, 3, 4, 5, 7, 8)
     heads = columns(summary)
     body = [[row[i].text for i in shown] for row in rows(summary)]
-    cells = [[heads[i].title for i in shown], [heads[i].unit for i in shown], *body]
-    widths = [max(len(row[j]) for row in cells) for j in range(len(shown))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+    return aligned([[heads[i].title for i in shown], [heads[i].unit for i in shown], *body])
+
+
+def aligned(rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> str:
+    """Cells in columns, two spaces apart; those from column `numbers_from` on stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    signs = ["<" if numbers_from is None or index < numbers_from else ">" for index in range(len(widths))]
+    form = "  ".join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
+    return "\n".join(form.format(*row).rstrip() for row in rows)

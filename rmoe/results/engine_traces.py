@@ -197,13 +197,7 @@ def _without_prompt(
 
 
 def _decode(part: Any, path: Path) -> np.ndarray:
-    try:
-        return _load_npy(base64.b64decode(part, validate=True), path)
-    except RequestError:
-        raise
-    except (TypeError, ValueError) as error:
-        allowed = f"routed_experts as base64 of a NumPy file ({error})"
-        raise RequestError("--trace", str(path), allowed) from error
+    return _load_npy(base64.b64decode(part, validate=True), path)
 
 
 def _load_npy(data: bytes, path: Path) -> np.ndarray:
@@ -246,13 +240,13 @@ def read_vllm(answers: Sequence[_Response], path: Path, given: Given) -> tuple[T
     return trace, notes
 
 
-def write_vllm(path: Path, trace: Trace, total_layers: int | None = None) -> None:
+def write_vllm(path: Path, trace: Trace) -> None:
     """Write a trace as JSON lines of vLLM's completion responses, one per sequence, all of it as the prompt's.
 
     Args:
         path: where to.
-        trace: its layers must be called `...layers.<index>...` or be numbered from 0.
-        total_layers: layers of the model with its dense ones, which are filled with zeros as vLLM does.
+        trace: its layers must be called `...layers.<index>...` or be numbered from 0. Dense ones between them are
+            filled with zeros, as vLLM does.
 
     Raises:
         RequestError: slots without an expert, for which vLLM has no sign.
@@ -261,9 +255,13 @@ def write_vllm(path: Path, trace: Trace, total_layers: int | None = None) -> Non
     asked = "a trace in which every slot has an expert: vLLM's form has no empty slot"
     require(full, "--out", str(path), asked)
     indices = [_index(name, position) for position, name in enumerate(trace.meta.layer_names)]
-    total = total_layers or max(indices) + 1
-    one_each = len(set(indices)) == len(indices) and max(indices) < total
-    require(one_each, "--out", str(path), f"one routed layer for each of {total} layers, not {indices}")
+    total = max(indices) + 1
+    require(
+        len(set(indices)) == len(indices),
+        "--out",
+        str(path),
+        f"one routed layer for each of {total} layers, not {indices}",
+    )
     whole = np.zeros((len(trace.experts), total, trace.experts.shape[2]), np.int32)
     whole[:, indices] = trace.experts
     ends = np.cumsum(trace.sequences)

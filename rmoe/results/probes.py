@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, append_lines, read_lines, read_record, version_of
+from rmoe.records import Record, read_lines, version_of
 from rmoe.results.comparison import Interval, Verdict
 
 RESULTS_VERSION = 1
@@ -58,16 +58,16 @@ def knobs_with(changes: Mapping[str, object], base: Knobs | None = None) -> Knob
     Raises:
         RequestError: an unknown knob, or a value that is not allowed.
     """
-    data = msgspec.to_builtins(base or Knobs())
+    knobs = base or Knobs()
     for name, value in changes.items():
         if name not in KNOBS:
             raise RequestError("knob", name, ", ".join(KNOBS))
         try:
-            msgspec.convert({name: value}, Knobs, strict=False)
+            read = msgspec.convert({name: value}, Knobs, strict=False)
         except msgspec.ValidationError as error:
             raise RequestError(name, value, str(error).partition(" - at")[0]) from None
-        data[name] = value
-    return checked(msgspec.convert(data, Knobs, strict=False))
+        knobs = msgspec.structs.replace(knobs, **{name: getattr(read, name)})
+    return checked(knobs)
 
 
 def checked(knobs: Knobs) -> Knobs:
@@ -149,11 +149,6 @@ class ProbeRow(Record, frozen=True, kw_only=True):
     @property
     def key(self) -> tuple[str, str, int, Knobs]:
         return self.router, self.probe, self.seed, self.knobs
-
-
-def append_rows(path: Path, rows: Sequence[ProbeRow]) -> None:
-    """Append rows, by `append_lines`."""
-    append_lines(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 
 def read_rows(path: Path) -> tuple[list[ProbeRow], list[str]]:
@@ -248,12 +243,3 @@ class Summary(Record, frozen=True, kw_only=True):
     points: list[Point]
     code: str
     torch: str
-
-
-def read_summary(path: Path) -> Summary:
-    """Read `summary.json`.
-
-    Raises:
-        RequestError: absent, of another version, or not a summary.
-    """
-    return read_record(path, Summary, SUMMARY_VERSION)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from rmoe.errors import RequestError
-from rmoe.records import Record, append_lines, read_lines, version_of
+from rmoe.records import Record, read_lines, version_of
 from rmoe.results.run import (
     CorpusInfo,
     Hardware,
@@ -97,11 +97,6 @@ def run_key(router: str, seed: int, sweep: dict[str, SweepValue]) -> str:
 def finished(rows: Iterable[ResultRow]) -> dict[str, RunResult]:
     """Key -> result, of the runs that finished."""
     return {row.key: row.result for row in rows if row.result is not None}
-
-
-def append_row(path: Path, row: ResultRow) -> None:
-    """Append one row, by `append_lines`."""
-    append_lines(path, msgspec.json.encode(row) + b"\n")
 
 
 def read_rows(path: Path) -> tuple[list[ResultRow], list[str]]:

@@ -128,7 +128,7 @@ class RunResult(Record, frozen=True, kw_only=True):
         peak_mib: the process's peak memory: the allocator's on a GPU, resident size on a CPU.
         routing: how the finished model routes the validation text.
         initial_logits: the scale of the scores at the start; None for a router without a scorer.
-        layer_curves: `gate_entropy` and `logit_std` by layer.
+        layer_curves: `gate_entropy`, `logit_std` and `load_imbalance` by layer.
         test_losses: of `test`, by stretch of text, so that a difference has an interval over text too.
         averaged: what the averaged weights reach; None without `training.average`.
         folder, model: where the run and its final model are.

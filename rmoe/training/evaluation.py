@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rmoe.analysis.histogram import StreamingHistogram
-from rmoe.analysis.snapshot import RoutingSnapshot
+from rmoe.analysis.measures import RoutingMeasures, Sizes
 from rmoe.data.blocks import IGNORED, BlockDataset
 from rmoe.model.head import count_next_tokens, next_token_loss
+from rmoe.moe.records import RoutingBatch, RoutingRecord
 from rmoe.results.run import Histogram, RoutingSummary
 from rmoe.training.place import Ranks
 
@@ -104,26 +105,31 @@ def summarize_routing(
     Args:
         model: an `RMoEForCausalLM`.
     """
-    limit = max(1, tokens // blocks.sequence_length)
-    snapshot = RoutingSnapshot(model.config.num_experts)
+    limit = min(max(1, tokens // blocks.sequence_length), len(blocks))
+    experts, measures = model.config.num_experts, None
     with inference(model, bf16) as device:
         for batch in _batches(blocks, limit):
-            snapshot.update(model(input_ids=batch["input_ids"].to(device), output_routing=True).routing)
-    measures = snapshot.measures()
-    assert snapshot.confidence is not None
+            routings = model(input_ids=batch["input_ids"].to(device), output_routing=True).routing
+            routed = RoutingBatch.stack([RoutingRecord.from_routing(one, experts) for one in routings])
+            if measures is None:
+                layers, _, slots = routed.experts.shape
+                sizes = Sizes(layers, experts, slots, routed.probs.shape[-1])
+                total = np.array(
+                    [limit * blocks.sequence_length]
+                )  # of all ids together: no measure tells them apart
+                measures = RoutingMeasures(sizes, total, names=("load", "confidence"))
+            measures.update(routed, batch["input_ids"].flatten())
+    assert measures is not None
+    found = measures.fields(str)
+    histogram = found["entropy"]
     return RoutingSummary(
-        tokens=snapshot.confidence.entropy.n,
-        entropy_nats=measures["gate_entropy"],
-        entropy_histogram=_histograms(snapshot.confidence.entropy),
-        load=snapshot.frequency(),
-        inner_balance=measures["inner_balance"],
-        outer_balance=measures["outer_balance"],
+        tokens=histogram.n,
+        entropy_nats=found["entropy_mean"].values,
+        entropy_histogram=[Histogram(edges=histogram.edges, counts=layer) for layer in histogram.counts],
+        load=found["frequency"],
+        inner_balance=found["inner_balance"].values,
+        outer_balance=found["outer_balance"].values,
     )
-
-
-def _histograms(stream: StreamingHistogram) -> list[Histogram]:
-    edges = stream.edges.tolist()
-    return [Histogram(edges=edges, counts=layer.tolist()) for layer in stream.counts]
 
 
 def _batches(

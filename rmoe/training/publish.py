@@ -70,9 +70,14 @@ def curves(rows: list[Row], unit: Unit) -> dict[str, Curve]:
 
 
 def layer_curves(rows: list[Row]) -> dict[str, LayerCurve]:
-    """Gate entropy and scale of the logits by layer, to five digits."""
+    """Gate entropy, scale of the logits and load imbalance by layer, to five digits."""
+    units = {
+        "gate_entropy": "nats",
+        "logit_std": "standard deviation over experts",
+        "load_imbalance": "times the mean load",
+    }
     found = {}
-    for name, unit in (("gate_entropy", "nats"), ("logit_std", "standard deviation over experts")):
+    for name, unit in units.items():
         if points := _points(rows, "train", name):
             values = [[float(f"{value:.5g}") for value in layers] for _, layers in points]
             found[name] = LayerCurve(unit=unit, step=[step for step, _ in points], value=values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,12 +14,12 @@ import torch
 from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.options import MEASURES as ALL
 from rmoe.analysis.options import AnalysisOptions
-from rmoe.analysis.snapshot import MEASURES, RoutingSnapshot, over_training
+from rmoe.data.blocks import BlockDataset
 from rmoe.errors import RequestError
 from rmoe.moe.recorder import Recorder
 from rmoe.results.analysis import ModelAnalysis
 from rmoe.routing import ZOO
-from rmoe.routing.contract import gate_entropy
+from rmoe.training.evaluation import summarize_routing
 from tests.analysis.tiny_families import TINY
 from tests.analysis.tiny_rmoe import EXPERTS, LAYERS, TOP_K, tiny_rmoe
 from tests.graft.tiny_families import tiny_model
@@ -248,43 +249,17 @@ def test_router_weights_are_those_of_the_scorer(blocks: np.ndarray) -> None:
     assert analysis.gradient_split is None
 
 
-class TestSnapshot:
-    def test_equals_the_whole_analysis(self, blocks: np.ndarray) -> None:
-        model = tiny_rmoe()
-        (analysis,) = analyze_models([Subject("a", model)], blocks, chr, AnalysisOptions(gradient_tokens=0))
-        snapshot = RoutingSnapshot(EXPERTS)
-        for part in np.array_split(blocks, 3):
-            with torch.no_grad():
-                output = model(input_ids=torch.from_numpy(part.astype(np.int64)), output_routing=True)
-            snapshot.update(output.routing)
-        measures = snapshot.measures()
-        assert set(measures) == set(MEASURES)
-        assert measures["gate_entropy"] == pytest.approx(analysis.entropy_mean.values, rel=1e-5)
-        assert measures["inner_balance"] == pytest.approx(analysis.inner_balance.values, rel=6e-4)
-        assert measures["outer_balance"] == pytest.approx(analysis.outer_balance.values, abs=2e-4)
-        assert measures["load_imbalance"] == pytest.approx(analysis.load_imbalance.values)
-        assert snapshot.frequency() == analysis.frequency
-
-    def test_padding_is_left_out(self, blocks: np.ndarray) -> None:
-        model = tiny_rmoe()
-        ids = torch.from_numpy(blocks[:2].astype(np.int64))
-        mask = (torch.arange(24) < 20).long().expand(2, -1)
-        with torch.no_grad():
-            routing = model(input_ids=ids, attention_mask=mask, output_routing=True).routing
-        snapshot = RoutingSnapshot(EXPERTS)
-        snapshot.update(routing, mask)
-        expected = [float(gate_entropy(r.probs)[mask.reshape(-1).bool()].mean()) for r in routing]
-        assert snapshot.measures()["gate_entropy"] == pytest.approx(expected, rel=1e-5)
-
-    def test_over_training_has_one_entry_per_measure(self) -> None:
-        rows = [{name: [float(step)] * LAYERS for name in MEASURES} for step in (1, 2)]
-        entries = over_training([10, 20], rows)
-        assert [entry.name for entry in entries] == list(MEASURES)
-        assert entries[0].step == [10, 20]
-        assert entries[0].values == [[1.0] * LAYERS, [2.0] * LAYERS]
-        assert over_training([], []) == []
-        assert [e.name for e in over_training([10], [{"gate_entropy": [1.0]}])] == ["gate_entropy"]
-
-    def test_an_empty_snapshot_says_so(self) -> None:
-        with pytest.raises(ValueError, match="no forward pass"):
-            RoutingSnapshot(EXPERTS).measures()
+@pytest.mark.parametrize("router", ["rmoe", "eda"])
+def test_a_runs_summary_equals_the_whole_analysis(blocks: np.ndarray, tmp_path: Path, router: str) -> None:
+    model = tiny_rmoe(router)
+    (tmp_path / "text").write_bytes(blocks.tobytes())
+    text = BlockDataset(tmp_path / "text", "uint8", 24, whole=True)
+    alone = np.stack([text[index]["input_ids"].numpy() for index in range(len(text))])
+    (analysis,) = analyze_models([Subject("a", model)], alone, chr, AnalysisOptions(gradient_tokens=0))
+    summary = summarize_routing(model, text)
+    assert summary.tokens == alone.size
+    assert summary.entropy_nats == pytest.approx(analysis.entropy_mean.values, rel=1e-5)
+    assert summary.inner_balance == pytest.approx(analysis.inner_balance.values, rel=6e-4)
+    assert summary.outer_balance == pytest.approx(analysis.outer_balance.values, abs=2e-4)
+    assert summary.load == analysis.frequency
+    assert [one.counts for one in summary.entropy_histogram] == analysis.entropy.counts

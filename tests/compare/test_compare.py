@@ -18,7 +18,8 @@ from rmoe.compare.compare import Options, compare
 from rmoe.compare.engines import EngineConfig
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError, RunError
-from rmoe.results.rows import Failure, append_row, read_rows
+from rmoe.records import append_records
+from rmoe.results.rows import Failure, read_rows
 from rmoe.training.config import LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 
 MODEL = ModelConfig(
@@ -291,7 +292,7 @@ def test_a_failed_run_is_a_row_and_the_others_are_reported(tmp_path):
     known = msgspec.structs.asdict(row.result)
     failure = Failure(error="loss is NaN", **{n: known[n] for n in Failure.__struct_fields__ if n != "error"})
     failed = msgspec.structs.replace(row, router="rmoe", result=None, failure=failure)
-    append_row(out / plans.RESULTS, failed)
+    append_records(out / plans.RESULTS, failed)
     summary = compare(good, ["smoe"], 2, out, options=QUIET)
     assert not any("failed" in note for note in summary.notes)  # nobody asks for that run any more
     with pytest.raises(RunError, match=r"every run failed, smoe-seed0 with: .*not finite"):

@@ -57,24 +57,27 @@ def test_without_spread_inside_is_sure_and_the_margin_is_outside():
 @pytest.mark.parametrize(
     ("seeds", "difference", "sd"), [(2, 0.02, 0.01), (5, 0.01, 0.012), (12, -0.01, 0.01)]
 )
-def test_power_is_the_noncentral_ts(seeds, difference, sd):
+def test_power_is_the_noncentral_ts(seeds, difference, sd, monkeypatch: pytest.MonkeyPatch):
     for confidence in (0.9, 0.95):
+        monkeypatch.setattr(statistics, "CONFIDENCE", confidence)
         shift, critical = seeds**0.5 * difference / sd, stats.t(seeds - 1).isf((1 - confidence) / 2)
         t = stats.nct(seeds - 1, shift)
-        assert statistics.power_of(seeds, difference, sd, confidence) == pytest.approx(
+        assert statistics.power_of(seeds, difference, sd) == pytest.approx(
             t.sf(critical) + t.cdf(-critical), abs=1e-8
         )
 
 
-def test_seeds_needed_is_the_first_that_suffices():
+def test_seeds_needed_is_the_first_that_suffices(monkeypatch: pytest.MonkeyPatch):
     for sd in (0.003, 0.0061, 0.012, 0.03):
         enough = (n for n in range(2, 200) if statistics.power_of(n, 0.01, sd) >= 0.8)
         assert statistics.seeds_needed(sd) == next(enough)
     assert statistics.seeds_needed(1e-6) == statistics.seeds_needed(0.0) == 2
-    assert statistics.seeds_needed(0.01, difference=0.02) < statistics.seeds_needed(0.01, power=0.8)
-    assert statistics.seeds_needed(0.01, power=0.95) > statistics.seeds_needed(0.01, power=0.8)
+    needed = statistics.seeds_needed(0.01)
+    assert statistics.seeds_needed(0.01, difference=0.02) < needed
     assert statistics.seeds_needed(0.35) == pytest.approx(0.35**2 / 0.01**2 * (1.96 + 0.8416) ** 2, rel=1e-3)
     assert statistics.seeds_needed(0.36) is None  # more than 10,000
+    monkeypatch.setattr(statistics, "POWER", 0.95)
+    assert statistics.seeds_needed(0.01) > needed
 
 
 def bca(samples: np.ndarray, confidence: float, rng: np.random.Generator, resamples: int) -> np.ndarray:
@@ -92,27 +95,31 @@ def bca(samples: np.ndarray, confidence: float, rng: np.random.Generator, resamp
     return np.array(ends).T.reshape(rows, 2)
 
 
-def test_bootstrap_is_bca():
+def test_bootstrap_is_bca(monkeypatch: pytest.MonkeyPatch):
     values = np.random.default_rng(3).exponential(
         1.0, 14
     )  # skewed: a plain percentile interval lies elsewhere
+    monkeypatch.setattr(statistics, "bootstrap_coverage", statistics.bootstrap_coverage.__wrapped__)
     for confidence in (0.8, 0.95):
-        found = statistics.bootstrap_interval(list(values), confidence)
+        monkeypatch.setattr(statistics, "CONFIDENCE", confidence)
+        found = statistics.bootstrap_interval(list(values))
         low, high = bca(values[None], confidence, np.random.default_rng(1), 20_000)[0]
         assert (found.interval.low, found.interval.high) == pytest.approx(
             (low, high), abs=0.08 * (high - low)
         )
-        assert found == statistics.bootstrap_interval(list(values), confidence)
-        assert found.simulated_coverage == statistics.bootstrap_coverage(14, confidence)
+        assert found == statistics.bootstrap_interval(list(values))
+        assert found.simulated_coverage == statistics.bootstrap_coverage(14)
 
 
-def test_simulated_coverage_is_that_of_an_own_simulation():
+def test_simulated_coverage_is_that_of_an_own_simulation(monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(5)
     intervals = bca(rng.standard_normal((600, 6)), 0.9, rng, 400)
     own = np.mean((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0))
+    monkeypatch.setattr(statistics, "CONFIDENCE", 0.9)
     coverage = statistics.bootstrap_coverage.__wrapped__
-    assert coverage(6, 0.9) == pytest.approx(own, abs=0.045)
-    assert coverage(6, 0.9, 50) == coverage(6, 0.9, 50)
+    assert coverage(6) == pytest.approx(own, abs=0.045)
+    monkeypatch.setattr(statistics, "_SIMULATIONS", 50)
+    assert coverage(6) == coverage(6)
 
 
 def test_the_simulated_intervals_are_made_as_the_shown_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +131,10 @@ def test_the_simulated_intervals_are_made_as_the_shown_one(monkeypatch: pytest.M
         return plain(data, statistic, **options)
 
     monkeypatch.setattr(stats, "bootstrap", record)
-    statistics.bootstrap_interval([0.1, 0.4, -0.2, 0.3, 0.7, 0.1, 0.15], 0.85)
+    statistics.bootstrap_interval([0.1, 0.4, -0.2, 0.3, 0.7, 0.1, 0.15])
     assert len(made) == 2
     assert made[0] == made[1]
-    assert made[0]["confidence_level"] == 0.85
+    assert made[0]["confidence_level"] == statistics.CONFIDENCE
 
 
 # ---- what a comparison says ---------------------------------------------------------------------------------
@@ -172,15 +179,13 @@ def test_difference_is_corrected_for_how_many_routers_are_compared():
 
 def test_a_comparison_holds_what_its_parts_say():
     routers = {"smoe": ZERO, "a": around(0.004, 0.003), "two": {0: 1.71, 5: 1.72, 9: 1.0}, "one": {3: 1.8}}
-    found = statistics.compare_to_baseline(
-        routers, "smoe", "bits_per_byte", "val", margin=0.02, confidence=0.9
-    )
+    found = statistics.compare_to_baseline(routers, "smoe", "bits_per_byte", "val", margin=0.02)
     assert list(found) == ["a", "two", "one"]
     a = found["a"]
     assert (a.seeds, a.unit, a.split) == (list(range(6)), "bits_per_byte", "val")
     assert a.mean == pytest.approx(0.004)
     assert a.sd == pytest.approx(0.003)  # over n - 1
-    assert (a.interval, a.p) == statistics.t_interval(a.values, 0.9)
+    assert (a.interval, a.p) == statistics.t_interval(a.values)
     assert a.equivalence.margin == 0.02
     assert a.equivalence.p == statistics.equivalence_p(a.values, 0.02)
     assert (a.power.difference, a.power.power, a.power.seeds) == (0.01, 0.8, statistics.seeds_needed(a.sd))
@@ -192,12 +197,13 @@ def test_a_comparison_holds_what_its_parts_say():
     assert found["one"].power is None
 
 
-def test_confidence_sets_the_level_of_the_verdict():
+def test_confidence_sets_the_level_of_the_verdict(monkeypatch: pytest.MonkeyPatch):
     routers = {"smoe": ZERO, "a": around(0.012, 0.012)}
-    verdicts = [
-        statistics.compare_to_baseline(routers, "smoe", "bits_per_byte", "test", confidence=c)["a"].verdict
-        for c in (0.9, 0.95, 0.99)
-    ]
+    verdicts = []
+    for confidence in (0.9, 0.95, 0.99):
+        monkeypatch.setattr(statistics, "CONFIDENCE", confidence)
+        found = statistics.compare_to_baseline(routers, "smoe", "bits_per_byte", "test")["a"]
+        verdicts.append(found.verdict)
     p = statistics.t_interval([v - 1.7 for v in around(0.012, 0.012).values()])[1]
     assert 0.05 < p < 0.1
     assert verdicts == ["worse", "not decided", "not decided"]

@@ -52,7 +52,13 @@ def test_intervals_are_over_pairs():
     base = {seed: loss(2000) + seed / 100 for seed in range(4)}
     mine = {seed: value - 0.05 - seed / 1000 for seed, value in base.items()}
     found = equal_time(
-        {"smoe": base, "rmoe": mine, "untimed": mine}, {"smoe": 1.0, "rmoe": 1.1}, "smoe", law, "test", 0.005
+        {"smoe": base, "rmoe": mine, "untimed": mine},
+        {"smoe": 1.0, "rmoe": 1.1},
+        "smoe",
+        law,
+        "bits_per_byte",
+        "test",
+        0.005,
     )
     assert set(found) == {"rmoe"}
     expected = [at_baseline_seconds(mine[s], law, 1.1) - base[s] for s in range(4)]
@@ -62,7 +68,15 @@ def test_intervals_are_over_pairs():
     assert found["rmoe"].speedup_interval.low < found["rmoe"].speedup < found["rmoe"].speedup_interval.high
     below = dict.fromkeys(base, 1.4)
     assert (
-        equal_time({"smoe": base, "rmoe": below}, {"smoe": 1.0, "rmoe": 1.1}, "smoe", law, "test", 0.005)
+        equal_time(
+            {"smoe": base, "rmoe": below},
+            {"smoe": 1.0, "rmoe": 1.1},
+            "smoe",
+            law,
+            "bits_per_byte",
+            "test",
+            0.005,
+        )
         == {}
     )
 
@@ -171,7 +185,7 @@ def test_with_looks_the_speedup_has_the_interval_of_the_look():
     law = fit_law((500, 1000, 2000), [loss(n) for n in (500, 1000, 2000)])
     bits = {"a": {s: 2.0 + 0.01 * s for s in range(4)}, "b": {s: 1.99 + 0.011 * s for s in range(4)}}
     once, looked = (
-        equal_time(bits, {"a": 1.0, "b": 1.0}, "a", law, "test", 0.01, looks=looks)["b"]
+        equal_time(bits, {"a": 1.0, "b": 1.0}, "a", law, "bits_per_byte", "test", 0.01, looks=looks)["b"]
         for looks in (None, (2, 4, 8))
     )
     assert looked.speedup_interval.low < once.speedup_interval.low

@@ -11,7 +11,6 @@ import pytest
 from rmoe.compare.compare import _here, _near
 from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
 from rmoe.compare.engines.engine import Job
-from rmoe.compare.evaluate import _over_training
 from rmoe.compare.jobs import EvaluateTest
 from rmoe.compare.phases import (
     Options,
@@ -23,11 +22,12 @@ from rmoe.compare.phases import (
 )
 from rmoe.compare.plan import ComparisonPlan
 from rmoe.compare.sharing import Sharing
+from rmoe.records import append_records
 from rmoe.results.analysis import Analysis, ModelAnalysis
-from rmoe.results.rows import append_row
 from rmoe.training.accounting import Window
 from rmoe.training.config import RunConfig
-from rmoe.training.metrics import MetricsLog
+from rmoe.training.metrics import MetricsLog, read_metrics
+from rmoe.training.publish import layer_curves
 from tests.compare.engines.jobs import Environment
 from tests.compare.rows import row
 
@@ -104,7 +104,7 @@ def test_routing_is_measured_again_when_another_run_is_chosen_or_more_tokens_ask
     setting = setting_of(tmp_path, sweep=sweep)
     first, second = (f"smoe-seed0-learning_rate={rate}" for rate in (0.001, 0.003))
     for rate, loss in ((1e-3, 2.0), (3e-3, 2.1)):
-        append_row(setting.results, row("smoe", 0, loss, sweep={"learning_rate": rate}, test=None))
+        append_records(setting.results, row("smoe", 0, loss, sweep={"learning_rate": rate}, test=None))
     analysis = analyse(setting, Measured())
     assert measured(analysis) == [f"{first} 65536"]
     assert analysis.notes == [f"Analysed: {first}; at most 65,536 tokens each."]
@@ -116,7 +116,7 @@ def test_routing_is_measured_again_when_another_run_is_chosen_or_more_tokens_ask
     assert measured(analyse(fewer, Measured())) == [f"{first} 512"]
 
     for rate, loss in ((1e-3, 2.4), (3e-3, 2.1)):
-        append_row(setting.results, row("smoe", 1, loss, sweep={"learning_rate": rate}, test=None))
+        append_records(setting.results, row("smoe", 1, loss, sweep={"learning_rate": rate}, test=None))
     two = replace(setting, plan=replace(setting.plan, seeds=2))
     assert measured(analyse(two, Measured())) == [f"{second} 65536"]
 
@@ -141,7 +141,7 @@ def test_without_a_baseline_there_is_nothing_to_wait_for(tmp_path):
 def test_a_router_that_is_no_longer_asked_for_is_judged_on_the_test_split_too(tmp_path):
     setting = setting_of(tmp_path, sweep={"learning_rate": (1e-3,)})
     for router in ("smoe", "xmoe"):
-        append_row(setting.results, row(router, 0, 2.0, sweep={"learning_rate": 1e-3}, test=None))
+        append_records(setting.results, row(router, 0, 2.0, sweep={"learning_rate": 1e-3}, test=None))
     evaluate_chosen(setting, Trained({"smoe": 2.0, "xmoe": 2.5}))
     assert {each.router: each.run.test for each in setting.rows().values()} == {"smoe": 2.0, "xmoe": 2.5}
 
@@ -151,7 +151,11 @@ def test_a_window_whose_only_batch_was_skipped_loses_no_measure(tmp_path):
     log.append({"kind": "train", "step": 1, "gate_entropy": [1.0], "load_imbalance": [1.0]})
     log.append({"kind": "train", "step": 2, **Window().row()})
     log.append({"kind": "train", "step": 3, "gate_entropy": [0.5], "load_imbalance": [2.0]})
-    assert [one.step for one in _over_training(tmp_path)] == [[1, 3], [1, 3]]
+    curves = layer_curves(read_metrics(log.path))
+    assert {name: curve.step for name, curve in curves.items()} == {
+        "gate_entropy": [1, 3],
+        "load_imbalance": [1, 3],
+    }
 
 
 @pytest.mark.parametrize(("here", "sees"), [("", ""), ("4,5", "4")])
@@ -180,12 +184,12 @@ def test_with_a_shared_folder_models_are_evaluated_where_they_were_trained(tmp_p
 def test_a_failed_run_nobody_asks_for_any_more_does_not_count(tmp_path, looks, counted):
     setting = setting_of(tmp_path, looks=looks)
     for one in (row("smoe", 0, 2.0), row("rmoe", 0, 2.0), row("smoe", 1, 2.0)):
-        append_row(setting.results, one)
-    append_row(setting.results, row("rmoe", 1, None, status="failed"))
+        append_records(setting.results, one)
+    append_records(setting.results, row("rmoe", 1, None, status="failed"))
     assert [each.key for each in planned_rows(setting)[0]] == counted
 
 
 def test_a_failed_run_that_is_asked_for_counts(tmp_path):
     setting = setting_of(tmp_path)
-    append_row(setting.results, row("smoe", 0, None, status="failed"))
+    append_records(setting.results, row("smoe", 0, None, status="failed"))
     assert [each.key for each in planned_rows(setting)[0]] == ["smoe-seed0"]

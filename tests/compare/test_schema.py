@@ -12,7 +12,8 @@ import pytest
 
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError
-from rmoe.results.rows import append_row, read_rows
+from rmoe.records import append_records
+from rmoe.results.rows import read_rows
 from tests.compare.rows import changed, row
 
 
@@ -20,23 +21,23 @@ def test_round_trip(tmp_path):
     path = tmp_path / "results.jsonl"
     written = [row("smoe", 0, 1.7), row("rmoe", 0, 1.6)]
     for one in written:
-        append_row(path, one)
+        append_records(path, one)
     assert read_rows(path) == (written, [])
 
 
 def test_a_later_line_of_the_same_run_stands(tmp_path):
     path = tmp_path / "results.jsonl"
     first = row("smoe", 0, 1.7, test=None)
-    append_row(path, first)
-    append_row(path, row("rmoe", 0, 1.6))
-    append_row(path, changed(first, test=1.8))
+    append_records(path, first)
+    append_records(path, row("rmoe", 0, 1.6))
+    append_records(path, changed(first, test=1.8))
     rows, _ = read_rows(path)
     assert [(r.router, r.result.test) for r in rows] == [("smoe", 1.8), ("rmoe", 2.0)]
 
 
 def test_a_line_cut_short_is_said_and_the_rest_reported(tmp_path):
     path = tmp_path / "results.jsonl"
-    append_row(path, row("smoe", 0, 1.7))
+    append_records(path, row("smoe", 0, 1.7))
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: len(whole) // 2])
     rows, problems = read_rows(path)
@@ -44,7 +45,7 @@ def test_a_line_cut_short_is_said_and_the_rest_reported(tmp_path):
     assert len(problems) == 1
     assert "line 2" in problems[0]
     assert "\n" not in problems[0]
-    append_row(path, row("rmoe", 0, 1.6))  # going on after the kill must not lose the new row
+    append_records(path, row("rmoe", 0, 1.6))  # going on after the kill must not lose the new row
     rows, problems = read_rows(path)
     assert [r.router for r in rows] == ["smoe", "rmoe"]
     assert len(problems) == 1
@@ -52,8 +53,8 @@ def test_a_line_cut_short_is_said_and_the_rest_reported(tmp_path):
 
 def test_two_corpora_are_refused(tmp_path):
     path = tmp_path / "results.jsonl"
-    append_row(path, row("smoe", 0, 1.7))
-    append_row(path, row("rmoe", 0, 1.6, corpus_sha256="b" * 64))
+    append_records(path, row("smoe", 0, 1.7))
+    append_records(path, row("rmoe", 0, 1.6, corpus_sha256="b" * 64))
     with pytest.raises(RequestError, match="one corpus in one comparison"):
         read_rows(path)
 
@@ -61,8 +62,8 @@ def test_two_corpora_are_refused(tmp_path):
 @pytest.mark.parametrize("version", [0, 3])
 def test_another_schema_version_is_refused(tmp_path, version):
     path = tmp_path / "results.jsonl"
-    append_row(path, row("smoe", 0, 1.7))
-    append_row(path, msgspec.structs.replace(row("rmoe", 0, 1.6), schema_version=version))
+    append_records(path, row("smoe", 0, 1.7))
+    append_records(path, msgspec.structs.replace(row("rmoe", 0, 1.6), schema_version=version))
     with pytest.raises(RequestError, match=f"line 2: schema_version is {version}; allowed: 1 to 2"):
         read_rows(path)
 
@@ -109,7 +110,7 @@ def test_a_file_goes_on_in_the_new_version(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(OLD.read_bytes())
     old, _ = read_rows(path)
-    append_row(path, changed(old[0], test=1.5))
+    append_records(path, changed(old[0], test=1.5))
     again, problems = read_rows(path)
     assert problems == []
     assert again == [changed(old[0], test=1.5), *old[1:]]

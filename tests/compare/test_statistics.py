@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from rmoe.compare import statistics
+from rmoe.results.comparison import unit_of_differences
 
 
 def test_t_interval_is_scipys_paired_test():
@@ -44,7 +45,7 @@ def test_pairing_is_what_narrows_the_interval():
 
 
 def test_bootstrap_covers_too_little_at_ten_seeds_and_says_so():
-    coverage = statistics.bootstrap_coverage(10, 0.95)
+    coverage = statistics.bootstrap_coverage(10)
     assert 0.85 < coverage < 0.95
     shown = statistics.bootstrap_interval(list(np.random.default_rng(0).normal(0, 1, 10)))
     assert shown.simulated_coverage == coverage
@@ -121,7 +122,10 @@ def test_only_shared_seeds_are_compared():
 
 def test_perplexities_differ_in_bits():
     found = statistics.compare_to_baseline(
-        {"smoe": {0: 32.0}, "rmoe": {0: 16.0}}, "smoe", "perplexity", "test"
+        {name: {0: statistics.bits(value, "perplexity")} for name, value in (("smoe", 32.0), ("rmoe", 16.0))},
+        "smoe",
+        unit_of_differences("perplexity"),
+        "test",
     )["rmoe"]
     assert found.mean == pytest.approx(-1.0)
     assert found.unit == "bits_per_word"

@@ -14,7 +14,8 @@ from rmoe.compare.engines.local import LocalEngine
 from rmoe.compare.probes import summarise
 from rmoe.errors import RequestError, RunError
 from rmoe.probes import Knobs, read_rows, run
-from rmoe.results.probes import MEAN, read_summary
+from rmoe.records import read_record
+from rmoe.results.probes import MEAN, SUMMARY_VERSION, Summary
 from rmoe.routing.zoo import ZOO
 from rmoe.training.run_folder import locked
 
@@ -69,7 +70,7 @@ def test_a_strangers_router_gets_its_card(
     assert main([*arguments, "--plugin", str(plugin), "--out", str(out), *TINY]) == 0
     shown = capsys.readouterr().out
     assert "stranger" in shown
-    summary = read_summary(out / "summary.json")
+    summary = read_record(out / "summary.json", Summary, SUMMARY_VERSION)
     card = next(card for card in summary.cards if card.router == "stranger")
     assert set(card.scores) == {"lookup", "carry", MEAN}
     assert card.note == ""  # stacked
@@ -135,7 +136,7 @@ def test_sweep_and_options(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     ]
     assert main([*arguments, "--sweep", "noise=0.5,2", "--router-option", "recurrence.width=7"]) == 0
     assert "no verdict" in capsys.readouterr().out
-    summary = read_summary(tmp_path / "summary.json")
+    summary = read_record(tmp_path / "summary.json", Summary, SUMMARY_VERSION)
     assert [point.value for point in summary.points] == [0.5, 2.0]
     assert summary.cards[0].scores["integrate"].interval is None
     rows, _ = read_rows(tmp_path / "results.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
 
@@ -154,16 +155,12 @@ def test_routing_lines_hold_the_analysis_numbers(page, analysis):
     similarity = by_name(drawn(page, "similarity"))
     norms, spreads = by_name(drawn(page, "router-norm")), by_name(drawn(page, "router-std"))
     stability = by_name(drawn(page, "saturation"))
-    phases = by_name(drawn(page, "over-training-gate-entropy"))
     for model in analysis.models:
         assert lines[model.name]["y"] == model.drop_ratio.overall
         assert similarity[model.name]["y"] == model.similarity.values
         assert norms[model.name]["y"] == model.router_weights.norm
         assert spreads[model.name]["y"] == model.router_weights.std
         assert stability[model.name]["y"] == pytest.approx([sum(r) / LAYERS for r in model.saturation.values])
-        recorded = model.over_training[0]
-        assert phases[model.name]["x"] == recorded.step
-        assert phases[model.name]["z"] == [list(layer) for layer in zip(*recorded.values, strict=True)]
     assert similarity["random initialisation"]["y"] == analysis.models[0].similarity.random_init
 
 
@@ -209,21 +206,84 @@ def test_every_chart_has_definition_unit_sample_and_csv(page):
         assert has_drawing
 
 
-def test_a_charts_csv_has_its_numbers(page, summary, analysis):
+def test_a_charts_csv_has_all_that_is_drawn(page, summary, analysis):
+    """Every number at full precision under its trace's name, for every option; as many cells in every row."""
     for chart in all_charts(summary, analysis):
-        assert table_of(page.execute_script("return csv(arguments[0])", chart.id)) == table_of(chart.csv())
+        head, *rows = csv_of(page, chart.id)
+        assert rows, chart.id
+        assert {len(row) for row in rows} == {len(head)}, chart.id
+        names, at = [], len(head) - (3 if "low" in head else 1)
+        values: list[float | None] = []
+        for option in range(len(chart.choice.options) if chart.choice else 1):
+            for index, trace in enumerate(chart.data):
+                if "fill" in trace:  # the columns low and high of the next trace
+                    continue
+                if chart.choice:
+                    trace = {**trace, chart.choice.key: chart.choice.values[index][option]}
+                found = [v for row in trace["z"] for v in row] if "z" in trace else trace["y"]
+                values += found
+                names += [html.unescape(trace["name"])] * len(found) if "name" in trace else []
+        assert [number(row[at]) for row in rows] == [v if v is not None else "" for v in values], chart.id
+        assert [row[head.index("name")] for row in rows] == names if names else "name" not in head
+        if chart.choice:
+            assert list(dict.fromkeys(row[0] for row in rows)) == chart.choice.options
 
 
-def table_of(text: str) -> list[list[float | str]]:
-    """A CSV's cells, numbers as numbers: Python writes 1e-05 what a browser writes 0.00001."""
+def test_a_csv_has_bands_bars_and_places(page, summary, analysis):
+    head, *rows = csv_of(page, "curve-val")
+    assert head == ["name", "optimizer step", "bits per byte", "low", "high"]
+    for router in summary.routers:
+        band = router.curves["val"]
+        mine = [tuple(map(float, row[1:])) for row in rows if row[0] == router.router]
+        assert mine == list(zip(band.step, band.mean, band.low, band.high, strict=True))
+    head, *rows = csv_of(page, "differences")
+    seeds = [(row[0], row[1], float(row[2])) for row in rows if row[1]]
+    wanted = [
+        (r.router, f"seed {seed}", value)
+        for r in summary.routers
+        if r.difference
+        for seed, value in zip(r.difference.seeds, r.difference.values, strict=True)
+    ]
+    assert sorted(seeds) == sorted(wanted)
+    for row in (row for row in rows if not row[1]):
+        interval = next(r.difference.interval for r in summary.routers if r.router == row[0])
+        assert [float(cell) for cell in row[-2:]] == pytest.approx([interval.low, interval.high])
+    head, *rows = csv_of(page, "frequency")
+    assert head == ["name", "row (layer)", "expert", "%"]
+    found = {(name, int(layer), int(expert)): float(value) for name, layer, expert, value in rows}
+    assert found == {
+        (model.name, layer, expert): 100 * share
+        for model in analysis.models
+        for layer, shares in enumerate(model.frequency)
+        for expert, share in enumerate(shares)
+    }
+    head, *rows = csv_of(page, "entropy")
+    assert head[:3] == ["panel", "name", "nats"]
+    assert {row[0] for row in rows} == {f"layer {layer}" for layer in range(LAYERS)}
 
-    def value(cell: str) -> float | str:
-        try:
-            return float(cell)
-        except ValueError:
-            return cell
 
-    return [[value(cell) for cell in row] for row in csv.reader(io.StringIO(text))]
+def test_a_csv_is_inert_in_a_spreadsheet(page):
+    page.execute_script(
+        "report.charts.odd = {layout: {}, data: [{name: '=1+1', x: ['@a', 'a &lt;b&gt; \"c\", d'], y: [-1.5, null]}]}"
+    )
+    assert csv_of(page, "odd") == [
+        ["name", "x", "y"],
+        ["'=1+1", "'@a", "-1.5"],
+        ["'=1+1", 'a <b> "c", d', ""],
+    ]
+    page.execute_script("delete report.charts.odd")
+
+
+def csv_of(page, chart: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(page.execute_script("return csv(arguments[0])", chart))))
+
+
+def number(cell: str) -> float | str:
+    """A number, or what is none: a name on an axis, nothing."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def test_charts_can_be_saved_as_svg(page):

@@ -13,12 +13,12 @@ from experiments import cards as card_maker
 from rmoe.cli.main import main
 from rmoe.compare.probes import summarise
 from rmoe.errors import RequestError
-from rmoe.records import write_record
+from rmoe.records import read_record, write_record
 from rmoe.report.probes import cards as packaged_cards
 from rmoe.report.probes import table
 from rmoe.report.probes.charts import DRAWN
 from rmoe.report.probes.page import finding, render, write_page
-from rmoe.results.probes import MEAN, Knobs, ProbeRow, Reference, Summary, read_summary
+from rmoe.results.probes import MEAN, SUMMARY_VERSION, Knobs, ProbeRow, Reference, Summary
 from tests.report.browser import chromium, ready, requests_made
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -56,10 +56,10 @@ def summary() -> Summary:
 def test_summary_round_trips_and_refuses_another_version(summary: Summary, tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_record(path, summary)
-    assert read_summary(path) == summary
+    assert read_record(path, Summary, SUMMARY_VERSION) == summary
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(RequestError, match="schema_version is 2"):
-        read_summary(path)
+        read_record(path, Summary, SUMMARY_VERSION)
 
 
 def test_tables(summary: Summary) -> None:

@@ -133,14 +133,15 @@ def test_damaged_files(tmp_path: Path, damage: Callable[[Path], None], said: str
 
 def test_vllm_there_and_back(tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
-    write_vllm(path, trace(), total_layers=5)
+    named = msgspec.structs.replace(meta(), layer_names=["layers.1", "layers.2", "layers.4"])
+    write_vllm(path, trace(meta=named))
     read, notes = read_any_trace(path, Given(num_experts=E))
     assert isinstance(read, Trace)
     np.testing.assert_array_equal(read.experts, ids())
     np.testing.assert_array_equal(read.tokens, np.arange(N))
     np.testing.assert_array_equal(read.sequences, [3, 4])
-    assert read.meta.layer_names == ["layers.0", "layers.1", "layers.2"]
-    assert notes == ["layers [3, 4] are zero everywhere: read as dense layers"]
+    assert read.meta.layer_names == ["layers.1", "layers.2", "layers.4"]
+    assert notes == ["layers [0, 3] are zero everywhere: read as dense layers"]
 
 
 def test_vllm_lines_of_any_text(tmp_path: Path) -> None:

@@ -563,6 +563,7 @@ def test_a_wsd_run_keeps_its_branch_points_and_its_average(decayed):
     assert {name: len(curve.value[0]) for name, curve in result.layer_curves.items()} == {
         "gate_entropy": 2,
         "logit_std": 2,
+        "load_imbalance": 2,
     }
 
 

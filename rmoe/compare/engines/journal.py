@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from rmoe.compare.engines.engine import Answer
-from rmoe.records import Record, append_lines, read_lines
+from rmoe.records import Record, append_records, read_lines
 
 JOURNAL = Path("engine") / "journal.jsonl"
 
@@ -58,7 +58,7 @@ def note(out: Path, name: str, state: JobState, engine: str, id: str | None = No
     path.parent.mkdir(parents=True, exist_ok=True)
     driver = f"{os.getpid()} {os.uname().nodename}"
     entry = Entry(name=name, state=state, engine=engine, id=id, at=round(time.time(), 3), driver=driver)
-    append_lines(path, msgspec.json.encode(entry) + b"\n")
+    append_records(path, entry)
 
 
 def read_journal(out: Path) -> dict[str, Entry]:

@@ -17,7 +17,7 @@ from rmoe.compare.engines.config import EngineConfig
 from rmoe.compare.engines.engine import Answer, Engine, Job, Wants
 from rmoe.compare.engines.journal import note, state_of
 from rmoe.compare.engines.process import Process, threads_of
-from rmoe.compare.engines.shared import ReadToken, token_in
+from rmoe.compare.engines.shared import sees, token_in
 from rmoe.errors import RequestError, one_line
 
 SECONDS_TO_ANSWER = 10.0
@@ -176,10 +176,10 @@ class RayEngine(Engine):
         folder = self.out if self.config.shared is None else Path(self.config.shared).resolve()
         if not self.out.is_relative_to(folder):
             raise RequestError("engine.shared", str(folder), f"a folder with --out ({self.out}) in it")
-        with token_in(folder) as job:
-            look = self.ray.remote(ReadToken.carry_out)
+        with token_in(folder) as token:
+            look = self.ray.remote(sees)
             asked = [
-                (node, look.options(num_cpus=0, scheduling_strategy=self._on(node)).remote(job))
+                (node, look.options(num_cpus=0, scheduling_strategy=self._on(node)).remote(*token))
                 for node in self._nodes()
             ]
             for node, reference in asked:

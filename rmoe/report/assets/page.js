@@ -28,9 +28,8 @@ async function current(id) {
   const traces = structuredClone(await ready(chart, "data"));
   if (choice) {
     const index = chosen[id] ?? choice.start;
-    const scaled = (value) => (Array.isArray(value) ? value.map(scaled) : value === null ? null : choice.scale * value);
-    const values = choice.values ? await ready(choice, "values") : (await ready(chart, "table")).cube;
-    traces.forEach((trace, i) => { trace[choice.key] = scaled(values[i][index] ?? []); });
+    const values = await ready(choice, "values");
+    traces.forEach((trace, i) => { trace[choice.key] = structuredClone(values[i][index] ?? []); });
   }
   const { layout, height } = narrowScreen.matches && chart.narrow ? chart.narrow : chart;
   const box = document.getElementById(`chart-${id}`);
@@ -116,21 +115,52 @@ async function save(id, format) {
   return url;
 }
 
-// The lines of a chart's CSV, header first.
-function* csvLines({ header, columns, names, cube }) {
-  const cell = (value) => {
-    const text = value === null ? "" : String(value);
-    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-  };
-  function* below(start, value) {
-    if (!Array.isArray(value)) yield `${start},${cell(value)}`;
-    else for (let i = 0; i < value.length; i++) yield* below(`${start},${i}`, value[i]);
+// What a chart draws as rows, one for each of its numbers: a cell for each of `COLUMNS`.
+const COLUMNS = ["option", "panel", "name", "text", "row", "x", "y", "low", "high"];
+function* drawnRows(traces, layout, option) {
+  let range; // the outline of the band around the next line
+  for (const trace of traces) {
+    const name = trace.name ?? "", at = Number((trace.yaxis ?? "y").slice(1) || 1) - 1;
+    const title = layout.annotations?.[at]?.text ?? "", panel = title === name ? "" : title;
+    if (trace.fill) range = trace.y;
+    else if (trace.z)
+      for (const [i, row] of trace.z.entries())
+        for (const [j, value] of row.entries())
+          yield { option, panel, name, row: trace.y?.[i] ?? i, x: trace.x?.[j] ?? j, y: value };
+    else {
+      const error = trace.error_x ?? trace.error_y, middle = trace.error_x ? trace.x : trace.y;
+      for (const [i, y] of trace.y.entries()) {
+        const low = range ? range.at(-1 - i) : error && middle[i] - (error.arrayminus ?? error.array)[i];
+        const high = range ? range[i] : error && middle[i] + error.array[i];
+        yield { option, panel, name, text: trace.text?.[i], x: trace.x[i], y, low, high };
+      }
+      range = undefined;
+    }
   }
-  yield header.map(cell).join(",");
-  if (cube) for (let i = 0; i < names.length; i++) yield* below(cell(names[i]), cube[i]);
-  else for (let row = 0; row < columns[0].length; row++) yield columns.map((column) => cell(column[row])).join(",");
 }
-const csv = async (id) => `${[...csvLines(await ready(report.charts[id], "table"))].join("\n")}\n`;
+
+// A chart's CSV: what it draws, for every option of its chooser; columns without a cell are left out.
+async function csv(id) {
+  const { layout, choice } = report.charts[id], traces = await ready(report.charts[id], "data");
+  const values = choice && (await ready(choice, "values")), rows = [];
+  (choice ? choice.options : [""]).forEach((option, index) => {
+    const shown = choice ? traces.map((trace, i) => ({ ...trace, [choice.key]: values[i][index] ?? [] })) : traces;
+    for (const row of drawnRows(shown, layout, option)) rows.push(row);
+  });
+  const title = (axis) => Object.keys(layout).filter((key) => key.startsWith(axis))
+    .map((key) => layout[key].title?.text).find(Boolean) ?? axis[0];
+  const colours = (layout.coloraxis ?? traces[0]).colorbar?.title.text;
+  const heads = { option: choice?.name, row: `row (${title("yaxis")})`, x: title("xaxis"), y: colours ?? title("yaxis") };
+  const cell = (value) => {
+    if (typeof value !== "string") return String(value ?? "");
+    const plain = value.replaceAll("<br>", "").replace(/&(lt|gt|amp);/g, (_, name) => ({ lt: "<", gt: ">", amp: "&" })[name]);
+    const inert = /^[=+\-@\t\r]/.test(plain) ? `'${plain}` : plain; // a spreadsheet would run it as a formula
+    return /[",\r\n]/.test(inert) ? `"${inert.replaceAll('"', '""')}"` : inert;
+  };
+  const columns = COLUMNS.filter((name) => rows.some((row) => (row[name] ?? "") !== ""));
+  const lines = [columns.map((name) => heads[name] ?? name), ...rows.map((row) => columns.map((name) => row[name]))];
+  return `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`;
+}
 
 for (const button of document.querySelectorAll("[data-csv]"))
   button.addEventListener("click", async () => {

@@ -1,4 +1,4 @@
-"""What a chart is: a plotly figure with its definition, unit, sample size and data, and the looks all share.
+"""What a chart is: a plotly figure with its definition, unit and sample size, and the looks all share.
 
 Figures are plain dictionaries in plotly's JSON form. Colours of text, grid and background are set in the
 page, by its theme; only the data's own colours stand here.
@@ -6,9 +6,7 @@ page, by its theme; only the data's own colours stand here.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,31 +20,6 @@ TITLE, TICKS, AXIS_TITLE, LEGEND = 26, 24, 24, 34  # pixels around a panel
 
 
 @dataclass(frozen=True)
-class Cube:
-    """A chart's data where they are nested lists, too many to be written row by row in the page.
-
-    Attributes:
-        header: of the table they stand for: what the names are, a column per level of nesting, the value.
-        values: name -> nested lists of numbers, all of one depth.
-    """
-
-    header: list[str]
-    values: dict[str, list[Any]]
-
-    def rows(self) -> list[list[Any]]:
-        """The table: one row per number."""
-
-        def below(place: list[Any], value: Any) -> Iterator[list[Any]]:
-            if isinstance(value, list):
-                for index, item in enumerate(value):
-                    yield from below([*place, index], item)
-            else:
-                yield [*place, value]
-
-        return [self.header, *(row for name, value in self.values.items() for row in below([name], value))]
-
-
-@dataclass(frozen=True)
 class Selector:
     """What a chart shows one at a time: its reader chooses, in the page.
 
@@ -55,15 +28,14 @@ class Selector:
         options: as they are called, in order.
         start: index of the one shown first.
         key: of each trace, what the choice changes (`z`).
-        values: per trace, in order, `key` for each option; None: those of the chart's cube, times `scale`.
+        values: per trace, in order, `key` for each option.
     """
 
     name: str
     options: list[str]
     start: int
     key: str
-    values: list[list[Any]] | None = None
-    scale: float = 1.0
+    values: list[list[Any]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +55,6 @@ class Chart:
         definition: what is measured, so that a reader need not look it up.
         sample: how many seeds, tokens or steps are behind it.
         data, layout: plotly's, JSON-ready.
-        rows: the data as a table, first row the header.
         height: pixels.
         wide: it needs the page's whole width.
         choice: what is shown one at a time.
@@ -98,47 +69,19 @@ class Chart:
     sample: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
-    rows: list[list[Any]] | Cube
     height: int = 380
     wide: bool = False
     choice: Selector | None = None
     narrow: Narrow | None = None
 
-    def csv(self) -> str:
-        """The chart's data, as the page's CSV link gives them."""
-        text = io.StringIO()
-        rows = self.rows.rows() if isinstance(self.rows, Cube) else self.rows
-        csv.writer(text, lineterminator="\n").writerows([[spreadsheet_safe(v) for v in row] for row in rows])
-        return text.getvalue()
-
     def for_page(self) -> dict[str, Any]:
         """What the page's script draws it from, and makes its CSV from."""
-        table: dict[str, Any]
-        if isinstance(self.rows, Cube):
-            values = {spreadsheet_safe(name): value for name, value in self.rows.values.items()}
-            table = {"header": self.rows.header, "names": list(values), "cube": list(values.values())}
-        else:
-            header, *rows = [[spreadsheet_safe(value) for value in row] for row in self.rows]
-            table = {"header": header, "columns": [list(column) for column in zip(*rows, strict=True)]}
-        found = {"data": self.data, "layout": self.layout, "height": self.height, "table": table}
+        found: dict[str, Any] = {"data": self.data, "layout": self.layout, "height": self.height}
         if self.choice:
             found["choice"] = asdict(self.choice)
         if self.narrow:
             found["narrow"] = asdict(self.narrow)
         return found
-
-
-def spreadsheet_safe(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula, made inert by a leading apostrophe.
-
-    >>> spreadsheet_safe("=1+1"), spreadsheet_safe(-1.5)
-    ("'=1+1", -1.5)
-    """
-    return (
-        f"'{value}"
-        if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-        else value
-    )
 
 
 def label(text: str) -> str:

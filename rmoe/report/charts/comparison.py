@@ -88,14 +88,6 @@ def _differences(summary: Summary, looks: Looks) -> Iterator[Chart]:
             "showlegend": False,
             "margin": {"t": 16},
         },
-        rows=[
-            ["router", "seed", "difference", "mean", "low", "high"],
-            *[
-                [name, seed, value, d.mean, *([d.interval.low, d.interval.high] if d.interval else ["", ""])]
-                for name, d in compared
-                for seed, value in zip(d.seeds, d.values, strict=True)
-            ],
-        ],
         height=150 + 46 * len(compared),
         wide=True,
     )
@@ -146,7 +138,7 @@ def _curve(summary: Summary, curve: str, looks: Looks) -> Chart:
 
 
 def _by_layer(summary: Summary) -> Iterator[Chart]:
-    """Gate entropy and scale of the logits by layer and step: heat maps of the baseline and the best routers."""
+    """What is logged by layer, over steps: heat maps of the baseline and the best routers."""
     best = [router.router for router in summary.routers[:BY_LAYER_AT_MOST]]
     for router in (r for r in summary.routers if r.router in {summary.baseline, *best}):
         for name, curve in router.layer_curves.items():
@@ -171,7 +163,6 @@ def _by_layer(summary: Summary) -> Iterator[Chart]:
                     }
                 ],
                 layout={"xaxis": axis("optimizer step"), "yaxis": {"automargin": True}},
-                rows=[["step", *layers], *[[s, *v] for s, v in zip(curve.step, curve.value, strict=True)]],
             )
 
 
@@ -218,14 +209,6 @@ def _band_chart(id: str, title: str, definition: str, bands: dict[str, Band], lo
             for trace in _band(name, band, looks[name], index)
         ],
         layout={"xaxis": axis("optimizer step"), "yaxis": axis(unit), "hovermode": "x unified"},
-        rows=[
-            ["router", "step", "mean", "low", "high"],
-            *[
-                [name, *values]
-                for name, band in bands.items()
-                for values in zip(band.step, band.mean, band.low, band.high, strict=True)
-            ],
-        ],
     )
 
 
@@ -261,6 +244,7 @@ def _sweep(summary: Summary, looks: Looks) -> Iterator[Chart]:
     for index, name in enumerate(dict.fromkeys(p.router for p in points)):
         mine = sorted((p for p in points if p.router == name), key=lambda p: float(p.sweep[swept]))
         drawn = line(name, [p.sweep[swept] for p in mine], [p.val for p in mine], looks[name], index)
+        drawn["text"] = [counted([p.n], "seed") + (", chosen" if p.chosen else "") for p in mine]
         data.append(
             {**drawn, "mode": "lines+markers", "marker": {"size": [13 if p.chosen else 7 for p in mine]}}
         )
@@ -275,8 +259,4 @@ def _sweep(summary: Summary, looks: Looks) -> Iterator[Chart]:
         sample=f"{min(p.n for p in points)} or more seeds a point",
         data=data,
         layout={"xaxis": axis(spoken, type=scale), "yaxis": axis(unit)},
-        rows=[
-            ["router", swept, "validation", "seeds", "chosen"],
-            *[[p.router, p.sweep[swept], p.val, p.n, p.chosen] for p in points],
-        ],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rmoe.report.charts.chart import BASELINE_COLOUR, Chart, Cube, Style, numbered_axis
+from rmoe.report.charts.chart import BASELINE_COLOUR, Chart, Style, numbered_axis
 from rmoe.report.charts.shared import Having, Line, Looks, heat_maps, layer_lines
 from rmoe.results.analysis import RouterWeights, Similarity
 
@@ -62,6 +62,5 @@ def saliency(having: Having[list[list[float | None]]], looks: Looks) -> Iterator
         "lower, the less is lost without the expert. Blank: no token.",
         unit="weight times norm",
         sample="each expert's own tokens",
-        rows=Cube(["model", "layer", "expert", "saliency"], named),
         **panels.figure(),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 from rmoe.report.charts.chart import Chart, Panels, Selector, axis
 from rmoe.report.charts.shared import Having, Looks, heat_maps, line, measure_chart, token_count
@@ -39,7 +38,6 @@ def entropy(having: Having[LayerHistogram], looks: Looks) -> Iterator[Chart]:
         f"(Fig. 4). 0: all on one expert; ln C = {said}: no preference.",
         unit=f"{'nats; each curve' if few else 'density; each layer'} encloses area 1",
         sample=sample,
-        rows=_entropy_rows(having),
         **panels.figure(),
     )
     if not few:
@@ -95,21 +93,8 @@ def _entropy_of_one(
         sample=sample,
         data=data,
         layout={"xaxis": axis("nats", range=span), "yaxis": axis("density", rangemode="tozero")},
-        rows=_entropy_rows(having),
         choice=Selector("layer", [f"layer {layer}" for layer in range(layers)], start, "y", curves),
     )
-
-
-def _entropy_rows(having: Having[LayerHistogram]) -> list[list[Any]]:
-    return [
-        ["model", "layer", "from", "to", "tokens"],
-        *[
-            [m.name, layer, *edges, count]
-            for m, histogram in having
-            for layer, counts in enumerate(histogram.counts)
-            for edges, count in zip(pairwise(histogram.edges), counts, strict=True)
-        ],
-    ]
 
 
 def _middles(edges: Sequence[float]) -> list[float]:

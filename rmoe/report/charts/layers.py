@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from rmoe.report.charts.chart import Chart, Cube, Selector, Style, axis, layer_axis, numbered_axis
+from rmoe.report.charts.chart import Chart, Selector, Style, axis, layer_axis, numbered_axis
 from rmoe.report.charts.shared import Having, Line, Looks, heat_maps, layer_lines, line, token_count
 from rmoe.results.analysis import (
     Coactivation,
@@ -65,15 +65,6 @@ def _mutual_information(having: Having[PairMeasure], id: str, title: str, defini
         definition=f"{definition}{relabelled} The diagonal is left blank.",
         unit="nats",
         sample=token_count([pair.n for _, pair in having]),
-        rows=[
-            ["model", "layer", "other layer", "nats", "by chance"],
-            *[
-                [m.name, a, b, value, pair.chance[a][b] if pair.chance else ""]
-                for m, pair in having
-                for a, row in enumerate(pair.values)
-                for b, value in enumerate(row)
-            ],
-        ],
         **panels.figure(),
     )
 
@@ -84,14 +75,16 @@ def _without_diagonal(values: Matrix) -> list[list[float | None]]:
 
 def coactivation(having: Having[Coactivation], looks: Looks) -> Iterator[Chart]:
     """One pair of neighbouring layers of every model side by side; the reader chooses which."""
-    maps = {m.name: c.across for m, c in having if c.across}
-    if not maps:
+    percent = {
+        m.name: [[[100 * v for v in row] for row in pair] for pair in c.across] for m, c in having if c.across
+    }
+    if not percent:
         return
-    pairs = min(map(len, maps.values()))
+    pairs = min(map(len, percent.values()))
     middle = (pairs - 1) // 2
-    experts = max(len(across[middle]) for across in maps.values())
+    experts = max(len(across[middle]) for across in percent.values())
     panels = heat_maps(
-        [(name, [[100 * v for v in row] for row in across[middle]]) for name, across in maps.items()],
+        [(name, across[middle]) for name, across in percent.items()],
         columns=3,
         across=numbered_axis("expert in the next layer", experts),
         down=numbered_axis("expert", experts, autorange="reversed"),
@@ -106,9 +99,12 @@ def coactivation(having: Having[Coactivation], looks: Looks) -> Iterator[Chart]:
         "experts of the two layers work in pairs. The CSV has every pair of neighbouring layers.",
         unit="% of tokens",
         sample=token_count([c.n for _, c in having if c.across]),
-        rows=Cube(["model", "layer", "expert", "expert in next layer", "share of tokens"], maps),
         choice=Selector(
-            "layers", [f"layer {layer} to {layer + 1}" for layer in range(pairs)], middle, "z", scale=100.0
+            "layers",
+            [f"layer {layer} to {layer + 1}" for layer in range(pairs)],
+            middle,
+            "z",
+            list(percent.values()),
         ),
         **panels.figure(),
     )
@@ -139,14 +135,6 @@ def paths(having: Having[Paths], looks: Looks) -> Iterator[Chart]:
             "xaxis": axis("number of commonest paths"),
             "yaxis": axis("share of tokens", tickformat=".2~p", rangemode="tozero"),
         },
-        rows=[
-            ["model", "rank", "path", "share"],
-            *[
-                [m.name, rank, " ".join(map(str, path.experts)), path.share]
-                for m, paths in having
-                for rank, path in enumerate(paths.top, start=1)
-            ],
-        ],
     )
 
 
@@ -165,15 +153,13 @@ def predictability(having: Having[Predictability], looks: Looks) -> Iterator[Cha
         "state_probe": (", linear probe of the state", "longdash"),
         "chance": (", by chance", "dot"),
     }
-    data, rows = [], []
+    data = []
     for index, (m, p) in enumerate(having):
         for field, (said, dash) in lines.items():
             values = getattr(p, field) or []
             if any(value is not None for value in values):
                 look = Style(looks[m.name].colour, dash)
                 data.append(line(f"{m.name}{said}", range(1, len(values) + 1), values, look, index))
-        columns = [getattr(p, field) or [None] * len(p.chance) for field in lines]
-        rows += [[m.name, layer, *row] for layer, row in enumerate(zip(*columns, strict=True), start=1)]
     yield Chart(
         id="predictability",
         section=SECTION,
@@ -190,18 +176,6 @@ def predictability(having: Having[Predictability], looks: Looks) -> Iterator[Cha
             "yaxis": axis("recall", range=[0, 1.03]),
             "hovermode": "x unified",
         },
-        rows=[
-            [
-                "model",
-                "layer",
-                "from the layer below",
-                "at its own input",
-                "linear probe",
-                "linear probe of the state",
-                "by chance",
-            ],
-            *rows,
-        ],
         height=420,
         wide=True,
     )
@@ -229,21 +203,11 @@ def contributions(having: Having[Contributions], looks: Looks) -> Iterator[Chart
         section=SECTION,
         title="What speaks for the chosen experts",
         definition="The mean logit of a token's chosen experts less the mean of all, split over what adds to it: "
-        "the embedding (emb), each layer below (in a row's own column its attention), the recurrent state. Exact, "
-        "with the norm's scale held fixed; blank where a router is not linear in the residual stream. For RMoE's "
-        "own routers the state's part is what is lost with an empty state.",
+        "the embedding (emb), each layer below (in a row's own column its attention), the recurrent state; the CSV "
+        "numbers them from 0. Exact, with the norm's scale held fixed; blank where a router is not linear in the "
+        "residual stream. For RMoE's own routers the state's part is what is lost with an empty state.",
         unit="logits",
         sample=token_count([c.n for _, c in having]),
-        rows=[
-            ["model", "layer", "source", "logits"],
-            *[
-                [m.name, layer, source, value]
-                for m, c in having
-                for layer, row in enumerate(_with_state(c, len(c.sources)))
-                for source, value in zip([*c.sources, "state"], row, strict=True)
-                if value is not None
-            ],
-        ],
         **panels.figure(),
     )
 

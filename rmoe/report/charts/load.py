@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rmoe.report.charts.chart import Chart, Cube, Selector, Style, axis, label, layer_axis, numbered_axis
+from rmoe.report.charts.chart import Chart, Selector, Style, axis, label, layer_axis, numbered_axis
 from rmoe.report.charts.shared import (
     Having,
     Line,
@@ -46,7 +46,6 @@ def frequency(having: Having[Matrix], looks: Looks) -> Iterator[Chart]:
         definition=f"Share of a layer's assignments that go to each expert (Fig. 12). Even use is {even}.",
         unit="% of assignments",
         sample=token_count([m.frequency_n for m, _ in having]),
-        rows=Cube(["model", "layer", "expert", "share"], {m.name: values for m, values in having}),
         **panels.figure(),
     )
 
@@ -70,15 +69,6 @@ def drop_ratio(having: Having[DropRatio], looks: Looks) -> Iterator[Chart]:
             "yaxis": axis("share dropped", rangemode="tozero", tickformat=".0%"),
             "hovermode": "x unified",
         },
-        rows=[
-            ["model", "capacity factor", "layer", "share dropped"],
-            *[
-                [m.name, factor, layer, value]
-                for m, drop in having
-                for factor, values in zip(drop.capacity_factor, drop.values, strict=True)
-                for layer, value in enumerate(values)
-            ],
-        ],
     )
 
 
@@ -136,14 +126,6 @@ def spread(having: Having[LoadSummary], looks: Looks) -> Iterator[Chart]:
             "yaxis": axis("multiple of the mean", rangemode="tozero"),
             "hovermode": "x unified",
         },
-        rows=[
-            ["model", "layer", *_QUANTILES, "unused experts", "MaxVio"],
-            *[
-                [m.name, layer, *row, load.dead[layer], load.max_violation[layer]]
-                for m, load in having
-                for layer, row in enumerate(load.quantiles)
-            ],
-        ],
         height=420,
         wide=True,
     )
@@ -183,14 +165,5 @@ def coverage(having: Having[Coverage], looks: Looks) -> Iterator[Chart]:
             "xaxis": axis("m most used experts"),
             "yaxis": axis("share of assignments", tickformat=".0%", range=[0, 1.03]),
         },
-        rows=[
-            ["model", "layer", "most used experts", "share"],
-            *[
-                [model.name, layer, m, share]
-                for model, c in having
-                for layer, row in enumerate(c.values)
-                for m, share in zip(c.hottest, row, strict=True)
-            ],
-        ],
         choice=Selector("layer", [f"layer {layer}" for layer in range(layers)], start, "y", values),
     )

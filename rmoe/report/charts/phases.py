@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from rmoe.report.charts.chart import Chart, Style, axis, counted, layer_axis
-from rmoe.report.charts.shared import Having, Looks, heat_maps, line, token_count
-from rmoe.results.analysis import GradientSplit, Matrix, OverTraining, Saturation
+from rmoe.report.charts.chart import Chart, Style, axis, layer_axis
+from rmoe.report.charts.shared import Having, Looks, line, token_count
+from rmoe.results.analysis import GradientSplit, Matrix, Saturation
 
 SECTION = "Gradients and phases"
 
 
-# Part of the loss -> (how it is said, dash, whether it is drawn; the CSV has all).
+# Part of the loss -> (how it is said, dash).
 _PARTS = {
-    "language_model": ("language model", "solid", True),
-    "balance": ("balance loss", "dash", True),
-    "recurrent": ("recurrent path", "dot", True),
-    "language_model_cut": ("language model, recurrent path cut", "dashdot", False),
+    "language_model": ("language model", "solid"),
+    "balance": ("balance loss", "dash"),
+    "recurrent": ("recurrent path", "dot"),
 }
 
 
@@ -25,18 +24,10 @@ def gradient_split(having: Having[GradientSplit], looks: Looks) -> Iterator[Char
     """Over training where several steps were measured, else over layers."""
     over_steps = any(len(split.step) > 1 for _, split in having)
     data: list[dict] = []
-    rows: list[list] = [["model", "part", "step", "layer", "gradient norm"]]
     for index, (m, split) in enumerate(having):
-        for field, (said, dash, is_drawn) in _PARTS.items():
+        for field, (said, dash) in _PARTS.items():
             values: Matrix | None = getattr(split, field)
-            if values is None:
-                continue
-            rows += [
-                [m.name, said, step, layer, value]
-                for step, row in zip(split.step, values, strict=True)
-                for layer, value in enumerate(row)
-            ]
-            if is_drawn and any(v > 0 for row in values for v in row):  # zero has no place on a log axis
+            if values and any(v > 0 for row in values for v in row):  # zero has no place on a log axis
                 x = split.step if over_steps else list(range(len(values[0])))
                 y = [math.sqrt(sum(v * v for v in row)) for row in values] if over_steps else values[0]
                 shown = [v if v > 0 else None for v in y]
@@ -59,7 +50,6 @@ def gradient_split(having: Having[GradientSplit], looks: Looks) -> Iterator[Char
             else layer_axis(max(len(split.language_model[0]) for _, split in having)),
             "yaxis": axis("gradient norm", type="log", dtick="D2", exponentformat="power"),
         },
-        rows=rows,
         height=440,
         wide=True,
     )
@@ -80,11 +70,7 @@ def saturation(having: Having[Saturation], looks: Looks) -> Iterator[Chart]:
     model, first = having[0]
     before, after = first.from_step[0], first.to_step[0]
     trained = over_steps or 0 < before < after
-    which = (
-        "mean over layers; the CSV has every layer"
-        if over_steps
-        else f"from step {before:,} to step {after:,}"
-    )
+    which = "mean over layers" if over_steps else f"from step {before:,} to step {after:,}"
     other = "the other model" if model.flips is None else model.flips.other
     shared = "Share of a token's chosen experts that"
     between = (
@@ -107,46 +93,4 @@ def saturation(having: Having[Saturation], looks: Looks) -> Iterator[Chart]:
             else layer_axis(max(len(s.values[0]) for _, s in having)),
             "yaxis": axis("share kept"),
         },
-        rows=[
-            ["model", "from step", "to step", "layer", "share kept"],
-            *[
-                [m.name, a, b, layer, value]
-                for m, s in having
-                for a, b, row in zip(s.from_step, s.to_step, s.values, strict=True)
-                for layer, value in enumerate(row)
-            ],
-        ],
     )
-
-
-def over_training(having: Having[list[OverTraining]], looks: Looks) -> Iterator[Chart]:
-    """Measures that were recorded on a schedule: layers down, steps across, phase by phase."""
-    recorded = [(m.name, one) for m, found in having for one in found if one.step]
-    for name, measure in {one.name: one for _, one in recorded}.items():
-        drawn = [(model, one) for model, one in recorded if one.name == name]
-        panels = heat_maps(
-            [(model, [list(layer) for layer in zip(*o.values, strict=True)]) for model, o in drawn],
-            columns=3,
-            across=axis("optimizer step"),
-            colour={"colorbar": {"title": {"text": measure.unit}}},
-            hover="step %{x}, layer %{y}: %{z:.4f}",
-            places_across=[o.step for _, o in drawn],
-        )
-        yield Chart(
-            id=f"over-training-{name.replace('_', '-')}",
-            section=SECTION,
-            title=f"{name.replace('_', ' ').capitalize()}, layer by layer over training",
-            definition=measure.definition,
-            unit=measure.unit,
-            sample=counted([len(o.step) for _, o in drawn], "measurement"),
-            rows=[
-                ["model", "step", "layer", measure.unit],
-                *[
-                    [model, step, layer, value]
-                    for model, o in drawn
-                    for step, row in zip(o.step, o.values, strict=True)
-                    for layer, value in enumerate(row)
-                ],
-            ],
-            **panels.figure(),
-        )

@@ -32,7 +32,6 @@ MAKERS: dict[str, Maker] = {
     "saliency": experts.saliency,
     "gradient_split": phases.gradient_split,
     "saturation": phases.saturation,
-    "over_training": phases.over_training,
 }
 
 

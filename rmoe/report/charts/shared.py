@@ -129,10 +129,6 @@ def layer_lines(
             "hovermode": "x unified",
             "showlegend": True,  # for one line too: its name has the value over all layers
         },
-        rows=[
-            ["model", "layer", unit],
-            *[[name, layer, value] for name, values, _, _ in series for layer, value in enumerate(values)],
-        ],
     )
 
 

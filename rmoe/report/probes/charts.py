@@ -88,13 +88,11 @@ def _figure(
 ) -> Chart:
     """Panels, one per probe, with a line for each router drawn."""
     panels = Panels(summary.probes, COLUMNS, across, axis(unit))
-    rows: list[list[Any]] = [["probe", "router", "x", unit]]
     for panel, probe in enumerate(summary.probes):
         for index, card in enumerate(drawn(summary)):
             found = series(card, probe)
             if found is not None:
                 panels.add_line(panel, line(card.router, *found, looks[card.router], index))
-                rows += [[probe, card.router, a, b] for a, b in zip(*found, strict=True)]
     for panel, probe in enumerate(summary.probes if references else ()):
         for name, dash in LINES.items():
             panels.add_line(panel, _reference(name, getattr(summary.references[probe], name), dash))
@@ -105,7 +103,6 @@ def _figure(
         definition=definition,
         unit=unit,
         sample=_seeds(summary.cards, summary),
-        rows=rows,
         **panels.figure(),
     )
 
@@ -153,7 +150,6 @@ def _recurrent_share(summary: Summary, looks: dict[str, Style]) -> list[Chart]:
                 for name, found in values.items()
             ],
             layout={"xaxis": axis(""), "yaxis": axis("share"), "barmode": "group"},
-            rows=[["router", *summary.probes], *[[name, *found] for name, found in values.items()]],
             wide=True,
         )
     ]

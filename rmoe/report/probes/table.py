@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rmoe.errors import one_line
-from rmoe.report.table import plain
+from rmoe.report.table import aligned, plain
 from rmoe.results.probes import MEAN, Card, Score, Summary
 
 HELP = "Regret: 0 is optimal, 1 knows nothing."
@@ -56,11 +56,4 @@ def markdown(summary: Summary) -> str:
 
 def terminal(summary: Summary) -> str:
     body = [["router", *columns(summary)], *([one_line(c.router), *cells(c, summary)] for c in summary.cards)]
-    widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
-    return "\n".join([*(_aligned(row, widths) for row in body), "", caption(summary)])
-
-
-def _aligned(row: list[str], widths: list[int]) -> str:
-    """Names to the left, numbers to the right."""
-    numbers = (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
-    return "  ".join((row[0].ljust(widths[0]), *numbers))
+    return "\n".join([aligned(body, numbers_from=1), "", caption(summary)])

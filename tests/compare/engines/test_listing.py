@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from rmoe.cli.main import main
@@ -14,7 +13,7 @@ from rmoe.compare.engines import listing
 from rmoe.compare.engines.journal import JOURNAL, Entry, note, read_journal
 from rmoe.compare.engines.listing import grid_runs
 from rmoe.compare.plan import COMPARISON, ComparisonRecord
-from rmoe.records import append_lines, write_record
+from rmoe.records import append_records, write_record
 from rmoe.training.config import RunConfig
 from rmoe.training.run import train
 from rmoe.training.run_folder import locked
@@ -42,7 +41,7 @@ def grid(tmp_path: Path) -> Path:
 def entry(grid: Path, name: str, state: str = "queued", engine: str = "local", **more: object) -> None:
     line = Entry(name=name, state=state, engine=engine, at=1.0, **{"driver": HERE, **more})
     (grid / JOURNAL).parent.mkdir(exist_ok=True)
-    append_lines(grid / JOURNAL, msgspec.json.encode(line) + b"\n")
+    append_records(grid / JOURNAL, line)
 
 
 def states(grid: Path) -> dict[str, str]:
