@@ -32,6 +32,7 @@ class Learner(ABC):
 
     Attributes:
         model: holds this process's parameters and buffers, under the names they have in a checkpoint.
+        evaluated: what `rmoe.training.evaluation.evaluate` takes, on all processes together.
         ranks: this process among the others.
         parts: batches that the loop hands over for a step.
         forward_passes: of this process in a step.
@@ -45,6 +46,7 @@ class Learner(ABC):
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model: Any = model
+        self.evaluated = model
         self.ranks = ranks
         self.has_routers = self.moves_routers = hasattr(model, "update_routers")
 
@@ -56,11 +58,6 @@ class Learner(ABC):
             batches: `parts` of them, on the device.
             sums: gets the losses and the routing.
         """
-
-    @property
-    @abstractmethod
-    def evaluated(self) -> nn.Module:
-        """What `rmoe.training.evaluation.evaluate` takes, on all processes together."""
 
     def norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """The 2-norm of their gradients, the same on every process."""
@@ -95,10 +92,6 @@ class ModelLearner(Learner):
         self.forward = accelerator.prepare_model(model, device_placement=placed, evaluation_mode=self.sharded)
         self._counts_tokens = _counts_tokens(model)
         self._skips_logits = isinstance(model, RMoEForCausalLM)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        return self.model  # type: ignore[no-any-return]
 
     def accumulate(self, batches: list[Batch], sums: StepSums) -> None:
         tokens = self._tokens(batches) if self._counts_tokens else None

@@ -46,12 +46,9 @@ class PipelineLearner(Learner):
     def __init__(self, pipeline: Pipeline, ranks: Ranks) -> None:
         super().__init__(pipeline.part, ranks)
         self.pipeline = pipeline
+        self.evaluated = _Evaluated(pipeline)
         self.forward_passes = pipeline.micro_batches
         self.storage = Gathered(pipeline.part, pipeline)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        return _Evaluated(self.pipeline)
 
     def accumulate(self, batches: list[Batch], sums: StepSums) -> None:
         (batch,) = batches

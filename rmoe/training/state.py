@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.modeling_utils import str_to_torch_dtype
 
 from rmoe.errors import one_line
 from rmoe.records import NOT_JSON, Record
@@ -117,10 +118,15 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write tensors, wherever they are, into one safetensors file."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata=metadata or None)
+
+
 def save_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `model.safetensors`, under the names the model itself uses (`unique_tensors`)."""
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(plain, folder / MODEL, metadata={"format": "pt"})
+    save_tensors(folder / MODEL, tensors, format="pt")
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -140,11 +146,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
             for slot, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}/{slot}"] = torch.as_tensor(value).detach()
     return tensors
-
-
-def save_optimizer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `optimizer.safetensors`."""
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / OPTIMIZER)
 
 
 def group_settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
@@ -200,10 +201,8 @@ def restore_random(host: HostRandom, tensors: Mapping[str, Tensor], device: torc
 
 def save_random(folder: Path, ranks: list[dict[str, Tensor]]) -> None:
     """Write `rng.safetensors`: torch's generators, one set per rank."""
-    save_file(
-        {f"{rank}/{name}": t for rank, tensors in enumerate(ranks) for name, t in tensors.items()},
-        folder / RNG,
-    )
+    named = {f"{rank}/{name}": t for rank, tensors in enumerate(ranks) for name, t in tensors.items()}
+    save_tensors(folder / RNG, named)
 
 
 def load_random(folder: Path, rank: int) -> dict[str, Tensor]:
@@ -258,22 +257,8 @@ def check_tensors(
         if shape != wanted:
             said = f"{shape[0]} elements, not {wanted[0]}" if flat else f"shape {shape}, not {wanted}"
             raise Damaged(f"{where}: {name} has {said}")
-        if dtype != _DTYPES.get(tensor.dtype):
+        if str_to_torch_dtype.get(dtype) != tensor.dtype:
             raise Damaged(f"{where}: {name} is {dtype}, not {tensor.dtype}")
-
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def _plain(value: Any) -> Any:

@@ -107,7 +107,7 @@ class Whole(Storage):
         def write(folder: Path) -> OptimizerRecord:
             tensors = contents.optimizer_tensors(optimizer, self.model)
             contents.save_model(folder, contents.unique_tensors(self.model))
-            contents.save_optimizer(folder, tensors)
+            contents.save_tensors(folder / contents.OPTIMIZER, tensors)
             return OptimizerRecord(contents.group_settings(optimizer, self.model), len(tensors))
 
         return write
@@ -136,7 +136,9 @@ class Sharded(Storage):
             ) from error
 
         def write(folder: Path) -> OptimizerRecord:
-            sharded.adopt(parts, folder)
+            for path in sorted(parts.iterdir()):
+                path.rename(folder / path.name)
+            parts.rmdir()
             tensors = sum(map(len, optimizer.state.values()))
             return OptimizerRecord(contents.group_settings(optimizer, self.model), tensors)
 
@@ -167,7 +169,7 @@ class Gathered(Storage):
 
         def write(folder: Path) -> OptimizerRecord:
             contents.save_model(folder, model)
-            contents.save_optimizer(folder, moments)
+            contents.save_tensors(folder / contents.OPTIMIZER, moments)
             return OptimizerRecord(groups, len(moments))
 
         return write

@@ -139,7 +139,7 @@ def test_optimizer_comes_back_bit_for_bit(tmp_path, model):
         parameter.grad = torch.randn_like(parameter)
     first.step()
     contents.save_model(tmp_path, contents.unique_tensors(model))
-    contents.save_optimizer(tmp_path, contents.optimizer_tensors(first, model))
+    contents.save_tensors(tmp_path / contents.OPTIMIZER, contents.optimizer_tensors(first, model))
     groups = contents.group_settings(first, model)
     groups = msgspec.json.decode(msgspec.json.encode(groups))  # the way it goes to disk and back
 
