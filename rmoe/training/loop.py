@@ -202,7 +202,7 @@ class Loop:
         self._lm_loss, self._balance_loss, self._finite, self.stopped = self.sums.finish(
             finite=self._grad_norm < float("inf"), stop=self.stop_requested
         )
-        self._learning_rate = self.scheduler.get_last_lr()[0]
+        self._learning_rate = self.optimizer.param_groups[0]["lr"]
         if not self._finite:
             self.skip()
         return self._finite

@@ -56,7 +56,7 @@ class TrainingState(Record, frozen=True, kw_only=True):
         skipped_batches: steps left out because of NaN or infinity.
         train_seconds: wall clock of training steps so far.
         pending: sums that the next metrics row will need.
-        scheduler: the learning-rate scheduler's state.
+        scheduler: the learning-rate scheduler's state, of which the step is read.
         param_groups: the optimizer's groups; `params` holds parameter names.
         optimizer_tensors: how many tensors the optimizer's state has.
         host_random: one per rank.
@@ -124,11 +124,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> 
     save_file(plain, path, metadata=metadata or None)
 
 
-def save_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `model.safetensors`, under the names the model itself uses (`unique_tensors`)."""
-    save_tensors(folder / MODEL, tensors, format="pt")
-
-
 # --- the optimizer --------------------------------------------------------------------------------
 
 
@@ -155,20 +150,6 @@ def group_settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[d
         {key: _plain(value) for key, value in group.items() if key != "params"} | {"params": members}
         for group, members in zip(optimizer.param_groups, names, strict=True)
     ]
-
-
-def for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
-    """A scheduler's state for another number of parameter groups, which layouts cut differently.
-
-    All groups of such a run follow one schedule, so what is kept per group is the same for each; rates of the router's
-    own (`training.router_learning_rate`) go with one layout alone.
-    """
-    fitted = dict(scheduler)
-    for name in ("base_lrs", "lr_lambdas", "_last_lr"):
-        values = fitted.get(name)
-        if isinstance(values, list) and values and len(values) != groups:
-            fitted[name] = values[:1] * groups
-    return fitted
 
 
 # --- random numbers -------------------------------------------------------------------------------
