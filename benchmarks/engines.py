@@ -6,17 +6,21 @@
 clock of everything, the engine's start and end included, per run; in turn, the median of the rounds' differences. Ray
 makes a cluster of this machine; its workers are not `nice` here (by default they are, at 15, and wait for whatever else
 the machine does). Slurm is submitit's local executor.
-`simulate`: `rmoe.planning.grid.simulate` with the overheads measured: 1,000 runs of an hour.
+`simulate`: 1,000 runs of an hour on workers that fail, with the overheads measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,7 +29,6 @@ from benchmarks.results import write_result
 from rmoe.compare.engines import EngineConfig, Wants, engine_of
 from rmoe.compare.jobs import Train
 from rmoe.data import prepare
-from rmoe.planning.grid import simulate
 from rmoe.training.config import RunConfig
 from rmoe.training.run_folder import read_result
 
@@ -108,6 +111,66 @@ def overhead(steps: int, rounds: int) -> dict[str, Any]:
         **{f"{name}_s": [one.run for one in spent] for name, spent in found.items()},
         "allowed_at_5_minutes_s": GOAL["share"] * GOAL["run_seconds"] + GOAL["seconds"],
     }
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """How a grid went: wall clock, seconds of training done again, failures met, busy share of the workers."""
+
+    seconds: float
+    lost_seconds: float
+    failures: int
+    busy: float
+
+
+def simulate(
+    work: Sequence[float],
+    workers: int,
+    *,
+    failures_per_hour: float = 0.0,
+    checkpoint_seconds: float = 0.0,
+    restart_seconds: float = 0.0,
+    away_seconds: float = 0.0,
+    seed: int = 0,
+) -> Simulated:
+    """Runs over workers, one after another as workers become free, in the order given.
+
+    Args:
+        work: seconds of each run.
+        workers: that carry out a run each.
+        failures_per_hour: of one worker; times between them are exponential.
+        checkpoint_seconds: between a run's checkpoints: what it has done since the last is lost.
+        restart_seconds: until a run that was lost trains again, elsewhere.
+        away_seconds: until the worker is back.
+        seed: of the failures.
+
+    >>> simulate([3.0, 2.0, 2.0], 2).seconds
+    4.0
+    """
+    chance = random.Random(seed)  # nosec B311  a simulation
+    free = [(0.0, number) for number in range(workers)]
+    todo = list(work)[::-1]
+    lost = busy = end = 0.0
+    failures = 0
+    waiting: list[tuple[float, float]] = []  # (when it was lost, what is left of it)
+    while todo or waiting:
+        now, worker = heapq.heappop(free)
+        if waiting and (waiting[0][0] <= now or not todo):
+            since, left = heapq.heappop(waiting)
+            now = max(now, since)
+        else:
+            left = todo.pop()
+        until = chance.expovariate(failures_per_hour / 3600) if failures_per_hour else float("inf")
+        if until >= left:
+            busy += left
+            end = max(end, now + left)
+            heapq.heappush(free, (now + left, worker))
+            continue
+        kept = until // checkpoint_seconds * checkpoint_seconds if checkpoint_seconds else 0.0
+        failures, lost, busy = failures + 1, lost + until - kept, busy + until
+        heapq.heappush(waiting, (now + until, left - kept + restart_seconds))
+        heapq.heappush(free, (now + until + away_seconds, worker))
+    return Simulated(seconds=end, lost_seconds=lost, failures=failures, busy=busy / (end * workers))
 
 
 def scale_out(start_seconds: float) -> list[dict[str, Any]]:

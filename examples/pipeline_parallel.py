@@ -11,6 +11,7 @@ import tempfile
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import clip_grads_with_norm_
 
 from rmoe import load
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
@@ -26,14 +27,15 @@ def main() -> None:
     initialize(model, seed=0)
 
     pipeline = Pipeline(model, micro_batches=4)
-    optimizer = torch.optim.AdamW(pipeline.part.parameters(), lr=3e-3)
+    parameters = list(pipeline.part.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
     ids = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
     for step in range(1, STEPS + 1):
         loss = pipeline.step(ids, ids)
-        pipeline.clip(1.0)
+        clip_grads_with_norm_(parameters, 1.0, torch.tensor(pipeline.norm(parameters)))
         optimizer.step()
         optimizer.zero_grad()
-        pipeline.update_routers(step, STEPS)
+        pipeline.part.update_routers(pipeline.stats, step, STEPS)
         if pipeline.is_last:
             print(f"step {step}  loss {sum(loss):.4f}")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from rmoe.errors import RequestError
+
+C = TypeVar("C")
 
 # Of what a tensor holds: float32's normal numbers, int64's.
 _LEAST, _MOST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
@@ -59,6 +61,42 @@ def check_fields(owner: Any, section: str) -> None:
         check(f"{section}.{field.name}", getattr(owner, field.name), hints[field.name])
 
 
+class Text(str):
+    """A value given as text, to be read as whatever type its field has; "None" is null where that is allowed."""
+
+
+def build(cls: type[C], data: object, prefix: str = "") -> C:
+    """A configuration dataclass from nested tables: every name and type is checked on the way.
+
+    Args:
+        data: name -> value; values may be `Text`. What is left out has its default.
+        prefix: the table's own dotted name, for messages.
+
+    Raises:
+        RequestError: an unknown name, or a value of the wrong type; naming the field and what is allowed.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    require(isinstance(data, dict), prefix or "configuration", data, "a table")
+    values = {}
+    for key, value in typing.cast("dict[str, object]", data).items():
+        name = f"{prefix}.{key}" if prefix else key
+        require(key in known, name, value, f"one of {', '.join(sorted(known))}")
+        nested = dataclasses.is_dataclass(hints[key])
+        values[key] = build(hints[key], value, name) if nested else _read(name, value, hints[key])
+    return cls(**values)
+
+
+def _read(name: str, value: object, hint: Any) -> Any:
+    try:
+        if isinstance(value, Text):
+            text = None if value == "None" and type(None) in _options(hint) else str(value)
+            return msgspec.convert(text, hint, strict=False)
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        raise RequestError(name, value, _phrase(hint)) from None
+
+
 def _fits(value: object, annotation: Any) -> bool:
     if typing.get_origin(annotation) is tuple:  # of instances, which msgspec would build and not take
         return isinstance(value, tuple) and all(isinstance(v, typing.get_args(annotation)[0]) for v in value)
@@ -91,6 +129,8 @@ def _phrase(annotation: Any) -> str:
     for option in _options(annotation):
         if typing.get_origin(option) is Literal:
             parts += [repr(choice) for choice in typing.get_args(option)]
+        elif typing.get_origin(option) is tuple:
+            parts.append(f"a list of {_phrase(typing.get_args(option)[0])}")
         else:
             parts.append("null" if option is type(None) else getattr(option, "__name__", str(option)))
     return " or ".join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -25,7 +25,7 @@ def run(
     config: Annotated[RunConfig, tyro.conf.arg(name="")],
     devices: int = 8,
     devices_per_node: int = 8,
-    accelerator: str = "h100",
+    accelerator: Literal["a100-40", "a100-80", "h100", "h200", "b200"] = "h100",
     efficiency: float = 0.4,
     vocab_size: int | None = None,
     as_set: bool = False,
@@ -47,7 +47,7 @@ def run(
             they are given: values of the preset's own bind only with --as-set.
         devices: accelerators in all.
         devices_per_node: of which so many are joined by the fast link.
-        accelerator: a100-40, a100-80, h100, h200 or b200.
+        accelerator: the kind of each.
         efficiency: share of the peak FLOP/s that is reached. An assumption: 0.4 is a well-tuned run; the paper's
             0.91B run on 8 A100s reached 0.14.
         vocab_size: rows of the embedding; 256 for --data.tokenizer bytes, else, and for the pretrain presets, which
@@ -70,8 +70,7 @@ def run(
 
     import sys
 
-    from rmoe.planning.hardware import Cluster
-    from rmoe.planning.hardware import accelerator as named
+    from rmoe.planning.hardware import ACCELERATORS, Cluster
     from rmoe.planning.plan import plan_of
     from rmoe.records import indented
     from rmoe.training.build import load_plugins, model_config
@@ -81,7 +80,7 @@ def run(
         _print_grid(config, routers, seeds, pilot, jobs, engine, json)
         return
     micro, checkpointing = _told(config, as_set)
-    cluster = Cluster(devices, devices_per_node, named(accelerator), efficiency)
+    cluster = Cluster(devices, devices_per_node, ACCELERATORS[accelerator], efficiency)
     if vocab_size is not None and vocab_size < 1:
         raise RequestError("--vocab-size", vocab_size, "1 or more")
     rows, origin = _vocabulary(config, vocab_size)

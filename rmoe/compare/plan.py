@@ -129,7 +129,7 @@ def parse_sweep(config: RunConfig, asked: Sequence[str]) -> dict[str, tuple[Swee
             raise RequestError(
                 "--sweep", one, "any setting but seed and router: --seeds and --routers do that"
             )
-        full = _found(config, name)[0]
+        full, _ = config.setting(name)
         if full.startswith("data."):
             raise RequestError("--sweep", one, "a setting that leaves the text as it is")
         if full in swept:
@@ -143,26 +143,10 @@ def parse_sweep(config: RunConfig, asked: Sequence[str]) -> dict[str, tuple[Swee
 
 def _read(config: RunConfig, name: str, text: str) -> SweepValue:
     """A setting's value as its type has it."""
-    value = setting(config.with_setting(name, text), name)
+    _, value = config.with_setting(name, text).setting(name)
     if not isinstance(value, SweepValue):
         raise RequestError("--sweep", f"{name}={text}", "a setting with a single value")
     return value
-
-
-def setting(config: RunConfig, name: str) -> object:
-    """The value of a setting, by its dotted name or its last part alone."""
-    return _found(config, name)[1]
-
-
-def _found(config: RunConfig, name: str) -> tuple[str, object]:
-    """The dotted name and the value of a setting."""
-    leaf = name.rpartition(".")[2]
-    for table, values in config.to_dict().items():
-        if table == name:
-            return name, values
-        if isinstance(values, dict) and leaf in values and name in (leaf, f"{table}.{leaf}"):
-            return f"{table}.{leaf}", values[leaf]
-    raise RequestError("setting", name, "a setting of the run")
 
 
 def only_k(routers: Iterable[str], config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -67,11 +67,6 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.num_blocks
 
-    @property
-    def num_targets(self) -> int:
-        """Tokens predicted in one pass over all blocks."""
-        return self._start(self.num_blocks - 1) + self.sequence_length - 1
-
     def _start(self, block: int) -> int:
         return min(block * self.stride, len(self.tokens) - self.sequence_length)
 

@@ -112,8 +112,10 @@ def byte_tokenizer() -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    tokenizer = Tokenizer(models.BPE(vocab=_byte_alphabet(), merges=[]))
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -123,13 +125,6 @@ def byte_tokenizer() -> Any:
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where printable in Latin-1, else the next from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
-    return {chr(byte if byte in printable else next(spare)): byte for byte in range(256)}
 
 
 def word_tokenizer(vocabulary: dict[str, int]) -> Any:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import msgspec
 import numpy as np
 
 from rmoe.data.cache import publish, read_entry, staging_folder
-from rmoe.data.config import SPLITS, DataConfig, SplitName
+from rmoe.data.config import SPLITS, DataConfig
 from rmoe.data.corpus import Corpus
 from rmoe.data.encode import Encoder, TokenizerChoice, decoded, folder_sha256, words
 from rmoe.data.hub import PREFIX, open_dataset
@@ -99,8 +100,11 @@ def open_source(config: DataConfig) -> Text | SplitTexts:
     return text
 
 
-def measure(text: Text | SplitTexts) -> tuple[Source, list[int]]:
+def measure(text: Text | SplitTexts, copy: BinaryIO | None = None) -> tuple[Source, list[int]]:
     """Read all of a text once: its name, size and sha256, and the sizes of the parts it comes in.
+
+    Args:
+        copy: gets the text, one part after another.
 
     Raises:
         RequestError: it is empty, or cannot be read.
@@ -111,7 +115,9 @@ def measure(text: Text | SplitTexts) -> tuple[Source, list[int]]:
         for chunk in part.read():
             digest.update(chunk)
             sizes[-1] += len(chunk)
-        if not sizes[-1]:
+            if copy is not None:
+                copy.write(chunk)
+        if copy is None and not sizes[-1]:
             raise RequestError("data.path", part.name, "a text that is not empty")
     return Source(name=text.name, bytes=sum(sizes), sha256=digest.hexdigest()), sizes
 
@@ -131,7 +137,11 @@ def encode_into(
 ) -> CorpusManifest:
     """Write the token files and the tokenizer of a text into a folder."""
     raw = folder / "text"
-    ranges = copy_text(text, source, raw)
+    with raw.open("wb") as copy:
+        found, sizes = measure(text, copy)
+    if found != source:
+        raise RunError(f"{source.name} changed while it was read", "nothing", "run again")
+    ranges = dict(zip(SPLITS, pairwise(accumulate(sizes, initial=0)), strict=False))
     with raw.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if isinstance(text, Text):
             ranges = cut(data, config.split)
@@ -163,24 +173,6 @@ def encode_into(
         unit=unit,
         splits={str(name): split for name, split in splits.items()},
     )
-
-
-def copy_text(text: Text | SplitTexts, source: Source, target: Path) -> dict[SplitName, Range]:
-    """Put the whole text into one file; the ranges are those of `parts`, by split where there are three.
-
-    Raises:
-        RunError: it is no longer what `measure` read.
-    """
-    digest, ends = hashlib.sha256(), [0]
-    with target.open("wb") as file:
-        for part in parts(text):
-            for chunk in part.read():
-                digest.update(chunk)
-                file.write(chunk)
-            ends.append(file.tell())
-    if digest.hexdigest() != source.sha256:
-        raise RunError(f"{source.name} changed while it was read", "nothing", "run again")
-    return {split: (ends[i], ends[i + 1]) for i, split in enumerate(SPLITS[: len(ends) - 1])}
 
 
 def smallest_dtype(num_ids: int) -> Literal["uint8", "uint16", "uint32"]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import json
 import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +30,6 @@ _BATCH = 1000
 _CHUNK = 1 << 20
 # A compressed file that unpacks to more is refused: 64 MiB of gzip can hold 64 GiB of nothing.
 MAX_UNPACKED_BYTES = 64 * 2**30
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
 
 
 class Row(NamedTuple):
@@ -131,42 +126,15 @@ def read_lines(content: Iterable[bytes], name: str) -> Iterator[tuple[int, bytes
         yield number + 1, last
 
 
-def encoding_of(head: bytes) -> tuple[str, int]:
-    """The encoding a text begins in, and the length of its byte order mark.
-
-    Without a mark it is UTF-8, but for the zeros that UTF-16 and UTF-32 put beside the first, ASCII, character.
-
-    >>> encoding_of("a".encode("utf-8-sig")), encoding_of("{}".encode("utf-16-le")), encoding_of(b"{}")
-    (('utf-8', 3), ('utf-16-le', 0), ('utf-8', 0))
-    """
-    for mark, encoding in _MARKS:
-        if head.startswith(mark):
-            return encoding, len(mark)
-    zeros = tuple(byte == 0 for byte in head[:4])
-    if len(zeros) == 4:
-        patterns = {
-            (False, True, True, True): "utf-32-le",
-            (True, True, True, False): "utf-32-be",
-            (False, True, False, True): "utf-16-le",
-            (True, False, True, False): "utf-16-be",
-        }
-        return patterns.get(zeros, "utf-8"), 0
-    return "utf-8", 0
-
-
 def _as_utf8(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
-    decoder: codecs.IncrementalDecoder | None = None
-    encoding = "utf-8"
+    """In UTF-8, without a byte order mark. What is damaged in UTF-8 stays as it is: its line will be named."""
+    chunks = iter(chunks)
+    first = next(chunks, b"")
+    encoding = json.detect_encoding(first)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     try:
-        for number, chunk in enumerate(chunks):
-            if number == 0:
-                encoding, mark = encoding_of(chunk)
-                chunk = chunk[mark:]
-                if encoding != "utf-8":
-                    decoder = codecs.getincrementaldecoder(encoding)()
-            yield chunk if decoder is None else decoder.decode(chunk).encode()
-        if decoder is not None:
-            decoder.decode(b"", final=True)
+        for text in codecs.iterdecode(chain([first], chunks), encoding, errors):
+            yield text.encode("utf-8", errors)
     except UnicodeError as error:
         raise RequestError(name, f"{encoding.upper()} that is damaged ({error.args[-1]})", "UTF-8") from None
 

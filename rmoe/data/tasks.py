@@ -34,11 +34,6 @@ class Task(msgspec.Struct, frozen=True):
         kept = {name: value for name, value in row.items() if value is not None or name not in optional}
         return msgspec.convert(kept, cls)
 
-    @classmethod
-    def fits(cls, keys: Collection[str]) -> bool:
-        """Whether a row with these keys is of this kind."""
-        return {field.name for field in msgspec.structs.fields(cls) if field.required} <= set(keys)
-
     def problem(self) -> str | None:
         """What is wrong with an item whose keys and types are right, naming the key; None if nothing is."""
         for name in self.__struct_fields__:
@@ -89,11 +84,6 @@ class Instruction(Task, frozen=True):
             if row.get(key) is not None:
                 return Conversation.from_turns(key, row[key])  # type: ignore[return-value]
         return super().of(row)
-
-    @classmethod
-    def fits(cls, keys: Collection[str]) -> bool:
-        """See `Task.fits`."""
-        return super().fits(keys) or not set(CONVERSATIONS).isdisjoint(keys)
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -191,7 +181,6 @@ class Passage(Task, frozen=True):
     text: str
 
 
-KINDS: tuple[type[Task], ...] = (MultipleChoice, Labelled, Instruction, Question, Passage)
 T = TypeVar("T", bound=Task)
 
 
@@ -226,21 +215,6 @@ def read_tasks(
     if not items:
         raise RequestError(str(path), "empty", f"lines of objects with {described(kind)}")
     return items
-
-
-def kind_of(path: Path) -> type[Task]:
-    """The kind of a task file, told from the keys of its first row.
-
-    Raises:
-        RequestError: the file has no row, or its first is of no kind.
-    """
-    allowed = "objects with " + ", or ".join(described(kind) for kind in KINDS)
-    for row in read_rows(path, allowed):
-        for kind in KINDS:
-            if kind.fits(row.values.keys()):
-                return kind
-        raise RequestError(row.where, f"keys {', '.join(row.values)}", allowed)
-    raise RequestError(str(path), "empty", f"lines of {allowed}")
 
 
 def columns_of(kind: type[Task]) -> set[str]:

@@ -7,7 +7,9 @@ byte for byte; the documents of a folder, of a file of rows (JSON, csv, parquet)
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import json
 import os
 import platform
 import sysconfig
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmoe.data.config import SplitName
-from rmoe.data.rows import encoding_of, has_rows, read_bytes, read_rows, text_suffix
+from rmoe.data.rows import has_rows, read_bytes, read_rows, text_suffix
 from rmoe.errors import RequestError
 from rmoe.places import expand
 
@@ -150,20 +152,13 @@ def _files_below(folder: Path, above: tuple[Path, ...], keep: Callable[[str], bo
         if not keep(entry.name):
             continue
         place = Path(entry.path)
-        if not _is_folder(entry):
+        if not os.path.isdir(place):  # a link that leads to itself is none
             yield place
             continue
         target = place.resolve()
         within = any(target == one or one in target.parents or target in one.parents for one in above)
         if not entry.is_symlink() or not within:
             yield from _files_below(place, (*above, target), keep)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
 
 
 def join(documents: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
@@ -187,9 +182,9 @@ def read_file(path: Path, field: str) -> Iterator[bytes]:
 
 def _plain(path: Path) -> Iterator[bytes]:
     for number, chunk in enumerate(read_bytes(path)):
-        encoding, mark = encoding_of(chunk[:4])
-        if number == 0 and mark and encoding != "utf-8":
-            said = f"UTF-8 (this file begins as {encoding.upper()}: iconv -f UTF-{encoding[4:6]} -t UTF-8)"
+        encoding = json.detect_encoding(chunk[:4]).upper()
+        if number == 0 and encoding in ("UTF-16", "UTF-32"):  # by its byte order mark
+            said = f"UTF-8 (this file begins as {encoding}: iconv -f {encoding} -t UTF-8)"
             raise RequestError("data.path", str(path), said)
         yield chunk
 
@@ -214,21 +209,11 @@ def read_documents(path: Path, field: str) -> Iterator[bytes]:
 
 
 def _first(chunks: Iterator[bytes], limit: int, characters: bool) -> Iterator[bytes]:
-    held = b""  # the chunk before: the character that is cut may begin in it
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # holds back half a character
     for chunk in chunks:
-        if limit <= len(chunk):
-            last = held + chunk[:limit]
-            yield _whole_characters(last) if characters else last
+        kept = chunk[:limit]
+        yield decoder.decode(kept).encode("utf-8", "surrogateescape") if characters else kept
+        limit -= len(kept)
+        if not limit:
             return
-        yield held
-        held, limit = chunk, limit - len(chunk)
-    yield held
-
-
-def _whole_characters(text: bytes) -> bytes:
-    """Without the beginning of a UTF-8 character at its end."""
-    for length, byte in enumerate(reversed(text[-4:]), start=1):
-        if byte & 0xC0 != 0x80:  # the first byte of a character, which says how many there are
-            wanted = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return text[:-length] if length < wanted else text
-    return text
+    yield decoder.getstate()[0]

@@ -45,6 +45,11 @@ class ParallelConfig:
         return self.fsdp * self.tensor > 1
 
     @property
+    def data(self) -> int:
+        """Processes, or groups of them, that see different sequences."""
+        return self.replicate * self.fsdp
+
+    @property
     def same_data(self) -> int:
         """Processes that work together on the same sequences."""
         return self.tensor * self.pipeline

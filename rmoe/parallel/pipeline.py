@@ -26,7 +26,6 @@ from rmoe.compat import CACHE
 from rmoe.model import RMoEForCausalLM
 from rmoe.model.head import count_next_tokens, next_token_loss
 from rmoe.parallel.fit import pipeline_misfit
-from rmoe.parallel.sharding import clip
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, router_stats
 from rmoe.routing.noise import CounterNoise
@@ -294,26 +293,6 @@ class Pipeline:
                 square += p.grad.double().square().sum()
         dist.all_reduce(square, group=self.stages)
         return float(square.sqrt())
-
-    def clip(self, max_norm: float) -> float:
-        """Scale the whole model's gradients to a norm of at most `max_norm`; returns the norm before."""
-        parameters = list(self.part.parameters())
-        norm = self.norm(parameters)
-        clip(parameters, max_norm, torch.tensor(norm, dtype=torch.float64, device=self.device))
-        return norm
-
-    def update_routers(self, step: int, total_steps: int) -> None:
-        """As the model's: once after each optimizer step, with the routing of that step."""
-        assert self.stats is not None
-        stats = self.stats
-        if self.replicas > 1:
-            stats = stats.map(self._over_copies)
-        self.part.update_routers(stats, step, total_steps)
-
-    def _over_copies(self, part: Tensor) -> Tensor:
-        part = part.clone()
-        dist.all_reduce(part, group=self.copies)
-        return part
 
     def _gathered_stats(self) -> RouterStats | None:
         every: list[Any] = [None] * self.count

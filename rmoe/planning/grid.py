@@ -1,4 +1,4 @@
-"""What a grid of runs costs, from one measured pilot run: hours, device-hours, disk; with failures, simulated.
+"""What a grid of runs costs, from one measured pilot run: hours, device-hours, disk.
 
 Imports no torch.
 """
@@ -6,7 +6,6 @@ Imports no torch.
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +124,10 @@ def plan_grid(
     work = [seconds[name] for _ in range(seeds) for name in routers]
 
     def hours(workers: int) -> float:
-        return (simulate(work, workers).seconds + (start_seconds if starts_once else 0.0)) / 3600
+        free = [start_seconds if starts_once else 0.0] * workers  # when each takes its next run
+        for length in work:
+            heapq.heapreplace(free, free[0] + length)
+        return max(free) / 3600
 
     disk = sum(pilot.disk_bytes for pilot in pilots.values()) / len(pilots)
     assumed = [
@@ -144,63 +146,3 @@ def plan_grid(
         hours_on={n: hours(n // devices_per_run) for n in DEVICES if n >= devices_per_run},
         assumptions=assumed,
     )
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """How a grid went: wall clock, seconds of training done again, failures met, busy share of the workers."""
-
-    seconds: float
-    lost_seconds: float
-    failures: int
-    busy: float
-
-
-def simulate(
-    work: Sequence[float],
-    workers: int,
-    *,
-    failures_per_hour: float = 0.0,
-    checkpoint_seconds: float = 0.0,
-    restart_seconds: float = 0.0,
-    away_seconds: float = 0.0,
-    seed: int = 0,
-) -> Simulated:
-    """Runs over workers, one after another as workers become free, in the order given.
-
-    Args:
-        work: seconds of each run.
-        workers: that carry out a run each.
-        failures_per_hour: of one worker; times between them are exponential.
-        checkpoint_seconds: between a run's checkpoints: what it has done since the last is lost.
-        restart_seconds: until a run that was lost trains again, elsewhere.
-        away_seconds: until the worker is back.
-        seed: of the failures.
-
-    >>> simulate([3.0, 2.0, 2.0], 2).seconds
-    4.0
-    """
-    chance = random.Random(seed)  # nosec B311  a simulation
-    free = [(0.0, number) for number in range(workers)]
-    todo = list(work)[::-1]
-    lost = busy = end = 0.0
-    failures = 0
-    waiting: list[tuple[float, float]] = []  # (when it was lost, what is left of it)
-    while todo or waiting:
-        now, worker = heapq.heappop(free)
-        if waiting and (waiting[0][0] <= now or not todo):
-            since, left = heapq.heappop(waiting)
-            now = max(now, since)
-        else:
-            left = todo.pop()
-        until = chance.expovariate(failures_per_hour / 3600) if failures_per_hour else float("inf")
-        if until >= left:
-            busy += left
-            end = max(end, now + left)
-            heapq.heappush(free, (now + left, worker))
-            continue
-        kept = until // checkpoint_seconds * checkpoint_seconds if checkpoint_seconds else 0.0
-        failures, lost, busy = failures + 1, lost + until - kept, busy + until
-        heapq.heappush(waiting, (now + until, left - kept + restart_seconds))
-        heapq.heappush(free, (now + until + away_seconds, worker))
-    return Simulated(seconds=end, lost_seconds=lost, failures=failures, busy=busy / (end * workers))

@@ -87,13 +87,3 @@ class Cluster:
         across = group > self.node
         link = self.accelerator.network_gb_per_s if across else self.accelerator.link_gb_per_s
         return link * 1e9 * self.network_efficiency
-
-
-def accelerator(name: str) -> Accelerator:
-    """The accelerator of that name.
-
-    Raises:
-        RequestError: there is none.
-    """
-    require(name in ACCELERATORS, "--accelerator", name, ", ".join(ACCELERATORS))
-    return ACCELERATORS[name]

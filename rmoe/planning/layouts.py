@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rmoe.model import RMoEConfig
 from rmoe.model.head import CHUNK_BYTES
@@ -14,58 +14,31 @@ from rmoe.planning.trace import Needs, Parameters
 FULL, HALF = 4, 2  # bytes of a float32 and of a bfloat16
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Group sizes; their product is the number of devices, but for experts, which share the devices of `fsdp`.
-
-    Attributes:
-        replicate: copies of everything below, their gradients averaged (DDP; with `fsdp`, HSDP).
-        fsdp: devices that weights, gradients and optimizer state are cut into (FSDP2, ZeRO-3).
-        tensor: devices that each matrix is cut into (TP).
-        expert: devices that the experts of a layer are dealt out to, within `fsdp` (EP).
-        pipeline: stages that the layers are cut into (PP).
-    """
-
-    replicate: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    expert: int = 1
-    pipeline: int = 1
-
-    @property
-    def devices(self) -> int:
-        return self.replicate * self.fsdp * self.tensor * self.pipeline
-
-    @property
-    def data(self) -> int:
-        """Devices, or groups of them, that see different sequences."""
-        return self.replicate * self.fsdp
-
-    @property
-    def name(self) -> str:
-        """`DDP`, `FSDP2 8 + EP 4`, ..."""
-        parts = [("FSDP2", self.fsdp), ("TP", self.tensor), ("EP", self.expert), ("PP", self.pipeline)]
-        shown = [f"{kind} {size}" for kind, size in parts if size > 1]
-        if self.replicate > 1:
-            shown.insert(0, f"DDP {self.replicate}" if self.fsdp == 1 else f"HSDP {self.replicate} x")
-        return " + ".join(shown).replace(" x +", " x") or "one device"
+def name_of(layout: ParallelConfig) -> str:
+    """`DDP`, `FSDP2 8 + EP 4`, ..."""
+    parts = [("FSDP2", layout.fsdp), ("TP", layout.tensor), ("EP", layout.expert), ("PP", layout.pipeline)]
+    shown = [f"{kind} {size}" for kind, size in parts if size > 1]
+    if layout.replicate > 1:
+        copies = layout.replicate
+        shown.insert(0, f"DDP {copies}" if layout.fsdp == 1 else f"HSDP {copies} x")
+    return " + ".join(shown).replace(" x +", " x") or "one device"
 
 
-def layouts_for(config: RMoEConfig, cluster: Cluster) -> list[Layout]:
+def layouts_for(config: RMoEConfig, cluster: Cluster) -> list[ParallelConfig]:
     """The layouts this package runs that fit the cluster's shape and the model.
 
     TP and EP stay inside a node. What `DistributedConfig` cannot combine (FSDP2 with PP) is not offered.
     """
     devices, node = cluster.devices, cluster.node
-    found = [Layout(replicate=devices), Layout(fsdp=devices)]
+    found = [ParallelConfig(replicate=devices), ParallelConfig(fsdp=devices)]
     if devices > node:
-        found.append(Layout(replicate=devices // node, fsdp=node))
+        found.append(ParallelConfig(replicate=devices // node, fsdp=node))
     inside = [size for size in (2, 4, 8) if size <= node and devices % size == 0]
     for size in inside:
-        found.append(Layout(fsdp=devices, expert=size))
-        found.append(Layout(fsdp=devices // size, tensor=size))
-        found.append(Layout(replicate=devices // size, pipeline=size))
-    return [each for each in dict.fromkeys(found) if misfit(config, ParallelConfig(**asdict(each))) is None]
+        found.append(ParallelConfig(fsdp=devices, expert=size))
+        found.append(ParallelConfig(fsdp=devices // size, tensor=size))
+        found.append(ParallelConfig(replicate=devices // size, pipeline=size))
+    return [each for each in dict.fromkeys(found) if misfit(config, each) is None]
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -104,7 +77,7 @@ class Memory:
         return held + max(self.activations + self.loss, self.gradients + self.layer)
 
 
-def parameters_per_device(own: Parameters, layout: Layout) -> float:
+def parameters_per_device(own: Parameters, layout: ParallelConfig) -> float:
     """Parameters that one device owns; of pipeline stages the fullest, which has an end of the model."""
     ends = min(own.embedding + own.head, own.total - own.non_embedding)  # tied: counted once
     layers = own.total - ends - own.shared_router
@@ -116,7 +89,13 @@ def parameters_per_device(own: Parameters, layout: Layout) -> float:
 
 
 def memory_of(
-    needs: Needs, config: RMoEConfig, layout: Layout, batch: int, length: int, bf16: bool, checkpointing: bool
+    needs: Needs,
+    config: RMoEConfig,
+    layout: ParallelConfig,
+    batch: int,
+    length: int,
+    bf16: bool,
+    checkpointing: bool,
 ) -> Memory:
     """Memory of a layout at `batch` sequences of `length` tokens per forward pass of a device.
 
@@ -155,7 +134,7 @@ def memory_of(
     )
 
 
-def _loss_bytes(config: RMoEConfig, layout: Layout, tokens: int) -> float:
+def _loss_bytes(config: RMoEConfig, layout: ParallelConfig, tokens: int) -> float:
     logits = FULL * tokens * config.vocab_size
     if layout.tensor * layout.pipeline > 1:
         return 2 * logits / layout.tensor
@@ -188,7 +167,7 @@ class Traffic:
 def traffic_of(
     needs: Needs,
     config: RMoEConfig,
-    layout: Layout,
+    layout: ParallelConfig,
     batch: int,
     length: int,
     passes: int,
@@ -234,7 +213,7 @@ def traffic_of(
         held = FULL * parameters_per_device(own, layout)
         g = layout.replicate
         size = 2 * (g - 1) / g * held
-        add("all_reduce", "gradients between replicas", size, layout.devices, True, router_share * size)
+        add("all_reduce", "gradients between replicas", size, layout.processes, True, router_share * size)
     if layout.expert > 1:
         g = layout.expert
         forward = tokens * config.num_experts_per_tok * config.hidden_size * width * (g - 1) / g

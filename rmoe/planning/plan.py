@@ -7,8 +7,9 @@ from typing import Any
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig
+from rmoe.parallel import ParallelConfig
 from rmoe.planning.hardware import Cluster
-from rmoe.planning.layouts import Layout, Memory, layouts_for, memory_of, traffic_of
+from rmoe.planning.layouts import Memory, layouts_for, memory_of, name_of, traffic_of
 from rmoe.planning.trace import Needs, needs_of
 from rmoe.records import Record
 
@@ -121,7 +122,7 @@ def plan_of(
             name: getattr(parameters, name)
             for name in ("total", "active", "router", "non_embedding", "experts")
         },
-        flops_per_token={"forward": flops.forward, "training": flops.training, "router": flops.router},
+        flops_per_token=asdict(flops),
         router_share={
             "parameters": parameters.router / parameters.total,
             "flops": flops.router / flops.forward,
@@ -155,7 +156,7 @@ def _evaluate(
     needs: Needs,
     config: RMoEConfig,
     cluster: Cluster,
-    layout: Layout,
+    layout: ParallelConfig,
     micro: int,
     passes: int,
     length: int,
@@ -181,7 +182,7 @@ def _evaluate(
     fits = held.peak <= cluster.memory_bytes
     gib = {name: size / 2**30 for name, size in (*asdict(held).items(), ("peak", held.peak))}
     return LayoutPlan(
-        layout=layout.name,
+        layout=name_of(layout),
         groups=asdict(layout),
         fits=fits,
         micro_batch_size=micro,
@@ -207,7 +208,7 @@ def _evaluate(
     )
 
 
-def _options(layout: Layout, micro: int, checkpointing: bool) -> str:
+def _options(layout: ParallelConfig, micro: int, checkpointing: bool) -> str:
     """The settings of `rmoe train` that ask for this layout; DDP is what several processes do by themselves."""
     sizes = {
         "fsdp": layout.fsdp,

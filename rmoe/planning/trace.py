@@ -25,16 +25,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from rmoe.compat import FakeTensorMode, grouped_products_in_python, storage_key
 from rmoe.errors import RequestError, one_line
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
+from rmoe.results import run as results
 
 _ATTENTION = "rmoe_planned"
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters.
+class Parameters(results.Parameters, frozen=True, kw_only=True):
+    """Numbers of parameters: those of a finished run, and more.
 
     Attributes:
-        total, active, router, non_embedding: as `rmoe.model.count_parameters`.
         experts: of all routed experts.
         shared_router: the part of `router` that belongs to the model and not to a layer.
         embedding: of the embedding; equal to `head` and counted once in `total` when they are tied.
@@ -44,10 +43,6 @@ class Parameters:
         layer_experts: those of `layer` that are routed experts'.
     """
 
-    total: int
-    active: int
-    router: int
-    non_embedding: int
     experts: int
     shared_router: int
     embedding: int
@@ -132,7 +127,6 @@ def parameters_of(config: RMoEConfig) -> Parameters:
     """Count, on the meta device."""
     with torch.device("meta"):
         model = RMoEForCausalLM(config)
-    counts = count_parameters(model)
     layers = [dict(layer.named_parameters()) for layer in model.model.layers]
     largest = max(layers, key=_size)
     attention = [
@@ -141,10 +135,7 @@ def parameters_of(config: RMoEConfig) -> Parameters:
     shared = model.model.router_shared
     embedding = model.model.embed_tokens.weight.numel()
     return Parameters(
-        total=counts["total"],
-        active=counts["active"],
-        router=counts["router"],
-        non_embedding=counts["non_embedding"],
+        **count_parameters(model),
         experts=sum(_size(_experts_of(layer)) for layer in layers),
         shared_router=0 if shared is None else _size(dict(shared.named_parameters())),
         embedding=embedding,

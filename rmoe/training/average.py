@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rmoe.training import state as contents
@@ -65,9 +65,7 @@ class WeightAverage:
     def save(self, folder: Path) -> None:
         """Write the mean, if there is one, into a checkpoint."""
         if self.count:
-            save_file(
-                {name: tensor.contiguous().cpu() for name, tensor in self._mean.items()}, folder / AVERAGE
-            )
+            contents.save_tensors(folder / AVERAGE, self._mean)
 
     def check(self, folder: Path, count: int) -> None:
         """Look at a checkpoint's mean before anything is loaded.

@@ -71,10 +71,6 @@ class CheckpointStore:
     keep: int = 2
     pinned: frozenset[int] = frozenset()
 
-    def __post_init__(self) -> None:
-        if self.keep < 2:
-            raise ValueError(f"keep is {self.keep}: with fewer than 2, one damaged file could cost the run")
-
     @property
     def checkpoints(self) -> Path:
         """Holds whole checkpoints and nothing else."""

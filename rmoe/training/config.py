@@ -11,7 +11,7 @@ import sys
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import tyro
@@ -21,14 +21,12 @@ from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError
 from rmoe.parallel.config import ParallelConfig
 from rmoe.places import PREFIX, expand
-from rmoe.validation import AtLeastOne, NotNegative, NotNegativeInt, Share, check_fields, require
+from rmoe.validation import AtLeastOne, NotNegative, NotNegativeInt, Share, Text, build, check_fields, require
 
 if TYPE_CHECKING:
     from rmoe.training.run_folder import RunRecord
 
 PRESETS = Path(__file__).parents[1] / "presets"
-
-C = TypeVar("C")
 
 Rate = Annotated[float, Meta(gt=0, le=sys.float_info.max, description="above 0")]
 OFF_OR_TWO = "0, which is off, or 2 or more"
@@ -328,7 +326,7 @@ class RunConfig:
         Raises:
             RequestError: an unknown name, or a value of the wrong type or out of range.
         """
-        return _build(cls, data, "")
+        return build(cls, data)
 
     @staticmethod
     def preset_names() -> list[str]:
@@ -342,17 +340,9 @@ class RunConfig:
         Raises:
             RequestError: no such preset, not TOML, or not a configuration.
         """
-        path = expand(name, "--preset") if name.endswith(".toml") else PRESETS / f"{name}.toml"
-        known = path.suffix == ".toml" and (name.endswith(".toml") or name in cls.preset_names())
-        require(
-            known and path.is_file(), "--preset", name, f"{', '.join(cls.preset_names())}, or a .toml file"
-        )
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise RequestError("--preset", name, f"TOML ({error})") from None
-        data.pop("engine", None)  # where a grid of such runs is carried out: `rmoe.compare.engines`
-        return cls.from_dict({**data, "preset": name})
+        tables = read_preset(name)
+        tables.pop("engine", None)  # where a grid of such runs is carried out: `rmoe.compare.engines`
+        return cls.from_dict({**tables, "preset": name})
 
     @classmethod
     def from_run(cls, folder: Path) -> RunConfig | None:
@@ -374,28 +364,57 @@ class RunConfig:
         data = _found_again(replace(stored.data, cache_dir=None), folder, record)
         return replace(stored, plugin=(), data=data)
 
+    def setting(self, name: str) -> tuple[str, object]:
+        """The dotted name and the value of a setting.
+
+        Args:
+            name: dotted, `training.learning_rate`, or the last part alone where no other setting has it.
+
+        Raises:
+            RequestError: no such setting, or an ambiguous name.
+        """
+        values: dict[str, object] = {}
+        for key, value in self.to_dict().items():
+            if isinstance(value, dict):
+                values |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
+            else:
+                values[key] = value
+        found = [name] if name in values else [full for full in values if full.rpartition(".")[2] == name]
+        require(len(found) > 0, "setting", name, ", ".join(sorted(values)))
+        require(len(found) == 1, "setting", name, " or ".join(found))
+        return found[0], values[found[0]]
+
     def with_setting(self, name: str, value: object) -> RunConfig:
         """This configuration with one setting changed.
 
         Args:
-            name: dotted, `training.learning_rate`, or the last part alone where no other setting has it.
+            name: as `setting` takes it.
             value: of the setting's type, or text to be read as it.
 
         Raises:
             RequestError: no such setting, an ambiguous name, or a value that is not allowed.
         """
         data = self.to_dict()
-        tables = {key: table for key, table in data.items() if isinstance(table, dict)}
-        tables[""] = {key: value for key, value in data.items() if key not in tables}
-        homes = [table for table, values in tables.items() if name in (_dotted(table, key) for key in values)]
-        homes = homes or [table for table, values in tables.items() if name in values]
-        names = sorted(_dotted(table, key) for table, values in tables.items() for key in values)
-        leaf = name.rpartition(".")[2]
-        ambiguous = " or ".join(_dotted(home, leaf) for home in homes)
-        require(len(homes) > 0, "setting", name, ", ".join(names))
-        require(len(homes) == 1, "setting", name, ambiguous)
-        tables[homes[0]][leaf] = _Text(value) if isinstance(value, str) else value
-        return type(self).from_dict(tables.pop("") | tables)
+        table, _, leaf = self.setting(name)[0].rpartition(".")
+        home = data[table] if table else data
+        home[leaf] = Text(value) if isinstance(value, str) else value
+        return type(self).from_dict(data)
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The tables of a preset, or of a `.toml` file of the same form.
+
+    Raises:
+        RequestError: no such preset, or not TOML.
+    """
+    names = RunConfig.preset_names()
+    path = expand(name, "--preset") if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    known = (name.endswith(".toml") or name in names) and path.is_file()
+    require(known, "--preset", name, f"{', '.join(names)}, or a .toml file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RequestError("--preset", name, f"TOML ({error})") from None
 
 
 def _found_again(data: DataConfig, folder: Path, record: RunRecord) -> DataConfig:
@@ -422,57 +441,3 @@ def _found_again(data: DataConfig, folder: Path, record: RunRecord) -> DataConfi
         except RequestError:
             continue  # another file of the same name
     return data
-
-
-class _Text(str):
-    """A value given as text, to be read as whatever type its setting has."""
-
-
-def _dotted(table: str, key: str) -> str:
-    return f"{table}.{key}" if table else key
-
-
-def _build(cls: type[C], data: object, prefix: str) -> C:
-    """A configuration dataclass from nested tables, checking every name and type on the way."""
-    hints = get_type_hints(cls, include_extras=False)
-    known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if not isinstance(data, dict):
-        raise RequestError(prefix or "configuration", data, "a table")
-    arguments = {}
-    for key, value in data.items():
-        name = _dotted(prefix, key)
-        require(key in known, name, value, f"one of {', '.join(sorted(known))}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            arguments[key] = _build(hint, value, name)  # type: ignore[arg-type]
-        else:
-            arguments[key] = _read(hint, value, name)
-    return cls(**arguments)
-
-
-def _read(hint: Any, value: object, name: str) -> Any:
-    """One value, checked against its type; text is read as that type where that was asked for."""
-    try:
-        if isinstance(value, _Text):
-            text = None if value == "None" and type(None) in get_args(hint) else str(value)
-            return msgspec.convert(text, hint, strict=False)
-        return msgspec.convert(value, hint, strict=True)
-    except msgspec.ValidationError:
-        raise RequestError(name, value, _phrase(hint)) from None
-
-
-def _phrase(hint: Any) -> str:
-    """A type in words.
-
-    >>> _phrase(int | None), _phrase(Literal["pre", "post"]), _phrase(tuple[str, ...])
-    ('int or none', 'pre or post', 'a list of str')
-    """
-    if hint is type(None):
-        return "none"
-    if get_origin(hint) is Literal:
-        return " or ".join(map(str, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return f"a list of {_phrase(get_args(hint)[0])}"
-    if get_args(hint):
-        return " or ".join(_phrase(option) for option in get_args(hint))
-    return str(getattr(hint, "__name__", hint))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from rmoe import __version__
@@ -22,7 +22,7 @@ def versions() -> Versions:
         code=__version__ + _commit(),
         python=platform.python_version(),
         # torch's own word: it names the build ("+cpu", "+cu130"), which the package's metadata on PyPI does not
-        libraries={"torch": str(torch.__version__)} | {name: _version(name) for name in _LIBRARIES},
+        libraries={"torch": str(torch.__version__)} | {name: version(name) for name in _LIBRARIES},
     )
 
 
@@ -44,13 +44,6 @@ def hardware(threads: int, device: str = "auto") -> Hardware:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         accelerator=accelerator,
     )
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _commit() -> str:

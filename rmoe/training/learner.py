@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from rmoe.model import RMoEForCausalLM
 from rmoe.parallel.sharding import average_replicated, clip, is_sharded, total_norm
 from rmoe.training.accounting import StepSums
 from rmoe.training.place import Ranks
-from rmoe.training.storage import Gathered, Sharded, Storage, Whole
+from rmoe.training.storage import Sharded, Storage, Whole
 
 Batch = dict[str, Tensor]
 
@@ -32,6 +31,7 @@ class Learner(ABC):
 
     Attributes:
         model: holds this process's parameters and buffers, under the names they have in a checkpoint.
+        evaluated: what `rmoe.training.evaluation.evaluate` takes, on all processes together.
         ranks: this process among the others.
         parts: batches that the loop hands over for a step.
         forward_passes: of this process in a step.
@@ -45,6 +45,7 @@ class Learner(ABC):
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model: Any = model
+        self.evaluated = model
         self.ranks = ranks
         self.has_routers = self.moves_routers = hasattr(model, "update_routers")
 
@@ -56,11 +57,6 @@ class Learner(ABC):
             batches: `parts` of them, on the device.
             sums: gets the losses and the routing.
         """
-
-    @property
-    @abstractmethod
-    def evaluated(self) -> nn.Module:
-        """What `rmoe.training.evaluation.evaluate` takes, on all processes together."""
 
     def norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """The 2-norm of their gradients, the same on every process."""
@@ -86,25 +82,23 @@ class ModelLearner(Learner):
         self.accelerator = accelerator
         self.parts = self.forward_passes = parts
         self.sharded = is_sharded(model)
-        if not self.sharded:
-            self.storage = Whole(model)
-        else:
-            self.storage = Sharded(model) if ranks.same == 1 else Gathered(model)
+        self.storage = Sharded(model) if self.sharded and ranks.same == 1 else Whole(model)
         # A sharded model has its place and reduces its own gradients: it gets autocast and compilation alone.
         placed = False if self.sharded else None
         self.forward = accelerator.prepare_model(model, device_placement=placed, evaluation_mode=self.sharded)
         self._counts_tokens = _counts_tokens(model)
         self._skips_logits = isinstance(model, RMoEForCausalLM)
 
-    @property
-    def evaluated(self) -> nn.Module:
-        return self.model  # type: ignore[no-any-return]
-
     def accumulate(self, batches: list[Batch], sums: StepSums) -> None:
         tokens = self._tokens(batches) if self._counts_tokens else None
         for batch in batches:
             last = batch is batches[-1]
-            with nullcontext() if last else self._no_sync():
+            if isinstance(self.model, FSDPModule):
+                # Replicas (HSDP) meet at the last micro-batch only. FSDP2's reduce-scatter is never put off: a device
+                # would hold the whole model's gradients until then.
+                self.model.set_requires_all_reduce(last)
+            alone = nullcontext() if last or self.sharded else self.accelerator.no_sync(self.forward)
+            with alone:
                 self.accelerator.backward(self.loss(batch, tokens, sums))
         if self.sharded:
             average_replicated(self.model.parameters())
@@ -153,26 +147,6 @@ class ModelLearner(Learner):
         own = torch.stack([(batch["labels"][..., 1:] != IGNORED).sum() for batch in batches]).sum()
         every: Tensor = self.accelerator.gather(own).sum()
         return every / self.ranks.same
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        """Add gradients up here, and meet the other replicas at the step's last micro-batch only."""
-        if not self.sharded:
-            return self.accelerator.no_sync(self.forward)
-        replicas = getattr(getattr(self.model.config, "distributed_config", None), "dp_replicate_size", 1)
-        return _apart(self.model) if replicas > 1 else nullcontext()
-
-
-@contextmanager
-def _apart(model: FSDPModule) -> Iterator[None]:
-    """Replicas (HSDP) put off their all-reduce.
-
-    FSDP2's reduce-scatter is never put off: a device would hold the whole model's gradients until the last micro-batch.
-    """
-    model.set_requires_all_reduce(False)
-    try:
-        yield
-    finally:
-        model.set_requires_all_reduce(True)
 
 
 def _counts_tokens(model: Any) -> bool:

@@ -26,15 +26,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from rmoe.data.blocks import BlockSampler
 from rmoe.data.config import SplitName
+from rmoe.data.order import block_number
 from rmoe.routing.noise import rank_seed
 from rmoe.training import resume
 from rmoe.training.accounting import StepSums, Window
 from rmoe.training.average import WeightAverage
-from rmoe.training.batches import StepBatches, loader
+from rmoe.training.batches import step_batches
 from rmoe.training.build import router_parameters
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import TrainingConfig
@@ -56,7 +56,7 @@ class Loop:
         training: batch size, rates and the rest.
         plan: what happens at which step.
         accelerator: of this process.
-        dataset: sequences; their order is `rmoe.data.blocks.BlockSampler`'s.
+        dataset: sequences; their order is `rmoe.data.order.block_number`'s.
         collate: makes a batch of them; None stacks tensors of one shape.
         sizes: tokens of each sequence without its padding, for the rows; None is where none is padded.
         data_sha256: of the data; a checkpoint of a run on other data is refused.
@@ -164,18 +164,22 @@ class Loop:
     def batches(self, checkpoint: Path | None) -> Iterator[list[Batch]]:
         """What this process sees at each of the steps that are left."""
         ranks, parts = self.learner.ranks, self.learner.parts
-        sampler = StepBatches(
+        steps = range(self.step, self.plan.max_steps)
+        numbers = step_batches(
             len(self.dataset),  # type: ignore[arg-type]
             self.training.seed,
             size=self.training.batch_size // ranks.data // parts,
             parts=parts,
-            steps=range(self.step, self.plan.max_steps),
+            steps=steps,
             ranks=ranks,
         )
-        found = iter(loader(self.dataset, sampler, self.collate, self.device.type == "cuda"))
+        pinned = self.device.type == "cuda"
+        found = iter(
+            DataLoader(self.dataset, batch_sampler=numbers, collate_fn=self.collate, pin_memory=pinned)
+        )
         if checkpoint is not None:  # after the loader has drawn its number, as in a run without a break
             resume.load_random(self, checkpoint)
-        for _ in range(len(sampler) // parts):
+        for _ in steps:
             yield [send_to_device(next(found), self.device, non_blocking=True) for _ in range(parts)]
 
     # --- one step ---------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ class Loop:
         self._lm_loss, self._balance_loss, self._finite, self.stopped = self.sums.finish(
             finite=self._grad_norm < float("inf"), stop=self.stop_requested
         )
-        self._learning_rate = self.scheduler.get_last_lr()[0]
+        self._learning_rate = self.optimizer.param_groups[0]["lr"]
         if not self._finite:
             self.skip()
         return self._finite
@@ -263,8 +267,8 @@ class Loop:
         batch = self.training.batch_size
         if self.sizes is None:
             return (stop - start) * batch * self.training.sequence_length
-        seen = BlockSampler(len(self.sizes), self.training.seed, start=start * batch, stop=stop * batch)
-        return sum(self.sizes[number] for number in seen)
+        blocks, seed = len(self.sizes), self.training.seed
+        return sum(self.sizes[block_number(blocks, seed, n)] for n in range(start * batch, stop * batch))
 
     def evaluate(self) -> None:
         """Evaluate the model on the validation split and write a row."""

@@ -1,7 +1,7 @@
 """Training through a pipeline of stages: a `Learner` around `rmoe.parallel.Pipeline`.
 
 Each process has one stage, its optimizer, and the same batches as the other stages of its pipeline; the last stage has
-the loss. Checkpoints are whole (`rmoe.training.storage.Gathered`), so any layout can go on from them.
+the loss. Checkpoints are whole (`rmoe.training.storage.Whole`), so any layout can go on from them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rmoe.training.accounting import StepSums
 from rmoe.training.config import RunConfig
 from rmoe.training.learner import Batch, Learner
 from rmoe.training.place import Place, Ranks
-from rmoe.training.storage import Gathered
+from rmoe.training.storage import Whole
 
 
 def build_pipeline(model: RMoEForCausalLM, config: RunConfig, place: Place) -> Pipeline:
@@ -46,12 +46,9 @@ class PipelineLearner(Learner):
     def __init__(self, pipeline: Pipeline, ranks: Ranks) -> None:
         super().__init__(pipeline.part, ranks)
         self.pipeline = pipeline
+        self.evaluated = _Evaluated(pipeline)
         self.forward_passes = pipeline.micro_batches
-        self.storage = Gathered(pipeline.part, pipeline)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        return _Evaluated(self.pipeline)
+        self.storage = Whole(pipeline.part, pipeline)
 
     def accumulate(self, batches: list[Batch], sums: StepSums) -> None:
         (batch,) = batches

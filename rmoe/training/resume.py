@@ -91,8 +91,8 @@ def load(loop: Loop, folder: Path) -> None:
     storage, state = loop.learner.storage, contents.read_state(folder)
     storage.load_model(folder)
     storage.load_optimizer(folder, state, loop.optimizer)
-    groups = len(loop.optimizer.param_groups)
-    loop.scheduler.load_state_dict(contents.for_groups(state.scheduler, groups))
+    # A rate follows from the settings and the step; how the groups are cut is the layout's.
+    loop.scheduler.last_epoch = state.scheduler["last_epoch"]
     loop.step = loop.saved_step = state.step
     loop.skipped_batches, loop.train_seconds = state.skipped_batches, state.train_seconds
     loop.diverged = loop.skipped_batches > loop.training.max_skipped_batches

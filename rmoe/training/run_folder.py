@@ -105,16 +105,10 @@ def read_result(folder: Path) -> RunResult:
     return msgspec.structs.replace(found, folder=str(folder), model=str(folder / MODEL))
 
 
-def checkpoint_step(path: Path) -> int | None:
-    """The step in a checkpoint's name; None for any other name."""
-    match = _CHECKPOINT.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
 def checkpoints_of(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of everything in a run that has a checkpoint's name, whole or not, oldest first."""
     paths = (folder / CHECKPOINTS).glob("checkpoint-*")
-    return sorted((step, path) for path in paths if (step := checkpoint_step(path)) is not None)
+    return sorted((int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name)))
 
 
 def refuse_used(folder: Path, first: str = CONFIG) -> None:

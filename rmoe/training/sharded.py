@@ -49,13 +49,6 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
-def adopt(parts: Path, folder: Path) -> None:
-    """Move the parts that all processes have written into a checkpoint's folder. By one process."""
-    for path in sorted(parts.iterdir()):
-        path.rename(folder / path.name)
-    parts.rmdir()
-
-
 def stored_in(folder: Path) -> tuple[dict[str, Header], dict[str, Header]]:
     """The headers of (the model's, the optimizer's) tensors; for parts the shape is the elements in all together.
 

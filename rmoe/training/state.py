@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.modeling_utils import str_to_torch_dtype
 
 from rmoe.errors import one_line
 from rmoe.records import NOT_JSON, Record
@@ -55,7 +56,7 @@ class TrainingState(Record, frozen=True, kw_only=True):
         skipped_batches: steps left out because of NaN or infinity.
         train_seconds: wall clock of training steps so far.
         pending: sums that the next metrics row will need.
-        scheduler: the learning-rate scheduler's state.
+        scheduler: the learning-rate scheduler's state, of which the step is read.
         param_groups: the optimizer's groups; `params` holds parameter names.
         optimizer_tensors: how many tensors the optimizer's state has.
         host_random: one per rank.
@@ -117,10 +118,10 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `model.safetensors`, under the names the model itself uses (`unique_tensors`)."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write tensors, wherever they are, into one safetensors file."""
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(plain, folder / MODEL, metadata={"format": "pt"})
+    save_file(plain, path, metadata=metadata or None)
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -142,11 +143,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     return tensors
 
 
-def save_optimizer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `optimizer.safetensors`."""
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / OPTIMIZER)
-
-
 def group_settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's groups as JSON, with names for parameters."""
     names = group_names(optimizer, model)
@@ -154,20 +150,6 @@ def group_settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[d
         {key: _plain(value) for key, value in group.items() if key != "params"} | {"params": members}
         for group, members in zip(optimizer.param_groups, names, strict=True)
     ]
-
-
-def for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
-    """A scheduler's state for another number of parameter groups, which layouts cut differently.
-
-    All groups of such a run follow one schedule, so what is kept per group is the same for each; rates of the router's
-    own (`training.router_learning_rate`) go with one layout alone.
-    """
-    fitted = dict(scheduler)
-    for name in ("base_lrs", "lr_lambdas", "_last_lr"):
-        values = fitted.get(name)
-        if isinstance(values, list) and values and len(values) != groups:
-            fitted[name] = values[:1] * groups
-    return fitted
 
 
 # --- random numbers -------------------------------------------------------------------------------
@@ -200,10 +182,8 @@ def restore_random(host: HostRandom, tensors: Mapping[str, Tensor], device: torc
 
 def save_random(folder: Path, ranks: list[dict[str, Tensor]]) -> None:
     """Write `rng.safetensors`: torch's generators, one set per rank."""
-    save_file(
-        {f"{rank}/{name}": t for rank, tensors in enumerate(ranks) for name, t in tensors.items()},
-        folder / RNG,
-    )
+    named = {f"{rank}/{name}": t for rank, tensors in enumerate(ranks) for name, t in tensors.items()}
+    save_tensors(folder / RNG, named)
 
 
 def load_random(folder: Path, rank: int) -> dict[str, Tensor]:
@@ -258,22 +238,8 @@ def check_tensors(
         if shape != wanted:
             said = f"{shape[0]} elements, not {wanted[0]}" if flat else f"shape {shape}, not {wanted}"
             raise Damaged(f"{where}: {name} has {said}")
-        if dtype != _DTYPES.get(tensor.dtype):
+        if str_to_torch_dtype.get(dtype) != tensor.dtype:
             raise Damaged(f"{where}: {name} is {dtype}, not {tensor.dtype}")
-
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,12 @@
 """How a run's tensors get into a checkpoint and out of it again, by how its processes hold them.
 
-    Whole      every process has everything (one process, DDP): the first writes
     Sharded    every process has a part (FSDP2, with experts dealt out or not): all write, nobody holds everything
-    Gathered   parts that cannot be written side by side (tensor parallelism: torch 2.13 reports overlapping chunks of
-               the packed experts) or that are other tensors altogether (pipelines): the first collects and writes
+    Whole      the first process writes whole tensors: it has them (one process, DDP), or collects parts that cannot be
+               written side by side (tensor parallelism: torch 2.13 reports overlapping chunks of the packed experts)
+               or that are other tensors altogether (pipelines)
 
-Whole and Gathered write the same files (`rmoe.training.state`), Sharded its own (`rmoe.training.sharded`). Each reads
-both, so a checkpoint moves between layouts and numbers of processes.
+Whole writes the files of `rmoe.training.state`, Sharded those of `rmoe.training.sharded`. Each reads both, so a
+checkpoint moves between layouts and numbers of processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rmoe.errors import RunError, one_line
 from rmoe.model import RMoEForCausalLM
 from rmoe.parallel import Pipeline
-from rmoe.parallel.sharding import gathered, whole
+from rmoe.parallel.sharding import gathered, is_sharded, whole
 from rmoe.training import sharded
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
@@ -98,24 +98,6 @@ class Storage(ABC):
         """The whole model, with its weights on the first process. Collective."""
 
 
-class Whole(Storage):
-    """Every process has everything."""
-
-    def collect(
-        self, store: CheckpointStore, step: int, optimizer: Optimizer
-    ) -> Callable[[Path], OptimizerRecord]:
-        def write(folder: Path) -> OptimizerRecord:
-            tensors = contents.optimizer_tensors(optimizer, self.model)
-            contents.save_model(folder, contents.unique_tensors(self.model))
-            contents.save_optimizer(folder, tensors)
-            return OptimizerRecord(contents.group_settings(optimizer, self.model), len(tensors))
-
-        return write
-
-    def whole_model(self) -> Any:
-        return self.model
-
-
 class Sharded(Storage):
     """Every process has a part of each tensor, and writes it."""
 
@@ -136,7 +118,9 @@ class Sharded(Storage):
             ) from error
 
         def write(folder: Path) -> OptimizerRecord:
-            sharded.adopt(parts, folder)
+            for path in sorted(parts.iterdir()):
+                path.rename(folder / path.name)
+            parts.rmdir()
             tensors = sum(map(len, optimizer.state.values()))
             return OptimizerRecord(contents.group_settings(optimizer, self.model), tensors)
 
@@ -146,17 +130,20 @@ class Sharded(Storage):
         return gathered(self.model)  # type: ignore[arg-type]
 
 
-class Gathered(Storage):
-    """The first process collects everything and writes; each reads whole tensors and keeps its part.
+class Whole(Storage):
+    """The first process writes whole tensors; each reads them and keeps its part.
 
     Args:
-        model: cut up by tensor parallelism, or with `pipeline` its part of one.
+        model: whole, cut up by tensor parallelism, or with `pipeline` its part of one.
     """
 
     def __init__(self, model: nn.Module, pipeline: Pipeline | None = None) -> None:
         super().__init__(model)
         self.pipeline = pipeline
-        self._expected = tuple(self._union(tensors) for tensors in super().expected())
+        self._every: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        if pipeline is not None:
+            tensors, trained = super().expected()
+            self._every = _union(tensors, pipeline), _union(trained, pipeline)
 
     def collect(
         self, store: CheckpointStore, step: int, optimizer: Optimizer
@@ -166,18 +153,20 @@ class Gathered(Storage):
         groups = self._groups(optimizer)
 
         def write(folder: Path) -> OptimizerRecord:
-            contents.save_model(folder, model)
-            contents.save_optimizer(folder, moments)
+            contents.save_tensors(folder / contents.MODEL, model, format="pt")
+            contents.save_tensors(folder / contents.OPTIMIZER, moments)
             return OptimizerRecord(groups, len(moments))
 
         return write
 
     def expected(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        tensors, trained = self._expected
-        return tensors, trained
+        return self._every or super().expected()
 
     def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
-        full = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in targets.items()}
+        full = {
+            name: torch.empty(t.shape, dtype=t.dtype) if isinstance(t, DTensor) else t
+            for name, t in targets.items()
+        }
         sharded.read(folder, full, alone=True)
         for name, target in targets.items():
             if isinstance(target, DTensor):
@@ -185,12 +174,10 @@ class Gathered(Storage):
                     full[name].to(target.device), target.device_mesh, target.placements, src_data_rank=None
                 )
                 target.to_local().copy_(part.to_local())
-            else:
-                target.copy_(full[name])
 
     def whole_model(self) -> Any:
         if self.pipeline is None:
-            return gathered(self.model)  # type: ignore[arg-type]
+            return gathered(self.model) if is_sharded(self.model) else self.model  # type: ignore[arg-type]
         tensors = self.pipeline.state_dict()
         if tensors is None:
             return None
@@ -199,14 +186,14 @@ class Gathered(Storage):
         return model
 
     def _on_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors, on the first process; nothing elsewhere."""
+        """The whole tensors, on the first process; nothing elsewhere. None that was put together stays on a GPU."""
         if self.pipeline is not None:
             return self.pipeline.collect(tensors) or {}
-        first, found = dist.get_rank() == 0, {}
+        first, found = not dist.is_initialized() or dist.get_rank() == 0, {}
         for name, tensor in tensors.items():
             full = whole(tensor)
             if first:
-                found[name] = full.cpu()
+                found[name] = tensor if full is tensor else full.cpu()
         return found
 
     def _groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -220,15 +207,14 @@ class Gathered(Storage):
             group["params"] = list(dict.fromkeys(name for other in others for name in other["params"]))
         return own
 
-    def _union(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Names, shapes and dtypes of all stages' tensors, without their data."""
-        own = {name: (t.shape, t.dtype) for name, t in tensors.items()}
-        every: list[Any] = [own]
-        if self.pipeline is not None:
-            every = [None] * self.pipeline.count
-            dist.all_gather_object(every, own, group=self.pipeline.stages)
-        return {
-            name: torch.empty(shape, dtype=dtype, device="meta")
-            for part in every
-            for name, (shape, dtype) in part.items()
-        }
+
+def _union(tensors: Mapping[str, Tensor], pipeline: Pipeline) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of all stages' tensors, without their data. Collective."""
+    every: list[Any] = [None] * pipeline.count
+    own = {name: (t.shape, t.dtype) for name, t in tensors.items()}
+    dist.all_gather_object(every, own, group=pipeline.stages)
+    return {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for part in every
+        for name, (shape, dtype) in part.items()
+    }

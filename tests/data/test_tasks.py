@@ -13,7 +13,6 @@ from rmoe.data.tasks import (
     Passage,
     Question,
     Task,
-    kind_of,
     read_tasks,
 )
 from rmoe.errors import RequestError
@@ -38,13 +37,11 @@ def write(folder: Path, *lines: object, name: str = "tasks.jsonl") -> Path:
 @pytest.mark.parametrize("name", ["tasks.jsonl", "tasks.jsonl.gz"])
 def test_items_are_read(tmp_path: Path, kind: type[Task], name: str) -> None:
     path = write(tmp_path, GOOD[kind], "", GOOD[kind] | {"id": 7}, name=name)
-    assert kind_of(path) is kind
     assert read_tasks(path, kind) == [kind(**GOOD[kind])] * 2
 
 
 def test_input_of_an_instruction_may_be_missing(tmp_path: Path) -> None:
     path = write(tmp_path, {"instruction": "Add.", "output": "3"})
-    assert kind_of(path) is Instruction
     assert read_tasks(path, Instruction) == [Instruction(instruction="Add.", input="", output="3")]
 
 
@@ -90,18 +87,8 @@ def test_mistakes_name_line_and_key(tmp_path: Path, kind: type[Task], bad: objec
 @pytest.mark.parametrize("lines", [[], ["", " "]])
 def test_empty_file(tmp_path: Path, lines: list[str]) -> None:
     path = write(tmp_path, *lines)
-    for ask in (lambda: read_tasks(path, Passage), lambda: kind_of(path)):
-        with pytest.raises(RequestError, match="is 'empty'"):
-            ask()
-
-
-def test_file_of_no_kind(tmp_path: Path) -> None:
-    with pytest.raises(
-        RequestError, match="line 1 is 'keys prompt, reply'; allowed: objects with question, choices, label"
-    ):
-        kind_of(write(tmp_path, {"prompt": "a", "reply": "b"}))
-    with pytest.raises(RequestError, match=r"line 1 is .*JSON is malformed"):
-        kind_of(write(tmp_path, "no json"))
+    with pytest.raises(RequestError, match="is 'empty'"):
+        read_tasks(path, Passage)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -123,7 +110,6 @@ def test_missing_file(tmp_path: Path) -> None:
 )
 def test_published_files(shared_data: Path, name: str, kind: type[Task], count: int) -> None:
     path = shared_data / "tasks" / f"{name}.jsonl.gz"
-    assert kind_of(path) is kind
     assert len(read_tasks(path, kind)) == count
 
 

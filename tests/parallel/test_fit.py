@@ -13,7 +13,7 @@ from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.parallel import ParallelConfig, PipelinePart, distribute
 from rmoe.parallel.fit import misfit
 from rmoe.planning.hardware import ACCELERATORS, Cluster
-from rmoe.planning.layouts import Layout, layouts_for
+from rmoe.planning.layouts import layouts_for
 
 TIED = {"tie_word_embeddings": True}
 DEFAULT = {"router": "smoe", "dense_gradients": "default"}
@@ -56,14 +56,16 @@ def test_refused_in_one_line(changes, sizes, said):
 def test_not_in_a_plan(changes, sizes, said):
     devices = math.prod(size for kind, size in sizes.items() if kind != "expert")
     offered = layouts_for(config(**changes), Cluster(devices, devices, ACCELERATORS["h100"]))
-    assert Layout(**sizes) not in offered
-    assert Layout(replicate=devices) in offered
+    assert ParallelConfig(**sizes) not in offered
+    assert ParallelConfig(replicate=devices) in offered
 
 
 def test_a_plan_offers_what_runs():
-    sharded = {Layout(fsdp=2), Layout(fsdp=2, expert=2)}
+    sharded = {ParallelConfig(fsdp=2), ParallelConfig(fsdp=2, expert=2)}
     cluster = Cluster(2, 2, ACCELERATORS["h100"])
-    assert sharded | {Layout(tensor=2), Layout(pipeline=2)} <= set(layouts_for(config(), cluster))
+    assert sharded | {ParallelConfig(tensor=2), ParallelConfig(pipeline=2)} <= set(
+        layouts_for(config(), cluster)
+    )
     assert sharded <= set(layouts_for(config(**TIED), cluster))
 
 

@@ -1,4 +1,4 @@
-"""A grid on paper: from a pilot's measured rate; the simulation against arithmetic; micro-batches chosen."""
+"""A grid on paper: from a pilot's measured rate; micro-batches chosen."""
 
 from __future__ import annotations
 
@@ -9,37 +9,9 @@ import pytest
 
 from rmoe.cli.main import main
 from rmoe.compare.compare import Options, compare
-from rmoe.planning.grid import pilots_in, plan_grid, simulate
+from rmoe.planning.grid import Pilot, pilots_in, plan_grid
 from rmoe.training.run import train
 from tests.compare.test_compare import config_of
-
-
-def test_simulated_without_failures_is_a_list_schedule():
-    assert simulate([5.0, 3.0, 3.0, 3.0], 2).seconds == 8.0
-    assert simulate([1.0] * 1000, 64).seconds == 16.0
-    assert simulate([1.0] * 3, 8).busy == pytest.approx(3 / 8)
-
-
-@pytest.mark.parametrize("interval", [60.0, 600.0])
-def test_failures_lose_half_an_interval_each(interval):
-    found = simulate(
-        [3600.0] * 2000,
-        64,
-        failures_per_hour=0.5,
-        checkpoint_seconds=interval,
-        restart_seconds=5.0,
-        away_seconds=60.0,
-    )
-    # Each failure ends an exponential time; what is past the last checkpoint is about half an interval.
-    assert found.failures == pytest.approx(0.5 * 2000, rel=0.15)
-    assert found.lost_seconds / found.failures == pytest.approx(interval / 2, rel=0.1)
-    assert found.seconds > simulate([3600.0] * 2000, 64).seconds
-
-
-def test_every_second_of_work_is_done():
-    found = simulate([100.0] * 50, 4, failures_per_hour=20.0, checkpoint_seconds=10.0, restart_seconds=2.0)
-    done = found.busy * found.seconds * 4
-    assert done == pytest.approx(50 * 100 + found.lost_seconds + 2.0 * found.failures, rel=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +50,15 @@ def test_a_grid_from_its_pilot(pilot, capsys):
     assert json.loads(capsys.readouterr().out)["runs"] == 2
     assert main(arguments) == 0
     assert "device-hours" in capsys.readouterr().out
+
+
+def test_each_run_goes_to_the_first_worker_that_is_free(tmp_path):
+    config = config_of(tmp_path, 1)
+    tokens = config.training.batch_size * config.training.sequence_length
+    lengths = {"smoe": 5.0, "rmoe": 3.0, "xmoe": 3.0, "np": 3.0}
+    pilots = {name: Pilot(name, length, 0.0, tokens, 0) for name, length in lengths.items()}
+    plan = plan_grid(config, list(lengths), 1, pilots, 2, 1, 6.0, starts_once=True)
+    assert plan.hours == pytest.approx((8 + 6) / 3600)
 
 
 @pytest.mark.parametrize(

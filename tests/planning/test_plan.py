@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from rmoe.cli.main import main
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
+from rmoe.parallel import ParallelConfig
 from rmoe.planning.hardware import ACCELERATORS, Cluster
-from rmoe.planning.layouts import Layout, layouts_for, memory_of, parameters_per_device, traffic_of
+from rmoe.planning.layouts import layouts_for, memory_of, name_of, parameters_per_device, traffic_of
 from rmoe.planning.plan import plan_of
 from rmoe.planning.trace import flops_of, needs_of, parameters_of
 from rmoe.training.config import RunConfig
@@ -44,7 +45,7 @@ def model(settings: RMoEConfig, attention: str, experts: str) -> RMoEForCausalLM
 def test_memory_is_within_a_tenth_of_a_real_step(changes, checkpointing):
     settings = config(**changes)
     needs = needs_of(settings, 256, bf16=False)
-    planned = memory_of(needs, settings, Layout(), 4, 256, bf16=False, checkpointing=checkpointing)
+    planned = memory_of(needs, settings, ParallelConfig(), 4, 256, bf16=False, checkpointing=checkpointing)
     net = model(settings, "sdpa", "grouped_mm")
     if checkpointing:
         net.gradient_checkpointing_enable()
@@ -53,7 +54,7 @@ def test_memory_is_within_a_tenth_of_a_real_step(changes, checkpointing):
 
 def test_memory_of_a_small_batch_is_gradients():
     settings = config(**DENSE)
-    planned = memory_of(needs_of(settings, 32, bf16=False), settings, Layout(), 1, 32, False, False)
+    planned = memory_of(needs_of(settings, 32, bf16=False), settings, ParallelConfig(), 1, 32, False, False)
     real = peak_of_a_step(model(settings, "sdpa", "grouped_mm"), 1, 32)
     assert planned.peak == pytest.approx(real, rel=0.1)
     assert planned.gradients > planned.activations
@@ -103,7 +104,7 @@ def test_parameters_are_the_models(changes):
     settings = config(**changes)
     found, counted = parameters_of(settings), count_parameters(RMoEForCausalLM(settings))
     assert {name: getattr(found, name) for name in counted} == counted
-    assert parameters_per_device(found, Layout()) == counted["total"]
+    assert parameters_per_device(found, ParallelConfig()) == counted["total"]
 
 
 def test_what_layouts_send():
@@ -111,32 +112,34 @@ def test_what_layouts_send():
     needs = needs_of(settings, 64, bf16=False)
     total = needs.parameters.total
 
-    def sent(layout: Layout) -> dict[str, float]:
+    def sent(layout: ParallelConfig) -> dict[str, float]:
         found = traffic_of(needs, settings, layout, 4, 64, 2, bf16=False, checkpointing=False)
         return {f"{t.collective}/{t.purpose.split()[0]}": t.bytes for t in found}
 
-    assert sent(Layout(replicate=4))["all_reduce/gradients"] == pytest.approx(2 * 3 / 4 * 4 * total)
-    fsdp = sent(Layout(fsdp=4))
+    assert sent(ParallelConfig(replicate=4))["all_reduce/gradients"] == pytest.approx(2 * 3 / 4 * 4 * total)
+    fsdp = sent(ParallelConfig(fsdp=4))
     assert fsdp["all_gather/weights,"] == pytest.approx(2 * 2 * 3 / 4 * 4 * total)
     assert fsdp["reduce_scatter/gradients"] == pytest.approx(2 * 3 / 4 * 4 * total)
-    ep = sent(Layout(fsdp=4, expert=4))
+    ep = sent(ParallelConfig(fsdp=4, expert=4))
     experts = needs.parameters.experts
     assert ep["all_gather/weights,"] == pytest.approx(2 * 2 * 3 / 4 * 4 * (total - experts))
     # 2 passes, 6 layers, there and back, forward and backward: each of 4 x 64 tokens to 2 experts, 3 of 4 elsewhere
     assert ep["all_to_all/tokens"] == 2 * 6 * 2 * 2 * (4 * 64 * 2 * 128 * 4 * 3 / 4)
-    pipeline = traffic_of(needs, settings, Layout(pipeline=2), 4, 64, 2, bf16=False, checkpointing=False)
+    pipeline = traffic_of(
+        needs, settings, ParallelConfig(pipeline=2), 4, 64, 2, bf16=False, checkpointing=False
+    )
     states = next(t for t in pipeline if t.collective == "send")
     assert states.bytes == 2 * 4 * 2 * 64 * (128 + 128) * 4
     assert states.router_bytes == 2 * 4 * 2 * 64 * 128 * 4
 
 
 def test_layouts_fit_the_cluster_and_the_model():
-    names = [layout.name for layout in layouts_for(config(), Cluster(16, 8, ACCELERATORS["h100"]))]
+    names = [name_of(layout) for layout in layouts_for(config(), Cluster(16, 8, ACCELERATORS["h100"]))]
     assert names[:3] == ["DDP 16", "FSDP2 16", "HSDP 2 x FSDP2 8"]
     assert "FSDP2 16 + EP 8" in names
     assert "FSDP2 4 + TP 4" in names
     assert "FSDP2 2 + TP 8" not in names  # 4 heads
-    assert all(layout.devices == 8 for layout in layouts_for(config(), CLUSTER))
+    assert all(layout.processes == 8 for layout in layouts_for(config(), CLUSTER))
 
 
 def test_more_is_never_predicted_to_be_less():
@@ -240,7 +243,7 @@ def test_a_sharding_group_behind_tensor_parallelism_reaches_over_nodes(
 ) -> None:
     """transformers' mesh has TP innermost: devices that hold shards of one matrix are `tensor` apart."""
     settings, cluster = config(), Cluster(16, 8, ACCELERATORS["h100"])
-    layout = Layout(fsdp=fsdp, tensor=tensor)
+    layout = ParallelConfig(fsdp=fsdp, tensor=tensor)
     found = traffic_of(needs_of(settings, 64, bf16=False), settings, layout, 1, 64, 1, False, False)
     slow, fast = cluster.bandwidth(16), cluster.bandwidth(8)
     assert slow < fast

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.parallel import ParallelConfig
 from rmoe.parallel.sharding import distribute
-from rmoe.planning.layouts import Layout, memory_of
+from rmoe.planning.layouts import memory_of
 from rmoe.planning.trace import needs_of
 from rmoe.training.accounting import StepSums
 from rmoe.training.learner import ModelLearner
@@ -77,7 +77,7 @@ def main(out: str) -> None:
     for case, (batch, expert, bf16, checkpointing) in CASES.items():
         if expert > 1 and older("transformers", "5.23"):
             continue
-        config, layout = RMoEConfig(**SIZES), Layout(fsdp=2, expert=expert)
+        config, layout = RMoEConfig(**SIZES), ParallelConfig(fsdp=2, expert=expert)
         planned = memory_of(
             needs_of(config, LENGTH, bf16), config, layout, batch, LENGTH, bf16, checkpointing
         )

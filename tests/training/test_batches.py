@@ -7,7 +7,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from rmoe.data.blocks import BlockSampler
-from rmoe.training.batches import StepBatches
+from rmoe.training.batches import step_batches
 from rmoe.training.place import Ranks
 
 BLOCKS, SEED, STEPS, BATCH = 17, 5, 6, 24
@@ -16,9 +16,8 @@ BLOCKS, SEED, STEPS, BATCH = 17, 5, 6, 24
 def batches(ranks: Ranks, size: int, first: int = 0) -> list[list[int]]:
     parts = BATCH // ranks.data // size
     steps = range(first, STEPS)
-    sampler = StepBatches(BLOCKS, SEED, size=size, parts=parts, steps=steps, ranks=ranks)
-    found = list(sampler)
-    assert len(found) == len(sampler) == parts * len(steps)
+    found = list(step_batches(BLOCKS, SEED, size=size, parts=parts, steps=steps, ranks=ranks))
+    assert len(found) == parts * len(steps)
     return found
 
 

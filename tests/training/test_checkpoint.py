@@ -67,11 +67,6 @@ def test_rotation_counts_only_valid_ones(store):
     assert [step for step, _ in store.found()] == [3, 4]
 
 
-def test_keeping_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep is 1"):
-        CheckpointStore(tmp_path, RUN, keep=1)
-
-
 def flip_bit(path: Path, at: int = 100) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1

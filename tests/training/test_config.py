@@ -82,7 +82,7 @@ def test_pretrain_is_the_papers():
         ({"training": {"learning_rate": -1}}, "training.learning_rate is -1.0; allowed: above 0"),
         (
             {"training": {"schedule": "step"}},
-            "training.schedule is 'step'; allowed: constant or cosine or linear",
+            "training.schedule is 'step'; allowed: 'constant' or 'cosine' or 'linear'",
         ),
         (
             {"training": {"batch_size": 8, "micro_batch_size": 3}},

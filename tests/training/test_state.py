@@ -119,7 +119,7 @@ def test_tied_weights_have_one_name_and_stay_tied(tmp_path, text):
         )
 
     saved, loaded = build(0), build(1)
-    contents.save_model(tmp_path, contents.unique_tensors(saved))
+    contents.save_tensors(tmp_path / contents.MODEL, contents.unique_tensors(saved))
     assert "lm_head.weight" not in load_file(tmp_path / M)
     Whole(loaded).load_model(tmp_path)
     assert torch.equal(loaded.lm_head.weight, saved.model.embed_tokens.weight)
@@ -138,8 +138,8 @@ def test_optimizer_comes_back_bit_for_bit(tmp_path, model):
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     first.step()
-    contents.save_model(tmp_path, contents.unique_tensors(model))
-    contents.save_optimizer(tmp_path, contents.optimizer_tensors(first, model))
+    contents.save_tensors(tmp_path / contents.MODEL, contents.unique_tensors(model))
+    contents.save_tensors(tmp_path / contents.OPTIMIZER, contents.optimizer_tensors(first, model))
     groups = contents.group_settings(first, model)
     groups = msgspec.json.decode(msgspec.json.encode(groups))  # the way it goes to disk and back
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 
 import rmoe
 from rmoe.analysis.streaming.memory import bound_kernel_cache, give_back_freed_memory, weights_apart
@@ -236,12 +239,7 @@ def _names(module: nn.Module, path: str) -> list[str]:
     return [f"{path}.{name}" for name in module.state_dict()]
 
 
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-
-
-def _size(tensor: object) -> int:
+def _size(tensor: Any) -> int:
     """Bytes of a slice of a safetensors file; types of eight bits and less are counted as one byte."""
-    count = 1
-    for length in tensor.get_shape():  # type: ignore[attr-defined]
-        count *= length
-    return count * _BYTES.get(tensor.get_dtype(), 1)  # type: ignore[attr-defined]
+    dtype = str_to_torch_dtype.get(tensor.get_dtype(), torch.uint8)
+    return math.prod(tensor.get_shape()) * dtype.itemsize

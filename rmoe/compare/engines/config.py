@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import tomllib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import msgspec
 import tyro
+from msgspec import Meta
 
 from rmoe.errors import RequestError
-from rmoe.places import expand
-from rmoe.validation import require
+from rmoe.training.config import read_preset
+from rmoe.validation import AtLeastOne, NotNegativeInt, build, check_fields
 
 Kind = Literal["local", "ray", "slurm"]
+_MOST = sys.float_info.max
+# Slurm counts whole minutes, and takes 0 as no limit.
+Hours = Annotated[
+    float, Meta(ge=1 / 60, le=_MOST, description="1/60, which is a minute, or more, and finite")
+]
 
 _KINDS: dict[str, tuple[Kind, ...]] = {
     "runs_per_gpu": ("local",),
@@ -54,32 +58,23 @@ class EngineConfig:
     """
 
     kind: Kind = "local"
-    cpus: int | None = None
-    gpus: int | None = None
-    memory_gib: float | None = None
-    runs_per_gpu: int = 1
-    retries: int = 2
+    cpus: AtLeastOne | None = None
+    gpus: NotNegativeInt | None = None
+    memory_gib: Annotated[float, Meta(gt=0, le=_MOST, description="above 0, and finite")] | None = None
+    runs_per_gpu: AtLeastOne = 1
+    retries: NotNegativeInt = 2
     setup: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     shared: str | None = None
     fetch: Literal["no", "result", "model"] = "no"
     address: str | None = None
     node: str | None = None
     partition: str | None = None
-    hours: float = 24.0
-    at_once: int | None = None
+    hours: Hours = 24.0
+    at_once: AtLeastOne | None = None
     submitit: Literal["slurm", "local"] = "slurm"
 
     def __post_init__(self) -> None:
-        for name, least in (("cpus", 1), ("gpus", 0), ("runs_per_gpu", 1), ("retries", 0), ("at_once", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise RequestError(f"engine.{name}", value, f"{least} or more")
-        memory, hours = self.memory_gib, self.hours
-        require(memory is None or 0 < memory < math.inf, "engine.memory_gib", memory, "above 0, and finite")
-        # Slurm counts whole minutes, and takes 0 as no limit.
-        require(
-            1 <= hours * 60 < math.inf, "engine.hours", hours, "1/60, which is a minute, or more, and finite"
-        )
+        check_fields(self, "engine")
 
     def require_read(self, given: Iterable[str]) -> None:
         """Refuse options of a command line that this kind of engine does not read; a preset's table may have them.
@@ -100,23 +95,4 @@ class EngineConfig:
         Raises:
             RequestError: no such file, an unknown name in its table, or a value that is not allowed.
         """
-        if not name.endswith(".toml"):
-            return cls()
-        try:
-            table: Any = tomllib.loads(expand(name, "--preset").read_text(encoding="utf-8-sig")).get(
-                "engine", {}
-            )
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise RequestError("--preset", name, f"TOML ({error})") from None
-        known = cls.__dataclass_fields__
-        if not isinstance(table, dict):
-            raise RequestError("engine", table, "a table")
-        for key in table:
-            if key not in known:
-                raise RequestError(f"engine.{key}", table[key], f"one of {', '.join(sorted(known))}")
-        try:
-            return msgspec.convert(table, cls)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, RequestError):
-                raise error.__cause__ from None
-            raise RequestError("engine", table, str(error)) from None
+        return build(cls, read_preset(name).get("engine", {}), "engine")

@@ -36,7 +36,7 @@ def test_a_presets_table_is_the_default_and_options_override_it(tmp_path):
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ("kind = 'pbs'", "engine is {'kind': 'pbs'}; allowed: Invalid enum value"),
+        ("kind = 'pbs'", "engine.kind is 'pbs'; allowed: 'local' or 'ray' or 'slurm'"),
         ("partitoin = 'x'", "engine.partitoin is 'x'; allowed: one of address, at_once, cpus"),
         ("retries = -1", "engine.retries is -1; allowed: 0 or more"),
         ("hours = 0.0", "engine.hours is 0.0; allowed: 1/60, which is a minute, or more"),
