@@ -92,7 +92,8 @@ def load(loop: Loop, folder: Path) -> None:
     storage.load_model(folder)
     storage.load_optimizer(folder, state, loop.optimizer)
     # A rate follows from the settings and the step; how the groups are cut is the layout's.
-    loop.scheduler.last_epoch = state.scheduler["last_epoch"]
+    counts = {name: state.scheduler[name] for name in ("last_epoch", "_step_count")}
+    loop.scheduler.load_state_dict(loop.scheduler.state_dict() | counts)
     loop.step = loop.saved_step = state.step
     loop.skipped_batches, loop.train_seconds = state.skipped_batches, state.train_seconds
     loop.diverged = loop.skipped_batches > loop.training.max_skipped_batches
