@@ -150,11 +150,13 @@ def test_a_folder_that_cannot_be_written(
 
 def test_commas_in_the_path_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rmoe.evaluation")
-    from rmoe.evaluation import Benchmark, parse_benchmarks
+    from rmoe.evaluation import parse_benchmarks
 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a,piqa=b.jsonl").write_text("")
     (tmp_path / "c.jsonl").write_text("")
-    found = [Benchmark("arc_easy", tmp_path / "a,piqa=b.jsonl"), Benchmark("gsm8k", tmp_path / "c.jsonl")]
-    assert parse_benchmarks("arc_easy=~/a,piqa=b.jsonl,gsm8k=~/c.jsonl") == found
-    assert parse_benchmarks("x, gsm8k=~/c.jsonl ,y") == [Benchmark("x"), found[1], Benchmark("y")]
+    comma, plain = tmp_path / "a,piqa=b.jsonl", tmp_path / "c.jsonl"
+    found = parse_benchmarks("arc_easy=~/a,piqa=b.jsonl,gsm8k=~/c.jsonl")
+    assert list(found.items()) == [("arc_easy", comma), ("gsm8k", plain)]
+    found = parse_benchmarks("x, gsm8k=~/c.jsonl ,y")
+    assert list(found.items()) == [("x", None), ("gsm8k", plain), ("y", None)]

@@ -345,15 +345,15 @@ def test_the_space_asked_for_holds_the_averaged_weights_too(text, tmp_path):
 
 def test_disk_full_in_mid_run(text, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    write = contents.save_optimizer
+    write = contents.save_tensors
 
-    def full(folder, tensors):
-        if folder.name == "checkpoint-8":
+    def full(path, tensors, **metadata):
+        if path.parent.name == "checkpoint-8" and path.name == contents.OPTIMIZER:
             raise OSError(28, "No space left on device")
-        return write(folder, tensors)
+        return write(path, tensors, **metadata)
 
     with monkeypatch.context() as patched:
-        patched.setattr(contents, "save_optimizer", full)
+        patched.setattr(contents, "save_tensors", full)
         with pytest.raises(RunError, match=r"could not save checkpoint-8.*saved: checkpoint-6"):
             train(tiny.config(text), out, progress=False)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]

@@ -90,9 +90,10 @@ class EngineConfig:
 
     @classmethod
     def from_preset(cls, name: str) -> EngineConfig:
-        """The `[engine]` table of a `.toml` preset; the default without one.
+        """The `[engine]` table of a preset; the default without a table, or without a preset (`""`).
 
         Raises:
-            RequestError: no such file, an unknown name in its table, or a value that is not allowed.
+            RequestError: no such preset, an unknown name in its table, or a value that is not allowed.
         """
-        return build(cls, read_preset(name).get("engine", {}), "engine")
+        tables = read_preset(name) if name else {}
+        return build(cls, tables.get("engine", {}), "engine")
