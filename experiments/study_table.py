@@ -85,15 +85,15 @@ def arms_of(rows: Sequence[StudyRow]) -> Arms:
 def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
     """Markdown: a line for each contrast that has the pairs of the first look; empty without one."""
     tests = {f"{g}/{r}": {s: row.test for s, row in arm.items()} for (g, r), arm in arms_of(rows).items()}
-    values = []
+    found = []
     for contrast in asked:
         of, minus = tests.get(contrast.of, {}), tests.get(contrast.minus, {})
         differences = [of[seed] - minus[seed] for seed in sorted(of.keys() & minus.keys())]
         if len(differences) >= LOOKS[0]:
-            values.append((contrast, differences))
-    if not values:
+            found.append((contrast, differences, *t_interval(differences)))
+    if not found:
         return ""
-    p_values = [t_interval(differences)[1] for contrast, differences in values if contrast.planned]
+    p_values = [p for contrast, _, _, p in found if contrast.planned]
     corrected = iter(holm(p_values, sum(contrast.planned for contrast in asked)))
     lines = [
         "**Between other arms.** The first less the second, seed by seed, with 95% t intervals over seeds. Only where "
@@ -102,8 +102,7 @@ def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
         "| question | first | second | pairs | difference | interval | each pair | p |",
         "|---|---|---|---:|---:|---|---|---:|",
     ]
-    for contrast, differences in values:
-        interval, _ = t_interval(differences)
+    for contrast, differences, interval, _ in found:
         lines.append(
             f"| {contrast.question} | `{contrast.of}` | `{contrast.minus}` | {len(differences)} "
             f"| {np.mean(differences):+.4f} | {interval.low:+.4f} to {interval.high:+.4f} "

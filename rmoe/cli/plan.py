@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from rmoe.cli.arguments import GIVEN, names, require_unset
 from rmoe.compare.engines.config import EngineConfig
 from rmoe.errors import RequestError
+from rmoe.planning.hardware import ACCELERATORS, AcceleratorName, Cluster
 from rmoe.training.config import RunConfig
 from rmoe.validation import require
 
@@ -25,7 +26,7 @@ def run(
     config: Annotated[RunConfig, tyro.conf.arg(name="")],
     devices: int = 8,
     devices_per_node: int = 8,
-    accelerator: Literal["a100-40", "a100-80", "h100", "h200", "b200"] = "h100",
+    accelerator: AcceleratorName = "h100",
     efficiency: float = 0.4,
     vocab_size: int | None = None,
     as_set: bool = False,
@@ -70,7 +71,6 @@ def run(
 
     import sys
 
-    from rmoe.planning.hardware import ACCELERATORS, Cluster
     from rmoe.planning.plan import plan_of
     from rmoe.records import indented
     from rmoe.training.build import load_plugins, model_config

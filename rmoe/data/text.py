@@ -182,10 +182,11 @@ def read_file(path: Path, field: str) -> Iterator[bytes]:
 
 def _plain(path: Path) -> Iterator[bytes]:
     for number, chunk in enumerate(read_bytes(path)):
-        encoding = json.detect_encoding(chunk[:4]).upper()
-        if number == 0 and encoding in ("UTF-16", "UTF-32"):  # by its byte order mark
-            said = f"UTF-8 (this file begins as {encoding}: iconv -f {encoding} -t UTF-8)"
-            raise RequestError("data.path", str(path), said)
+        if number == 0:
+            encoding = json.detect_encoding(chunk[:4]).upper()
+            if encoding in ("UTF-16", "UTF-32"):  # by its byte order mark
+                said = f"UTF-8 (this file begins as {encoding}: iconv -f {encoding} -t UTF-8)"
+                raise RequestError("data.path", str(path), said)
         yield chunk
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rmoe.validation import require
 
@@ -28,9 +29,11 @@ class Accelerator:
     network_gb_per_s: float
 
 
+AcceleratorName = Literal["a100-40", "a100-80", "h100", "h200", "b200"]
+
 # NVIDIA's data sheets "A100 Tensor Core GPU" (SXM), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM) and
 # "Blackwell" (HGX B200); float32 is their row "FP32".
-ACCELERATORS = {
+ACCELERATORS: dict[AcceleratorName, Accelerator] = {
     "a100-40": Accelerator(39.4, 312, 19.5, 1555, 300, 25),
     "a100-80": Accelerator(79.1, 312, 19.5, 2039, 300, 25),
     "h100": Accelerator(79.1, 989, 67, 3350, 450, 50),

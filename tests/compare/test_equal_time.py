@@ -51,34 +51,19 @@ def test_intervals_are_over_pairs():
     law = fit_law((500, 1000, 2000), [loss(n) for n in (500, 1000, 2000)])
     base = {seed: loss(2000) + seed / 100 for seed in range(4)}
     mine = {seed: value - 0.05 - seed / 1000 for seed, value in base.items()}
-    found = equal_time(
-        {"smoe": base, "rmoe": mine, "untimed": mine},
-        {"smoe": 1.0, "rmoe": 1.1},
-        "smoe",
-        law,
-        "bits_per_byte",
-        "test",
-        0.005,
-    )
+
+    def compared(**bits):
+        seconds = {"smoe": 1.0, "rmoe": 1.1}
+        return equal_time({"smoe": base, **bits}, seconds, "smoe", law, "bits_per_byte", "test", 0.005)
+
+    found = compared(rmoe=mine, untimed=mine)
     assert set(found) == {"rmoe"}
     expected = [at_baseline_seconds(mine[s], law, 1.1) - base[s] for s in range(4)]
     assert found["rmoe"].difference.values == pytest.approx(expected)
     logs = [math.log(speedup(base[s], mine[s], law, 1.1)) for s in range(4)]
     assert found["rmoe"].speedup == pytest.approx(math.exp(sum(logs) / 4))
     assert found["rmoe"].speedup_interval.low < found["rmoe"].speedup < found["rmoe"].speedup_interval.high
-    below = dict.fromkeys(base, 1.4)
-    assert (
-        equal_time(
-            {"smoe": base, "rmoe": below},
-            {"smoe": 1.0, "rmoe": 1.1},
-            "smoe",
-            law,
-            "bits_per_byte",
-            "test",
-            0.005,
-        )
-        == {}
-    )
+    assert compared(rmoe=dict.fromkeys(base, 1.4)) == {}  # below the law's floor
 
 
 def timed(router: str, seed: int, value: float, seconds: float, steps: int = 2000):
