@@ -144,9 +144,8 @@ class ExpertsReader(Reader):
                 errors[name, at] = disproportion(bare, function(logits).gather(-1, chosen), used)
         best = min(errors, key=errors.__getitem__)
         if errors[best] <= TOLERANCE:
-            if (
-                sum(error <= TOLERANCE for error in errors.values()) == 1
-            ):  # else these tokens cannot tell: look again
+            # Else these tokens cannot tell: look again.
+            if sum(error <= TOLERANCE for error in errors.values()) == 1:
                 self.scoring, self.scaled_by = best[0], (None, *self.scales)[best[1]]
             return best[0]
         if _is_sparse_mixer(logits, chosen, weights):

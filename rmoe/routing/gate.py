@@ -216,9 +216,8 @@ class TopK(Gate):
         if unused is not None:
             experts = torch.where(unused, self.num_experts, experts)
         may_be_empty = unused is not None or logits.shape[-1] > self.num_experts
-        if (
-            may_be_empty
-        ):  # a skip class, or anything else outside the experts, is an empty slot of weight zero
+        # A skip class, or anything else outside the experts, is an empty slot of weight zero.
+        if may_be_empty:
             weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         if options.renormalize:
             weights = weights / self._total(weights, may_be_empty)

@@ -161,10 +161,8 @@ def test_no_figure_depends_on_the_batch_size(blocks: np.ndarray) -> None:
     assert a["paths"] == b["paths"]
     assert a["top_tokens"] == b["top_tokens"]
     np.testing.assert_allclose(a["mi_digitised"]["values"], b["mi_digitised"]["values"], rtol=1e-3)
-    for part in (
-        "language_model",
-        "recurrent",
-    ):  # the balance loss, a product of means over a batch, does depend
+    # The balance loss, a product of means over a batch, does depend.
+    for part in ("language_model", "recurrent"):
         np.testing.assert_allclose(a["gradient_split"][part], b["gradient_split"][part], rtol=1e-3)
 
 

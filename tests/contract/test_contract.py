@@ -305,12 +305,8 @@ def test_bfloat16_inputs_choose_as_float32_does(name: str) -> None:
     for a, b in zip(exact, rounded, strict=True):
         assert b.logits.dtype == torch.float32
         same = (dense(a, 16) > 0) == (dense(b, 16) > 0)
-        if name not in (
-            "remoe",
-            "expert-threshold",
-            "dynmoe",
-            "blockffn",
-        ):  # no top-k: 16 comparisons are 16 decisions
+        # No top-k: 16 comparisons are 16 decisions.
+        if name not in ("remoe", "expert-threshold", "dynmoe", "blockffn"):
             same = same.all(-1)
         # A choice that hangs on another choice, an expert one layer below or the nearest neighbours, flips with it.
         assert same.double().mean() >= (0.97 if name in ("acmoe", "mcf-moe") else 0.99)

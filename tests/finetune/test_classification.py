@@ -89,9 +89,8 @@ def test_it_beats_the_majority(name: str, models: Path, grafted_qwen: Path, tmp_
     model = AutoModelForSequenceClassification.from_pretrained(result.model)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert any("router" in key for key in model.state_dict())
-    if (
-        name == "adapter"
-    ):  # the head that it learned is in it, the one that it does not have is not asked of the base
+    # The head that it learned is in it, the one that it does not have is not asked of the base.
+    if name == "adapter":
         saved = read_json(Path(result.model) / "config.json")["rmoe_graft"]["base"]
         assert "score.weight" in open_weights(Path(result.model)).names(ADAPTER)
         assert saved["unused"] == ["lm_head.weight"]

@@ -290,9 +290,8 @@ def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-        with (
-            torch.no_grad()
-        ):  # some families leave gates, or everything, at zero: all tokens take the same experts
+        # Some families leave gates, or everything, at zero: all tokens take the same experts.
+        with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
                     parameter.normal_(0.0, 0.02)

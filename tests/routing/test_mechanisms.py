@@ -475,13 +475,8 @@ def test_each_layer_steers_its_own_entropy() -> None:
 def test_temperature_divides_the_scores_and_moves_geometrically() -> None:
     spec = vary(resolve("smoe"), temperature=Temperature.Config(start=4.0, end=1.0))
     router, x = layer_of(spec, 0), inputs()
-    for step, wanted in (
-        (None, 4.0),
-        (1, 4.0**0.75),
-        (3, 4.0**0.25),
-        (4, 1.0),
-        (9, 1.0),
-    ):  # past the end it stays
+    past_the_end = (9, 1.0)
+    for step, wanted in ((None, 4.0), (1, 4.0**0.75), (3, 4.0**0.25), (4, 1.0), past_the_end):
         if step:
             router.update_all(three_layers(), step, 4)
         routing = router(x, (), None, RouterContext(1, 23))[0]

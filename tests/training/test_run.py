@@ -115,9 +115,8 @@ def test_a_warm_up_that_takes_the_whole_run_is_said(text, tmp_path, capsys):
 
 def test_a_gpu_that_was_not_used_is_not_the_hardware(finished, text, tmp_path, monkeypatch):
     def beside_a_gpu(*asked):
-        with (
-            monkeypatch.context() as patch
-        ):  # for this call alone: torch built with CUDA would look for the GPU
+        # For this call alone: torch built with CUDA would look for the GPU.
+        with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
             return hardware(*asked)

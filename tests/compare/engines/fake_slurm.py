@@ -108,9 +108,8 @@ def _tell(names: list[str], number: signal.Signals) -> None:
     for name in names:
         pid = int((STATE / name).read_text().split()[1])
         if pid:
-            for path in Path("/proc").glob(
-                "[0-9]*"
-            ):  # a step's processes get the signal, the batch script does not
+            # A step's processes get the signal, the batch script does not.
+            for path in Path("/proc").glob("[0-9]*"):
                 try:
                     same = os.getpgid(int(path.name)) == pid and int(path.name) != pid
                     if same and b"submitit.core._submit" in (path / "cmdline").read_bytes().split(b"\0"):
