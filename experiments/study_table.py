@@ -82,13 +82,23 @@ def arms_of(rows: Sequence[StudyRow]) -> Arms:
     return arms
 
 
+def tests_of(rows: Sequence[StudyRow]) -> dict[str, dict[int, float]]:
+    """`grid/router` -> seed -> bits per byte on the test text."""
+    return {f"{g}/{r}": {s: row.test for s, row in arm.items()} for (g, r), arm in arms_of(rows).items()}
+
+
+def paired(tests: dict[str, dict[int, float]], of: str, minus: str) -> list[float]:
+    """The first arm less the second, seed by seed; none where one has not run."""
+    first, second = tests.get(of, {}), tests.get(minus, {})
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
 def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
     """Markdown: a line for each contrast that has the pairs of the first look; empty without one."""
-    tests = {f"{g}/{r}": {s: row.test for s, row in arm.items()} for (g, r), arm in arms_of(rows).items()}
+    tests = tests_of(rows)
     found = []
     for contrast in asked:
-        of, minus = tests.get(contrast.of, {}), tests.get(contrast.minus, {})
-        differences = [of[seed] - minus[seed] for seed in sorted(of.keys() & minus.keys())]
+        differences = paired(tests, contrast.of, contrast.minus)
         if len(differences) >= LOOKS[0]:
             found.append((contrast, differences, *t_interval(differences)))
     if not found:
