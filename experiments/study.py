@@ -344,8 +344,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             table = markdown(found, study.baseline, study.margin, study.reference, asked.plan.name, arms)
             lengths, times = beside(results, "_branches.jsonl"), beside(results, "_times.json")
             at_equal_time = section(in_reference(found, study), study.baseline, study.margin, lengths, times)
+            measured = beside(results, "_routing.jsonl")
             routing = routing_section(
-                beside(results, "_routing.jsonl"), study.baseline, lambda grid: home(grid, study.reference)
+                found, measured, study.baseline, lambda grid: home(grid, study.reference)
             )
             training = over_training(found, study.baseline, study.reference)
             between = contrasts(found, study.contrast)

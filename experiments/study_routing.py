@@ -3,7 +3,8 @@
     python -m experiments.study routing --data-dir ../shared/data --out runs/study   # results/study_routing.jsonl
     python -m experiments.study table                                                # which stand in results/study.md
 
-The figures are those of `experiments.figures.routing`: of the first tokens of the validation split, means over layers.
+Gate entropy and balance are the run's own, measured at its end. The other figures are those of
+`experiments.figures.routing`: of the first tokens of the validation split. All are means over layers.
 """
 
 from __future__ import annotations
@@ -70,15 +71,30 @@ def measure_runs(rows: Sequence[StudyRow], data_dir: Path, text: str, out: Path,
     return added
 
 
-def routing_section(results: Path, baseline: str, home: Callable[[str], str]) -> str:
+def own_figures(row: StudyRow) -> Figures:
+    """What a run measured itself."""
+    measured = {
+        "entropy": row.entropy_nats,
+        "inner_balance": row.inner_balance,
+        "outer_balance": row.outer_balance,
+    }
+    return {name: float(np.mean(layers)) for name, layers in measured.items() if layers is not None}
+
+
+def routing_section(
+    rows: Sequence[StudyRow], results: Path, baseline: str, home: Callable[[str], str]
+) -> str:
     """Markdown: each arm's figures less those of its grid's baseline, paired; empty without a pair.
 
     Args:
+        results: the file of `measure_runs`; runs that are not in it have their own figures alone.
         home: a grid -> the grid whose baseline its own baseline, or its arms if it has none, are compared with.
     """
-    arms: dict[tuple[str, str], dict[int, Figures]] = defaultdict(dict)
-    for row in read_rows(results, RoutingRow):
-        arms[row.grid, row.router][row.seed] = row.figures
+    arms: dict[tuple[str, str], dict[int, Figures]] = defaultdict(lambda: defaultdict(dict))
+    for measured in read_rows(results, RoutingRow):
+        arms[measured.grid, measured.router][measured.seed] |= measured.figures
+    for row in rows:
+        arms[row.grid, row.router][row.seed] |= own_figures(row)
     lines = []
     for (grid, router), mine in sorted(arms.items()):
         own = router != baseline and (grid, baseline) in arms
@@ -95,7 +111,7 @@ def routing_section(results: Path, baseline: str, home: Callable[[str], str]) ->
         [
             f"**How they route.** Less the same figure of `{baseline}` in the same grid (of `{baseline}` "
             "itself, at the reference's scale), seed by seed, with 95% t intervals over seeds; means over layers or "
-            "pairs of layers, on validation text.",
+            "pairs of layers, on validation text. A cell of fewer pairs says how many.",
             "",
             "| grid | router | pairs | " + " | ".join(SHOWN.values()) + " |",
             "|---|---|---:|" + "---|" * len(SHOWN),
@@ -110,7 +126,8 @@ def _cell(differences: Sequence[float]) -> str:
     if not values:
         return ""
     mean = f"{np.mean(values):+.3g}"
+    fewer = f", {len(values)} pairs" if len(values) < len(differences) else ""
     if len(values) < 2:
-        return mean
+        return mean + fewer
     interval, _ = t_interval(values)
-    return f"{mean} ({interval.low:+.3g} to {interval.high:+.3g})"
+    return f"{mean} ({interval.low:+.3g} to {interval.high:+.3g}){fewer}"

@@ -52,7 +52,7 @@ def test_a_grids_own_baseline_comes_first(tmp_path):
     write(
         path, ("std-1", "smoe", 0, 2.0), ("as-they-stand", "smoe", 0, 2.5), ("as-they-stand", "rmoe", 0, 2.75)
     )
-    lines = routing_section(path, "smoe", at).splitlines()
+    lines = routing_section([], path, "smoe", at).splitlines()
     found = {
         line.split("|")[2].strip(): line.split("|")[6].strip() for line in lines if line.startswith("| as")
     }
@@ -67,7 +67,7 @@ def test_figures_are_paired_with_the_baseline_of_their_scale_and_depth(tmp_path)
         ("as-they-stand", "rmoe", 1, 3.1), ("std-1", "rmoe", 7, 9.0),
         ("depth-6", "smoe", 0, 1.0), ("depth-6", "rmoe", 0, 1.25), ("depth-24", "rmoe", 0, 1.0),
     )  # fmt: skip
-    lines = routing_section(path, "smoe", at).splitlines()
+    lines = routing_section([], path, "smoe", at).splitlines()
     cells = {line.split("|")[1].strip(): line.split("|")[3:8] for line in lines if line.startswith("| ")}
     assert cells["as-they-stand"] == [" 1 ", "  ", "  ", " +1 ", "  "]
     assert cells["depth-6"] == [" 1 ", "  ", "  ", " +0.25 ", "  "]
@@ -79,6 +79,25 @@ def test_figures_are_paired_with_the_baseline_of_their_scale_and_depth(tmp_path)
 
 
 def test_no_figures_no_section(tmp_path):
-    assert routing_section(tmp_path / "none.jsonl", "smoe", at) == ""
+    assert routing_section([], tmp_path / "none.jsonl", "smoe", at) == ""
     write(tmp_path / "alone.jsonl", ("std-1", "smoe", 0, 2.0))
-    assert routing_section(tmp_path / "alone.jsonl", "smoe", at) == ""
+    assert routing_section([], tmp_path / "alone.jsonl", "smoe", at) == ""
+
+
+def test_a_run_counts_with_what_it_measured_itself(tmp_path):
+    """Its own gate entropy goes before the one measured later, and needs no later measurement."""
+    plan = small_study(["smoe"], layers=2)
+    config = plan.config(plan.grids[0], write_text(tmp_path)).with_setting("router", "smoe")
+    row = study_row("std-1", train(config, tmp_path / "run", progress=False))
+    replace = msgspec.structs.replace
+    rows = [
+        replace(row, router=router, seed=seed, entropy_nats=[value, value + 1.0])
+        for router, seed, value in (("smoe", 0, 1.0), ("rmoe", 0, 1.25), ("smoe", 1, 1.0), ("rmoe", 1, 1.75))
+    ]
+    path = tmp_path / "routing.jsonl"
+    write(path, ("std-1", "smoe", 0, 7.0), ("std-1", "rmoe", 0, 5.0))
+    (line,) = [line for line in routing_section(rows, path, "smoe", at).splitlines() if "`rmoe`" in line]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[3] == "2"
+    assert cells[6].startswith("+0.5 (")
+    assert cells[7].startswith("+0 (")
