@@ -69,7 +69,7 @@ from rmoe.training.progress import ProgressReport
 from rmoe.training.publish import publish_model
 
 REQUEST = "finetune.json"
-VERSION = 2
+VERSION = 1
 
 
 # Where a thing lies does not make a run another one; what it is does, and has a sha256 of its own.
@@ -87,7 +87,7 @@ class Request(Record, frozen=True, kw_only=True):
         str  # of the weights' names, sizes and first bytes: another model under the same path is noticed
     )
     data_sha256: str
-    valid_sha256: str | None
+    valid_sha256: str | None = None
 
 
 class FinetuneResult(Record, frozen=True, kw_only=True):
@@ -293,7 +293,6 @@ def _train(
     accelerator = accelerator_of(run, out, place, unused)
     learner = ModelLearner(job.model, accelerator, place.ranks, micro_batches(run, place.ranks))
     learner.moves_routers &= request.config["freeze"] == "none"
-    sealed_with = hashlib.sha256(msgspec.json.encode(request)).hexdigest()
     loop = Loop(
         learner,
         run.training,
@@ -303,7 +302,7 @@ def _train(
         collate=job.collate,
         sizes=job.dataset.sizes,
         data_sha256=request.data_sha256,
-        store=CheckpointStore(out, sealed_with, run.checkpoints.keep),
+        store=CheckpointStore(out, _fingerprint(request), run.checkpoints.keep),
         in_unit=lambda split, loss: {"perplexity": math.exp(min(loss, 700.0))},
         evaluate=job.evaluate,
         hooks=[ProgressReport("perplexity")] if progress else [],
@@ -343,6 +342,14 @@ def _model_sha256(source: Path) -> str:
     return hasher.hexdigest()
 
 
+def _fingerprint(request: Request) -> str:
+    """What a checkpoint is sealed with; of a run without a validation file, what earlier releases wrote."""
+    values = msgspec.to_builtins(request)
+    if request.valid_sha256 is None:
+        del values["valid_sha256"]
+    return hashlib.sha256(msgspec.json.encode(values)).hexdigest()
+
+
 def _same(out: Path, now: Request) -> Request:
     """The run that is in the folder, if it is this one: equal settings, model and data, wherever they lie now.
 
@@ -351,6 +358,8 @@ def _same(out: Path, now: Request) -> Request:
     """
     was = read_record(out / REQUEST, Request, VERSION)
     parts = ["config", "data_sha256", "model_sha256", "valid_sha256"]
+    if was.valid_sha256 is None and was.config.get("valid") is not None:
+        parts.remove("valid_sha256")  # an earlier release did not write it
     # Settings that came after it was begun have their defaults.
     whole = msgspec.structs.replace(was, config=FinetuneConfig().to_dict() | was.config)
     before, after = (run_folder.settings_of(each, parts) for each in (whole, now))
