@@ -139,6 +139,9 @@ def _named(study: Study) -> Study:
         for stage in study.stage
     ]
     contrasts = [replace(c, of=name(c.of), minus=name(c.minus)) for c in study.contrast]
+    arms = {f"{grid.folder}/{router}" for stage in stages for grid in stage.grid for router in grid.routers}
+    if unknown := {arm for c in contrasts for arm in (c.of, c.minus)} - arms:
+        raise RequestError("contrast", sorted(unknown)[0], f"arms of the plan: {', '.join(sorted(arms))}")
     return replace(study, stage=stages, contrast=contrasts)
 
 

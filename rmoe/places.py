@@ -144,7 +144,7 @@ def _downloaded(repository: str, field: str) -> Path:
     try:
         return _snapshot(repository)
     except Exception as error:  # the network, the Hub, the cache's folder: each has its own family of errors
-        allowed = f"a repository of the Hugging Face Hub that can be read ({one_line(str(error))[:200]})"
+        allowed = f"a repository of the Hugging Face Hub that can be read ({one_line(str(error))[:300]})"
         raise RequestError(field, f"{PREFIX}{repository}", allowed) from None
 
 

@@ -14,7 +14,7 @@ from rmoe.analysis.measures import ChoiceMeasures, Sizes, load_fields
 from rmoe.analysis.options import OF_CHOICES
 from rmoe.errors import RequestError
 from rmoe.model.loading import empty_model
-from rmoe.moe import Recorder, RoutedLayer, RoutingBatch, RoutingRecord, require_layers
+from rmoe.moe import Recorder, RoutedLayer, RoutingRecord, require_layers
 from rmoe.moe.reading import is_own
 from rmoe.results import analysis as schema
 from rmoe.results.engine_traces import ExpertCounts
@@ -46,7 +46,7 @@ def record_trace(model: nn.Module, blocks: np.ndarray, name: str, batch_size: in
     for start in range(0, len(blocks), batch_size):
         ids = torch.from_numpy(blocks[start : start + batch_size].astype(np.int64)).to(embedding.device)
         records = recorder(ids)
-        parts.append(_ranked(RoutingBatch.stack(records)))
+        parts.append(_ranked(records))
     meta = TraceMeta(
         model=name,
         source="rmoe",
@@ -60,13 +60,20 @@ def record_trace(model: nn.Module, blocks: np.ndarray, name: str, batch_size: in
     return Trace(np.concatenate(parts), blocks.reshape(-1).astype(np.int32), sequences, meta)
 
 
-def _ranked(batch: RoutingBatch) -> np.ndarray:
-    """[T, L, K] int16, each token's experts by the layer's score, largest first, empty slots last."""
-    empty = batch.experts == batch.num_experts
-    scores = batch.probs.gather(-1, batch.experts.clamp(max=batch.probs.shape[-1] - 1)).masked_fill(empty, -1)
-    order = scores.argsort(stable=True, dim=-1, descending=True)
-    ids = batch.experts.masked_fill(empty, NO_EXPERT).gather(-1, order)
-    return ids.to(torch.int16).transpose(0, 1).contiguous().numpy()
+def _ranked(records: Sequence[RoutingRecord]) -> np.ndarray:
+    """[T, L, K] int16, each token's experts by the layer's score, largest first, empty slots last.
+
+    Layer by layer, where its routing is: all layers' probabilities at once are a hundred times the ids.
+    """
+    slots = max(record.experts.shape[1] for record in records)
+    layers = []
+    for record in records:
+        empty = record.experts >= record.num_experts
+        scores = record.probs.gather(-1, record.experts.clamp(max=record.probs.shape[-1] - 1))
+        order = scores.masked_fill(empty, -1).argsort(stable=True, dim=-1, descending=True)
+        ids = record.experts.masked_fill(empty, NO_EXPERT).gather(-1, order).to(torch.int16).cpu()
+        layers.append(nn.functional.pad(ids, (0, slots - ids.shape[1]), value=NO_EXPERT))
+    return torch.stack(layers, dim=1).numpy()
 
 
 def analyze_trace(

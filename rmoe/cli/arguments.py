@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -240,6 +240,7 @@ def _as_request_error(stop: SystemExit, box: str, prog: str) -> RequestError:
         if isinstance(cause, RequestError):
             return cause
         cause = cause.__context__
-    rows = [row.strip(_BOX_EDGES) for row in box.splitlines() if not row.startswith("╭")]
-    first_rule = rows.index("") if "" in rows else len(rows)
-    return UsageError(prog, " ".join(" ".join(rows[:first_rule]).split()))
+    # The title, and the error up to a rule; where the terminal is not UTF-8, rules are of "-" and one is above it too.
+    rows = [row.strip(_BOX_EDGES) for row in box.splitlines()[1:]]
+    parts = [list(part) for is_text, part in groupby(rows, lambda row: bool(row.strip("-"))) if is_text]
+    return UsageError(prog, " ".join(" ".join(parts[0]).split()))

@@ -249,7 +249,7 @@ def decide(
 
 
 def compare_to_baseline(
-    bits: Mapping[str, Mapping[int, float]],
+    routers: Mapping[str, Mapping[int, float]],
     baseline: str,
     unit: BitsUnit,
     split: Split,
@@ -260,7 +260,7 @@ def compare_to_baseline(
     """Compare every router with the baseline, over the seeds both finished.
 
     Args:
-        bits: router -> seed -> value, see `bits`.
+        routers: router -> seed -> value on the scale of `bits`.
         unit: what to call them.
         margin: half-width of "equivalent", in bits.
         looks: pairs at which the verdicts were or will be looked at, see `rmoe.compare.sequential`; None is one look,
@@ -271,7 +271,7 @@ def compare_to_baseline(
         router -> difference, without the baseline and without routers that share no seed with it. The p
         values are corrected over all routers returned or planned (Holm); intervals are not.
     """
-    differences = paired(bits, baseline)
+    differences = paired(routers, baseline)
     tests = decide(differences, margin, looks, planned)
 
     def difference(name: str) -> Difference:
@@ -307,12 +307,11 @@ def compare_to_baseline(
 
 def t_test(differences: Sequence[float], looks: Looks | None) -> tuple[Interval, float]:
     """`t_interval`; with looks, one that holds the mean at every look so far with `CONFIDENCE`."""
-    confidence = CONFIDENCE
-    if looks is not None:
-        # Between two looks, and before the first (a run has failed), the next one's level holds.
-        look = next((i for i, pairs in enumerate(looks) if pairs >= len(differences)), len(looks) - 1)
-        confidence = 1 - nominal_levels(round(1 - confidence, 12), looks)[look]
-    return t_interval(differences, confidence)
+    if looks is None:
+        return t_interval(differences)
+    # Between two looks, and before the first (a run has failed), the next one's level holds.
+    look = next((i for i, pairs in enumerate(looks) if pairs >= len(differences)), len(looks) - 1)
+    return t_interval(differences, 1 - nominal_levels(round(1 - CONFIDENCE, 12), looks)[look])
 
 
 def verdict_of(mean: float, p_differs: float, p_equal: float) -> Verdict:

@@ -107,7 +107,7 @@ def measure(text: Text | SplitTexts, copy: BinaryIO | None = None) -> tuple[Sour
         copy: gets the text, one part after another.
 
     Raises:
-        RequestError: it is empty, or cannot be read.
+        RequestError: it cannot be read, or a part of it is empty and not to be copied.
     """
     digest, sizes = hashlib.sha256(), []
     for part in parts(text):

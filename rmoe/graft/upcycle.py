@@ -78,7 +78,7 @@ def upcycle_folder(
 ) -> RMoEForCausalLM:
     """`upcycle` from folder to folder, the tokenizer with it. Raises as `upcycle` does, with nothing written."""
     from rmoe.graft.card import upcycling_card
-    from rmoe.graft.folder import copy_others, new_folder
+    from rmoe.graft.files import copy_others, new_folder
     from rmoe.model.card import write_card
     from rmoe.model.loading import load
 

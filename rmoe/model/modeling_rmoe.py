@@ -31,7 +31,7 @@ from rmoe.model.packing import Apart, kept_apart, starts_again
 from rmoe.model.recompute import NonReentrant, keep_decisions
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, Routing, State, on_device, router_stats
-from rmoe.routing.noise import CounterNoise
+from rmoe.routing.noise import Noise
 from rmoe.routing.router import BaseRouter, build_shared
 
 
@@ -218,7 +218,7 @@ class RMoEModel(RMoEPreTrainedModel):
         noise = None
         if self.training and torch.is_grad_enabled() and self.uses_noise:
             self.routing_noise_key += 1
-            noise = CounterNoise(self.routing_noise_key.clone())
+            noise = Noise(self.routing_noise_key.clone())
         ids = None if input_ids is None else input_ids.reshape(-1)
         return RouterContext(batch, length, _real_tokens(attention_mask, length, seen), ids, noise)
 

@@ -28,7 +28,7 @@ from rmoe.model.head import count_next_tokens, next_token_loss
 from rmoe.parallel.fit import pipeline_misfit
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, router_stats
-from rmoe.routing.noise import CounterNoise
+from rmoe.routing.noise import Noise
 
 
 class PipelinePart(nn.Module):
@@ -150,7 +150,7 @@ class PipelinePart(nn.Module):
         noise = None
         if self.training and self.uses_noise:
             self.routing_noise_key += 1
-            noise = CounterNoise(self.routing_noise_key.clone())
+            noise = Noise(self.routing_noise_key.clone())
         return RouterContext(batch, length, None, None, noise)
 
 

@@ -30,7 +30,7 @@ from rmoe.routing.contract import (
     logit_variance,
 )
 from rmoe.routing.initial import fill, keyed_generator
-from rmoe.routing.noise import CounterNoise
+from rmoe.routing.noise import Noise
 from rmoe.routing.options import Geometry
 from rmoe.routing.recurrence import Recurrence
 from rmoe.routing.router import build_router, build_shared
@@ -144,7 +144,7 @@ class RouterStack(nn.Module):
 
     def _context(self, inputs: Tensor, noise_key: Tensor | None) -> RouterContext:
         tokens = inputs.shape[1]
-        noise = None if noise_key is None else CounterNoise(noise_key)
+        noise = None if noise_key is None else Noise(noise_key)
         # The tokens of a probe have nothing to do with each other: for who reads neighbours, each is a sequence.
         batch = tokens if self.routers[0].options.reads_sequence else 1  # type: ignore[union-attr]
         return RouterContext(batch, tokens // batch, None, torch.zeros(tokens, dtype=torch.int64), noise)

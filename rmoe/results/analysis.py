@@ -261,7 +261,7 @@ class ReadingCheck(Record, frozen=True, kw_only=True):
 
 
 class OverTraining(Record, frozen=True, kw_only=True):
-    """A per-layer measure recorded while training; only earlier releases wrote it, it is in `summary.json` now."""
+    """A per-layer measure recorded while training. Earlier releases wrote it; now it is in the run's `layer_curves`."""
 
     name: str
     unit: str

@@ -10,7 +10,7 @@ from rmoe.routing.contract import (
     gate_entropy,
     router_stats,
 )
-from rmoe.routing.noise import CounterNoise
+from rmoe.routing.noise import Noise
 from rmoe.routing.options import Geometry
 from rmoe.routing.router import BaseRouter, Router, SharedRouter, build_router, build_shared
 from rmoe.routing.spec import RouterSpec, vary, with_options
@@ -20,8 +20,8 @@ __all__ = [
     "ZOO",
     "BalanceSpec",
     "BaseRouter",
-    "CounterNoise",
     "Geometry",
+    "Noise",
     "Router",
     "RouterContext",
     "RouterSpec",

@@ -34,7 +34,7 @@ def rank_seed(seed: int, rank: int) -> int:
     return (seed + 1_000_003 * rank) % 2**31
 
 
-class CounterNoise:
+class Noise:
     """Noise keyed by a tensor, so that advancing the key recompiles nothing.
 
     Each call of `uniform`, `exponential` or `normal` is one use and draws new numbers, in `like`'s shape and dtype.
@@ -47,9 +47,9 @@ class CounterNoise:
     def __init__(self, key: Tensor, layer: int = 0) -> None:
         self.key, self.layer, self.uses = key, layer, 0
 
-    def for_layer(self, layer: int) -> CounterNoise:
+    def for_layer(self, layer: int) -> Noise:
         """An independent stream for one layer."""
-        return CounterNoise(self.key, layer)
+        return Noise(self.key, layer)
 
     def uniform(self, like: Tensor) -> Tensor:
         """In (0, 1)."""
@@ -73,7 +73,3 @@ class CounterNoise:
         dtype = torch.promote_types(like.dtype, torch.float32)
         # In float32 the largest, 2^24 - 0.5, rounds up to 2^24: the normal number would be infinite.
         return ((bits.to(dtype) + 0.5) * 2**-24).clamp(max=1 - 2**-24).view(like.shape)
-
-
-Noise = CounterNoise
-"""What a mechanism is given, as annotations name it."""

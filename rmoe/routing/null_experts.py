@@ -25,6 +25,7 @@ class NullExperts(Router):
         zero_experts: PositiveInt = 8
 
         def check(self) -> None:
+            super().check()
             alone = self.identity_experts + self.constant_experts == 0
             require(alone, "router.identity_experts", self.identity_experts, "0 with router null_experts")
 

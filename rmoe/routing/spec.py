@@ -114,6 +114,11 @@ class RouterSpec:
         stages = (self.recurrence, self.scorer, self.router, self.temperature, self.gate, self.balance)
         return [stage for stage in (*stages, *self.balance.losses) if stage is not None]
 
+    @property
+    def only_k(self) -> int | None:
+        """The one number of experts per token that one of its mechanisms works with; None: any."""
+        return next((stage.only_k for stage in self.stages() if stage.only_k is not None), None)
+
     def check_geometry(self, geometry: Geometry) -> None:
         """Refuse a router that cannot work at these sizes, before anything is built.
 

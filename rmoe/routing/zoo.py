@@ -49,7 +49,7 @@ class ZooRow:
         spec: what it is.
         source: paper, table or equation.
         summary: what sets it apart.
-        top_k: the only k it is defined for; None leaves it to the model.
+        top_k: the only k it is defined for; by default that of its mechanisms, and None, the model's, where they have none.
         zero_gradient: parameters whose gradient is zero by construction, as regular expressions on their name.
         permutes: whether permuting the tokens of a batch permutes the routing, and if not, why not.
     """
@@ -60,6 +60,10 @@ class ZooRow:
     top_k: int | None = None
     zero_gradient: tuple[str, ...] = ()
     permutes: str = "yes"
+
+    def __post_init__(self) -> None:
+        if self.top_k is None:
+            object.__setattr__(self, "top_k", self.spec.only_k)
 
 
 ZOO: dict[str, ZooRow] = {}
@@ -196,11 +200,11 @@ _ROWS: dict[str, ZooRow] = {
     "smoe-annealed": ZooRow(vary(SMOE, temperature=Temperature.Config(start=2.0, end=0.5)), "control", "temperature from 2 to 0.5 over training"),
     # ---- the field ----
     "switch": ZooRow(vary(SMOE, router=Router.Config(input_jitter=0.01), gate=Softmax.Config(renormalize=False), balance=replace(BALANCED, capacity_factor=1.25)), "Switch, 2101.03961", "top-1 probability as weight, input jitter, capacity 1.25", top_k=1, permutes=IN_ORDER),
-    "gshard": ZooRow(vary(SMOE, gate=SecondExpert.Config(), balance=replace(BALANCED, capacity_factor=1.0)), "GShard, 2006.16668", "top-2, the second expert kept at random", top_k=2, permutes=IN_ORDER),
-    "gshard-sampled": ZooRow(vary(SMOE, gate=SecondExpert.Config(policy="sampled")), "GShard, 2006.16668", "top-2, the second expert drawn by Gumbel noise", top_k=2),
+    "gshard": ZooRow(vary(SMOE, gate=SecondExpert.Config(), balance=replace(BALANCED, capacity_factor=1.0)), "GShard, 2006.16668", "top-2, the second expert kept at random", permutes=IN_ORDER),
+    "gshard-sampled": ZooRow(vary(SMOE, gate=SecondExpert.Config(policy="sampled")), "GShard, 2006.16668", "top-2, the second expert drawn by Gumbel noise"),
     "noisy-topk": ZooRow(vary(SMOE, router=NoisyTopK.Config(), gate=Softmax.Config(order="topk_softmax"), balance=UNBALANCED), "Shazeer et al. 2017, 1701.06538", "learned noise, importance and load losses"),
     "hash": ZooRow(RouterSpec(router=Hash.Config(), scorer=None, gate=None), "Roller et al. 2021, 2106.04426", "a fixed table from token id to experts"),
-    "stable-moe": ZooRow(RouterSpec(router=Stable.Config(), scorer=None, gate=None), "StableMoE, 2204.08396", "two stages: learn, distil into token identity, freeze", top_k=1),
+    "stable-moe": ZooRow(RouterSpec(router=Stable.Config(), scorer=None, gate=None), "StableMoE, 2204.08396", "two stages: learn, distil into token identity, freeze"),
     "stable-moe-onestage": ZooRow(vary(SMOE, scorer=HalfCosine.Config()), "CompeteSMoE's code", "what that code calls StableMoE: half-cosine, one stage"),
     "smoe-dropout": ZooRow(vary(SMOE, scorer=Linear.Config(frozen=True), gate=Softmax.Config(start_k=1), balance=UNBALANCED), "SMoE-dropout, 2303.01610", "frozen random router, k grows from 1"),
     "expert-choice": ZooRow(vary(SMOE, gate=ExpertChoice.Config(), balance=UNBALANCED), "2202.09368", "experts choose tokens; not causal"),
@@ -210,7 +214,7 @@ _ROWS: dict[str, ZooRow] = {
     "smoe-bias": ZooRow(vary(SMOE, balance=BIAS), "2408.15664", "softmax router balanced by a selection bias"),
     "rmoe-bias": ZooRow(vary(RMOE, balance=BIAS), "2408.15664 on Eq. 4 to 6", "RMoE balanced by a selection bias"),
     "rmoe-sigmoid": ZooRow(vary(RMOE, gate=DEEPSEEK.gate, balance=DEEPSEEK.balance), "2412.19437 on Eq. 4 to 6", "RMoE under DeepSeek-V3's gate"),
-    "sparsemixer": ZooRow(vary(SMOE, gate=SparseMixer.Config(), balance=UNBALANCED), "SparseMixer-v2, 2409.12136", "sampled top-2 with its own gradient estimate", top_k=2),
+    "sparsemixer": ZooRow(vary(SMOE, gate=SparseMixer.Config(), balance=UNBALANCED), "SparseMixer-v2, 2409.12136", "sampled top-2 with its own gradient estimate"),
     "eda": ZooRow(vary(EDA, gate=Softmax.Config(renormalize=False), balance=BIAS), "ZAYA1, 2605.05365", "linear state with learned decay, MLP head, skip expert"),
     "eda-linear": ZooRow(EDA_LINEAR, "ZAYA1's state, 2605.05365", "linear state with learned decay, normalised, linear head"),
     "eda-linear-detach": ZooRow(vary(EDA_LINEAR, recurrence={"carry": "detached"}), "control", "the linear state passed without its gradient"),

@@ -275,7 +275,9 @@ def parse(raw: bytes, kind: str, model: str, vocab_size: int) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         name, *within = map(str, first["loc"])
         given = "nothing" if first["type"] == "missing" else json.dumps(first["input"])
-        where = "".join(f"[{part[:80]}]" for part in within)
+        where = "".join(
+            f"[{part[:80]}]" for part in within if part != "[key]"
+        )  # pydantic's mark of a bad key
         said = f"{name} must {fields[name].description}; {name}{where} is {given[:80]}"
         raise Refused(400, one_line(said), name) from None
     asked = read.model_dump(exclude_unset=True)

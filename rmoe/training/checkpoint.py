@@ -62,7 +62,7 @@ class CheckpointStore:
     Attributes:
         folder: the run's folder, `DIR`.
         run: the run's fingerprint, written into each manifest.
-        keep: how many of the newest valid checkpoints rotation leaves; at least 2.
+        keep: how many of the newest valid checkpoints rotation leaves; at least 2, which `CheckpointConfig` checks.
         pinned: steps whose checkpoint rotation leaves too.
     """
 

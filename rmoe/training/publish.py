@@ -17,6 +17,13 @@ from rmoe.training import run_folder
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.metrics import Row
 
+LAYER_UNITS = {
+    "gate_entropy": "nats",
+    "logit_std": "standard deviation over experts",
+    "load_imbalance": "times the mean load",
+}
+"""What is logged layer by layer."""
+
 
 def publish_model(
     out: Path,
@@ -55,9 +62,7 @@ def curves(rows: list[Row], unit: Unit) -> dict[str, Curve]:
         "val": ("eval", unit, unit),
         "train_lm_loss": ("train", unit, unit),
         "aux_loss": ("train", "balance_loss", "nats per token"),
-        "gate_entropy": ("train", "gate_entropy", "nats"),
-        "logit_std": ("train", "logit_std", "standard deviation over experts"),
-        "load_imbalance": ("train", "load_imbalance", "times the mean load"),
+        **{name: ("train", name, unit) for name, unit in LAYER_UNITS.items()},
         "router_grad_norm": ("train", "router_grad_norm", "norm"),
         "lr": ("train", "lr", "learning rate"),
     }
@@ -71,13 +76,8 @@ def curves(rows: list[Row], unit: Unit) -> dict[str, Curve]:
 
 def layer_curves(rows: list[Row]) -> dict[str, LayerCurve]:
     """Gate entropy, scale of the logits and load imbalance by layer, to five digits."""
-    units = {
-        "gate_entropy": "nats",
-        "logit_std": "standard deviation over experts",
-        "load_imbalance": "times the mean load",
-    }
     found = {}
-    for name, unit in units.items():
+    for name, unit in LAYER_UNITS.items():
         if points := _points(rows, "train", name):
             values = [[float(f"{value:.5g}") for value in layers] for _, layers in points]
             found[name] = LayerCurve(unit=unit, step=[step for step, _ in points], value=values)

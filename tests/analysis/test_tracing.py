@@ -16,7 +16,7 @@ import torch
 from rmoe.analysis.tracing import _ranked, analyze_trace
 from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer
-from rmoe.moe import RoutingBatch, RoutingRecord
+from rmoe.moe import RoutingRecord
 from rmoe.results.analysis import read_analysis
 from rmoe.results.engine_traces import Given, read_any_trace
 from rmoe.results.trace import NO_EXPERT, Trace, TraceMeta, read_trace
@@ -80,7 +80,7 @@ def test_slots_are_ranked_and_layers_of_different_sizes_are_padded() -> None:
     four = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
     wide = RoutingRecord(four, four, torch.tensor([[1, 3], [3, 2]]), torch.ones(2, 2), 4)
     expected = [[[1, NO_EXPERT], [3, 1]], [[NO_EXPERT, NO_EXPERT], [2, 3]]]
-    np.testing.assert_array_equal(_ranked(RoutingBatch.stack([narrow, wide])), expected)
+    np.testing.assert_array_equal(_ranked([narrow, wide]), expected)
 
 
 def test_vllm_form_of_a_model_with_a_dense_layer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +94,7 @@ def test_help_lists_presets(capsys):
         (["--out", "x", "--preset"], "--preset"),
     ],
 )
-def test_tyro_boxes_become_one_line(argv, said, capsys):
+def test_tyro_boxes_become_one_line(argv, said, capsys, monkeypatch):
     with pytest.raises(UsageError) as caught:
         parse(run, argv, prog="rmoe do")
     assert said in str(caught.value)
@@ -100,6 +102,12 @@ def test_tyro_boxes_become_one_line(argv, said, capsys):
     assert "─" not in str(caught.value)
     assert "see rmoe do --help" in str(caught.value)
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252")
+    )  # tyro draws other boxes there
+    with pytest.raises(UsageError) as other:
+        parse(run, argv, prog="rmoe do")
+    assert str(other.value) == str(caught.value)
 
 
 def test_a_configurations_own_error_arrives_as_it_is():

@@ -92,6 +92,10 @@ def test_a_router_with_one_k_only_runs_at_it():
     assert CONFIG.model.num_experts_per_tok == 2
     changes = plans.only_k(["smoe", "switch", "gshard"], CONFIG)
     assert changes == {"switch": {"model.num_experts_per_tok": 1}}
+    three = CONFIG.with_setting(
+        "model.num_experts_per_tok", 3
+    )  # gshard's mechanism says so, its row does not
+    assert plans.only_k(["smoe", "gshard"], three) == {"gshard": {"model.num_experts_per_tok": 2}}
     run = plan(routers=("switch",), changes=changes).runs()[0]
     assert run.config.model.num_experts_per_tok == 1
 

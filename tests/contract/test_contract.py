@@ -14,8 +14,8 @@ import torch
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.routing import (
     ZOO,
-    CounterNoise,
     Geometry,
+    Noise,
     RouterContext,
     RouterSpec,
     Routing,
@@ -58,7 +58,7 @@ class Routers(torch.nn.Module):
         initialize(self, seed)
 
     def forward(
-        self, inputs: torch.Tensor, ids: torch.Tensor, noise: CounterNoise | None = None, batch: int = BATCH
+        self, inputs: torch.Tensor, ids: torch.Tensor, noise: Noise | None = None, batch: int = BATCH
     ) -> tuple[list[Routing], torch.Tensor]:
         context = RouterContext(batch, inputs.shape[1] // batch, None, ids, noise)
         state, routings = (), []
@@ -126,7 +126,7 @@ def test_gradients_reach_what_they_should(name: str) -> None:
     inputs, ids = data(
         tokens=300
     )  # enough that SparseMixer meets near ties, the only place it has a gradient
-    routings, balance = routers(inputs, ids, CounterNoise(torch.tensor(11)))
+    routings, balance = routers(inputs, ids, Noise(torch.tensor(11)))
     task = sum((dense(r) * torch.randn(300, EXPERTS, dtype=torch.float64)).sum() for r in routings)
     task = task + sum(
         (more * torch.randn_like(more)).sum() for r in routings if (more := besides(r)) is not None
@@ -204,7 +204,7 @@ def test_deterministic(name: str, training: bool) -> None:
     results = []
     for _ in range(2):
         torch.manual_seed(len(results))  # the default generator must not matter
-        noise = CounterNoise(torch.tensor(4)) if training else None
+        noise = Noise(torch.tensor(4)) if training else None
         results.append(Routers(name).train(training)(inputs, ids, noise))
     for a, b in zip(results[0][0], results[1][0], strict=True):
         assert torch.equal(a.weights, b.weights)

@@ -13,6 +13,7 @@ from scipy import stats
 from experiments import study
 from experiments.study_rows import append_missing, coarser, read_study_rows, study_row, thinner
 from experiments.study_table import Contrast, contrasts, markdown, over_training
+from rmoe.errors import RequestError
 from rmoe.records import write_record
 from rmoe.results.probes import ProbeRow
 from rmoe.results.run import Averaged, Curve, InitialLogits, LayerCurve, RunResult, TextLosses
@@ -58,8 +59,6 @@ def test_every_grid_has_a_configuration_and_routers_that_exist(name, runs):
             assert max(config.average_steps) == config.training.max_steps
             for router in grid.routers:
                 find(router)
-    arms = {f"{grid.folder}/{router}" for grid in plan.grids for router in grid.routers}
-    assert {name for contrast in plan.contrast for name in (contrast.of, contrast.minus)} <= arms
     keys = {
         (g.folder, r, s)
         for stage in plan.stage
@@ -236,6 +235,14 @@ def test_verdicts_come_at_five_pairs_with_the_boundary_of_two_looks():
     assert "| not decided |" in later  # its p of 0.00001 is not below 0.05 over a thousand arms to come
     assert stats.ttest_1samp(gains["rmoe-p32"], 0).pvalue < 0.05
     assert "| not decided |" in lines["rmoe-p32"]  # p = 0.036: not below the first look's boundary
+
+
+def test_a_contrast_names_arms_of_its_plan(tmp_path):
+    plan = tmp_path / "plan.toml"
+    text = study.PLAN.read_text(encoding="utf-8")
+    plan.write_text(text.replace('of = "std-1/rmoe-p{p}"', 'of = "std-1/rnoe-p{p}"'), encoding="utf-8")
+    with pytest.raises(RequestError, match=r"contrast is 'std-1/rnoe-p32'; allowed: arms of the plan: "):
+        study.read_study(plan)
 
 
 def test_a_contrast_is_shown_at_the_first_look_and_corrected_over_those_planned():

@@ -16,7 +16,7 @@ from rmoe.moe import record, replay
 from rmoe.parallel.config import ParallelConfig
 from rmoe.parallel.fit import misfit
 from rmoe.routing import RouterContext, Routing
-from rmoe.routing.noise import CounterNoise
+from rmoe.routing.noise import Noise
 from tests import naive
 from tests.model.small import config, loss_and_gradients, model, tokens, with_lora_on_experts
 
@@ -168,10 +168,10 @@ def test_by_competition_alone_the_router_comes_to_choose_as_the_experts_do() -> 
 
 
 def test_how_often_a_layer_competes() -> None:
-    draws = [[drawn(0.07, CounterNoise(torch.tensor(key), layer)) for key in range(3000)] for layer in (5, 6)]
+    draws = [[drawn(0.07, Noise(torch.tensor(key), layer)) for key in range(3000)] for layer in (5, 6)]
     assert all(0.05 < sum(each) / 3000 < 0.09 for each in draws)
     assert draws[0] != draws[1]
-    assert drawn(1.0, CounterNoise(torch.tensor(0)))
+    assert drawn(1.0, Noise(torch.tensor(0)))
 
 
 def test_in_a_model_only_in_training() -> None:

@@ -14,7 +14,7 @@ from rmoe.model import RMoEForCausalLM
 from rmoe.model.coupling import erc_loss, proxies
 from rmoe.parallel.config import ParallelConfig
 from rmoe.parallel.fit import misfit
-from rmoe.routing.noise import CounterNoise
+from rmoe.routing.noise import Noise
 from tests.model.small import config, loss_and_gradients, model, tokens, with_lora_on_experts
 
 
@@ -25,11 +25,11 @@ def weights(seed: int = 0, experts: int = 5, inner: int = 7, width: int = 11) ->
     return vectors.requires_grad_(), first.requires_grad_()
 
 
-def noise(key: int = 3) -> CounterNoise:
-    return CounterNoise(torch.tensor(key))
+def noise(key: int = 3) -> Noise:
+    return Noise(torch.tensor(key))
 
 
-def in_loops(vectors: Tensor, first: Tensor, alpha: float, noise: CounterNoise | None) -> Tensor:
+def in_loops(vectors: Tensor, first: Tensor, alpha: float, noise: Noise | None) -> Tensor:
     """From the definition, a pair of experts at a time."""
     total, count = vectors.new_zeros(()), len(vectors)
     read = proxies(vectors, noise)
@@ -121,7 +121,7 @@ def test_in_a_model_it_is_the_mean_over_layers_in_training(router: str, gated: b
         first = experts.gate_up_proj[:, : experts.intermediate_dim] if gated else experts.up_proj
         vectors = layer.mlp.gate.experts_matrix(net.model.router_shared)[: len(first)]
         key = net.model.routing_noise_key
-        stream = CounterNoise(key, geometry.num_layers + geometry.layer_index)
+        stream = Noise(key, geometry.num_layers + geometry.layer_index)
         total = total + in_loops(vectors, first, 0.8, stream)
     difference = with_it.balance_loss - without.balance_loss
     assert float(difference) == pytest.approx(0.5 * float(total) / 2, rel=1e-5)

@@ -222,7 +222,8 @@ def test_a_charts_csv_has_all_that_is_drawn(page, summary, analysis):
                     trace = {**trace, chart.choice.key: chart.choice.values[index][option]}
                 found = [v for row in trace["z"] for v in row] if "z" in trace else trace["y"]
                 values += found
-                names += [html.unescape(trace["name"])] * len(found) if "name" in trace else []
+                name = trace.get("meta", trace.get("name"))
+                names += [html.unescape(name)] * len(found) if name else []
         assert [number(row[at]) for row in rows] == [v if v is not None else "" for v in values], chart.id
         assert [row[head.index("name")] for row in rows] == names if names else "name" not in head
         if chart.choice:
@@ -260,6 +261,22 @@ def test_a_csv_has_bands_bars_and_places(page, summary, analysis):
     head, *rows = csv_of(page, "entropy")
     assert head[:3] == ["panel", "name", "nats"]
     assert {row[0] for row in rows} == {f"layer {layer}" for layer in range(LAYERS)}
+    for chart in ("entropy-mean", "inner-balance"):  # their legends have a number behind the name
+        assert {row[0] for row in csv_of(page, chart)[1:]} == {model.name for model in analysis.models}
+    for chart in (
+        id for id in page.execute_script("return Object.keys(report.charts)") if id.startswith("layers-")
+    ):
+        assert csv_of(page, chart)[0][:2] == ["row", "optimizer step"]  # its rows have no title
+
+
+def test_a_csv_of_what_is_not_there(page):
+    page.execute_script(
+        "report.charts.odd = {layout: {}, data: [{x: [0, 1], y: [2, null], error_y: {array: [0.5, 0]}}]};"
+        "report.charts.none = {layout: {}, data: []}"
+    )
+    assert csv_of(page, "odd") == [["x", "y", "low", "high"], ["0", "2", "1.5", "2.5"], ["1", "", "", ""]]
+    assert csv_of(page, "none") == [[]]
+    page.execute_script("delete report.charts.odd; delete report.charts.none")
 
 
 def test_a_csv_is_inert_in_a_spreadsheet(page):

@@ -75,6 +75,21 @@ def test_the_entropy_of_no_preference_is_that_of_all_classes():
     )
 
 
+def test_models_of_two_depths_show_every_pair_of_layers():
+    """The first shown is one that both have; beyond its own the shallower has none."""
+    deep, shallow = sample_analysis().models[:2]
+    coactivation = msgspec.structs.replace(shallow.coactivation, across=shallow.coactivation.across[:1])
+    pair = [deep, msgspec.structs.replace(shallow, coactivation=coactivation)]
+    (chart,) = [
+        c
+        for c in all_charts(None, msgspec.structs.replace(sample_analysis(), models=pair))
+        if c.id == "coactivation"
+    ]
+    assert chart.choice.start == 0
+    assert len(chart.choice.options) == len(chart.choice.values[0]) == len(deep.coactivation.across) > 1
+    assert len(chart.choice.values[1]) == 1
+
+
 def test_one_expert_has_no_entropy_to_show():
     analysis = sample_analysis()
     first, *rest = analysis.models

@@ -14,8 +14,8 @@ from rmoe.errors import RequestError
 from rmoe.routing import (
     ZOO,
     BalanceSpec,
-    CounterNoise,
     Geometry,
+    Noise,
     RouterContext,
     RouterSpec,
     RouterStats,
@@ -82,8 +82,8 @@ def uniforms(key: int, layer: int, use: int, shape: tuple[int, ...]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64).view(shape) / 2**24
 
 
-def noise(layer: int = 0) -> CounterNoise:
-    return CounterNoise(torch.tensor(KEY), layer)
+def noise(layer: int = 0) -> Noise:
+    return Noise(torch.tensor(KEY), layer)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 5])

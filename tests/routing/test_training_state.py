@@ -22,7 +22,7 @@ from rmoe.routing import (
 )
 from rmoe.routing.gate import Softmax
 from rmoe.routing.losses import LoadBalance
-from rmoe.routing.noise import CounterNoise
+from rmoe.routing.noise import Noise
 from rmoe.routing.router import Router
 from rmoe.routing.scorer import MLP
 from rmoe.routing.temperature import Temperature
@@ -184,10 +184,10 @@ def test_global_batch_counts_across_micro_batches() -> None:
 def test_noise_is_uniform_and_independent() -> None:
     from scipy import stats as scipy_stats
 
-    draws = CounterNoise(torch.tensor(1), 0)
+    draws = Noise(torch.tensor(1), 0)
     first, second = draws.uniform(torch.empty(20000)), draws.uniform(torch.empty(20000))
-    other_layer = CounterNoise(torch.tensor(1), 1).uniform(torch.empty(20000))
-    other_key = CounterNoise(torch.tensor(2), 0).uniform(torch.empty(20000))
+    other_layer = Noise(torch.tensor(1), 1).uniform(torch.empty(20000))
+    other_key = Noise(torch.tensor(2), 0).uniform(torch.empty(20000))
     for sample in (first, second, other_layer, other_key):
         assert scipy_stats.kstest(sample.numpy(), "uniform").pvalue > 1e-3
         assert sample.min() > 0
@@ -200,7 +200,7 @@ def test_noise_is_uniform_and_independent() -> None:
 def test_noise_distributions() -> None:
     from scipy import stats as scipy_stats
 
-    noise = CounterNoise(torch.tensor(9))
+    noise = Noise(torch.tensor(9))
     assert scipy_stats.kstest(noise.normal(torch.empty(20000)).numpy(), "norm").pvalue > 1e-3
     assert scipy_stats.kstest(noise.exponential(torch.empty(20000)).numpy(), "expon").pvalue > 1e-3
 
@@ -234,7 +234,7 @@ def test_jitter_and_mlp_dropout_act_only_in_training() -> None:
         initialize_router(router)
         x = torch.randn(100, 12)
         plain, _ = router(x, (), None, RouterContext(1, 100))
-        noisy, _ = router(x, (), None, RouterContext(1, 100, noise=CounterNoise(torch.tensor(1))))
+        noisy, _ = router(x, (), None, RouterContext(1, 100, noise=Noise(torch.tensor(1))))
         assert not torch.equal(plain.logits, noisy.logits)
         again, _ = router(x, (), None, RouterContext(1, 100))
         assert torch.equal(plain.logits, again.logits)
@@ -244,7 +244,7 @@ def test_gshard_keeps_the_second_expert_with_its_probability() -> None:
     router = build_router(vary(resolve("gshard"), balance=BalanceSpec()), SIZES)
     initialize_router(router)
     x = torch.randn(1, 12).expand(20000, 12)
-    routing, _ = router(x, (), None, RouterContext(1, 20000, noise=CounterNoise(torch.tensor(1))))
+    routing, _ = router(x, (), None, RouterContext(1, 20000, noise=Noise(torch.tensor(1))))
     plain, _ = router(x[:1], (), None, RouterContext(1, 1))
     kept = (routing.experts[:, 1] < 4).double().mean()
     wanted = min(1.0, 2 * float(plain.weights[0, 1].detach()))
@@ -257,9 +257,9 @@ def test_noisy_topk_against_the_paper() -> None:
     router = build_router(resolve("noisy-topk"), SIZES).double()
     initialize_router(router)
     x = torch.randn(30, 12, dtype=torch.float64)
-    routing, _ = router(x, (), None, RouterContext(1, 30, noise=CounterNoise(torch.tensor(5))))
+    routing, _ = router(x, (), None, RouterContext(1, 30, noise=Noise(torch.tensor(5))))
     std = torch.nn.functional.softplus(x @ router.noise_map.weight.T) + 1e-2
-    noisy = routing.logits + std * CounterNoise(torch.tensor(5)).normal(routing.logits)
+    noisy = routing.logits + std * Noise(torch.tensor(5)).normal(routing.logits)
     importance, load = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for t in range(30):
         for n in range(4):

@@ -253,6 +253,7 @@ def test_a_closed_connection_frees_its_slot(port, stream):
         ({"prompt": "a", "generation_config": '{"num_beams": 100000}'}, "unknown field 'generation_config'"),
         ({"prompt": "a", "n": 50}, "n must be an integer"),
         ({"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias must map"),
+        ({"prompt": "a", "logit_bias": {"no": 1}}, 'logit_bias[no] is "no"'),
         ({"prompt": "a", "stop": [""]}, "stop must be"),
         ({"prompt": "a", "suffix": "end"}, "suffix must be "),
         ({"prompt": "a", "suffix": "\ud800"}, "suffix must be "),

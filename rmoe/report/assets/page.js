@@ -120,7 +120,7 @@ const COLUMNS = ["option", "panel", "name", "text", "row", "x", "y", "low", "hig
 function* drawnRows(traces, layout, option) {
   let range; // the outline of the band around the next line
   for (const trace of traces) {
-    const name = trace.name ?? "", at = Number((trace.yaxis ?? "y").slice(1) || 1) - 1;
+    const name = trace.meta ?? trace.name ?? "", at = Number((trace.yaxis ?? "y").slice(1) || 1) - 1;
     const title = layout.annotations?.[at]?.text ?? "", panel = title === name ? "" : title;
     if (trace.fill) range = trace.y;
     else if (trace.z)
@@ -130,8 +130,9 @@ function* drawnRows(traces, layout, option) {
     else {
       const error = trace.error_x ?? trace.error_y, middle = trace.error_x ? trace.x : trace.y;
       for (const [i, y] of trace.y.entries()) {
-        const low = range ? range.at(-1 - i) : error && middle[i] - (error.arrayminus ?? error.array)[i];
-        const high = range ? range[i] : error && middle[i] + error.array[i];
+        const bars = middle[i] == null ? null : error;
+        const low = range ? range.at(-1 - i) : bars && middle[i] - (bars.arrayminus ?? bars.array)[i];
+        const high = range ? range[i] : bars && middle[i] + bars.array[i];
         yield { option, panel, name, text: trace.text?.[i], x: trace.x[i], y, low, high };
       }
       range = undefined;
@@ -142,24 +143,27 @@ function* drawnRows(traces, layout, option) {
 // A chart's CSV: what it draws, for every option of its chooser; columns without a cell are left out.
 async function csv(id) {
   const { layout, choice } = report.charts[id], traces = await ready(report.charts[id], "data");
-  const values = choice && (await ready(choice, "values")), rows = [];
-  (choice ? choice.options : [""]).forEach((option, index) => {
-    const shown = choice ? traces.map((trace, i) => ({ ...trace, [choice.key]: values[i][index] ?? [] })) : traces;
-    for (const row of drawnRows(shown, layout, option)) rows.push(row);
-  });
+  const values = choice && (await ready(choice, "values"));
+  function* rows() {
+    for (const [index, option] of (choice ? choice.options : [""]).entries())
+      yield* drawnRows(choice ? traces.map((trace, i) => ({ ...trace, [choice.key]: values[i][index] ?? [] })) : traces, layout, option);
+  }
+  const used = new Set(); // told first, so that the rows of a large chart are never all kept
+  for (const row of rows()) for (const name in row) if ((row[name] ?? "") !== "") used.add(name);
+  const columns = COLUMNS.filter((name) => used.has(name));
   const title = (axis) => Object.keys(layout).filter((key) => key.startsWith(axis))
-    .map((key) => layout[key].title?.text).find(Boolean) ?? axis[0];
-  const colours = (layout.coloraxis ?? traces[0]).colorbar?.title.text;
-  const heads = { option: choice?.name, row: `row (${title("yaxis")})`, x: title("xaxis"), y: colours ?? title("yaxis") };
+    .map((key) => layout[key].title?.text).find(Boolean);
+  const y = title("yaxis"), colours = (layout.coloraxis ?? traces[0])?.colorbar?.title?.text;
+  const heads = { option: choice?.name, row: y && `row (${y})`, x: title("xaxis"), y: colours ?? y };
   const cell = (value) => {
     if (typeof value !== "string") return String(value ?? "");
     const plain = value.replaceAll("<br>", "").replace(/&(lt|gt|amp);/g, (_, name) => ({ lt: "<", gt: ">", amp: "&" })[name]);
     const inert = /^[=+\-@\t\r]/.test(plain) ? `'${plain}` : plain; // a spreadsheet would run it as a formula
     return /[",\r\n]/.test(inert) ? `"${inert.replaceAll('"', '""')}"` : inert;
   };
-  const columns = COLUMNS.filter((name) => rows.some((row) => (row[name] ?? "") !== ""));
-  const lines = [columns.map((name) => heads[name] ?? name), ...rows.map((row) => columns.map((name) => row[name]))];
-  return `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`;
+  const lines = [columns.map((name) => cell(heads[name] ?? name)).join(",")];
+  for (const row of rows()) lines.push(columns.map((name) => cell(row[name])).join(","));
+  return `${lines.join("\n")}\n`;
 }
 
 for (const button of document.querySelectorAll("[data-csv]"))

@@ -80,8 +80,8 @@ def coactivation(having: Having[Coactivation], looks: Looks) -> Iterator[Chart]:
     }
     if not percent:
         return
-    pairs = min(map(len, percent.values()))
-    middle = (pairs - 1) // 2
+    pairs = max(map(len, percent.values()))
+    middle = (min(map(len, percent.values())) - 1) // 2  # of the shallowest, so that every model shows one
     experts = max(len(across[middle]) for across in percent.values())
     panels = heat_maps(
         [(name, across[middle]) for name, across in percent.items()],

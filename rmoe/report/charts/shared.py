@@ -133,7 +133,7 @@ def layer_lines(
 
 
 def measure_chart(id: str, section: str, title: str, definition: str, unit: str) -> Maker:
-    """A maker of the chart of a `LayerMeasure`; the legend gives the overall value."""
+    """A maker of the chart of a `LayerMeasure`; the legend gives the overall value, the CSV's names do not."""
 
     def make(having: Having[LayerMeasure], looks: Looks) -> Iterator[Chart]:
         yield layer_lines(
@@ -144,8 +144,14 @@ def measure_chart(id: str, section: str, title: str, definition: str, unit: str)
             unit,
             token_count([measure.n for _, measure in having]),
             [
-                (m.name, measure.values, looks[m.name], {"name": f"{label(m.name)} ({measure.overall:.3f})"})
+                (
+                    m.name,
+                    measure.values,
+                    looks[m.name],
+                    {"name": f"{name} ({measure.overall:.3f})", "meta": name},
+                )
                 for m, measure in having
+                for name in [label(m.name)]
             ],
         )
 
