@@ -30,7 +30,7 @@ VERBS = {
     "analyze": "measure the routing of a model, ours or any Hugging Face MoE",
     "trace": "write down which experts a model sends each token to",
     "graft": "put a recurrent router onto a pretrained MoE without changing its function",
-    "families": "which MoE model types can be read and grafted, each one tried",
+    "families": "which MoE model types can be read and grafted, as tried on tiny models",
     "finetune": "instruction tuning or classification, with the router frozen or not",
     "eval": "bits per byte, perplexity, benchmark tasks",
     "generate": "continue a text",

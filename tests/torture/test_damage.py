@@ -1,4 +1,4 @@
-"""Thirty kinds of damage to a run: said in one line, the newest whole checkpoint used, the same bits at the end."""
+"""Thirty-two kinds of damage to a run: said in one line, the newest whole checkpoint used, the same bits at the end."""
 
 from __future__ import annotations
 
