@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.graft_study import GraftRow
+from experiments.graft_study import MARGIN, GraftRow
 from experiments.lines import read_rows
 from experiments.study import read_study
 from experiments.study_rows import read_study_rows
@@ -20,7 +20,6 @@ from experiments.study_table import LOOKS, paired, tests_of
 from rmoe.compare.statistics import t_interval
 
 HERE = Path(__file__).parent
-MARGIN = 0.005  # of all three studies
 WIDTHS = {"study": "width 64", "gpu": "width 256, one GPU", "graft": "a graft, width 64"}
 COLOURS = {"study": "#2b6cb0", "gpu": "#dd6b20", "graft": "#718096"}
 

@@ -16,8 +16,8 @@ Rows: TypeAlias = list[dict[str, Any]]
 def run(*, json: bool = False) -> None:
     """List the MoE model types of transformers: can `rmoe analyze` read them, do they take a graft, and why not.
 
-    Tried on tiny random models; a type whose own does not run is "not tried". Read, with every expert silenced once to see that exactly the tokens said to
-    use it change; and grafted, with bit-identical outputs.
+    Tried on tiny random models; a type whose own does not run is "not tried". Read, with every expert silenced once to
+    see that exactly the tokens said to use it change; and grafted, with bit-identical outputs.
 
     Args:
         json: print JSON.
