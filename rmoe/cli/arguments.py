@@ -242,5 +242,6 @@ def _as_request_error(stop: SystemExit, box: str, prog: str) -> RequestError:
         cause = cause.__context__
     # The title, and the error up to a rule; where the terminal is not UTF-8, rules are of "-" and one is above it too.
     rows = [row.strip(_BOX_EDGES) for row in box.splitlines()[1:]]
-    parts = [list(part) for is_text, part in groupby(rows, lambda row: bool(row.strip("-"))) if is_text]
-    return UsageError(prog, " ".join(" ".join(parts[0]).split()))
+    parts = groupby(rows, lambda row: bool(row.strip("-")))
+    said: list[str] = next((list(part) for is_text, part in parts if is_text), [])
+    return UsageError(prog, " ".join(" ".join(said).split()))
