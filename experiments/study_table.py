@@ -49,9 +49,10 @@ def markdown(
     first = rows[0]
     machines = Counter(row.hardware.accelerator or row.hardware.cpu for row in rows)
     on = ", ".join(f"{machine} ({runs} runs)" for machine, runs in machines.items())
+    codes = " and ".join(dict.fromkeys(row.versions.code for row in rows))
     lines = [
         f"{len(rows)} finished runs of `experiments/{plan}`; text {first.corpus.name} "
-        f"(sha256 `{first.corpus.sha256[:12]}`), code {first.versions.code}, "
+        f"(sha256 `{first.corpus.sha256[:12]}`), code {codes}, "
         + ", ".join(f"{name} {version}" for name, version in first.versions.libraries.items())
         + f"; {on}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
         "lower is better. "

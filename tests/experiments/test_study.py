@@ -114,6 +114,10 @@ def test_collecting_adds_what_is_new_and_the_table_says_it(tmp_path):
     spread = np.std([3, 2, 4], ddof=1) / 100
     assert f"| -0.0300 | {interval.low:+.4f} to {interval.high:+.4f} | {spread:.4f} | 3 of 5 pairs |" in line
     assert "| 1.00 | 3 |" in line
+    later = msgspec.structs.replace(found[-1].versions, code="0.1.0+gbbbb")
+    assert f"code {found[0].versions.code} and 0.1.0+gbbbb, " in markdown(
+        [*found[:-1], msgspec.structs.replace(found[-1], versions=later)], "smoe", 0.005
+    )
     elsewhere = [msgspec.structs.replace(one, grid="zoo") for one in found]
     table = markdown(elsewhere, "smoe", 0.005, "zoo", "zoo.toml")
     assert "`experiments/zoo.toml`" in table
