@@ -40,15 +40,17 @@ class Subject:
     Attributes:
         name: unique in the file: a router's, or a folder's.
         model: an RMoE model or a transformers MoE, on its device.
-        step: optimizer steps it was trained for; shown where two checkpoints are compared.
+        step: optimizer steps it was trained for; shown where two checkpoints of one run are compared.
         streamed: its routing on the text, where the model is larger than memory; `model` then has no weights, and
             gradients are not measured.
+        run: what tells that run from others.
     """
 
     name: str
     model: nn.Module
     step: int = 0
     streamed: StreamedRouting | None = None
+    run: str = ""
 
 
 def analyze_models(
@@ -101,7 +103,8 @@ def analyze_models(
     if saturation is not None:
         first, second, n = subjects[0], subjects[1], saturation.n
         values, (changed, anywhere) = saturation.result().tolist(), saturation.flips()
-        stable = schema.Saturation(from_step=[second.step], to_step=[first.step], values=[values], n=n)
+        before, after = (second.step, first.step) if first.run == second.run else (0, 0)
+        stable = schema.Saturation(from_step=[before], to_step=[after], values=[values], n=n)
         flipped = schema.Flips(other=second.name, values=changed.tolist(), any_layer=anywhere, n=n)
         analyses[0] = msgspec.structs.replace(analyses[0], saturation=stable, flips=flipped)
     return analyses
@@ -273,6 +276,7 @@ class _Pass:
             return None
         exchanges = own.isfinite().sum(-1)
         error = (own - own.nanmean(-1, keepdim=True)).square().nansum(-1).sqrt() / exchanges
+        error[exchanges < 2] = math.nan
         better = ((own + later) < 0).sum(-1) / exchanges
         means = (own.nanmean(-1), error, later.nanmean(-1), better.double())
         rows = _or_none(torch.stack(means).numpy())

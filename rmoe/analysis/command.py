@@ -122,7 +122,7 @@ def analyze_folders(
         skipped = f": {', '.join(needs)} skipped, which need all layers at once" if needs else ""
         notes.append(f"{names[i]} was read layer by layer{skipped}")
     subjects = [
-        Subject(name, model, trained_steps(path), routing)
+        Subject(name, model, trained_steps(path), routing, str(run_folder(path)))
         for name, model, path, routing in zip(names, loaded, paths, routings, strict=True)
     ]
     together = len(readings) > 1 and np.array_equal(readings[0].blocks, readings[1].blocks)
@@ -221,6 +221,12 @@ def trained_steps(folder: Path) -> int:
         return int(json.loads((folder.parent / "result.json").read_text())["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of a model's run: `run` of `run/model`, `run/checkpoint-500` and `run/checkpoints/checkpoint-500`."""
+    parent = folder.resolve().parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

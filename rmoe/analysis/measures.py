@@ -173,7 +173,7 @@ class ChoiceMeasures:
     def _paths(paths: FrequentPaths) -> schema.Paths:
         n = paths.n
         top = [schema.ExpertPath(experts=path, share=count / n) for path, count in paths.top(TOP_PATHS)]
-        return schema.Paths(top=top, distinct=paths.distinct, n=n)
+        return schema.Paths(top=top, distinct=paths.distinct, n=n, is_exact=paths.max_undercount == 0)
 
 
 class RoutingMeasures:

@@ -31,7 +31,7 @@ class FrequentPaths:
         self.capacity = capacity
         self.n = 0
         self.max_undercount = 0
-        self._distinct_lost = False
+        self._most = 0  # paths that were told apart at one time
         if num_choices**num_layers < 2**63:
             multipliers = [num_choices**layer for layer in range(num_layers)]
         else:
@@ -66,6 +66,7 @@ class FrequentPaths:
         self._buffer, self._buffered = [], 0
         keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         counts = np.bincount(inverse, weights).astype(np.int64)
+        self._most = max(self._most, len(keys))
         if len(keys) > self.capacity:
             cut = int(np.partition(counts, -self.capacity - 1)[-self.capacity - 1])
             counts -= cut
@@ -78,7 +79,7 @@ class FrequentPaths:
     def distinct(self) -> int:
         """Different paths seen; a lower bound once `max_undercount` is above 0."""
         self._merge()
-        return len(self._keys)
+        return self._most
 
     def top(self, k: int) -> list[tuple[list[int], int]]:
         """The k most frequent paths, each [L], with their counts; ties in ascending order of path."""

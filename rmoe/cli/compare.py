@@ -97,6 +97,6 @@ def run(
     for note in summary.notes:
         print(f"note: {note}")
     print(f"report: {(out / 'report' / 'index.html').resolve()}")
-    failed = sum(router.failed for router in summary.routers)
+    failed = sum(router.failed for router in summary.routers) + summary.failed_branches
     if failed:
         raise RunError(f"runs that failed: {failed}", "every other run", "the same command trains them again")

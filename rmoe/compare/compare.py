@@ -110,6 +110,7 @@ def compare(
         saved = f"{runs}, and checkpoints of those under way, in {out}"
         raise RunError("interrupted", saved, "run the same command again") from None
     rows, problems = planned_rows(setting)
+    branches = {branch.key for branch, _ in setting.plan.branches()}
     if not finished(rows):
         error = rows[0].failure.error if rows[0].failure else None
         raise RunError(f"every run failed, {rows[0].key} with: {error}", "no model", f"see {out / 'logs'}")
@@ -121,7 +122,7 @@ def compare(
         notes=[*notes, *problems],
         margin=options.margin,
         looks=setting.plan.looks,
-        branches=read_rows(out / plans.BRANCHES)[0],
+        branches=[row for row in read_rows(out / plans.BRANCHES)[0] if row.key in branches],
         planned=len(setting.plan.routers) - 1,
     )
     if other is not None:

@@ -114,8 +114,16 @@ def _equal_time(
         seconds_ratio=ratio,
         difference=difference,
         speedup=math.exp(sum(logs) / len(logs)),
-        speedup_interval=interval and Interval(low=math.exp(interval.low), high=math.exp(interval.high)),
+        speedup_interval=interval and _exponential(interval),
     )
+
+
+def _exponential(interval: Interval) -> Interval | None:
+    """Of both ends; None where one is no float: the first of many looks knows next to nothing."""
+    try:
+        return Interval(low=math.exp(interval.low), high=math.exp(interval.high))
+    except OverflowError:
+        return None
 
 
 def with_branch_points(config: RunConfig, lengths: Sequence[int]) -> RunConfig:

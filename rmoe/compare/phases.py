@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -19,7 +20,7 @@ from rmoe.compare.plan import ComparisonPlan, Run
 from rmoe.compare.progress import Progress
 from rmoe.compare.sharing import Sharing
 from rmoe.compare.statistics import MARGIN_BITS
-from rmoe.compare.summary import chosen_sweep, summarise, sweep_points
+from rmoe.compare.summary import chosen_sweep, summarise, sweep_points, together
 from rmoe.compare.timing import TimeAlone
 from rmoe.errors import RunError
 from rmoe.records import append_records
@@ -255,8 +256,7 @@ def evaluate_chosen(setting: Setting, engine: Engine) -> None:
     rows = {row.key: row for row in planned_rows(setting)[0]}
     results = finished(rows.values())
     chosen = chosen_sweep(sweep_points(list(rows.values())))
-    # The plan's own, whose text may lie elsewhere now; a router that is no longer asked for has its run's.
-    configs = {run.key: run.config.to_dict() for run in setting.plan.runs()}
+    configs = _configs(setting.plan)
     jobs = {
         key: EvaluateTest(config=configs.get(key, result.config), folder=str(setting.out / "runs" / key))
         for key, result in results.items()
@@ -286,18 +286,18 @@ def _first_runs(plan: ComparisonPlan, rows: Mapping[str, ResultRow]) -> dict[str
 def time_each_alone(setting: Setting, engine: Engine) -> None:
     """Time and memory of every router, one at a time, in turns, on one machine; kept with the router's first run.
 
-    Routers that were timed in another session are timed again with the new ones: values of one table come from
-    one phase and one machine.
+    Routers that were timed in another session are timed again with the new ones, those that are not asked for now
+    too: values of one table come from one phase and one machine.
     """
     if not setting.options.timing_rounds:
         return
-    rows = setting.rows()
-    runs = _first_runs(setting.plan, rows)
-    if all(rows[run.key].timing for run in runs.values()):
+    rows = _timed_rows(setting)
+    if together(rows.values()):
         return
     print("timing each router alone ...", file=sys.stderr, flush=True)
+    configs = _configs(setting.plan)
     job = TimeAlone(
-        configs={router: run.config.to_dict() for router, run in runs.items()},
+        configs={router: configs.get(row.key, row.run.config) for router, row in rows.items()},
         threads=setting.sharing.threads,
         processes=setting.wants.processes,
         rounds=setting.options.timing_rounds,
@@ -308,7 +308,23 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
         if answer.error is not None:
             raise RunError(answer.error, "every run", "run the same command again, or with --timing-rounds 0")
         for router, timing in answer.value.items():
-            append_records(setting.results, msgspec.structs.replace(rows[runs[router].key], timing=timing))
+            append_records(setting.results, msgspec.structs.replace(rows[router], timing=timing))
+
+
+def _timed_rows(setting: Setting) -> dict[str, ResultRow]:
+    """Router -> the row that its time is kept with: its first finished one, at its chosen sweep point."""
+    rows = planned_rows(setting)[0]
+    chosen = chosen_sweep(sweep_points(rows))
+    found: dict[str, ResultRow] = {}
+    for row in sorted(rows, key=lambda row: row.seed):
+        if row.result is not None and row.sweep == chosen.get(row.router):
+            found.setdefault(row.router, row)
+    return found
+
+
+def _configs(plan: ComparisonPlan) -> dict[str, dict[str, Any]]:
+    """Key -> configuration of the plan's own runs, whose text may lie elsewhere than that of earlier ones."""
+    return {run.key: run.config.to_dict() for run in plan.runs()}
 
 
 def analyse(setting: Setting, engine: Engine) -> Analysis | None:
@@ -318,12 +334,18 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
     path = setting.out / plans.ANALYSIS
     rows = setting.rows()
     results, runs = finished(rows.values()), _first_runs(setting.plan, rows)
-    ranked = sorted(runs, key=lambda name: (name != setting.plan.baseline, results[runs[name].key].val))
+
+    def rank(name: str) -> tuple[bool, float]:
+        loss = results[runs[name].key].val
+        return name != setting.plan.baseline, math.inf if loss is None else loss
+
+    ranked = sorted(runs, key=rank)
     wanted = ranked[:ANALYSED_AT_MOST]
     keys = ", ".join(runs[name].key for name in wanted)
     what = f"Analysed: {keys}; at most {setting.options.analysis_tokens:,} tokens each."
     if len(ranked) > len(wanted):
-        what += f" These are {setting.plan.baseline} and the {len(wanted) - 1} routers with the lowest loss."
+        first = f"{setting.plan.baseline} and " if setting.plan.baseline in wanted else ""
+        what += f" These are {first}the {len(wanted) - bool(first)} routers with the lowest loss."
     if path.exists():
         known = read_analysis(path)
         if [m.name for m in known.models] == wanted and what in known.notes:

@@ -65,18 +65,21 @@ def _sd(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[Interval, float]:
+def t_interval(differences: Sequence[float], level: float | None = None) -> tuple[Interval, float]:
     """Paired t interval of the mean difference, and the two-sided p of no difference.
 
     Args:
         differences: one per seed, at least two.
+        level: how often the interval may miss the mean; None is `1 - CONFIDENCE`. Not its complement, which rounds
+            to 1 at the first of many looks.
     """
     if np.ptp(differences) == 0:  # no spread: scipy divides zero by zero
         mean = float(differences[0])
         return Interval(low=mean, high=mean), float(mean == 0)
-    result = stats.ttest_1samp(differences, 0.0)
-    interval = result.confidence_interval(confidence)
-    return Interval(low=float(interval.low), high=float(interval.high)), float(result.pvalue)
+    level = 1 - CONFIDENCE if level is None else level
+    mean, error = float(np.mean(differences)), float(stats.sem(differences))
+    half = float(stats.t.isf(level / 2, len(differences) - 1)) * error
+    return Interval(low=mean - half, high=mean + half), float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 STRETCHES = 250  # of the test text: long enough that neighbours hardly depend on each other
@@ -311,7 +314,7 @@ def t_test(differences: Sequence[float], looks: Looks | None) -> tuple[Interval,
         return t_interval(differences)
     # Between two looks, and before the first (a run has failed), the next one's level holds.
     look = next((i for i, pairs in enumerate(looks) if pairs >= len(differences)), len(looks) - 1)
-    return t_interval(differences, 1 - nominal_levels(round(1 - CONFIDENCE, 12), looks)[look])
+    return t_interval(differences, nominal_levels(round(1 - CONFIDENCE, 12), looks)[look])
 
 
 def verdict_of(mean: float, p_differs: float, p_equal: float) -> Verdict:

@@ -116,7 +116,7 @@ def summarise(
         RequestError: no row finished, two corpora, or no run of the baseline.
     """
     check_comparable(list(rows), "results")
-    rows, other_machines = one_timing_machine(rows, baseline)
+    rows, timed_apart = one_timing_phase(rows, baseline)
     points = sweep_points(rows)
     chosen = chosen_sweep(points)
     if not chosen:
@@ -150,8 +150,7 @@ def summarise(
         )
         for name in dict.fromkeys(row.router for row in rows)
     ]
-    shorter = [row.result for row in branches if row.result is not None]
-    law, of_law = _law(shorter, runs, baseline, split)
+    law, of_law = _law(branches, runs, baseline, split)
     if law is not None:
         seconds = {r.router: r.timing.seconds_per_1k_steps for r in routers if r.timing is not None}
         if baseline not in seconds:
@@ -175,7 +174,7 @@ def summarise(
             *_scale_notes(routers),
             *_look_notes(differences, looks),
             *said,
-            *other_machines,
+            *timed_apart,
             *_notes(rows, differences),
             *of_law,
             *notes,
@@ -183,6 +182,7 @@ def summarise(
         routers=sorted(routers, key=lambda r: _rank(r, split)),
         sweep_points=points if any(point.sweep for point in points) else [],
         law=law,
+        failed_branches=sum(row.failure is not None for row in branches),
         hardware=rows[0].run.hardware,
         versions=rows[0].run.versions,
     )
@@ -200,27 +200,37 @@ def _split(runs: Sequence[RunResult], baseline: str) -> tuple[Split, list[str]]:
 
 
 def _law(
-    shorter: Sequence[RunResult], runs: Sequence[RunResult], baseline: str, split: Split
+    branches: Sequence[ResultRow], runs: Sequence[RunResult], baseline: str, split: Split
 ) -> tuple[LossLaw | None, list[str]]:
-    """The law of the baseline's loss, over the seeds that have every length, and why there is none."""
+    """The law of the baseline's loss, over the seeds that have every length, and what is missing."""
+    if not branches:
+        return None, []
+    failures = [
+        f"{row.key}, a shorter run of {baseline}, failed: {row.failure.error}"
+        for row in branches
+        if row.failure
+    ]
     by_seed: dict[int, dict[int, float]] = defaultdict(dict)
-    for run in (*shorter, *runs):
+    for run in (*(row.result for row in branches if row.result), *runs):
         value: float | None = getattr(run, split)
         if run.router == baseline and value is not None:
             by_seed[run.seed][run.steps] = statistics.bits(value, run.corpus.unit)
     whole = [lengths for lengths in by_seed.values() if len(lengths) == 3]
-    if not shorter or not whole:
-        return None, []
+    if not whole:
+        none = f"No comparison at equal time: no seed of {baseline} has finished all three lengths."
+        return None, [none, *failures]
     steps = sorted(whole[0])
     losses = [float(np.mean([lengths[n] for lengths in whole])) for n in steps]
     law = fit_law(steps, losses)
     shown = ", ".join(f"{loss:.4f} after {n:,} steps" for n, loss in zip(steps, losses, strict=True))
     if law is None:
-        return None, [f"No comparison at equal time: no law goes through {baseline}'s losses, {shown}."]
+        none = f"No comparison at equal time: no law goes through {baseline}'s losses, {shown}."
+        return None, [none, *failures]
     return law, [
         f"At equal time: {baseline}'s losses, {shown} ({counted([len(whole)], 'seed')}), follow a power law with "
         f"exponent {law.exponent:.3f} and floor {law.floor:.4f}; every router is taken to share both. "
-        "Times are of steps run alone."
+        "Times are of steps run alone.",
+        *failures,
     ]
 
 
@@ -420,11 +430,11 @@ def _look_notes(differences: Mapping[str, Difference], looks: Looks | None) -> l
     ]
 
 
-def one_timing_machine(rows: Sequence[ResultRow], baseline: str) -> tuple[list[ResultRow], list[str]]:
-    """The rows with the times of one machine alone, the baseline's: times of unlike hardware share no column.
+def one_timing_phase(rows: Sequence[ResultRow], baseline: str) -> tuple[list[ResultRow], list[str]]:
+    """The rows with the times of one phase on one machine, the baseline's: others share no column with them.
 
     Returns:
-        The rows, and one note for what lost its times.
+        The rows, and a note for what lost its times.
     """
 
     def machine(row: ResultRow) -> tuple[str | None, str]:
@@ -432,21 +442,30 @@ def one_timing_machine(rows: Sequence[ResultRow], baseline: str) -> tuple[list[R
         hardware = row.timing.hardware or row.run.hardware
         return row.timing.machine, hardware.accelerator or f"{hardware.cpu}, {hardware.cores} cores"
 
-    def alike(one: tuple[str | None, str], two: tuple[str | None, str]) -> bool:
-        return one[1] == two[1] and (one[0] == two[0] or None in (one[0], two[0]))
+    def alike(one: ResultRow, two: ResultRow) -> bool:
+        (name, kind), (other_name, other_kind) = machine(one), machine(two)
+        return kind == other_kind and (name == other_name or None in (name, other_name))
 
     timed = [row for row in rows if row.timing is not None]
-    kept = next((machine(row) for row in timed if row.router == baseline), timed and machine(timed[0]))
-    other = {row.key for row in timed if kept and not alike(machine(row), kept)}
-    if not other:
-        return list(rows), []
-    names = ", ".join(sorted({row.router for row in timed if row.key in other}))
-    note = (
-        f"No time and memory for {names}: timed on another machine than {baseline}. "
-        "Call `rmoe compare` again with --engine.node to time all on one."
-    )
-    blank = [msgspec.structs.replace(row, timing=None) if row.key in other else row for row in rows]
-    return blank, [note]
+    kept = next((row for row in timed if row.router == baseline), timed[0] if timed else None)
+    elsewhere = {row.key for row in timed if kept and not alike(row, kept)}
+    apart = {row.key for row in timed if kept and not together([row, kept])} - elsewhere
+    notes = [
+        f"No time and memory for {', '.join(sorted({row.router for row in timed if row.key in keys}))}: {why}"
+        for keys, why in (
+            (elsewhere, f"timed on another machine than {baseline}. Call `rmoe compare` again with --engine.node "
+             "to time all on one."),
+            (apart, f"not timed together with {baseline}. Call `rmoe compare` again without --timing-rounds 0."),
+        )
+        if keys
+    ]  # fmt: skip
+    lost = elsewhere | apart
+    return [msgspec.structs.replace(row, timing=None) if row.key in lost else row for row in rows], notes
+
+
+def together(rows: Iterable[ResultRow]) -> bool:
+    """Whether rows were all timed, in one phase."""
+    return len({row.timing and row.timing.begun for row in rows}) < 2 and all(row.timing for row in rows)
 
 
 def _notes(rows: Sequence[ResultRow], differences: Mapping[str, Difference]) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -69,6 +70,7 @@ class TimeAlone(Record, frozen=True, kw_only=True):
             RunError: a process failed.
         """
         names, found = list(self.configs), dict[str, Timing]()
+        begun = datetime.now(UTC).isoformat()
         for start in range(0, len(names), GROUP):
             group = names[start : start + GROUP]
             turns: dict[str, list[Measured]] = {name: [] for name in group}
@@ -83,7 +85,7 @@ class TimeAlone(Record, frozen=True, kw_only=True):
                 for _ in range(self.rounds):
                     for name in group:
                         turns[name].append(self._turn(workers[name], name))
-            found |= {name: self._timing(turns[name]) for name in group}
+            found |= {name: self._timing(turns[name], begun) for name in group}
         return found
 
     def _turn(self, worker: Process, name: str) -> Measured:
@@ -93,7 +95,7 @@ class TimeAlone(Record, frozen=True, kw_only=True):
         measured: Measured = answer.value
         return measured
 
-    def _timing(self, turns: list[Measured]) -> Timing:
+    def _timing(self, turns: list[Measured], begun: str) -> Timing:
         seconds = [second for turn in turns for second in turn.step_seconds]
         return Timing(
             seconds_per_1k_steps=1000 * median(seconds),
@@ -102,6 +104,7 @@ class TimeAlone(Record, frozen=True, kw_only=True):
             rounds=self.rounds,
             machine=os.uname().nodename,
             hardware=turns[-1].hardware,
+            begun=begun,
         )
 
 

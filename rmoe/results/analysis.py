@@ -202,11 +202,15 @@ class ExpertPath(Record, frozen=True, kw_only=True):
 
 
 class Paths(Record, frozen=True, kw_only=True):
-    """The most frequent paths, most frequent first, of `distinct` paths taken by `n` tokens."""
+    """The most frequent paths, most frequent first, of `distinct` paths taken by `n` tokens.
+
+    Where there were more paths than are counted, `is_exact` is False: `distinct` and shares are then lower bounds.
+    """
 
     top: list[ExpertPath]
     distinct: int
     n: int
+    is_exact: bool = True
 
 
 class Saturation(Record, frozen=True, kw_only=True):

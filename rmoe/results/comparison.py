@@ -117,7 +117,8 @@ class EqualTime(Record, frozen=True, kw_only=True):
         seconds_ratio: of a step, the router's over the baseline's, each timed alone.
         difference: router minus baseline, the router trained for as long as the baseline took.
         speedup: how many times as long the baseline has to train to reach the router's loss; above 1 is a gain.
-        speedup_interval: over pairs, on a log scale; the law and the seconds are taken as exact.
+        speedup_interval: over pairs, on a log scale; the law and the seconds are taken as exact. None of one pair, and
+            where it is wider than floats are.
     """
 
     seconds_ratio: float
@@ -182,5 +183,6 @@ class Summary(Record, frozen=True, kw_only=True):
     routers: list[RouterSummary]
     sweep_points: list[SweepPoint] = msgspec.field(default_factory=list)
     law: LossLaw | None = None
+    failed_branches: int = 0  # of the baseline's shorter runs, which the law needs
     hardware: Hardware
     versions: Versions

@@ -32,7 +32,9 @@ SweepValue: TypeAlias = float | int | str | bool
 class Timing(Record, frozen=True, kw_only=True):
     """Cost of training with nothing else running: medians over `rounds`, interleaved with other routers.
 
-    `machine` and `hardware` are None in rows of earlier releases, which were timed where they were trained.
+    Attributes:
+        machine, hardware: None in rows of earlier releases, which were timed where they were trained.
+        begun: when the phase began, UTC: of one phase are the rows that agree. Earlier releases did not say.
     """
 
     seconds_per_1k_steps: float
@@ -41,6 +43,7 @@ class Timing(Record, frozen=True, kw_only=True):
     rounds: int
     machine: str | None = None
     hardware: Hardware | None = None
+    begun: str | None = None
 
 
 class Failure(Record, frozen=True, kw_only=True):

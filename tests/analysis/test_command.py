@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rmoe.analysis.command import trained_steps
+from rmoe.analysis.command import run_folder, trained_steps
 from rmoe.analysis.reading import choose_tokenizer
 from rmoe.analysis.token_text import TokenText
 from rmoe.cli.main import main
@@ -229,6 +229,12 @@ def test_steps_and_model_of_a_folder(folder: Path, tmp_path: Path) -> None:
     assert trained_steps(folder / "model") == 40
     assert trained_steps(Path("runs/a/checkpoints/checkpoint-1200")) == 1200
     assert trained_steps(tmp_path) == 0
+
+
+def test_checkpoints_know_their_run():
+    one = {run_folder(Path(p)) for p in ("r/model", "r/checkpoints/checkpoint-5", "r/checkpoint-7")}
+    assert one == {Path("r").resolve()}
+    assert run_folder(Path("other/checkpoint-5")) not in one
 
 
 def test_tokens_that_are_no_text_are_shown_as_bytes() -> None:

@@ -205,6 +205,7 @@ class TestPaths:
             paths.update(part)
             assert len(paths._keys) <= 64
         assert 0 < paths.max_undercount <= 30_000 / 65
+        assert 400 < paths.distinct <= len(exact)  # of 512 tokens at once nearly all differ
         top = paths.top(2)
         assert [path for path, _ in top] == [[1, 2, 3, 4], [4, 3, 2, 1]]
         for path, count in paths.top(64):

@@ -174,6 +174,10 @@ def test_two_checkpoints_are_compared_token_by_token(blocks: np.ndarray) -> None
     assert first.saturation is not None
     assert first.saturation.values == [[1.0] * LAYERS]
     assert (first.saturation.from_step, first.saturation.to_step) == ([10], [20])
+    late, early = Subject("late", same[0], step=20, run="a"), Subject("early", same[1], step=10, run="b")
+    (apart, _) = analyze_models([late, early], blocks, chr, stability=True)
+    assert apart.saturation is not None
+    assert (apart.saturation.from_step, apart.saturation.to_step) == ([0], [0])  # no checkpoints of one run
     (other, _) = analyze_models(
         [Subject("a", tiny_rmoe(seed=0)), Subject("b", tiny_rmoe(seed=1))], blocks, chr, stability=True
     )

@@ -31,7 +31,7 @@ def test_spread_is_the_sample_standard_deviation_in_the_seeds_order():
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
 def test_t_interval_from_its_definition(confidence):
-    interval, p = statistics.t_interval(SAMPLE, confidence)
+    interval, p = statistics.t_interval(SAMPLE, 1 - confidence)
     mean, t = sum(SAMPLE) / 5, stats.t(4)
     half = t.ppf(0.5 + confidence / 2) * mean / t_of(SAMPLE, 0.0)
     assert (interval.low, interval.high) == pytest.approx((mean - half, mean + half))

@@ -13,8 +13,10 @@ from rmoe.compare.gate import gated, read_other
 from rmoe.compare.plan import ComparisonPlan, ComparisonRecord
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError
-from rmoe.records import write_record
+from rmoe.records import read_record, write_record
+from rmoe.report.page import render
 from rmoe.report.table import columns, markdown, rows
+from rmoe.results.comparison import SUMMARY_VERSION, Summary
 from rmoe.results.rows import Timing
 from rmoe.training.config import ModelConfig, RunConfig, TrainingConfig
 from tests.compare.rows import changed, row
@@ -106,6 +108,45 @@ def test_a_router_below_the_laws_floor_is_named():
     assert all(router.equal_time is None for router in summary.routers)
     said = "rmoe: a loss is not above the law's floor, so it is not compared at equal time."
     assert said in summary.notes
+
+
+def test_shorter_runs_that_fail_are_said_and_counted():
+    rows_ = [timed(router, s, loss(2000), 100.0) for router in ("smoe", "rmoe") for s in range(3)]
+    failed = [
+        row("smoe", s, None, status="failed", sweep={"training.max_steps": n})
+        for s in range(3)
+        for n in (500, 1000)
+    ]
+    summary = summarise(rows_, preset="small", baseline="smoe", branches=failed)
+    assert summary.law is None
+    assert summary.failed_branches == 6
+    assert "No comparison at equal time: no seed of smoe has finished all three lengths." in summary.notes
+    why = "smoe-seed0-training.max_steps=500, a shorter run of smoe, failed: loss is NaN at step 3"
+    assert why in summary.notes
+
+
+@pytest.mark.parametrize("last", [8, 20])
+def test_runs_that_fail_after_the_first_of_many_looks_leave_numbers(tmp_path, last):
+    """Its interval is that of a look at which next to nothing of the 5% may be used: wide, but it can be written."""
+    wobble = [0.01 * math.sin(s) for s in range(last)]
+    rows_ = [
+        timed(r, s, loss(2000) + w * (1 + 0.1 * (r == "rmoe")), 100.0)
+        for s, w in enumerate(wobble)
+        for r in ("smoe", "rmoe")
+    ]
+    rows_ += [timed("bad", s, loss(2000) + 0.01 * s, 100.0) for s in range(2)]
+    rows_.append(row("bad", 2, None, status="failed"))
+    shorter = [timed("smoe", s, loss(n) + w, 0.0, n) for s, w in enumerate(wobble) for n in (500, 1000)]
+    looks = tuple(range(2, last + 1))
+    summary = summarise(rows_, preset="small", baseline="smoe", branches=shorter, looks=looks, planned=2)
+    write_record(tmp_path / "summary.json", summary)
+    assert read_record(tmp_path / "summary.json", Summary, SUMMARY_VERSION) == summary
+    bad = next(r for r in summary.routers if r.router == "bad")
+    assert bad.difference.verdict == "not decided"
+    assert 1e3 < bad.difference.interval.high < 1e30
+    assert bad.equal_time.speedup_interval is None
+    assert markdown(summary)
+    assert render(summary, None)
 
 
 def test_the_gate_asks_for_both_sizes():

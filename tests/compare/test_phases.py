@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from rmoe.compare.compare import _here, _near
@@ -18,12 +19,14 @@ from rmoe.compare.phases import (
     analyse,
     evaluate_chosen,
     planned_rows,
+    time_each_alone,
     train_until_decided,
 )
 from rmoe.compare.plan import ComparisonPlan
 from rmoe.compare.sharing import Sharing
 from rmoe.records import append_records
 from rmoe.results.analysis import Analysis, ModelAnalysis
+from rmoe.results.rows import ResultRow, Timing
 from rmoe.training.accounting import Window
 from rmoe.training.config import RunConfig
 from rmoe.training.metrics import MetricsLog, read_metrics
@@ -193,3 +196,50 @@ def test_a_failed_run_that_is_asked_for_counts(tmp_path):
     setting = setting_of(tmp_path)
     append_records(setting.results, row("smoe", 0, None, status="failed"))
     assert [each.key for each in planned_rows(setting)[0]] == ["smoe-seed0"]
+
+
+def replace_begun(one: ResultRow, begun: str) -> ResultRow:
+    assert one.timing is not None
+    return msgspec.structs.replace(one, timing=msgspec.structs.replace(one.timing, begun=begun))
+
+
+class Timed(Engine):
+    """Times every router alike, at a machine's speed; what was asked for is kept."""
+
+    at_once = "1 at once"
+
+    def __init__(self, seconds: float, begun: str) -> None:
+        self.seconds, self.begun, self.asked = seconds, begun, list[str]()
+
+    def answers(self, jobs: Mapping[str, Job], wants: Wants) -> Iterator[tuple[str, Answer]]:
+        for name, job in jobs.items():
+            self.asked += job.configs
+            one = Timing(seconds_per_1k_steps=self.seconds, peak_mib=1, steps=24, rounds=3, begun=self.begun)
+            yield name, Answer(value=dict.fromkeys(job.configs, one))
+
+    def close(self, interrupted: bool) -> None:
+        pass
+
+
+def test_a_router_that_joins_has_all_of_the_table_timed_again(tmp_path):
+    """Also one of an earlier call that is not asked for now: its old time would stand beside new ones."""
+    setting = setting_of(tmp_path, routers=("smoe", "rmoe"))
+    for router in ("smoe", "rmoe", "xmoe"):
+        append_records(setting.results, row(router, 0, 2.0))
+
+    def call(routers: tuple[str, ...], seconds: float, begun: str) -> tuple[list[str], set[float]]:
+        engine = Timed(seconds, begun)
+        asked = replace(setting, plan=replace(setting.plan, routers=routers))
+        time_each_alone(asked, engine)
+        return engine.asked, {r.timing.seconds_per_1k_steps for r in planned_rows(asked)[0] if r.timing}
+
+    assert call(("smoe", "rmoe"), 100.0, "first") == (["smoe", "rmoe", "xmoe"], {100.0})
+    append_records(setting.results, row("hyper-moe", 0, 2.0))
+    every = ["smoe", "rmoe", "xmoe", "hyper-moe"]
+    assert call(("smoe", "hyper-moe"), 60.0, "second") == (every, {60.0})
+    assert call(tuple(every), 50.0, "third") == ([], {60.0})
+    half = next(
+        r for r in planned_rows(setting)[0] if r.router == "rmoe"
+    )  # a call that was killed as it wrote
+    append_records(setting.results, replace_begun(half, "another"))
+    assert call(("smoe",), 40.0, "fourth") == (every, {40.0})

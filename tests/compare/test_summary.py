@@ -215,28 +215,28 @@ def test_runs_of_two_versions_of_the_code_are_said():
 
 
 @pytest.mark.parametrize(
-    ("machines", "cpus", "kept"),
+    ("machines", "cpus", "begun", "lost"),
     [
-        (("a", "a"), ("x", "x"), ["smoe", "rmoe"]),
-        (("a", "b"), ("x", "x"), ["smoe"]),
-        (("a", "a"), ("x", "y"), ["smoe"]),
-        ((None, "a"), ("test", "test"), ["smoe", "rmoe"]),  # an earlier release said no machine
+        (("a", "a"), ("x", "x"), ("1", "1"), None),
+        (("a", "b"), ("x", "x"), ("1", "1"), "timed on another machine than smoe"),
+        (("a", "a"), ("x", "y"), ("1", "1"), "timed on another machine than smoe"),
+        ((None, "a"), ("test", "test"), (None, None), None),  # an earlier release said no machine
+        (("a", "a"), ("x", "x"), ("1", "2"), "not timed together with smoe"),
+        (("a", "a"), ("x", "x"), (None, "2"), "not timed together with smoe"),
     ],
 )
-def test_times_of_unlike_machines_share_no_column(machines, cpus, kept):
-    def timed(router: str, machine: str | None, cpu: str) -> ResultRow:
+def test_times_of_unlike_machines_or_phases_share_no_column(machines, cpus, begun, lost):
+    def timed(router: str, machine: str | None, cpu: str, begun: str | None) -> ResultRow:
         hardware = Hardware(cpu=cpu, cores=2, threads=1, memory_gib=4.0)
-        own = {} if machine is None else {"machine": machine, "hardware": hardware}
+        own = {} if machine is None else {"machine": machine, "hardware": hardware, "begun": begun}
         return row(
             router, 0, 1.7, timing=Timing(seconds_per_1k_steps=1.0, peak_mib=1.0, steps=8, rounds=1, **own)
         )
 
-    rows = [timed("smoe", machines[0], cpus[0]), timed("rmoe", machines[1], cpus[1])]
+    names = "smoe", "rmoe"
+    rows = [timed(*one) for one in zip(names, machines, cpus, begun, strict=True)]
     summary = summarise(rows, preset="small", baseline="smoe")
-    assert sorted(r.router for r in summary.routers if r.timing) == sorted(kept)
-    said = [
-        note
-        for note in summary.notes
-        if note.startswith("No time and memory for rmoe: timed on another machine")
-    ]
-    assert len(said) == 2 - len(kept)
+    assert {r.router for r in summary.routers if r.timing} == ({"smoe"} if lost else {"smoe", "rmoe"})
+    said = [note for note in summary.notes if note.startswith("No time and memory for ")]
+    assert len(said) == bool(lost)
+    assert all(note.startswith(f"No time and memory for rmoe: {lost}. ") for note in said)

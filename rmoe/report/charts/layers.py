@@ -121,7 +121,9 @@ def paths(having: Having[Paths], looks: Looks) -> Iterator[Chart]:
         drawn["text"] = [_in_lines(path.experts) for path in paths.top]
         drawn["hovertemplate"] = "%{y:.1%} of tokens in the %{x} commonest paths, the last %{text}"
         data.append(drawn)
-    distinct = "; ".join(f"{m.name} {paths.distinct:,}" for m, paths in having)
+    distinct = "; ".join(
+        f"{m.name} {'' if paths.is_exact else 'at least '}{paths.distinct:,}" for m, paths in having
+    )
     yield Chart(
         id="paths",
         section=SECTION,
