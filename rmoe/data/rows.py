@@ -26,6 +26,7 @@ from rmoe.records import NOT_JSON
 
 ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
 _PARQUET = b"PAR1"
+_GZIP = b"\x1f\x8b"  # no UTF-8 text begins with it
 _BATCH = 1000
 _CHUNK = 1 << 20
 # A compressed file that unpacks to more is refused: 64 MiB of gzip can hold 64 GiB of nothing.
@@ -90,12 +91,12 @@ def read_rows(
 
 
 def read_bytes(path: Path, field: str = "data.path") -> Iterator[bytes]:
-    """A file's bytes in pieces, unpacked if `.gz`.
+    """A file's bytes in pieces, unpacked if it is gzip, whatever its name.
 
     Raises:
         RequestError: it cannot be read, is not whole, or unpacks to more than `MAX_UNPACKED_BYTES`.
     """
-    packed = path.suffix.lower() == ".gz"
+    packed = path.suffix.lower() == ".gz" or _begins_with(path, _GZIP)
     size = 0
     try:
         with gzip.open(path) if packed else path.open("rb") as file:
@@ -233,9 +234,13 @@ def _long_cells() -> Iterator[None]:
 def _is_parquet(path: Path) -> bool:
     if text_suffix(path) == ".parquet":
         return True
+    return _begins_with(path, _PARQUET)
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(len(_PARQUET)) == _PARQUET
+            return file.read(len(magic)) == magic
     except OSError:
         return False  # said where it is read
 

@@ -296,7 +296,9 @@ class Pipeline:
 
     def _gathered_stats(self) -> RouterStats | None:
         every: list[Any] = [None] * self.count
-        dist.all_gather_object(every, self.part.stats, group=self.stages)
+        own = self.part.stats
+        # By the CPU: a pickled tensor comes back on the device it was on, another process's.
+        dist.all_gather_object(every, own if own is None else own.map(Tensor.cpu), group=self.stages)
         present = [stats for stats in every if stats is not None]
         if not present:
             return None
@@ -308,7 +310,7 @@ class Pipeline:
             dropped=torch.cat([stats.dropped for stats in present]),
             logit_variance=torch.cat([stats.logit_variance for stats in present]),
             observed=torch.cat(observed) if observed else None,
-        )
+        ).map(lambda part: part.to(self.device))
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """The whole model's, on the first process; the shared copies are equal and one is kept."""

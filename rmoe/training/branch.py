@@ -85,7 +85,7 @@ def require_steady(model: RMoEForCausalLM, ids: Tensor, config: RunConfig, sourc
         stats = model(input_ids=ids, use_cache=False).router_stats
     routers = [copy.deepcopy(model.routers) for _ in lengths]
     last = config.training.constant_steps
-    for step in range(1, last + 1, -(-last // MOST_UPDATES)):
+    for step in range(1, last + 1, max(1, -(-last // MOST_UPDATES))):
         for copied, length in zip(routers, lengths, strict=True):
             for router in copied:
                 router.update_all(stats, step, length)

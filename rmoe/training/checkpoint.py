@@ -107,10 +107,10 @@ class CheckpointStore:
             _remove(staged)
             raise RunError(
                 f"could not save {target.name}: {one_line(str(error))}",
-                self.saved(),
+                self.saved(step),
                 "free disk space, then --resume",
             ) from error
-        self.rotate()
+        self.rotate(step)
 
     def newest_valid(self, check: Callable[[Path], None] = lambda _: None) -> Path | None:
         """The newest checkpoint that is whole, saying on stderr which were skipped and why.
@@ -133,13 +133,19 @@ class CheckpointStore:
         """(step, path) of everything with a checkpoint's name, whole or not, a folder or not, oldest first."""
         return checkpoints_of(self.folder)
 
-    def rotate(self) -> None:
+    def rotate(self, newest: int) -> None:
         """Delete checkpoints older than the `keep` newest valid ones.
 
         Validity is checked by hashing, not assumed: if the newer ones have been damaged, the old one stays.
+
+        Args:
+            newest: the step just saved. What is beyond it could not be resumed from, whatever its hashes say, and takes
+                no valid one's place.
         """
         valid = 0
         for step, path in reversed(self.found()):
+            if step > newest:
+                continue
             if valid >= self.keep:
                 if step not in self.pinned:
                     self._discard(path)
@@ -154,9 +160,14 @@ class CheckpointStore:
         """Remove what a killed process left half written or half deleted."""
         _remove(self.staging)
 
-    def saved(self) -> str:
-        """What is safe on disk, for an error's text."""
-        folders = [path for _, path in self.found() if _is_plain_folder(path)]
+    def saved(self, newest: int | None = None) -> str:
+        """What is safe on disk, for an error's text.
+
+        Args:
+            newest: the step that the run has come to: what is beyond it could not be resumed from.
+        """
+        known = [path for step, path in self.found() if newest is None or step <= newest]
+        folders = [path for path in known if _is_plain_folder(path)]
         return f"{folders[-1].name} in {self.checkpoints}" if folders else "no checkpoint yet"
 
     def _discard(self, path: Path) -> None:

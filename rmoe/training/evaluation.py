@@ -74,7 +74,7 @@ def evaluate(
     nats = torch.zeros((), dtype=torch.float64)
     stop = len(blocks) if limit is None else min(limit, len(blocks))
     by_block = torch.zeros(stop, dtype=torch.float64)
-    mine = torch.arange(ranks.data_rank, stop, ranks.data)
+    mine = torch.tensor(range(ranks.data_rank, stop, ranks.data), dtype=torch.int64)  # may be empty
     targets = done = 0
     with inference(model, bf16) as device:
         for batch in batches:

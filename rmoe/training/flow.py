@@ -80,7 +80,7 @@ def carry_out(loop: Loop, resumed: bool) -> None:
     checkpoint = _found(loop) if resumed else None
     with _signals(loop):
         loop.run(checkpoint)
-    step, saved = loop.step, loop.store.saved()
+    step, saved = loop.step, loop.store.saved(loop.step)
     if loop.diverged:
         raise RunError(
             f"the loss or its gradient was not finite in {loop.skipped_batches} batches by step {step}",

@@ -124,11 +124,13 @@ def place_of(config: RunConfig) -> Place:
     if training.device == "cuda" and not gpu:
         raise RequestError("training.device", "cuda", "cpu or auto: torch sees no GPU here")
     cpu = training.device == "cpu" or not gpu
-    if training.precision == "bf16" and not cpu and not torch.cuda.is_bf16_supported():
-        raise RequestError("training.precision", "bf16", "fp32: this GPU has no bfloat16")
-    bf16 = training.precision == "bf16" or (
-        training.precision == "auto" and not cpu and torch.cuda.is_bf16_supported()
+    # Without emulation: with it a GPU that has no bfloat16 says yes.
+    has_bf16 = training.precision != "fp32" and (
+        cpu or torch.cuda.is_bf16_supported(including_emulation=False)
     )
+    if training.precision == "bf16" and not has_bf16:
+        raise RequestError("training.precision", "bf16", "fp32: this GPU has no bfloat16")
+    bf16 = has_bf16 and (training.precision == "bf16" or not cpu)
     forget_accelerators()
     state, parallel = PartialState(cpu=cpu), config.parallel
     parallel.require_processes(state.num_processes)

@@ -121,7 +121,7 @@ def train(
             started_in=str(Path.cwd()),
         )
         branch = None if branch_of is None else require_branch(config, record, branch_of)
-        same = partial(run_folder.require_same, out, record) if resume else None
+        same = partial(_go_on, out, record) if resume else None
         if resume and (out / run_folder.RESULT).exists():
             enter(stack, out, run_folder.CONFIG, record, same)
             say(f"{out} is finished already: nothing to do")
@@ -153,6 +153,15 @@ def train(
 
 
 # --- before training -----------------------------------------------------------------------------
+
+
+def _go_on(out: Path, record: RunRecord) -> None:
+    """Make sure that the run in a folder is this one, and say it where it was begun on something else."""
+    run_folder.require_same(out, record)
+    machines = run_folder.read_run(out).hardware, record.hardware
+    was, now = (machine.accelerator or machine.cpu for machine in machines)
+    if was != now and not (out / run_folder.RESULT).exists():
+        say(f"begun on {was}, going on on {now}: rounding may differ, and so may the run's bits")
 
 
 def _sizes(architecture: RMoEConfig) -> dict[str, Any]:

@@ -114,7 +114,9 @@ class Sharded(Storage):
         except CheckpointException as error:
             said = one_line(str(error))
             raise RunError(
-                f"could not save checkpoint-{step}: {said}", store.saved(), "free disk space, then --resume"
+                f"could not save checkpoint-{step}: {said}",
+                store.saved(step),
+                "free disk space, then --resume",
             ) from error
 
         def write(folder: Path) -> OptimizerRecord:

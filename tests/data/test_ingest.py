@@ -115,6 +115,8 @@ def test_gzip_is_the_same_corpus_as_its_content(request_for) -> None:
     plain, packed = prepare(request_for(), 32), prepare(request_for(gzip.compress(TEXT), "text.txt.gz"), 32)
     assert plain.folder == packed.folder
     assert (plain.manifest.source.name, packed.manifest.source.name) == ("text.txt", "text.txt.gz")
+    # Named as what is in it, as a download that was unpacked in name alone.
+    assert prepare(request_for(gzip.compress(TEXT), "packed.txt"), 32).folder == plain.folder
     # Two gzip files in one, as `cat a.gz b.gz` makes.
     double = gzip.compress(TEXT[:7000]) + gzip.compress(TEXT[7000:])
     assert prepare(request_for(double, "double.gz"), 32).folder == plain.folder

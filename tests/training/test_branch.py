@@ -72,11 +72,15 @@ def test_a_wrong_branch_is_refused_and_nothing_is_kept(text, long, tmp_path, tra
     assert not out.exists() or [path.name for path in out.iterdir()] == ["run.lock"]
 
 
-def require_steady_with(text, long, router, option=(), k=2):
-    wanted = replace(config(text, 10), router=router, router_option=option)
+def require_steady_with(text, long, router, option=(), k=2, **training):
+    wanted = replace(changed(text, **training), router=router, router_option=option)
     wanted = replace(wanted, model=replace(wanted.model, num_experts_per_tok=k))
     model = build_model(model_config(wanted, 64), 0)
     require_steady(model, torch.arange(64).view(2, 32), wanted, long)
+
+
+def test_a_run_of_one_step_has_nothing_to_be_steady_over(text, long):
+    require_steady_with(text, long, "rmoe", max_steps=1, warmup_steps=0, average=0, average_every=None)
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,7 @@ def test_rotation_needs_no_staging_folder(tmp_path):
     for step in (1, 2, 3):
         save(store, step, write)
     store.clear_staging()
-    CheckpointStore(tmp_path, RUN, keep=2).rotate()
+    CheckpointStore(tmp_path, RUN, keep=2).rotate(3)
     assert [step for step, _ in store.found()] == [2, 3]
 
 
@@ -355,6 +355,18 @@ def test_hash_of_a_file_longer_than_a_chunk(tmp_path):
     data = bytes(range(256)) * 5000  # 1.28 MB: more than one read
     (tmp_path / "file").write_bytes(data)
     assert module.sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_what_is_beyond_the_run_takes_no_ones_place(store):
+    """Whole checkpoints that could not be resumed from, as another version wrote them: the run began anew."""
+    for step in (70, 76):
+        save(store, step, write)
+    for step in (30, 40, 50):
+        save(store, step, write)
+    assert [step for step, _ in store.found()] == [40, 50, 70, 76]
+    assert store.saved(50) == f"checkpoint-50 in {store.checkpoints}"
+    save(store, 76, write)
+    assert [step for step, _ in store.found()] == [70, 76]
 
 
 def test_nothing_saved_yet_is_said(store):

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -15,15 +16,18 @@ import torch
 import rmoe
 from rmoe import records
 from rmoe.compare.evaluate import evaluate_test, measure_routing
+from rmoe.data import prepare
 from rmoe.errors import RequestError, RunError
 from rmoe.records import write_record
 from rmoe.training import state as contents
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.disk import bytes_of_a_run
 from rmoe.training.environment import hardware
+from rmoe.training.evaluation import evaluate
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
 from rmoe.training.metrics import read_metrics
+from rmoe.training.place import Ranks, place_of
 from rmoe.training.run import Stopped, read_result, train
 from rmoe.training.run_folder import RunRecord, locked, read_run, refuse_used, require_same
 from tests.host import host_program
@@ -125,6 +129,33 @@ def test_a_gpu_that_was_not_used_is_not_the_hardware(finished, text, tmp_path, m
     result = train(tiny.config(text, max_steps=1, warmup_steps=0), tmp_path / "run", progress=False)
     assert result.hardware.accelerator is None
     assert beside_a_gpu(1).accelerator == beside_a_gpu(1, "cuda").accelerator == "a GPU"
+
+
+@pytest.mark.parametrize(
+    ("has", "precision", "bf16"), [(True, "auto", True), (False, "auto", False), (True, "fp32", False)]
+)
+def test_emulated_bfloat16_is_none(text, monkeypatch, has, precision, bf16):
+    """As `torch.cuda` answers on a GPU before Ampere: yes, unless asked without emulation."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation
+    )
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    monkeypatch.setattr("rmoe.training.place.PartialState", lambda cpu: alone)
+    assert place_of(tiny.config(text, device="cuda", precision=precision)).bf16 is bf16
+    if not has:
+        with pytest.raises(RequestError, match="this GPU has no bfloat16"):
+            place_of(tiny.config(text, device="cuda", precision="bf16"))
+
+
+def test_ranks_without_a_block_take_part_in_evaluation(finished, text, monkeypatch):
+    """Of two blocks and four processes: the last has none, and its sums are zero."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    model, blocks = rmoe.load(finished / "model"), prepare(tiny.config(text).data, 32).valid
+    parts = [evaluate(model, blocks, limit=2, ranks=Ranks(4, rank)) for rank in range(4)]
+    whole = evaluate(model, blocks, limit=2)
+    assert [part.targets for part in parts] == [31, 31, 0, 0]
+    assert sum(part.nats for part in parts) == pytest.approx(whole.nats)
 
 
 def test_metrics_rows(finished):
@@ -251,6 +282,18 @@ def test_a_damaged_checkpoint_is_skipped_and_the_run_still_exact(
     assert lines[0] == "skipped checkpoint-12: size mismatch: optimizer.safetensors"
     assert lines[1].endswith("at step 10 of 20")
     assert tiny.weights(out) == tiny.weights(finished)
+
+
+def test_going_on_on_another_machine_is_said(text, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    interrupted(tiny.config(text), out, monkeypatch, 9)
+    begun = read_run(out)
+    elsewhere = msgspec.structs.replace(begun.hardware, accelerator="a GPU")
+    write_record(out / "config.json", msgspec.structs.replace(begun, hardware=elsewhere))
+    capsys.readouterr()
+    train(tiny.config(text), out, resume=True, progress=False)
+    said = f"begun on a GPU, going on on {begun.hardware.cpu}: rounding may differ, and so may the run's bits"
+    assert capsys.readouterr().err.splitlines()[0] == said
 
 
 def test_all_checkpoints_damaged_starts_at_0_and_says_so(text, finished, tmp_path, monkeypatch, capsys):
