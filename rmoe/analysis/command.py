@@ -218,7 +218,7 @@ def trained_steps(folder: Path) -> int:
     if found := re.fullmatch(r"checkpoint-(\d+)", folder.name):
         return int(found[1])
     try:
-        return int(json.loads((folder.parent / "result.json").read_text())["steps"])
+        return int(json.loads((folder.parent / "result.json").read_bytes())["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -22,7 +22,7 @@ def run(*, json: bool = False) -> None:
     Args:
         json: print JSON.
     """
-    table = jsonlib.loads(FAMILIES.read_text())
+    table = jsonlib.loads(FAMILIES.read_text(encoding="utf-8"))
     if json:
         print(jsonlib.dumps(table["families"], indent=2))
     else:

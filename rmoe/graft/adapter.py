@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from rmoe.errors import RequestError
 from rmoe.graft.auto import AUTO_MAP, CODE
-from rmoe.graft.base import GRAFT_SECTION, POINTER, Base, open_base
+from rmoe.graft.base import GRAFT_SECTION, POINTER, Base, open_base, require_family
 from rmoe.graft.files import copy_others, new_folder
 from rmoe.graft.join import JoinsBase
 from rmoe.model.auto_code import write_auto_code
@@ -50,7 +50,8 @@ def save_adapter(model: PreTrainedModel, out: str | Path, *, base: str | Path | 
         base: the folder of the model it was made from, or its name on the Hub; default where the adapter's base was.
 
     Raises:
-        RequestError: no base is known, it has changed since it was loaded, or `out` is not empty. Nothing is written.
+        RequestError: no base is known, it is of another family or has changed since it was loaded, or `out` is not
+            empty. Nothing is written.
     """
     weights = None if base is None else open_base(model_place(base, "base"))
 
@@ -74,7 +75,7 @@ def strip(folder: Path, model: PreTrainedModel, place: Path, base: WeightFolder 
         How many tensors the adapter has.
 
     Raises:
-        RequestError: no base is known, or it has changed since the model was loaded.
+        RequestError: no base is known, it is of another family, or it has changed since the model was loaded.
     """
     weights, config = open_weights(folder), read_json(folder / CONFIG)
     section = config[GRAFT_SECTION]
@@ -83,6 +84,7 @@ def strip(folder: Path, model: PreTrainedModel, place: Path, base: WeightFolder 
             raise RequestError("base", None, "the folder of the model that was grafted")
         base = model.graft_base.open(place, section, moved=model.graft_place)
     else:
+        require_family(base, section)
         section |= {"base_sha256": digest(base.tensors())}
     kept, seen = _kept(weights, base)
     unused = tuple(sorted({name for file in base.files for name in base.names(file)} - seen))

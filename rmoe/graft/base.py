@@ -24,6 +24,7 @@ from rmoe.places import cached_folder, hub_name, model_place
 GRAFT_MODEL_TYPE = "rmoe_graft"
 GRAFT_SECTION = "rmoe_graft"
 POINTER = "base"  # in that section: an adapter has it, a standalone folder has not
+NEW_TENSORS = "base_lacks"  # likewise: names of tensors that training has added to a standalone folder
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -127,11 +128,7 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """
         folder = self.locate(adapter) if moved is None else model_place(moved, "base")
         weights = open_base(folder)
-        model_type, expected = read_json(folder / CONFIG).get("model_type"), section.get("base_model_type")
-        if model_type != expected:
-            raise RequestError(
-                "base", str(folder), f"a {expected} model; model_type of this one is {model_type}"
-            )
+        require_family(weights, section)
         full_sha256 = section.get("base_sha256")
         checks: list[tuple[str, Any, Callable[[WeightFolder], str], str]] = [
             ("layout_sha256", self.layout_sha256, layout_digest, "names, dtypes or shapes"),
@@ -146,6 +143,17 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
                 )
                 raise RequestError("base", str(folder), allowed)
         return weights
+
+
+def require_family(base: WeightFolder, section: dict[str, Any]) -> None:
+    """Refuse a base of another family than the one that was grafted.
+
+    Args:
+        section: `rmoe_graft` of the graft's configuration.
+    """
+    found, expected = read_json(base.path / CONFIG).get("model_type"), section.get("base_model_type")
+    if found != expected:
+        raise RequestError("base", str(base.path), f"a {expected} model; model_type of this one is {found}")
 
 
 def open_base(folder: Path) -> WeightFolder:

@@ -27,7 +27,10 @@ _WEIGHT_SUFFIXES = (*PICKLES, ".safetensors", ".gguf")
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out` to fill, which gets that name only when it is whole.
+    """Give a folder to fill, which gets the name `out` only when it is whole.
+
+    An empty folder that is there is filled, for it may be a link, a mount, or the shell's own: its configuration comes
+    last, without which it is no model.
 
     Raises:
         RequestError: `out` is there and not an empty folder.
@@ -35,11 +38,15 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError("--out", str(out), "a folder that is new or empty")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out if out.exists() else out.parent) as staging:
         folder = Path(staging) / "model"
         folder.mkdir()
         yield folder
-        durable_rename(folder, out)
+        if not out.exists():
+            durable_rename(folder, out)
+            return
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
+            durable_rename(path, out / path.name)
 
 
 def copy_others(

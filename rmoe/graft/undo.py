@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmoe.errors import RequestError
 from rmoe.graft.auto import CLASS_PREFIX
-from rmoe.graft.base import GRAFT_MODEL_TYPE, GRAFT_SECTION, Base
+from rmoe.graft.base import GRAFT_MODEL_TYPE, GRAFT_SECTION, NEW_TENSORS, Base
 from rmoe.graft.files import (
     BASE_CONFIG,
     BASE_INDEX,
@@ -72,8 +72,8 @@ def undo_folder(
         return _undo_adapter(weights, config, pointer, out, keep_trained, base)
     if base is not None:
         raise RequestError("--base", str(base), f"an adapter; {source} has its base in it")
-    original = _standalone(weights)
-    if keep_trained and original.instead:
+    original = _standalone(weights, config)
+    if keep_trained and (original.instead or original.unused):
         original = _Original(weights, {})
     expected = config[GRAFT_SECTION].get("base_sha256")
     verified = None if expected is None else digest(original.tensors()) == expected
@@ -195,12 +195,21 @@ def keep_originals(base: Path, trained: Path) -> int:
     own, config = open_weights(base), read_json(base / CONFIG)
     pointer = Base.of_config(config, str(base))
     if pointer is None:
-        before, original_config = _standalone(own), base / BASE_CONFIG
+        before, original_config = _standalone(own, config), base / BASE_CONFIG
     else:
         weights = pointer.open(base, config[GRAFT_SECTION])
         before, original_config = _Original(weights, {}), weights.path / CONFIG
     now = {name: tensor_sha256(tensor) for name, tensor in open_weights(trained).tensors()}
-    changed = {name: t for name, t in before.tensors() if now.get(name) != tensor_sha256(t)}
+    known, changed = set(), {}
+    for name, tensor in before.tensors():
+        known.add(name)
+        if now.get(name) != tensor_sha256(tensor):
+            changed[name] = tensor
+    # Of a classifier's head, say: it is not the original's, and undo leaves it out.
+    new = sorted(name for name in now.keys() - known if not is_graft_tensor(name))
+    trained_config = read_json(trained / CONFIG)
+    trained_config[GRAFT_SECTION][NEW_TENSORS] = new
+    write_json(trained / CONFIG, trained_config)
     if changed:
         save_file(changed, trained / ORIGINALS, metadata={"format": "pt"})
     if original_config.is_file():
@@ -208,9 +217,9 @@ def keep_originals(base: Path, trained: Path) -> int:
     return len(changed)
 
 
-def _standalone(weights: WeightFolder) -> _Original:
-    originals = weights.path / ORIGINALS
-    return _Original(weights, load_file(originals) if originals.is_file() else {})
+def _standalone(weights: WeightFolder, config: dict[str, Any]) -> _Original:
+    originals, new = weights.path / ORIGINALS, config[GRAFT_SECTION].get(NEW_TENSORS, ())
+    return _Original(weights, load_file(originals) if originals.is_file() else {}, tuple(new))
 
 
 def _base_config(config: dict[str, Any]) -> dict[str, Any]:

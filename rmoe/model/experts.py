@@ -218,7 +218,7 @@ def sorted_mm_experts_forward(
         RequestError: experts that are not plain, or an activation it has no gradient for.
     """
     if not supports_sorted_mm(self):
-        given = f"another for {type(self).__name__} with {self.config.hidden_act}"
+        given = f"another for {type(self).__name__} with {_activation(self)}"
         raise RequestError("experts_implementation", "sorted_mm", given)
     return _sorted_mm(self, hidden_states, top_k_index, top_k_weights)
 
@@ -241,7 +241,12 @@ def supports_sorted_mm(experts: Any) -> bool:
     """Whether `sorted_mm` computes what these experts mean."""
     special = experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False)
     default_gate = has_default_gate(experts) and experts.is_concatenated
-    return not special and (default_gate or not experts.has_gate) and experts.config.hidden_act in ACTIVATIONS
+    return not special and (default_gate or not experts.has_gate) and _activation(experts) in ACTIVATIONS
+
+
+def _activation(experts: Any) -> str | None:
+    """Its name; None where the family calls it something else, as Gemma 4 and Nemotron-H do."""
+    return getattr(experts.config, "hidden_act", None)
 
 
 FEW_ROWS = 64

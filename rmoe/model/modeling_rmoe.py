@@ -473,8 +473,8 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         if targets is not None or outputs.router_logits is not None:
             balance = self.balance_loss(outputs, router_stats)
         if targets is not None and nats is not None and balance is not None:
-            balance = balance.to(nats.dtype)
-            loss = nats + balance * _share(targets.ne(IGNORED), num_items_in_batch)
+            balance = balance.to(nats)
+            loss = nats + balance * _share(targets.ne(IGNORED).sum().to(nats.device), num_items_in_batch)
         return RMoECausalLMOutputWithPast(
             loss=loss,
             aux_loss=self._unweighted(balance),
@@ -490,9 +490,11 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         )
 
 
-def _share(counts: Tensor, of: Tensor | int | None) -> Tensor | int:
+def _share(items: Tensor, of: Tensor | int | None) -> Tensor | int:
     """The part of an optimizer step's items that this call has: all of them where nobody counted the step's."""
-    return 1 if of is None else counts.sum() / of
+    if of is None:
+        return 1
+    return items / (of.to(items.device) if isinstance(of, Tensor) else of)
 
 
 class RMoEForSequenceClassification(RMoEPreTrainedModel):
@@ -556,9 +558,10 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
             task_loss = self.loss_function(
                 logits=logits, labels=labels, pooled_logits=pooled, config=self.config
             )
-            balance = balance.to(task_loss.dtype)
+            balance = balance.to(task_loss)
             # Trainer counts a batch's labels, which with several for an example are more than its examples.
-            loss = (task_loss + balance) * _share(labels.ne(IGNORED), num_items_in_batch)
+            items = labels.ne(IGNORED).sum().to(task_loss.device)
+            loss = (task_loss + balance) * _share(items, num_items_in_batch)
         return RMoESequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -586,4 +589,4 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         if real is None:
             return positions[-1:].expand(hidden.shape[0])
-        return (positions * (real != 0)).argmax(-1)
+        return (positions * (real != 0).to(hidden.device)).argmax(-1)

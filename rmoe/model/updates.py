@@ -69,6 +69,7 @@ class RouterUpdates(TrainerCallback):
             )
         if hasattr(model, "peft_config"):
             _warn_of_lost_state(found)
+        self.on_train_end(args, state, control)  # of a training that ended with an error
         self._trunk, self._stats = found, None
         self._handle = found.register_forward_hook(self._add)
 

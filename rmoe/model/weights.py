@@ -163,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
         RequestError: the file is not one.
     """
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError("model", str(path), f"a JSON file ({error})") from None
     if not isinstance(data, dict):
@@ -173,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """As transformers writes them: indented, keys sorted, a newline at the end."""
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _weight_map(path: Path) -> dict[str, str]:

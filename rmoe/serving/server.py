@@ -125,7 +125,9 @@ class _Manager(GenerateManager):
         gone = threading.Event()
         try:
             own = _taken(gen_config)
-            sequences = await self.async_submit(_generate, model, processor, inputs, gen_config, own, gone)
+            # Shielded: the worker sets the result also of a request whose client has gone.
+            answer = self.async_submit(_generate, model, processor, inputs, gen_config, own, gone)
+            sequences = await asyncio.shield(answer)
         except asyncio.CancelledError:
             gone.set()
             raise
@@ -182,6 +184,7 @@ def _generate(
             stopping_criteria=StoppingCriteriaList([Until(gone, processor, own.stops, length)]),
             logits_processor=processors,
             streamer=streamer,
+            tokenizer=processor,  # for a model's own stop strings
         )
 
 
@@ -221,6 +224,11 @@ class _Sampling:
             tuple(body.pop("stop", ())),
         )
         config = super()._build_generation_config(body, base, use_cb=use_cb)  # type: ignore[misc]
+        # What a model's own generation_config.json may say and one answer, perhaps streamed, cannot be.
+        config.num_beams = config.num_return_sequences = 1
+        config.return_dict_in_generate = False
+        if stops := config.stop_strings:  # they end the answer in `generate`; here they are cut off
+            own = own._replace(stops=(*own.stops, *([stops] if isinstance(stops, str) else stops)))
         setattr(config, OWN, own)
         if bias := body.get("logit_bias"):
             config.sequence_bias = {(int(token),): float(value) for token, value in bias.items()}

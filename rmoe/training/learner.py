@@ -121,7 +121,9 @@ class ModelLearner(Learner):
         if self._skips_logits:
             inputs["output_logits"] = False
         if tokens is not None:
-            inputs |= {"num_items_in_batch": tokens, "use_cache": False}
+            inputs["num_items_in_batch"] = tokens
+        if batch["labels"].shape == batch["input_ids"].shape:  # a language model
+            inputs["use_cache"] = False  # with a cache transformers does not see that a row is packed
         outputs = self.forward(**inputs)
         task_loss, balance_loss = self._split_loss(outputs)
         if tokens is None:

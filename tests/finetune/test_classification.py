@@ -19,7 +19,7 @@ from rmoe.finetune.classification import label_set, load_classifier, scores
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import finetune
 from rmoe.graft import GraftSpec, graft_folder, undo_folder
-from rmoe.model.weights import ADAPTER, open_weights, read_json
+from rmoe.model.weights import ADAPTER, digest, open_weights, read_json
 from rmoe.routing.recurrence import Recurrence
 from rmoe.training.metrics import read_metrics
 from tests.finetune.conftest import write_lines
@@ -147,6 +147,13 @@ def test_a_new_head_learns_beside_a_router_alone(grafted_qwen: Path, tmp_path: P
         if "self_attn" in n
     ]
     assert all(same)
+    # The head is the task's: without it the base is what it was.
+    assert undo_folder(Path(result.model), tmp_path / "back").verified is True
+    before, after = (digest(open_weights(f).tensors()) for f in (grafted_qwen / "base", tmp_path / "back"))
+    assert before == after
+    assert undo_folder(Path(result.model), tmp_path / "kept", keep_trained=True).verified is False
+    kept = AutoModelForSequenceClassification.from_pretrained(tmp_path / "kept")
+    assert torch.equal(kept.score.weight, tuned.score.weight)
 
 
 @pytest.mark.parametrize("labels", [["bad"], ["bad", "good", "so-so"], ["bad", "worse"]])

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import rmoe
 from rmoe.data.blocks import IGNORED
@@ -24,6 +26,9 @@ from rmoe.finetune.instructions import (
     prompt_of,
     why_not_packed,
 )
+from rmoe.training.accounting import StepSums
+from rmoe.training.learner import ModelLearner
+from rmoe.training.place import Ranks
 from tests.finetune.conftest import encode, instructions
 from tests.graft.conftest import at_work
 from tests.graft.tiny_families import PROMISED, tiny_model
@@ -90,6 +95,26 @@ def test_packed_examples_do_not_see_each_other(name: str, models: Path) -> None:
                 together = packed[start : start + len(example.ids)]
                 torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
                 start += len(example.ids)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_training_keeps_packed_examples_apart(counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in families whose loss is not divided by the step's tokens: with a cache they mix what is packed."""
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=64, n_positions=64)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    assert why_not_packed(model) is None
+    texts = [list(range(3, 13)), list(range(20, 31)), list(range(40, 50))]
+    first, other, second = (Example(ids, ids) for ids in texts)
+    rows = PackedExamples([[first, second], [other, second]], 24, 0, needs_mask(model, packed=True))
+    monkeypatch.setattr("rmoe.training.learner._counts_tokens", lambda _: counted)
+    learner = ModelLearner(model, Accelerator(cpu=True), Ranks(), 1)
+    seen: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits))
+    for index, start in enumerate((10, 11)):
+        learner.accumulate([{name: part[None] for name, part in rows[index].items()}], StepSums())
+        seen[-1] = seen[-1][0, start : start + 10]
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_carry_tokens_across_examples_are_not_packed() -> None:

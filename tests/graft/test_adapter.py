@@ -262,6 +262,10 @@ def test_save_adapter_of_a_model_in_memory(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="base is None"):
         save_adapter(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    tiny_model("olmoe").save_pretrained(tmp_path / "olmoe")
+    with pytest.raises(RequestError, match="allowed: a qwen3_moe model; model_type of this one is olmoe"):
+        save_adapter(model, tmp_path / "out", base=tmp_path / "olmoe")
+    assert not (tmp_path / "out").exists()
     save_adapter(model, tmp_path / "out", base=base)
     names = open_weights(tmp_path / "out").names(ADAPTER)
     assert [name for name in names if not is_graft_tensor(name)] == [GATE]

@@ -83,6 +83,22 @@ def test_graft_then_undo(
     }
 
 
+@pytest.mark.parametrize("kind", ["link", "here", "plain"])
+def test_an_empty_folder_that_is_there_is_filled(
+    kind: str, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link to one, and the shell's own, cannot be replaced; nor can a mount."""
+    place = tmp_path / "place"
+    place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.chdir(place)
+    out = {"link": tmp_path / "link", "here": Path(), "plain": place}[kind]
+    graft_folder(original, out, SPEC)
+    assert_reloaded(rmoe.load(place), rmoe.load(out), TOKENS)
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
+    assert undo_folder(place, tmp_path / "back").verified is True
+
+
 @pytest.mark.slow
 def test_a_program_without_rmoe_refuses_a_grafted_folder(original: Path, tmp_path: Path) -> None:
     graft_folder(original, tmp_path / "out", SPEC)

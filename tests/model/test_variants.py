@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
+from rmoe.model import RMoEForSequenceClassification
 from rmoe.model.norm import RMSNorm
 from tests.model.small import POST, PRE, assert_same, loss_and_gradients, model, tokens
 from tests.versions import since
@@ -127,6 +131,14 @@ def test_layers_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         out = small(ids, labels=ids, attention_mask=mask, use_cache=False)
     assert {out.logits.device, out.router_stats.counts.device, out.loss.device} == {second}
+
+
+def test_a_classifiers_last_tokens_where_its_last_layers_are() -> None:
+    """Mask and ids are on the first GPU, hidden states on the second, as which the meta device stands."""
+    hidden, mask = torch.ones(2, 5, 4, device="meta"), torch.ones(2, 5)
+    head: Any = SimpleNamespace(config=SimpleNamespace(pad_token_id=0))
+    for given in ((None, mask), (mask.long(), None)):
+        assert RMoEForSequenceClassification._ends(head, hidden, *given).device == hidden.device
 
 
 def test_what_all_layers_share_stays_where_it_is() -> None:

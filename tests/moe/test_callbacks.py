@@ -157,6 +157,18 @@ def test_biases_move_as_the_counts_of_the_step_say(accumulation: int, tmp_path: 
         torch.testing.assert_close(found, bias)
 
 
+def test_a_training_that_ended_with_an_error_leaves_no_second_count(tmp_path: Path) -> None:
+    model = tiny_rmoe("deepseek-v3")
+    updates = rmoe.RouterUpdates()
+    updates.on_train_begin(None, None, None, model=model)
+    updates.on_train_begin(None, None, None, model=model)
+    model.train()(input_ids=torch.zeros(1, 8, dtype=torch.long))
+    assert updates._stats is not None
+    assert updates._stats.counts.sum() == 8 * model.config.num_experts_per_tok * len(model.routers)
+    updates.on_train_end(None, None, None)
+    assert not model.model._forward_hooks
+
+
 @pytest.mark.parametrize("router", ["deepseek-v3", "quantile-balance"])  # without and with sums of their own
 def test_updates_take_the_sums_of_all_ranks(
     router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -192,6 +192,46 @@ def test_an_end_token_at_the_limit_is_a_stop(
     assert set(re.findall(r'"model":\s*"([^"]+)"', sent)) == {"tiny"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "own",
+    [{"num_beams": 2}, {"num_return_sequences": 2}, {"return_dict_in_generate": True}, {"stop_strings": ["~never~"]}],
+    ids=lambda own: next(iter(own)),
+)  # fmt: skip
+def test_what_a_models_own_generation_config_says_is_no_error(
+    port: int, own: dict[str, Any], stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"prompt": "abc", "max_tokens": 4, "stream": stream}
+
+    def text() -> str:
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        response = connection.getresponse()
+        assert response.status == 200
+        return "".join(re.findall(r'"text":\s*"((?:[^"\\]|\\.)*)"', response.read().decode()))
+
+    plain = text()
+    for name, value in own.items():
+        monkeypatch.setattr(APP["model"].generation_config, name, value)
+    assert text() == plain
+    if "stop_strings" in own:
+        monkeypatch.setattr(APP["model"].generation_config, "stop_strings", json.loads(f'"{plain}"')[1:2])
+        assert text() == plain[:1]
+
+
+def test_a_client_that_leaves_is_no_error_of_the_servers(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker sets the result of a request that was cancelled meanwhile."""
+    for _ in range(2):
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            body = json.dumps({"prompt": "abc", "max_tokens": 2000}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n"
+            gone.sendall(head.encode() + body)
+            time.sleep(0.3)
+    assert post(port, {"prompt": "abc", "max_tokens": 1})[0] == 200
+    time.sleep(0.3)
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 @pytest.mark.parametrize("answer", [b"abc", "aé€".encode(), "a€".encode()[:-1], b"k\xff\xe2", b"\xe2\x82"])
 def test_a_stream_cut_in_mid_character_is_the_whole_answer(answer):
     tokenizer = byte_tokenizer()
