@@ -92,7 +92,7 @@ def test_rows_of_version_1_are_read_whole(tmp_path):
         found = msgspec.to_builtins(one)
         assert all(found[name] == line.pop(name) for name in ("router", "seed", "sweep"))
         timing = line.pop("timing", None)  # the machine it was measured on is said since version 2
-        assert found["timing"] == (timing and {**timing, "machine": None, "hardware": None})
+        assert found["timing"] == (timing and {**timing, "machine": None, "hardware": None, "begun": None})
         assert line.pop("schema_version") == 1
         if line.pop("status") == "failed":
             assert found["failure"] == {name: line[name] for name in found["failure"]}
