@@ -104,13 +104,19 @@ class SelectionBias(StepState):
         self.bias[: self.num_experts] += self.spec.bias_update_rate * direction
 
 
-def limit_capacity(routing: Routing, spec: BalanceSpec, geometry: Geometry, mask: Tensor | None) -> Routing:
+def limit_capacity(
+    routing: Routing, factor: float, experts: int, k: int | Tensor, mask: Tensor | None
+) -> Routing:
     """Drop each expert's assignments beyond `ceil(factor * T * k / E)`, first come first served in token order.
 
     `T` counts real tokens. The position of an assignment in its expert's queue comes from a stable sort: no
     `[T * K, E]` one-hot tensor, no host synchronisation.
+
+    Args:
+        factor: `BalanceSpec.capacity_factor`.
+        experts: `E`.
+        k: of this layer and step, which may be below the slots `K`.
     """
-    experts = geometry.num_experts
     flat = routing.experts if mask is None else routing.experts.masked_fill(~mask[:, None], experts)
     flat = flat.reshape(-1)
     ordered, order = torch.sort(flat, stable=True)
@@ -119,13 +125,21 @@ def limit_capacity(routing: Routing, spec: BalanceSpec, geometry: Geometry, mask
         0, order, torch.arange(flat.numel(), device=flat.device) - first
     )
     tokens = routing.experts.shape[0] if mask is None else mask.sum()
-    factor = spec.capacity_factor or 0.0
-    exact = torch.as_tensor(tokens, dtype=torch.float64) * (factor * geometry.top_k / experts)
+    asked = k.double() if isinstance(k, Tensor) else k
+    exact = torch.as_tensor(tokens, dtype=torch.float64) * (factor * asked / experts)
     capacity = torch.ceil(exact - 1e-9)  # 1.1 * 100 / 10 is 11, and a little more in floating point
     dropped = (position >= capacity.to(flat.device)).view_as(routing.experts) & (routing.experts < experts)
     if mask is not None:
         dropped = dropped & mask[:, None]
     return routing._replace(weights=routing.weights.masked_fill(dropped, 0.0), dropped=dropped)
+
+
+def _top_k(routers: Sequence[BaseRouter], like: Tensor) -> int | Tensor:
+    """k of the layers at this step: one number, or `[L]` where layers or steps differ."""
+    every = [router.current_k for router in routers]
+    if all(isinstance(k, int) and k == every[0] for k in every):
+        return every[0]
+    return torch.stack([torch.as_tensor(k, device=like.device) for k in every])
 
 
 def counts_in_scope(spec: BalanceSpec, own: Tensor, earlier: Tensor | None, training: bool) -> Tensor:
@@ -195,7 +209,7 @@ def balance_loss(
             context=context,
             counts=counts,
             num_experts=num_experts,
-            top_k=routers[0].geometry.top_k,
+            top_k=_top_k(routers, counts),
             experts_matrices=[router.experts_matrix(shared) for router in routers],
         )
         for loss in losses:

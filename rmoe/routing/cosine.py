@@ -13,7 +13,7 @@ from rmoe.routing.initial import Initializer, ProjectionFP32, constant, linear_f
 from rmoe.routing.noise import Noise
 from rmoe.routing.options import Geometry
 from rmoe.routing.scorer import Scorer
-from rmoe.validation import Positive, PositiveInt
+from rmoe.validation import Positive, PositiveInt, require
 
 MOST_LOG_INVERSE_TEMPERATURE = math.log(100)
 
@@ -42,6 +42,10 @@ class Cosine(Scorer):
         normalize_tokens: bool = True
         embedding_init: Literal["orthogonal", "normal"] = "orthogonal"
         temperature: Positive = 0.5
+
+        def check(self) -> None:
+            warm = -math.log(self.temperature) <= MOST_LOG_INVERSE_TEMPERATURE
+            require(warm, "scorer.temperature", self.temperature, "0.01 or more, where it is held")
 
         @property
         def equation(self) -> str:

@@ -150,7 +150,8 @@ class TopK(Gate):
         def check(self) -> None:
             fits = self.top_groups <= self.groups
             require(fits, "gate.top_groups", self.top_groups, f"1 to groups ({self.groups})")
-            require(all(k > 0 for k in self.layer_k), "gate.layer_k", self.layer_k, "values above 0")
+            whole = all(type(k) is int and k > 0 for k in self.layer_k)
+            require(whole, "gate.layer_k", self.layer_k, "values above 0")
             one = self.start_k is None or not self.layer_k
             require(one, "gate.layer_k", self.layer_k, "none with gate.start_k")
             grouped = self.groups > 1 or not self.group_quota
@@ -198,13 +199,13 @@ class TopK(Gate):
 
     def forward(self, logits: Tensor, bias: Tensor | None, context: RouterContext) -> Routing:
         s, p = self._scores(logits)
-        return self._weigh(logits, s, p, self._choose(s, p, bias))
+        return self._weigh(logits, s, p, self._choose(s, p, bias), not_by_score=bias is not None)
 
     def given(self, logits: Tensor, experts: Tensor) -> Routing:
         """The decision where the `[T, k]` experts are chosen already: their weights follow from the logits."""
-        return self._weigh(logits, *self._scores(logits), experts)
+        return self._weigh(logits, *self._scores(logits), experts, not_by_score=True)
 
-    def _weigh(self, logits: Tensor, s: Tensor, p: Tensor, experts: Tensor) -> Routing:
+    def _weigh(self, logits: Tensor, s: Tensor, p: Tensor, experts: Tensor, not_by_score: bool) -> Routing:
         options = self.options
         k = self.layer_k if self.current_k is None else self.current_k
         unused = None if k is None else self._beyond(k, s)
@@ -220,9 +221,11 @@ class TopK(Gate):
         if may_be_empty:
             weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         if options.renormalize:
-            weights = weights / self._total(weights, may_be_empty)
+            # Where scores alone choose, the sum is never 0; a bias may choose experts whose scores are.
+            weights = weights / self._total(weights, may_be_empty or not_by_score)
         if options.scale != 1:
-            weights = weights / self.top_k if options.scale == "inverse_k" else weights * options.scale
+            used = self.top_k if k is None else k
+            weights = weights / used if options.scale == "inverse_k" else weights * options.scale
         if self.expert_scale is not None:
             weights = weights * self.expert_scale[experts.clamp(max=self.num_experts - 1)]
         probs = p if options.scores == "softmax" else p / p.sum(-1, keepdim=True)
@@ -240,12 +243,16 @@ class TopK(Gate):
             s = options.softcap * torch.tanh(s / options.softcap)
         if options.scores == "softmax":
             return s, s.softmax(-1)
-        return s, s.sigmoid() if options.scores == "sigmoid" else F.softplus(s).sqrt()
+        if options.scores == "sigmoid":
+            return s, s.sigmoid()
+        # Below a logit of -87 softplus is no normal number, and at 0 the root has no gradient.
+        return s, F.softplus(s).clamp(min=torch.finfo(s.dtype).tiny).sqrt()
 
     def _choose(self, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
         """`[T, k]`. Without a bias, a softmax over the chosen is of the largest logits: their own order decides."""
         options = self.options
-        by_logits = options.choose_by == "logits" or (bias is None and options.weights == "softmax_of_chosen")
+        same_order = bias is None and options.groups == 1  # groups are ranked by sums, or beside a score of 0
+        by_logits = options.choose_by == "logits" or (same_order and options.weights == "softmax_of_chosen")
         choice = s if by_logits else p
         if bias is not None:
             choice = choice.detach() + bias
@@ -272,7 +279,7 @@ class TopK(Gate):
         other = -torch.inf if self.options.outside == "excluded" else 0.0
         return by_group.masked_fill(~keep[..., None], other).flatten(-2)
 
-    def _total(self, weights: Tensor, may_be_empty: bool) -> Tensor:
+    def _total(self, weights: Tensor, may_be_zero: bool) -> Tensor:
         eps, norm = self.options.eps, self.options.norm
         if norm == 1:  # no weight is negative
             total = weights.sum(-1, keepdim=True)
@@ -280,8 +287,8 @@ class TopK(Gate):
             total = torch.linalg.vector_norm(weights, norm, dim=-1, keepdim=True)
         if eps and not self.options.eps_is_floor:
             return total + eps
-        # A token whose every slot is empty keeps zero weights: the floor only avoids 0 / 0.
-        least = max(eps, torch.finfo(total.dtype).tiny) if may_be_empty else eps
+        # A token whose every weight is 0 keeps zero weights: the floor only avoids 0 / 0.
+        least = max(eps, torch.finfo(total.dtype).tiny) if may_be_zero else eps
         return total.clamp(min=least) if least else total
 
     @torch.no_grad()

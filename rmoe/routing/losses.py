@@ -27,7 +27,7 @@ class LossView(NamedTuple):
         context: mask and shape of the micro-batch.
         counts: `[L, E]`, the assignments whose shares the loss uses (`BalanceSpec.scope`).
         num_experts: `E`.
-        top_k: `k`.
+        top_k: `k`; `[L]` where it differs from layer to layer, or from step to step.
         experts_matrices: `[C, f]` of each layer, or None.
     """
 
@@ -38,7 +38,7 @@ class LossView(NamedTuple):
     context: RouterContext
     counts: Tensor
     num_experts: int
-    top_k: int
+    top_k: int | Tensor
     experts_matrices: list[Tensor | None]
 
 
@@ -128,7 +128,10 @@ class ZLoss(Loss):
 
 
 class SequenceBalance(Loss):
-    """`mean_b E sum_n f_bn P_bn` within each sequence b (DeepSeek-V3, Eq. 17 to 20); `f_b` sums to 1."""
+    """`mean_b E sum_n f_bn P_bn` within each sequence b (DeepSeek-V3, Eq. 17 to 20); `f_b` sums to 1.
+
+    `f_b` is of what was chosen, with the selection bias; Eq. 18 takes the k largest scores without it.
+    """
 
     kind = "sequence_balance"
 

@@ -136,6 +136,11 @@ class BaseRouter(StepState, Mechanism):
         """k of this layer; a gate that asks as many experts as it likes has the model's."""
         return self.geometry.top_k
 
+    @property
+    def current_k(self) -> int | Tensor:
+        """k of this layer at this step: below `top_k` while a gate's k grows, and then a tensor."""
+        return self.top_k
+
     def route(
         self, hidden: Tensor, state: State, shared: SharedRouter | None, context: RouterContext
     ) -> tuple[Routing, State]:
@@ -168,8 +173,9 @@ class BaseRouter(StepState, Mechanism):
             context = context._replace(noise=context.noise.for_layer(self.layer_index))
         with without_autocast(hidden.device.type):
             routing, state = self.route(hidden, state, shared, context)
-            if self.spec.balance.capacity_factor is not None:
-                routing = limit_capacity(routing, self.spec.balance, self.geometry, context.mask)
+            factor = self.spec.balance.capacity_factor
+            if factor is not None:
+                routing = limit_capacity(routing, factor, self.num_experts, self.current_k, context.mask)
         return routing, state
 
     @torch.no_grad()
@@ -265,6 +271,11 @@ class Router(BaseRouter):
     def top_k(self) -> int:
         own: int | None = getattr(self.gate, "layer_k", None)
         return own or self.geometry.top_k
+
+    @property
+    def current_k(self) -> int | Tensor:
+        grown: Tensor | None = getattr(self.gate, "current_k", None)
+        return self.top_k if grown is None else grown
 
     def experts_matrix(self, shared: SharedRouter | None) -> Tensor | None:
         return self.scorer.experts_matrix(shared.scorer if shared is not None else None)

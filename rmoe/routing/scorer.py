@@ -22,7 +22,7 @@ from rmoe.routing.initial import (
 )
 from rmoe.routing.noise import Noise
 from rmoe.routing.options import Geometry, Mechanism, Options
-from rmoe.validation import NotNegativeInt, Positive, PositiveInt, Share
+from rmoe.validation import NotNegative, NotNegativeInt, Positive, PositiveInt, Share
 
 
 class Scorer(Initialized, Mechanism):
@@ -224,7 +224,7 @@ class EdaHead(Scorer):
         equation = "s = MLP(norm(f))"
 
         skip_class: bool = True
-        norm_eps: float = 1e-5
+        norm_eps: NotNegative = 1e-5
 
     def __init__(self, options: Config, geometry: Geometry, features: int) -> None:
         super().__init__(options, geometry, features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM
-from rmoe.routing import Geometry, RouterContext, RouterSpec, build_router, resolve, vary
+from rmoe.routing import Geometry, RouterContext, RouterSpec, build_router, find, resolve, vary
+from rmoe.routing.cosine import Cosine
 from rmoe.routing.gate import Sigmoid, Softmax, TopK
 from rmoe.routing.model_routers import SharedInSoftmax, TableTopK
 from rmoe.routing.other_gates import ExpertChoice, ReLU
 from rmoe.routing.router import Router
 from rmoe.routing.score_routers import NoisyTopK
+from rmoe.routing.scorer import EdaHead
 
 TOKENS, EXPERTS, K = 17, 12, 3
 BIAS = torch.linspace(-0.4, 0.4, EXPERTS, dtype=torch.float64)
@@ -298,3 +301,53 @@ def test_a_token_that_no_expert_takes_has_probabilities_of_zero() -> None:
     routing = gate(logits, None, RouterContext(1, 2))
     assert routing.probs.tolist() == [[0, 0, 0, 0], [0.25, 0, 0.75, 0]]
     assert routing.experts[0].tolist() == [4, 4, 4, 4]
+
+
+def test_a_skip_class_is_in_no_group() -> None:
+    grouped = Sigmoid.Config(groups=4, top_groups=2)
+    with pytest.raises(RequestError, match=r"gate\.groups is 4; allowed: 1 with a skip class"):
+        vary(find("eda").spec, gate=grouped)
+
+
+@pytest.mark.parametrize("options", [{"group_score": "top_2"}, {"outside": "zero"}])
+def test_a_bias_of_zero_changes_no_choice(options: dict[str, str]) -> None:
+    """Groups are ranked by scores, also where the weights are a softmax over the chosen logits."""
+    gate = TopK.Config(weights="softmax_of_chosen", groups=4, top_groups=2, **options).build(
+        Geometry(4, 8, 2)
+    )
+    logits = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    context = RouterContext(1, 500)
+    without, zero = (gate(logits, bias, context).experts for bias in (None, torch.zeros(8)))
+    assert torch.equal(without, zero)
+
+
+def test_scores_that_underflow_leave_finite_weights_and_gradients() -> None:
+    context = RouterContext(1, 1)
+    logits = torch.tensor([[1.0, 0.0, -110.0]], requires_grad=True)
+    root = TopK.Config(scores="sqrt_softplus").build(Geometry(4, 3, 2))
+    root(logits, None, context).weights[0, 0].backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    biased = TopK.Config().build(Geometry(4, 2, 1))
+    chosen = biased(torch.tensor([[0.0, -110.0]]), torch.tensor([-0.6, 0.6]), context)
+    assert chosen.experts.tolist() == [[1]]
+    assert chosen.weights.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: Cosine.Config(temperature=0.005), r"scorer\.temperature is 0\.005; allowed: 0\.01 or more"),
+        (lambda: EdaHead.Config(norm_eps=-1.0), r"norm_eps"),
+        (lambda: TopK.Config(layer_k=(True, 2)), r"gate\.layer_k"),
+    ],
+)
+def test_options_that_do_nothing_or_break_are_refused(made: Callable[[], Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        made()
+
+
+def test_weights_over_k_are_over_the_layers_own() -> None:
+    gate = TopK.Config(scale="inverse_k", renormalize=False, layer_k=(1, 2)).build(Geometry(4, 4, 2))
+    routing = gate(torch.zeros(1, 4), None, RouterContext(1, 1))
+    assert routing.weights.tolist() == [[0.25, 0.0]]

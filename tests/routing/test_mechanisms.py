@@ -686,8 +686,7 @@ def test_capacity_counts_real_tokens_and_exact_multiples() -> None:
     mask[[0, 5, 9, 15]] = False
     routing = Routing(torch.zeros(16, 4), torch.zeros(16, 4), torch.ones(16, 2), experts)
     for factor, capacity in ((1.0, 6), (0.9, 6), (0.5, 3), (1.01, 7)):
-        balance, sizes = BalanceSpec(capacity_factor=factor), Geometry(8, 4, 2)
-        limited = limit_capacity(routing, balance, sizes, mask)
+        limited = limit_capacity(routing, factor, 4, 2, mask)
         taken = [0, 0]
         for t in range(16):
             for slot in range(2):
@@ -701,10 +700,41 @@ def test_capacity_counts_real_tokens_and_exact_multiples() -> None:
     crowd = Routing(
         torch.zeros(100, 10), torch.zeros(100, 10), torch.ones(100, 1), torch.zeros(100, 1).long()
     )
-    tenth = limit_capacity(crowd, BalanceSpec(capacity_factor=1.1), Geometry(8, 10, 1), None)
+    tenth = limit_capacity(crowd, 1.1, 10, 1, None)
     assert int(tenth.dropped.sum()) == 100 - 11  # 1.1 * 100 / 10 is a little more than 11 in floating point
-    whole = limit_capacity(routing, BalanceSpec(capacity_factor=1.0), Geometry(8, 4, 2), None)
+    whole = limit_capacity(routing, 1.0, 4, 2, None)
     assert int(whole.dropped.sum()) == 15  # 8 of 16, and 8 of 15
+    half = limit_capacity(routing, 1.0, 4, torch.tensor(1), None)
+    assert int(half.dropped.sum()) == 23  # 12 of 16, and 11 of 15
+
+
+@pytest.mark.parametrize("row", ["hunyuan", "smoe-dropout"])
+def test_capacity_and_loss_take_the_k_of_the_layer_and_the_step(row: str) -> None:
+    """`ceil(factor T k / E)` and `E sum f P` with f a share of tokens: k times as large, with the k in use."""
+    loss = LoadBalance(count="tokens", weight=1.0)
+    spec = vary(find(row).spec, balance={"capacity_factor": 1.0, "losses": (loss,)})
+    if row == "smoe-dropout":
+        spec = vary(spec, gate={"start_k": 1})
+    hidden, context = inputs(tokens=64), RouterContext(1, 64)
+    layers = [build_router(spec, Geometry(hidden.shape[1], 8, 2, 3, layer)) for layer in range(3)]
+    for layer in layers:
+        torch.nn.init.normal_(
+            layer.scorer.linear.weight, generator=torch.Generator().manual_seed(layer.layer_index)
+        )
+    used = [1, 2, 1] if row == "hunyuan" else [1, 1, 1]
+    routings = [layer(hidden, (), None, context)[0] for layer in layers]
+    shares = []
+    for routing, k in zip(routings, used, strict=True):
+        asked, kept = (
+            torch.bincount(experts.flatten(), minlength=9)[:8]
+            for experts in (routing.experts, dispatched_experts(routing, 8))
+        )
+        assert torch.equal(kept, asked.clamp(max=8 * k))
+        assert asked.sum() == 64 * k
+        shares.append(8 * (asked.to(routing.probs) / 64 * routing.probs.mean(0)).sum())
+    one = [balance_loss([a], [b], None, context, 0.0) for a, b in zip(layers, routings, strict=True)]
+    torch.testing.assert_close(torch.stack(one), torch.stack(shares))
+    torch.testing.assert_close(balance_loss(layers, routings, None, context, 0.0), torch.stack(shares).mean())
 
 
 def test_growing_k_leaves_slots_empty_in_both_orders() -> None:
