@@ -64,10 +64,16 @@ CHART: dict[str, list[Asked]] = {
         Asked("2", "std-2/smoe"),
         Asked("0.31, width 256", "as-they-stand/smoe", file="gpu"),
     ],
-    "RMoE at one scale, minus SMoE at 1": [
-        Asked("0.16", "std-0.16/rmoe-norm-p32"),
-        Asked("0.5", "std-0.5/rmoe-norm-p32"),
-        Asked("2", "std-2/rmoe-norm-p32"),
+    "RMoE minus SMoE, both started at": [
+        Asked("0.16", "std-0.16/rmoe-norm-p32", "as-they-stand/smoe"),
+        Asked("0.5", "std-0.5/rmoe-norm-p32", "std-0.5/smoe"),
+        Asked("1", "std-1/rmoe-norm-p32"),
+        Asked("2", "std-2/rmoe-norm-p32", "std-2/smoe"),
+    ],
+    "RMoE's initial logits, minus those of 1": [
+        Asked("0.16", "std-0.16/rmoe-norm-p32", "std-1/rmoe-norm-p32"),
+        Asked("0.5", "std-0.5/rmoe-norm-p32", "std-1/rmoe-norm-p32"),
+        Asked("2", "std-2/rmoe-norm-p32", "std-1/rmoe-norm-p32"),
     ],
     "RMoE's graft minus no graft, on the new text": [
         Asked("OLMoE of 12 layers", "rmoe", "nothing new", "graft"),
