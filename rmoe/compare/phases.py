@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -273,16 +273,6 @@ def evaluate_chosen(setting: Setting, engine: Engine) -> None:
         append_records(setting.results, msgspec.structs.replace(rows[key], result=result))
 
 
-def _first_runs(plan: ComparisonPlan, rows: Mapping[str, ResultRow]) -> dict[str, Run]:
-    """Router -> its first finished run at its chosen sweep point."""
-    chosen = chosen_sweep(sweep_points(list(rows.values())))
-    results, found = finished(rows.values()), dict[str, Run]()
-    for run in plan.runs():
-        if run.key in results and run.sweep == chosen.get(run.router):
-            found.setdefault(run.router, run)
-    return found
-
-
 def time_each_alone(setting: Setting, engine: Engine) -> None:
     """Time and memory of every router, one at a time, in turns, on one machine; kept with the router's first run.
 
@@ -291,7 +281,7 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
     """
     if not setting.options.timing_rounds:
         return
-    rows = _timed_rows(setting)
+    rows = _first_rows(setting)
     if together(rows.values()):
         return
     print("timing each router alone ...", file=sys.stderr, flush=True)
@@ -311,13 +301,14 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
             append_records(setting.results, msgspec.structs.replace(rows[router], timing=timing))
 
 
-def _timed_rows(setting: Setting) -> dict[str, ResultRow]:
-    """Router -> the row that its time is kept with: its first finished one, at its chosen sweep point."""
+def _first_rows(setting: Setting, among: Container[str] | None = None) -> dict[str, ResultRow]:
+    """Router -> its first finished run at its chosen sweep point, of the table's or of those with these keys."""
     rows = planned_rows(setting)[0]
     chosen = chosen_sweep(sweep_points(rows))
     found: dict[str, ResultRow] = {}
     for row in sorted(rows, key=lambda row: row.seed):
-        if row.result is not None and row.sweep == chosen.get(row.router):
+        counts = among is None or row.key in among
+        if counts and row.result is not None and row.sweep == chosen.get(row.router):
             found.setdefault(row.router, row)
     return found
 
@@ -332,16 +323,17 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
     if not setting.options.analysis_tokens or setting.options.engine.fetch == "result":
         return None
     path = setting.out / plans.ANALYSIS
-    rows = setting.rows()
-    results, runs = finished(rows.values()), _first_runs(setting.plan, rows)
+    configs = _configs(setting.plan)
+    rows = _first_rows(setting, configs)
 
     def rank(name: str) -> tuple[bool, float]:
-        loss = results[runs[name].key].val
+        result = rows[name].result
+        loss = None if result is None else result.val
         return name != setting.plan.baseline, math.inf if loss is None else loss
 
-    ranked = sorted(runs, key=rank)
+    ranked = sorted(rows, key=rank)
     wanted = ranked[:ANALYSED_AT_MOST]
-    keys = ", ".join(runs[name].key for name in wanted)
+    keys = ", ".join(rows[name].key for name in wanted)
     what = f"Analysed: {keys}; at most {setting.options.analysis_tokens:,} tokens each."
     if len(ranked) > len(wanted):
         first = f"{setting.plan.baseline} and " if setting.plan.baseline in wanted else ""
@@ -355,8 +347,8 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
     notes = [what]
     jobs = {
         name: MeasureRouting(
-            config=runs[name].config.to_dict(),
-            folder=str(setting.folder(runs[name])),
+            config=configs[rows[name].key],
+            folder=str(setting.out / "runs" / rows[name].key),
             name=name,
             tokens=setting.options.analysis_tokens,
         )

@@ -474,7 +474,7 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
             balance = self.balance_loss(outputs, router_stats)
         if targets is not None and nats is not None and balance is not None:
             balance = balance.to(nats)
-            loss = nats + balance * _share(targets.ne(IGNORED).sum().to(nats.device), num_items_in_batch)
+            loss = nats + balance * _share(targets.ne(IGNORED), num_items_in_batch, nats.device)
         return RMoECausalLMOutputWithPast(
             loss=loss,
             aux_loss=self._unweighted(balance),
@@ -490,11 +490,11 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
         )
 
 
-def _share(items: Tensor, of: Tensor | int | None) -> Tensor | int:
+def _share(counts: Tensor, of: Tensor | int | None, device: torch.device) -> Tensor | int:
     """The part of an optimizer step's items that this call has: all of them where nobody counted the step's."""
     if of is None:
         return 1
-    return items / (of.to(items.device) if isinstance(of, Tensor) else of)
+    return counts.sum().to(device) / (of.to(device) if isinstance(of, Tensor) else of)
 
 
 class RMoEForSequenceClassification(RMoEPreTrainedModel):
@@ -560,8 +560,8 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
             )
             balance = balance.to(task_loss)
             # Trainer counts a batch's labels, which with several for an example are more than its examples.
-            items = labels.ne(IGNORED).sum().to(task_loss.device)
-            loss = (task_loss + balance) * _share(items, num_items_in_batch)
+            share = _share(labels.ne(IGNORED), num_items_in_batch, task_loss.device)
+            loss = (task_loss + balance) * share
         return RMoESequenceClassifierOutput(
             loss=loss,
             logits=logits,

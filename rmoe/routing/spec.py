@@ -72,12 +72,9 @@ class RouterSpec:
         takes_bias = self.gate is not None and self.gate.takes_bias
         require(rate == 0 or takes_bias, "balance.bias_update_rate", rate, "0 with a gate that takes no bias")
         gate = self.gate.kind if self.gate is not None else None
-        grouped = self.skips and getattr(self.gate, "groups", 1) > 1
+        groups = getattr(self.gate, "groups", 1)
         require(
-            not grouped,
-            "gate.groups",
-            getattr(self.gate, "groups", 1),
-            "1 with a skip class, which is in no group",
+            groups == 1 or not self.skips, "gate.groups", groups, "1 with a skip class, which is in no group"
         )
         fits = takes_bias or not self.skips
         require(fits, "router.gate", gate, "a gate that takes a bias, with a skip class")
