@@ -81,7 +81,7 @@ class TopK(Gate):
         norm: p of that norm; 1 is the sum (DBRX).
         eps: of that sum: added to it, or with `eps_is_floor` its least value.
         scale: multiplies the weights (`routed_scaling_factor`); "inverse_k" divides them by k.
-        expert_scale: a learned factor per expert, 1 at the start, multiplies the weights (Gemma 4).
+        expert_scale: a learned factor per expert, 1 at the start, multiplies the weights (Gemma 4, Pangu Pro MoE).
         multiplier: multiplies the logits.
         softcap: `c tanh(s / c)` of the logits, after the multiplier; None is no cap.
         groups: experts are in so many equal groups, and a token chooses within its `top_groups` best. 1 is no limit.

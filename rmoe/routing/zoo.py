@@ -272,7 +272,7 @@ _SHIPPED: dict[str, ZooRow] = {
     "dbrx": ZooRow(vary(SMOE, gate=TopK.Config(norm=2.0)), "DBRX's option; transformers", "weights over their 2-norm; over their 1-norm, DBRX's default, it is smoe"),
     "doge": ZooRow(vary(SMOE, scorer=ProductKeys.Config(), gate=OF_CHOSEN), "Doge; transformers", "product keys: an expert's logit is the sum of two keys'"),
     "hunyuan": ZooRow(vary(SMOE, gate=TopK.Config(layer_k=(1, 2))), "HunYuan; transformers", "k differs by layer: 1 and 2 in turn", top_k=2),
-    "moge": ZooRow(vary(SMOE, gate=TopK.Config(groups=2, group_quota=True)), "Pangu Pro MoE, 2505.21411", "exactly k / 2 experts in each of 2 groups; weights over their sum, where the released code has a learned factor per expert", top_k=2),
+    "moge": ZooRow(vary(SMOE, gate=TopK.Config(groups=2, group_quota=True, renormalize=False, expert_scale=True)), "Pangu Pro MoE, 2505.21411; vLLM-Ascend", "exactly k / 2 experts in each of 2 groups; weights of the softmax over all experts, times a learned factor per expert", top_k=2),
 }  # fmt: skip
 
 OWN = frozenset(_ROWS | _SHIPPED)  # the package's, not a plugin's

@@ -242,7 +242,7 @@ SAID = {  # name: equation, balance, carries, needs
         "f = x; s = G f; [g, g_shared] = 8 a softmax(log sig([s_chosen, s_shared])); g = top_k(sig(s))",
         "bias 0.001", "-", "update after each step",
     ),
-    "moge": ("f = x; s = G f; g = top_k(softmax(s)), k / 2 of each group / sum", "load_balance", "-", "k = 2"),
+    "moge": ("f = x; s = G f; g = a_n top_k(softmax(s)), k / 2 of each group", "load_balance", "-", "k = 2"),
     "dbrx": ("f = x; s = G f; g = top_k(softmax(s)) / 2-norm", "load_balance", "-", "-"),
     "smoe-global": ("f = x; s = G f; g = top_k(softmax(s)) / sum", "load_balance, global batch", "-", "-"),
 }  # fmt: skip
