@@ -140,7 +140,6 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
         return balance_loss(
             self.routers,
             outputs.routing,
-            self.trunk.router_shared,
             outputs.context,
             self.config.router_aux_loss_coef,
             None if earlier is None else earlier.counts,

@@ -135,7 +135,7 @@ class PipelinePart(nn.Module):
                 routings.append(routing)
         if routings:
             coefficient = self.config.router_aux_loss_coef
-            own = balance_loss(self.routers, routings, trunk.router_shared, context, coefficient)
+            own = balance_loss(self.routers, routings, context, coefficient)
             # Its mean is over this stage's layers.
             balance = balance + own * (len(routings) / self.num_layers)
             if self.training:

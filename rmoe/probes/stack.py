@@ -117,7 +117,6 @@ class RouterStack(nn.Module):
         balance = balance_loss(
             list(self.routers),  # type: ignore[arg-type]
             routings,
-            self.router_shared,  # type: ignore[arg-type]
             context,
             self.coefficient,
             counts=counts,

@@ -15,7 +15,7 @@ from rmoe.routing.step_state import StepState
 from rmoe.validation import NotNegative, Positive, require
 
 if TYPE_CHECKING:
-    from rmoe.routing.router import BaseRouter, SharedRouter
+    from rmoe.routing.router import BaseRouter
 
 
 class BalanceSpec(Options):
@@ -169,7 +169,6 @@ def summed_over_ranks(own: Tensor) -> Tensor:
 def balance_loss(
     routers: Sequence[BaseRouter],
     routings: Sequence[Routing],
-    shared: SharedRouter | None,
     context: RouterContext,
     coefficient: float,
     earlier: Tensor | None = None,
@@ -180,7 +179,6 @@ def balance_loss(
     Args:
         routers: the routing layers, in order.
         routings: their decisions.
-        shared: what they share.
         context: mask and shape of the micro-batch.
         coefficient: weight of losses whose own weight is None (the model's `router_aux_loss_coef`).
         earlier: `[L, E]` of this rank's earlier micro-batches, see `counts_in_scope`.
@@ -210,7 +208,7 @@ def balance_loss(
             counts=counts,
             num_experts=num_experts,
             top_k=_top_k(routers, counts),
-            experts_matrices=[router.experts_matrix(shared) for router in routers],
+            experts_matrices=[routing.experts_matrix for routing in routings],
         )
         for loss in losses:
             weight = coefficient if loss.weight is None else loss.weight

@@ -52,6 +52,8 @@ class Routing(NamedTuple):
         shared_weights: `[T, S]`, what each shared expert's output is multiplied by; None is 1.
         classes: `[T, K]` int64, the choice among all C classes, `C` in an empty slot; None is `experts`. What was asked
             of classes that compute nothing is in it alone.
+        experts_matrix: `[C, f]`, what tokens were compared with, where a balance loss reads it; None where none does,
+            or there is no such matrix.
     """
 
     logits: Tensor
@@ -65,6 +67,7 @@ class Routing(NamedTuple):
     added: Tensor | None = None
     shared_weights: Tensor | None = None
     classes: Tensor | None = None
+    experts_matrix: Tensor | None = None
 
     def with_penalty(self, more: Tensor) -> Routing:
         """The same with one more loss, a scalar with its weight, beside any that it has."""

@@ -28,7 +28,7 @@ class LossView(NamedTuple):
         counts: `[L, E]`, the assignments whose shares the loss uses (`BalanceSpec.scope`).
         num_experts: `E`.
         top_k: `k`; `[L]` where it differs from layer to layer, or from step to step.
-        experts_matrices: `[C, f]` of each layer, or None.
+        experts_matrices: `[C, f]` of each layer, where a loss `reads_experts_matrix`; None where a router has none.
     """
 
     logits: Tensor
@@ -84,6 +84,7 @@ class Loss(Options):
     """
 
     stage = "loss"
+    reads_experts_matrix = False  # of `LossView`; the routers give theirs only where a loss does
 
     weight: NotNegative | None = None
 
@@ -175,6 +176,7 @@ class SimilarityPreserving(Loss):
     """`|| R R^T - I ||_1 / E^2`, `R` `[E, f]` the scorer's expert vectors (2506.14038); over `E^2` is our scaling."""
 
     kind = "similarity_preserving"
+    reads_experts_matrix = True
 
     weight: NotNegative | None = 1e-2
 
@@ -191,6 +193,7 @@ class DiverseSimple(Loss):
     """
 
     kind = "diverse_simple"
+    reads_experts_matrix = True
 
     def __call__(self, view: LossView) -> Tensor:
         matrix = _experts_matrices(view, self.kind)

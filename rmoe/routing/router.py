@@ -176,6 +176,10 @@ class BaseRouter(StepState, Mechanism):
             factor = self.spec.balance.capacity_factor
             if factor is not None:
                 routing = limit_capacity(routing, factor, self.num_experts, self.current_k, context.mask)
+            if any(loss.reads_experts_matrix for loss in self.spec.balance.losses):
+                matrix = self.experts_matrix(shared)
+                # A copy: of FSDP2's a layer has the whole weights only while it runs, and the losses come after.
+                routing = routing._replace(experts_matrix=None if matrix is None else matrix.clone())
         return routing, state
 
     @torch.no_grad()

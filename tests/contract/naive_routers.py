@@ -97,7 +97,7 @@ class NaiveLayer:
                 f = own["scorer.projection.weight"] @ f
                 f = f + own["scorer.projection.bias"] if s["projection_bias"] else f
             f = unit(f) if s["normalize_tokens"] else f
-            scale = torch.exp(own["scorer.log_inverse_temperature"].clamp(max=math.log(100)))
+            scale = torch.exp(own["scorer.log_inverse_temperature"][0].clamp(max=math.log(100)))
             return torch.stack([scale * (f @ unit(e)) for e in own["scorer.embeddings"]])
         if s["kind"] == "half_cosine":
             return torch.stack([f @ unit(c) for c in own["scorer.centroids"]])

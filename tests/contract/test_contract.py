@@ -65,7 +65,7 @@ class Routers(torch.nn.Module):
         for router, x in zip(self.routers, inputs, strict=True):
             routing, state = router(x, state, self.router_shared, context)
             routings.append(routing)
-        return routings, balance_loss(list(self.routers), routings, self.router_shared, context, 0.01)
+        return routings, balance_loss(list(self.routers), routings, context, 0.01)
 
 
 def data(

@@ -84,7 +84,7 @@ def test_equals_a_plain_training_loop() -> None:
                     for g, n in zip(routing.weights[t], routing.experts[t].tolist(), strict=True)
                 )
                 loss = loss + (guess - y[t]).square().sum() / (SMALL.layers * SMALL.tokens * CONTENT)
-        loss = loss + balance_loss(list(stack.routers), routings, stack.router_shared, context, SMALL.balance)
+        loss = loss + balance_loss(list(stack.routers), routings, context, SMALL.balance)
         plain.zero_grad()
         loss.backward()
         plain.step()

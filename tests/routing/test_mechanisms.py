@@ -216,7 +216,7 @@ def test_padding_is_not_there(name: str, training: bool) -> None:
         for router, one in zip(routers.routers, x, strict=True):
             routing, state = router(one, state, routers.router_shared, context)
             routings.append(routing)
-        loss = balance_loss(list(routers.routers), routings, routers.router_shared, context, 0.01)
+        loss = balance_loss(list(routers.routers), routings, context, 0.01)
         return routings, loss, router_stats(tuple(routings), EXPERTS, mask)
 
     for real in (tokens - 5, 1) if not training else (tokens - 5,):
@@ -291,7 +291,7 @@ def test_losses_over_layers_and_padded_sequences(loss: Loss, count: str, layers:
     x = [inputs(tokens, seed=i).requires_grad_() for i in range(layers)]
     context = RouterContext(batch, 5, mask.reshape(-1))
     routings = [router(one, (), None, context)[0] for router, one in zip(routers, x, strict=True)]
-    got = balance_loss(routers, routings, None, context, 0.3)
+    got = balance_loss(routers, routings, context, 0.3)
     by_layer = [
         naive_loss(loss.kind, r.logits.view(batch, 5, -1), r.experts.view(batch, 5, -1), mask, count)
         for r in routings
@@ -345,11 +345,11 @@ def test_penalties_are_the_mean_over_layers_and_added_to_the_losses() -> None:
     z = sum(torch.logsumexp(r.logits, -1).square().mean() for r in routings) / 3
     penalties = sum(r.penalty for r in routings) / 3
     assert float(penalties.detach()) > 0
-    got = balance_loss(routers, routings, None, context, 0.5)
+    got = balance_loss(routers, routings, context, 0.5)
     assert abs(float((got - z - penalties).detach())) < 1e-12
     bare = [layer_of(vary(resolve("smoe"), balance=BalanceSpec()), i) for i in range(2)]
     routings = [r(inputs(20), (), None, context)[0] for r in bare]
-    assert float(balance_loss(bare, routings, None, context, 0.5)) == 0.0
+    assert float(balance_loss(bare, routings, context, 0.5)) == 0.0
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([True, False, False])])
@@ -384,7 +384,7 @@ def test_similarity_needs_a_matrix() -> None:
     routings = [r(inputs(9), (), shared, context)[0] for r in routers]
     matrix = shared.scorer.groups[0].weight
     wanted = 1e-2 * (matrix @ matrix.T - torch.eye(6)).abs().sum() / 36
-    got = balance_loss(routers, routings, shared, context, 0.5)
+    got = balance_loss(routers, routings, context, 0.5)
     assert abs(float((got - wanted).detach())) < 1e-6
     hashed = RouterSpec(
         router=Hash.Config(), scorer=None, gate=None, balance=BalanceSpec(losses=(SimilarityPreserving(),))
@@ -393,7 +393,7 @@ def test_similarity_needs_a_matrix() -> None:
     context = RouterContext(1, 9, token_ids=torch.arange(9))
     routing = router(inputs(9), (), None, context)[0]
     with pytest.raises(RequestError, match=r"balance\.losses is 'similarity_preserving'"):
-        balance_loss([router], [routing], None, context, 0.5)
+        balance_loss([router], [routing], context, 0.5)
 
 
 @pytest.mark.parametrize("tau", [0.3, 0.75, 1.0])
@@ -405,7 +405,7 @@ def test_choices_divide_as_tau_says(tau: float) -> None:
     optimizer = torch.optim.Adam([router.scorer.linear.weight], lr=0.05)
     for _ in range(150):
         optimizer.zero_grad()
-        balance_loss([router], [router(x, (), None, context)[0]], None, context, 1.0).backward()
+        balance_loss([router], [router(x, (), None, context)[0]], context, 1.0).backward()
         optimizer.step()
     computing = float((router(x, (), None, context)[0].experts < 8).double().mean())
     assert computing == pytest.approx(tau * 8 / (tau * 8 + 4), abs=0.05)
@@ -432,7 +432,7 @@ def test_what_computes_nothing_is_balanced_with_padding_and_a_batch_in_parts() -
             shares = [own * n / sum(counts) for n in counts] + [0.5 * n / sum(asked) for n in asked[6:]]
             mean = routing.probs[mask].mean(0)
             wanted += 10 * float(sum(f * p for f, p in zip(shares, mean, strict=True)))
-        got = balance_loss(routers, routings, None, context, 1.0, earlier)
+        got = balance_loss(routers, routings, context, 1.0, earlier)
         assert float(got.detach()) == pytest.approx(wanted / 2, abs=1e-12)
 
 
@@ -732,9 +732,9 @@ def test_capacity_and_loss_take_the_k_of_the_layer_and_the_step(row: str) -> Non
         assert torch.equal(kept, asked.clamp(max=8 * k))
         assert asked.sum() == 64 * k
         shares.append(8 * (asked.to(routing.probs) / 64 * routing.probs.mean(0)).sum())
-    one = [balance_loss([a], [b], None, context, 0.0) for a, b in zip(layers, routings, strict=True)]
+    one = [balance_loss([a], [b], context, 0.0) for a, b in zip(layers, routings, strict=True)]
     torch.testing.assert_close(torch.stack(one), torch.stack(shares))
-    torch.testing.assert_close(balance_loss(layers, routings, None, context, 0.0), torch.stack(shares).mean())
+    torch.testing.assert_close(balance_loss(layers, routings, context, 0.0), torch.stack(shares).mean())
 
 
 def test_growing_k_leaves_slots_empty_in_both_orders() -> None:

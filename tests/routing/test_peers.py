@@ -163,6 +163,6 @@ def test_the_aux_loss_differs_from_transformers_by_the_stated_factor() -> None:
         fill(router)
         context = RouterContext(1, 40)
         routing, _ = router(x, (), None, context)
-        ours = balance_loss([router], [routing], None, context, 0.01)
+        ours = balance_loss([router], [routing], context, 0.01)
         theirs = load_balancing_loss_func((routing.logits,), 8, 3)
         assert abs(float(ours) * factor - float(theirs)) < 1e-5

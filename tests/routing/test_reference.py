@@ -41,7 +41,7 @@ class Stack(torch.nn.Module):
             routing, state = block.gate(x, state, self.router_shared, context)
             routings.append(routing)
             x = x + block(x[None], routing)[0]
-        aux = balance_loss([b.gate for b in self.blocks], routings, self.router_shared, context, 0.01)
+        aux = balance_loss([b.gate for b in self.blocks], routings, context, 0.01)
         return x, aux
 
 
