@@ -36,7 +36,8 @@ def load_classifier(path: Path, labels: Sequence[int | str], pad: int, seed: int
     if AutoModelForSequenceClassification not in dict(model_classes(type(config))):
         raise RequestError("model", config.model_type, "a family with a sequence classifier in transformers")
     has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    its, given = list(config.id2label.values()), [str(label) for label in labels]
+    # By index: files of earlier versions have them as text sorts them, 10 before 2.
+    its, given = [config.id2label[n] for n in sorted(config.id2label)], [str(label) for label in labels]
     unnamed = its == [f"LABEL_{index}" for index in range(len(given))]
     if has_head and its != given and not unnamed:
         allowed = f"those of the model's head, {', '.join(its)}; or a model without a head"

@@ -21,7 +21,7 @@ def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
             start as `seed` draws them.
 
     Raises:
-        RequestError: PEFT is not installed.
+        RequestError: PEFT is not installed, or the model has nothing that LoRA is put on.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -32,11 +32,15 @@ def with_lora(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     saved = [path for path in parts.modules if any(name.startswith(f"{path}.") for name in trained)]
     if config.task == "classification":
         saved.append("score")
+    linear, stacked = _attention(model, parts.every), _experts(model)
+    if not linear and not stacked:
+        allowed = f"0: a {type(model).__name__} has no linear maps and no stacked experts"
+        raise RequestError("--lora-rank", config.lora_rank, allowed)
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        target_modules=_attention(model, parts.every),
-        target_parameters=_experts(model),
+        target_modules=linear,
+        target_parameters=stacked,
         modules_to_save=saved or None,
     )
     with torch.random.fork_rng(devices=[]):

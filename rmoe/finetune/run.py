@@ -155,6 +155,7 @@ def finetune(
         job = (_instruction_job if config.task == "instruction" else _classification_job)(
             source, data, config, tokenizer
         )
+        _require_positions(job.model, config.sequence_length)
         dtypes = {name: p.dtype for name, p in job.model.named_parameters()}
         trained = _prepare(job, config)
         # Weights that LoRA leaves in half precision go with float32 ones only under autocast.
@@ -194,6 +195,20 @@ def finetune(
             loop.accelerator.wait_for_everyone()
         found = read_record(out / run_folder.RESULT, FinetuneResult, VERSION)
         return msgspec.structs.replace(found, model=str(out / run_folder.MODEL))
+
+
+def _require_positions(model: PreTrainedModel, length: int) -> None:
+    """Refuse sequences longer than a table of positions, which the models that learn them have (GPT-2, OPT)."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is None or length <= most:
+        return
+    tables = (
+        m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()
+    )
+    if any(most <= table.num_embeddings <= most + 2 for table in tables):  # OPT's has two more
+        raise RequestError(
+            "--sequence-length", length, f"at most {most}, the positions that the model has learned"
+        )
 
 
 # --- the two tasks -------------------------------------------------------------------------------

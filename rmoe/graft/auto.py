@@ -121,9 +121,9 @@ def grafted_model_class(
         if not is_grafted(self):  # a classifier makes its backbone through AutoModel, which has grafted it
             attach(self, GraftSpec.from_dict(getattr(config, GRAFT_SECTION)))
 
-    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         save = partial(base.save_pretrained, self)
-        save_with_code(self, save, Path(save_directory), kwargs, CODE, AUTO_MAP)
+        save_with_code(self, save, Path(save_directory), args, kwargs, CODE, AUTO_MAP)
 
     def initialize_weights(self: Any) -> None:
         # The backbone, a model of its own, knows nothing of the graft's modules in it.

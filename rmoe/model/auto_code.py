@@ -8,8 +8,9 @@ are registered and no remote code is involved.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,7 +39,8 @@ def write_auto_code(
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = dict(auto_map)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Sorted as transformers has it; what is inside stays as it is: "10" would come before "2" in `id2label`.
+    path.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
 
 
 HUB_KEYWORDS = (
@@ -50,6 +52,7 @@ def save_with_code(
     model: Any,
     save: Callable[..., None],
     folder: Path,
+    args: Sequence[Any],
     kwargs: dict[str, Any],
     files: Mapping[str, str] = MappingProxyType(_FILES),
     auto_map: Mapping[str, str] = MappingProxyType(AUTO_MAP),
@@ -59,13 +62,20 @@ def save_with_code(
     Args:
         model: what `push_to_hub` uploads.
         save: transformers' own `save_pretrained`, which would upload before the files are there.
-        kwargs: its keywords.
+        folder: where to.
+        args, kwargs: its further arguments, by position and by name.
         files, auto_map: see `write_auto_code`.
     """
+    if args:
+        names = [*inspect.signature(save).parameters][1 : len(args) + 1]
+        kwargs |= dict(zip(names, args, strict=True))
     uploads = kwargs.pop("push_to_hub", False)
     hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if uploads and name in kwargs}
     save(folder, **kwargs)
     if kwargs.get("is_main_process", True):
-        write_auto_code(folder, files, auto_map)
+        if (
+            folder / "config.json"
+        ).exists():  # of a model with an adapter transformers saves the adapter alone
+            write_auto_code(folder, files, auto_map)
         if uploads:
             model.push_to_hub(hub.pop("repo_id", folder.name), **hub)

@@ -140,12 +140,19 @@ class RMoESparseMoeBlock(nn.Module):
         self.weighs_inputs = spec.router.weighs_inputs
         self.config = config
 
-    def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        """`[B, S, d]` and the decision for its tokens -> `[B, S, d]` (Eq. 1, 6: experts read `x`, not the state)."""
-        return self.mix(hidden_states, routing, None)[0]
+    def forward(
+        self, hidden_states: Tensor, routing: Routing, mask: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Mix the experts' outputs (Eq. 1, 6: they read `x`, not the state).
 
-    def mix(self, hidden_states: Tensor, routing: Routing, mask: Tensor | None) -> tuple[Tensor, Routing]:
-        """As `forward`, and the decision with what the experts' default outputs are made of."""
+        Args:
+            hidden_states: `[B, S, d]`.
+            routing: the decision for its tokens.
+            mask: `[T]` bool, False at padding; None is no padding.
+
+        Returns:
+            `[B, S, d]`, and the decision with what the experts' default outputs are made of.
+        """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, d]
         experts = dispatched_experts(routing, self.num_built_experts)
         if self.experts.num_experts < self.num_built_experts:
@@ -277,10 +284,7 @@ class RMoEDecoderLayer(GradientCheckpointingLayer):
             flat = x.reshape(-1, x.shape[-1])
             routing, router_state = self.mlp.gate(flat, router_state, shared=shared, context=context)
             routing = self.mlp.in_training(flat, routing, shared, context)
-            if self.mlp.default_outputs is None:
-                mixed = self.mlp(x, routing)
-            else:
-                mixed, routing = self.mlp.mix(x, routing, None if context is None else context.mask)
+            mixed, routing = self.mlp(x, routing, None if context is None else context.mask)
         hidden_states = hidden_states + self.dropout(mixed)
         hidden_states = hidden_states if self.pre_norm else self.post_attention_layernorm(hidden_states)
         return hidden_states, router_state, routing, attention

@@ -80,9 +80,9 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
             router.resize_vocabulary(self.config.vocab_size)
         return embeddings
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As in transformers; also writes the files that let `Auto...from_pretrained` find this package."""
-        save_with_code(self, super().save_pretrained, Path(save_directory), kwargs)
+        save_with_code(self, super().save_pretrained, Path(save_directory), args, kwargs)
 
     @property
     def trunk(self) -> RMoEModel:
@@ -219,7 +219,7 @@ class RMoEModel(RMoEPreTrainedModel):
             self.routing_noise_key += 1
             noise = Noise(self.routing_noise_key.clone())
         ids = None if input_ids is None else input_ids.reshape(-1)
-        return RouterContext(batch, length, _real_tokens(attention_mask, length, seen), ids, noise)
+        return RouterContext(batch, length, _real_tokens(attention_mask, batch, length, seen), ids, noise)
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -346,14 +346,14 @@ def _check_parallelism(config: RMoEConfig) -> None:
         raise reason
 
 
-def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor | None:
+def _real_tokens(attention_mask: Any, batch: int, length: int, seen: int | Tensor) -> Tensor | None:
     """`[T]` bool, False at padding: what the mask's columns of this call say of its tokens.
 
     Args:
         attention_mask: `[B, past + length]`, or more columns for a cache of a fixed size; or what `generate` makes
-            of it then: `[B, 1, length, size]`, whose last row sees every real token so far. None, and the masks of
-            other shapes that users make for packed sequences, mean no padding.
-        length: tokens of this call. seen: tokens in the cache before it.
+            of it then: `[B, 1, length, size]`, whose last row sees every real token so far; one row may be all the
+            batch's. None, and the masks of other shapes that users make for packed sequences, mean no padding.
+        batch, length: sequences and tokens of this call. seen: tokens in the cache before it.
     """
     if not isinstance(attention_mask, Tensor):
         return None
@@ -366,7 +366,7 @@ def _real_tokens(attention_mask: Any, length: int, seen: int | Tensor) -> Tensor
         return attention_mask.index_select(-1, columns - surplus.clamp(min=0)).reshape(-1).bool()
     if attention_mask.dim() == 4 and attention_mask.shape[-1] > length:
         last = attention_mask[:, 0, -1].index_select(-1, columns)
-        return (last if last.dtype == torch.bool else last == 0).reshape(-1)
+        return (last if last.dtype == torch.bool else last == 0).expand(batch, -1).reshape(-1)
     return None
 
 
@@ -575,14 +575,15 @@ class RMoEForSequenceClassification(RMoEPreTrainedModel):
             router_stats=outputs.router_stats,
         )
 
-    def _ends(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def _ends(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Any) -> Tensor:
         """`[B]`, position of each sequence's last real token; padding may stand on either side.
 
-        The mask says what is real; without one every token but `config.pad_token_id`, as in transformers; without
-        that, every token.
+        A mask `[B, S]` says what is real; without one every token but `config.pad_token_id`, as in transformers;
+        without that, every token.
         """
-        # Of what a cache holds there are no hidden states.
-        real: Tensor | None = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
+        # Of what a cache holds there are no hidden states; masks of other shapes say who sees whom.
+        said = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        real: Tensor | None = attention_mask[:, -hidden.shape[1] :] if said else None
         if real is None and input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
         positions = torch.arange(hidden.shape[1], device=hidden.device)

@@ -39,6 +39,11 @@ class _RMSNormCPU(torch.autograd.Function):
         return grad_x.view_as(x), grad_weight, None
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether a number may be read out of it: a trace would keep it as a constant, a `FakeTensor` has none."""
+    return type(x) is Tensor and not torch.jit.is_tracing()
+
+
 class RMSNorm(nn.Module):
     """`w x / sqrt(mean(x^2) + eps)`, arithmetic in at least float32, `[*, d]` -> `[*, d]` in the dtype of `x`."""
 
@@ -50,7 +55,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.dtype in (torch.float32, torch.float64) and x.dtype == self.weight.dtype
         if x.device.type == "cpu" and wide and not torch.compiler.is_compiling():
-            if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            if x.numel() == x.shape[-1] and not torch.is_grad_enabled() and has_values(x):
                 return self._one_row(x)
             out: Tensor = _RMSNormCPU.apply(x, self.weight, self.variance_epsilon)[0]
             return out

@@ -38,7 +38,7 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
     """
     recorder = Recorder(model)
     found: list[ExpertCheck] = []
-    unchecked: list[str] = []
+    unchecked: set[str] = set()
     last: dict[str, RoutingRecord] = {}
     with ExitStack() as stack:
         hearing = stack.enter_context(
@@ -50,7 +50,7 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
                 return
             record = last.pop(layer.name)
             if not can_silence(layer):
-                unchecked.append(layer.name)
+                unchecked.add(layer.name)
                 return
             hearing.paused = True
             try:
@@ -63,15 +63,22 @@ def check_reading(model: nn.Module, input_ids: Tensor, per_layer: int = EXPERTS_
             stack.enter_context(block.register_forward_hook(partial(look, layer), with_kwargs=True))
         recorder.run(input_ids)
     return ReadingCheck(
-        passed=all(one.passed for one in found),
-        summary=_summary(input_ids.numel(), found, len(set(unchecked))),
+        passed=not last and all(one.passed for one in found),
+        summary=_summary(input_ids.numel(), found, len(unchecked), [*last]),
         tokens=input_ids.numel(),
         experts=found,
     )
 
 
-def _summary(tokens: int, experts: list[ExpertCheck], unchecked: int) -> str:
-    """The verdict in a sentence; `unchecked`: how many layers have experts whose weights cannot be set to zero."""
+def _summary(tokens: int, experts: list[ExpertCheck], unchecked: int, uncalled: list[str]) -> str:
+    """The verdict in a sentence.
+
+    Args:
+        unchecked: how many layers have experts whose weights cannot be set to zero.
+        uncalled: layers that routed without a call of the module that holds gate and experts.
+    """
+    if uncalled:
+        return f"failed: {uncalled[0]} routes, but is not called, so it cannot be run again ({len(uncalled)} layers)"
     if not experts:
         return "not checked: the experts' weights cannot be set to zero"
     layers, wrong = len({one.layer for one in experts}), [one for one in experts if not one.passed]

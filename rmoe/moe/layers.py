@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from rmoe.errors import RequestError
-from rmoe.model.modeling_rmoe import RMoEPreTrainedModel
+from rmoe.model.layers import RMoESparseMoeBlock
 from rmoe.moe.reading import Reader, own_router, reader_of
 
 GATE_NAMES = ("gate", "router", "wg")
@@ -68,8 +68,6 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
     Raises:
         RequestError: experts without a gate beside them, or that do not say how many they are.
     """
-    # Ours says it, and may have fewer matrices: the row `dense`.
-    stated = model.config.num_experts if isinstance(model, RMoEPreTrainedModel) else None
     found = []
     for name, block in model.named_modules():
         children = dict(block.named_children())
@@ -84,6 +82,8 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
         path = f"{name}.{gate_name}" if name else gate_name
         stack, index = stack_of(model, path)
         owners = (experts, gate, block, getattr(model, "config", None))
+        # Ours says it, and may have fewer matrices: the row `dense`.
+        stated = block.config.num_experts if isinstance(block, RMoESparseMoeBlock) else None
         num_experts = stated or _experts_of(experts) or _size(_NUM_EXPERTS, owners, index)
         if num_experts is None:
             raise RequestError("model", type(block).__name__, "an MoE block that says its num_experts")

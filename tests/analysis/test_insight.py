@@ -225,6 +225,14 @@ def test_a_router_that_peft_trains_whole_is_measured_as_itself() -> None:
     assert None not in one.contributions.state[1:]
 
 
+def test_a_wrapped_model_has_its_own_number_of_experts() -> None:
+    """The row `dense` has fewer matrices than experts; behind PEFT too its configuration says how many."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    plain, wrapped = tiny_rmoe("dense"), peft.get_peft_model(tiny_rmoe("dense"), settings)
+    assert Recorder(wrapped).num_experts == Recorder(plain).num_experts == plain.config.num_experts
+
+
 def test_probes_in_the_file() -> None:
     ids = torch.randint(3, 60, (16, 16), generator=torch.Generator().manual_seed(5)).numpy()
     options = AnalysisOptions(batch_size=3, measures=("predictability",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,18 @@ def test_a_new_head_learns_beside_a_router_alone(grafted_qwen: Path, tmp_path: P
     assert undo_folder(Path(result.model), tmp_path / "kept", keep_trained=True).verified is False
     kept = AutoModelForSequenceClassification.from_pretrained(tmp_path / "kept")
     assert torch.equal(kept.score.weight, tuned.score.weight)
+
+
+def test_a_head_of_more_than_ten_labels_is_found_again(models: Path, tmp_path: Path) -> None:
+    labels = [f"class {n}" for n in range(13)]
+    model = load_classifier(models / "rmoe", labels, 256, 0)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert list(config["id2label"]) == [str(n) for n in range(13)]
+    assert torch.equal(load_classifier(tmp_path, labels, 256, 1).score.weight, model.score.weight)
+    path.write_text(json.dumps(config, sort_keys=True))  # as earlier versions wrote it
+    assert torch.equal(load_classifier(tmp_path, labels, 256, 1).score.weight, model.score.weight)
 
 
 @pytest.mark.parametrize("labels", [["bad"], ["bad", "good", "so-so"], ["bad", "worse"]])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import rmoe
 from rmoe.cli.main import main
@@ -337,6 +338,31 @@ def test_a_model_without_tokenizer_or_weights(
     assert "tokenizer" in refused(capsys, tmp_path / "out", str(bare), "--data", str(alpaca))
     (bare / "model.safetensors").unlink()
     assert "no weights" in refused(capsys, tmp_path / "out", str(bare), "--data", str(alpaca))
+
+
+def test_a_model_with_a_table_of_positions(
+    models: Path, alpaca: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2's: no sequence may be longer; its maps are no `Linear`, so LoRA has nothing to be put on."""
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=320,
+            n_positions=256,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=256,
+            eos_token_id=256,
+        )
+    )
+    model.save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    capsys.readouterr()  # its progress bar
+    out, given = tmp_path / "out", (str(tmp_path / "gpt2"), "--data", str(alpaca))
+    assert "--sequence-length is 512; allowed: at most 256" in refused(capsys, out, *given)
+    short = (*given, "--sequence-length", "256")
+    assert "--lora-rank is 2; allowed: 0" in refused(capsys, out, *short, "--lora-rank", "2")
+    assert main(["finetune", *short, "--epochs", "1", "--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize("lora", [0, 2])

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from rmoe.compat import CACHE
@@ -104,7 +104,7 @@ def test_block_from_its_parts(router: str, architecture: dict, shared: int) -> N
         assert 0 < int((routing.experts == 5).sum()) < routing.experts.numel()
     if router == "stable-moe":
         assert (routing.passthrough - (1 - routing.weights[:, 0])).abs().max() < 1e-12
-    got = block(x.view(2, 7, 36), routing)
+    got, _ = block(x.view(2, 7, 36), routing)
     assert got.shape == (2, 7, 36)
     assert (got.view(14, 36) - naive_block(block, x, context, settings.mlp_gated)).abs().max() < 1e-10
 
@@ -660,12 +660,12 @@ def test_block_in_bfloat16_gives_bfloat16_back(implementation: str, autocast: bo
     x = randn(2, 7, 48, seed=9).float()
     context = RouterContext(2, 7)
     routing = block.gate(x.view(14, 48), (), None, context)[0]
-    exact = block(x, routing)
+    exact, _ = block(x, routing)
     if autocast:
         with torch.autocast("cpu", torch.bfloat16):
-            low = block(x, routing)
+            low, _ = block(x, routing)
     else:
-        low = block.bfloat16()(x.bfloat16(), routing)
+        low, _ = block.bfloat16()(x.bfloat16(), routing)
         assert low.dtype == torch.bfloat16
     assert (low.float() - exact).norm() < 0.03 * exact.norm()
 
@@ -767,6 +767,29 @@ def test_a_classifier_behind_a_cache_takes_a_mask_of_all_it_has_seen() -> None:
     cache = net.model(ids[:, :4], use_cache=True).get(CACHE)
     got = net(ids[:, 4:], attention_mask=mask, **{CACHE: cache})
     assert torch.allclose(got.logits, net(ids, attention_mask=mask).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_classifier_takes_a_mask_of_who_sees_whom(batch: int) -> None:
+    """`[B, 1, S, S]` says nothing of padding: the token ids do."""
+    net = RMoEForSequenceClassification(config(num_labels=3, router="smoe", pad_token_id=0)).eval()
+    ids = tokens(batch, 7).clamp(min=1)
+    ids[-1, 5:] = 0
+    causal = torch.ones(batch, 1, 7, 7).tril().bool()
+    assert torch.allclose(net(ids, attention_mask=causal).logits, net(ids).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_mask_of_who_sees_whom_for_all_rows(rows: int) -> None:
+    """`[1, 1, S, size]` is broadcast, as attention does, where a static cache has more columns than tokens."""
+    net, ids = model(router="smoe").eval(), tokens(2, 7)
+    least = torch.finfo(torch.float32).min
+    mask = torch.zeros(rows, 1, 7, 16).masked_fill(~torch.ones(7, 16).tril().bool(), least)
+    cache = StaticCache(config=net.config, max_cache_len=16)
+    got = net(ids, attention_mask=mask, **{CACHE: cache})
+    want = net(ids, use_cache=False)
+    assert torch.allclose(got.logits, want.logits, atol=1e-5)
+    assert torch.equal(got.router_stats.counts, want.router_stats.counts)
 
 
 @pytest.mark.parametrize("experts", ["eager", "batched_mm"])

@@ -113,7 +113,7 @@ def test_densemixer_reaches_experts_that_were_not_chosen() -> None:
         block = block_of("smoe", dense, norm_topk_prob=False, num_experts_per_tok=1)
         x = torch.ones(1, 36, dtype=torch.float64)
         routing = routed(block, x)
-        block(x[None], routing).sum().backward()
+        block(x[None], routing)[0].sum().backward()
         gradients.append(block.gate.scorer.linear.weight.grad)
     assert (gradients[0] - gradients[1]).abs().max() > 1e-6
 
@@ -146,7 +146,7 @@ def test_default_outputs_stand_in_for_experts_that_were_not_chosen(router: str) 
     x = torch.randn(9, 36, dtype=torch.float64, generator=generator)
     routing = routed(block, x)
     mask = torch.tensor([True] * 7 + [False] * 2)
-    out, seen = block.mix(x[None], routing, mask)
+    out, seen = block(x[None], routing, mask)
     mean = block.default_outputs.mean.double()  # type: ignore[union-attr]
     slots = routing.experts if routing.dropped is None else routing.experts.masked_fill(routing.dropped, 99)
     sums = torch.zeros(5, 37, dtype=torch.float64)
@@ -162,7 +162,7 @@ def test_default_outputs_stand_in_for_experts_that_were_not_chosen(router: str) 
     assert seen.observed is not None
     assert (seen.observed.view(5, 37) - sums).abs().max() < 1e-10
     block.eval()
-    assert (block(x[None], routing) - out).abs().max() < 1e-10
+    assert (block(x[None], routing)[0] - out).abs().max() < 1e-10
 
 
 def test_default_outputs_move_once_per_step_and_not_by_recomputation() -> None:

@@ -16,6 +16,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from rmoe.graft import graft
 from rmoe.model import RMoEForCausalLM, RMoEForSequenceClassification, initialize
+from rmoe.model.auto_code import save_with_code
 from tests.graft.conftest import SPEC
 from tests.graft.tiny_families import tiny_model
 from tests.model.small import config, model, tokens
@@ -44,6 +45,23 @@ def test_bfloat16_keeps_training_state_in_float32(tmp_path: Path) -> None:
         assert low.lm_head.weight.dtype == torch.bfloat16
         assert low.routers[0].selection_bias.bias.dtype == torch.float32
         assert (low.routers[0].selection_bias.bias == 1e-3 + 2**-20).all()
+
+
+def test_arguments_by_position_as_transformers_takes_them(tmp_path: Path) -> None:
+    net = model()
+    zeros = {name: torch.zeros_like(value) for name, value in net.state_dict().items()}
+    net.save_pretrained(tmp_path / "zeros", True, zeros)
+    assert not any(p.any() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "zeros").parameters())
+    net.save_pretrained(tmp_path / "other", False)
+    assert not (tmp_path / "other" / "modeling_rmoe.py").exists()
+    with pytest.raises(ValueError, match="argument"):
+        net.save_pretrained(tmp_path / "many", *[True] * 20)
+
+
+def test_an_adapter_alone_gets_no_code(tmp_path: Path) -> None:
+    """transformers writes no config.json beside an adapter of its own: there is no model to be found."""
+    save_with_code(Mock(), lambda folder: (folder / "adapter_config.json").touch(), tmp_path, (), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
 FRESH = """

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
+from rmoe.compat import FakeTensorMode
 from rmoe.model import RMoEForSequenceClassification
 from rmoe.model.norm import RMSNorm
 from tests.model.small import POST, PRE, assert_same, loss_and_gradients, model, tokens
@@ -114,6 +115,16 @@ def test_the_norm_of_one_row_without_gradients(dtype: torch.dtype) -> None:
     want = row / (row.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
     assert got.dtype == dtype
     assert (got - want).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_one_row_without_its_numbers() -> None:
+    """A trace follows the next row, and a tensor without numbers has a shape: neither may read one."""
+    small = model(router="smoe", experts="sorted_mm").eval()
+    norm, (x, y) = small.model.norm, torch.randn(2, 1, 1, small.config.hidden_size)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(norm, x)(y), norm(y))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert small(torch.zeros(1, 1, dtype=torch.long)).logits.shape == (1, 1, small.config.vocab_size)
 
 
 def test_layers_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.options import AnalysisOptions
 from rmoe.errors import RequestError
 from rmoe.graft import graft
+from rmoe.model.layers import RMoESparseMoeBlock
 from rmoe.moe import Recorder, check_reading, routed_layers
 from rmoe.moe.reading import ExpertsReader
 from tests.analysis.tiny_rmoe import tiny_rmoe
@@ -34,10 +35,12 @@ CHECKED = (
 )
 
 
-@pytest.mark.parametrize("name", [*CHECKED, "rmoe", "graft"])
+@pytest.mark.parametrize("name", [*CHECKED, "rmoe", "default outputs", "graft"])
 def test_a_right_reading_passes(name: str) -> None:
     if name == "rmoe":
         model: Any = tiny_rmoe("rmoe")
+    elif name == "default outputs":
+        model = tiny_rmoe("rmoe", dense_gradients="default")
     else:
         model = tiny_model("qwen3_moe" if name == "graft" else name)
     if name == "graft":
@@ -51,6 +54,15 @@ def test_a_right_reading_passes(name: str) -> None:
     assert all((one.change > 0) == (one.said > 0) for one in check.experts)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_is_not_called_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that goes around its block's call cannot be run again in its place."""
+    model = tiny_rmoe("smoe")
+    monkeypatch.setattr(RMoESparseMoeBlock, "__call__", RMoESparseMoeBlock.forward)
+    check = check_reading(model, IDS)
+    assert not check.passed
+    assert "is not called" in check.summary
 
 
 def test_a_wrong_reading_is_found_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
