@@ -32,8 +32,11 @@ def expand(path: str | Path, field: str) -> Path:
     """A path with `~` and `~user` replaced, as a shell does where nothing stands before them.
 
     Raises:
-        RequestError: there is no such home folder, or the path is not UTF-8: no record of a run could name it.
+        RequestError: it is empty, there is no such home folder, or the path is not UTF-8: no record of a run could
+            name it.
     """
+    if not str(path):  # Path("") is the current folder, which nobody has named
+        raise RequestError(field, "", "a path")
     path = Path(path)
     try:
         str(path).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -62,13 +63,14 @@ def durable_rename(staged: Path, target: Path, *, synced: bool = False) -> None:
 
 
 @contextmanager
-def atomic_write(target: Path, suffix: str = ".part") -> Iterator[Path]:
+def atomic_write(target: Path, *, alone: bool = True) -> Iterator[Path]:
     """Give a path beside `target` to write a file to; a crash leaves the old file or the new one, never a part.
 
     Args:
-        suffix: of the path to write to; of its own where several processes may write at once.
+        alone: False where several processes may write it at once: each then has a path of its own.
     """
-    staged = target.with_name(target.name + suffix)
+    own = "" if alone else f".{secrets.token_hex(4)}"  # no process number: machines may share a folder
+    staged = target.with_name(f"{target.name}{own}.part")
     try:
         yield staged
         durable_rename(staged, target)

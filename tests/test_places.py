@@ -52,6 +52,14 @@ def test_a_mistyped_folder_is_an_error_at_once(
     assert (f"or hf:{name} for" in str(caught.value)) == (name in ("runs/modle", "modle"))
 
 
+def test_an_empty_path_is_not_the_current_folder(no_network: None) -> None:
+    with pytest.raises(RequestError, match=r"^data.path is ''; allowed: a path$"):
+        expand("", "data.path")
+    with pytest.raises(RequestError, match=r"^MODEL is ''; allowed: a path$"):
+        model_place("")
+    assert expand(".", "--out") == Path()
+
+
 def test_the_right_folder_is_proposed(tmp_path: Path, no_network: None) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(RequestError, match=r"did you mean .*/model\?"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -10,11 +11,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rmoe import records
 from rmoe.records import Record, append_lines, atomic_write, durable_rename, write_record
 from rmoe.report.page import written
+from rmoe.results.analysis import Analysis, TextInfo, write_analysis
+from rmoe.results.engine_traces import write_vllm
+from rmoe.results.trace import Trace, TraceMeta, write_trace
 from rmoe.training.metrics import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +65,9 @@ def happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 @pytest.mark.parametrize("name", WRITERS)
 def test_bytes_then_name_then_folder(name: str, tmp_path: Path, happened: list[tuple[str, str]]) -> None:
     WRITERS[name](tmp_path / name)
-    assert happened == [("sync", f"{name}.part"), ("rename", name), ("sync", ".")]
+    (_, staged), *_ = happened
+    assert re.fullmatch(rf"{re.escape(name)}(\.[0-9a-f]{{8}})?\.part", staged)
+    assert happened == [("sync", staged), ("rename", name), ("sync", ".")]
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -113,6 +120,43 @@ def test_a_crash_leaves_the_old_file(point: str, tmp_path: Path) -> None:
     with atomic_write(target) as staged:  # what the crash left beside it is in nobody's way
         staged.write_text("new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "new")]
+
+
+TEXT = TextInfo(name="t", sha256="", tokens=1)
+
+
+def _trace(path: Path) -> None:
+    meta = TraceMeta(model="m", source="rmoe", layer_names=["a"], num_experts=[2], experts_per_token=[1])
+    trace = Trace(np.zeros((1, 1, 1), np.int16), None, np.array([1]), meta)
+    (write_trace if path.suffix == ".safetensors" else write_vllm)(path, trace)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("analysis.json", lambda path: write_analysis(path, Analysis(text=TEXT, models=[]))),
+        ("index.html", lambda path: written(path.parent, lambda plotly: "new", single_file=True)),
+        ("plotly.min.js", lambda path: written(path.parent, lambda plotly: "new", single_file=False)),
+        ("t.safetensors", _trace),
+        ("t.jsonl", _trace),
+    ],
+)
+def test_what_no_lock_guards_is_whole_when_two_write_it(
+    name: str, write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second writes all of it while the first is about to give its own the name."""
+    real, nested = durable_rename, list[str]()
+
+    def other_writes_first(staged: Path, target: Path) -> None:
+        if target.name == name and not nested:
+            nested.append(name)
+            write(tmp_path / name)
+        real(staged, target)
+
+    monkeypatch.setattr(records, "durable_rename", other_writes_first)
+    write(tmp_path / name)
+    assert nested
+    assert {path.name for path in tmp_path.iterdir()} <= {name, "index.html", "plotly.min.js"}
 
 
 def test_a_cut_line_is_closed_before_the_next(tmp_path: Path) -> None:

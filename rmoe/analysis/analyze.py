@@ -78,6 +78,7 @@ def analyze_models(
 
     Raises:
         RequestError: no MoE layers, an id beyond a model's vocabulary, `stability` of models of different shape.
+        RunError: a router's probabilities are not finite.
     """
     options = options or AnalysisOptions()
     token_counts = np.bincount(blocks.reshape(-1))
@@ -157,12 +158,19 @@ class _Pass:
                     if measure is not None:
                         listening.enter_context(measure.listening())
                 batch = self.recorder.batch(input_ids.to(self.device))
-            if self.predictability is not None:
-                self.predictability.update(batch)
-            if self.contributions is not None:
-                self.contributions.update()
         else:
             batch = self.streamed.batch(chunk)
+        finite = batch.probs.sum((1, 2)).isfinite()  # one number a layer tells
+        if not finite.all():
+            layer = self.recorder.called[int(finite.int().argmin())].name
+            what = f"the router of {layer} in {self.subject.name} gives NaN or infinity"
+            raise RunError(
+                what, "nothing", "a model whose weights and activations are finite, or another --dtype"
+            )
+        if self.predictability is not None:
+            self.predictability.update(batch)
+        if self.contributions is not None:
+            self.contributions.update()
         if self.measures is None:  # how many classes a router has shows in what it returns
             layers, _, classes = batch.probs.shape
             by_layer = batch.layer_experts, tuple(layer.top_k for layer in self.recorder.called)

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 import tyro
 
 from rmoe.analysis.options import DEFAULT_MEASURES, MEASURES, OF_CHOICES, AnalysisOptions, TextOptions
-from rmoe.cli.arguments import names, require_unset
+from rmoe.cli.arguments import GIVEN, names, require_unset
 from rmoe.cli.models import Plugins, set_up
 from rmoe.errors import RequestError, one_line
 
+# What tells the folder of probes, of a comparison, of a run or a model: a report there is not for this one to replace.
+_OF_OTHERS = ("results.jsonl", "comparison.json", "config.json")
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -78,6 +80,8 @@ def run(
     from rmoe.results.engine_traces import Given
 
     require_writable(out)
+    if any((out / file).is_file() for file in _OF_OTHERS):
+        raise RequestError("--out", str(out), "a new folder, or one of an earlier analysis")
     set_up(plugin)
     if trace is not None:
         chosen = OF_CHOICES if measures in (None, "all") else names(measures)
@@ -88,6 +92,12 @@ def run(
         every = DEFAULT_MEASURES if measures is None else tuple(MEASURES)
         chosen = every if measures in (None, "all") else names(measures)
         options = replace(options, measures=chosen)
+        for option, value, readers in (
+            ("--gradient-tokens", options.gradient_tokens, ("gradients", "balance")),
+            ("--explored-tokens", options.explored_tokens, ("tokens",)),
+        ):
+            if option in GIVEN.get() and value and not {*readers} & {*chosen}:
+                raise RequestError(option, value, f"unset unless --measures has {' or '.join(readers)}")
         streaming = Streaming(
             out / "stream",
             stream,

@@ -107,10 +107,12 @@ def parse(run: Verb, argv: Sequence[str], prog: str) -> Callable[[], int | None]
         if not stop.code:
             return None
         raise _as_request_error(stop, errors.getvalue(), prog) from None
-    engine = bound.keywords.get("engine")
-    if engine is not None:
-        fields = {option.removeprefix("--engine.") for option in sorted(options)}
-        engine.require_read(sorted(field.replace("-", "_") for field in fields))
+    data = getattr(bound.keywords.get("config"), "data", None)
+    settings: dict[str, Any] = {"engine": bound.keywords.get("engine"), "data": data}
+    for section, values in settings.items():
+        if hasattr(values, "require_read"):
+            fields = {option.removeprefix(f"--{section}.") for option in options}
+            values.require_read(sorted(field.replace("-", "_") for field in fields))
     return bound
 
 
@@ -158,21 +160,31 @@ def _plain(argv: Sequence[str], run: Verb) -> list[str]:
     """A command line in the one form that is parsed: aliases in full, `--flag=true` as `--flag`.
 
     What follows an option that takes a value is that value, whatever it looks like, and stays.
+
+    Raises:
+        RequestError: an empty path: tyro makes the current folder of it.
     """
-    flags = _flags(get_type_hints(run, include_extras=True))
+    hints = get_type_hints(run, include_extras=True)
+    flags, paths = _options(hints, bool), _options(hints, Path, Path | None)
+    positional = [name for name, hint in hints.items() if tyro.conf.Positional in get_args(hint)]
     parameters = inspect.signature(run).parameters
     aliases = {
         short: whole for name in _ALIASES if name in parameters for short, whole in _ALIASES[name].items()
     }
     plain: list[str] = []
-    is_value = False
+    is_value, name = False, ""
     for token in argv:
         if is_value or not token.startswith("--"):
+            owner = name if is_value else "".join(f"--{one}" for one in positional)
+            if not token and owner in paths:
+                raise RequestError(owner if is_value else positional[0].upper(), "", "a path")
             plain.append(token)
             is_value = False
             continue
         option, separator, value = token.partition("=")
         name = option.replace("_", "-")
+        if separator and not value and name in paths:
+            raise RequestError(name, "", "a path")
         if name in flags:
             said = value.lower()
             if separator and said in ("true", "false"):
@@ -185,21 +197,21 @@ def _plain(argv: Sequence[str], run: Verb) -> list[str]:
     return plain
 
 
-def _flags(hints: dict[str, Any], prefix: str = "--") -> set[str]:
-    """The options of a function, or of a configuration in it, that take no value."""
-    flags: set[str] = set()
+def _options(hints: dict[str, Any], *kinds: Any, prefix: str = "--") -> set[str]:
+    """The options of a function, or of a configuration in it, that are of one of these types; flags are bool."""
+    found: set[str] = set()
     for name, hint in hints.items():
         kind, unnamed = hint, False
         if get_origin(hint) is Annotated:
             kind, *notes = get_args(hint)
             unnamed = any(getattr(note, "name", None) == "" for note in notes)
         option = prefix + name.replace("_", "-")
-        if kind is bool:
-            flags.add(option)
+        if kind in kinds:
+            found.add(option)
         elif dataclasses.is_dataclass(kind):
             inner = get_type_hints(kind, include_extras=True)
-            flags |= _flags(inner, prefix if unnamed else f"{option}.")
-    return flags
+            found |= _options(inner, *kinds, prefix=prefix if unnamed else f"{option}.")
+    return found
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:

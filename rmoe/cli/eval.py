@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rmoe.cli.arguments import require_unset
 from rmoe.cli.models import Model, Plugins, open_model
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
 
 
 def run(
@@ -78,7 +78,9 @@ def _benchmarks(
         max_length=context,
     )
     if json:
-        print(jsonlib.dumps(results, indent=2, default=str))
+        # Python writes NaN and Infinity, which are no JSON.
+        plain = jsonlib.loads(jsonlib.dumps(results, default=str), parse_constant=lambda name: None)
+        print(jsonlib.dumps(plain, indent=2, allow_nan=False))
         return
     for task, figures in results["results"].items():
         said = []
@@ -103,6 +105,9 @@ def _text(model: Path, plugin: Plugins, data: str, context: int | None, overlap:
         raise RequestError("--context", context, f"at most {tokens}, the tokens of the text")
     corpus = dataclasses.replace(corpus, sequence_length=context)
     evaluation = evaluate(language_model, corpus.blocks("test", overlap))
+    if not math.isfinite(evaluation.loss):
+        what = f"the loss of {folder} on {corpus.manifest.source.name} is {evaluation.loss}"
+        raise RunError(what, "nothing", "a model that gives finite logits")
     split = corpus.manifest.splits["test"]
     figures = {
         "bits_per_byte": None if corpus.unit == "perplexity" else corpus.in_unit("test", evaluation.loss),

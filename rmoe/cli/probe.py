@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,7 @@ import tyro
 
 from rmoe.cli.arguments import names
 from rmoe.compare.engines.config import EngineConfig
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RequestError, RunError, one_line
 from rmoe.places import require_writable
 from rmoe.validation import require
 
@@ -76,10 +76,12 @@ def run(
 
     require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
     require(0 <= margin < math.inf, "--margin", margin, "0 or more, and finite")
+    require(out is not None or not single_file, "--single-file", True, "unset without --out")
     # Slurm's jobs stay when this process ends, and need a folder that does.
     require(out is not None or engine.kind != "slurm", "--out", out, "a folder with --engine slurm")
     if out is not None:
         require_writable(out)
+        _require_own(out)
     load_plugins(plugin)
     chosen = select(names(routers))
     if baseline is not None and baseline not in chosen:
@@ -92,48 +94,63 @@ def run(
         name: replace(find(name), spec=with_options(fitted(find(name).spec, base.width), router_option))
         for name in chosen
     }
-    rows = runner.run(
-        asked if router_option else chosen,
-        names(probes),
-        seeds,
-        out,
-        knobs=settings,
-        plugins=plugin,
-        carried_out=lambda units: _on_engine(engine, units, out, jobs or cores()),
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    found = summarise(rows, baseline, margin, swept)
-    print(table.terminal(found))
-    if out is not None:
-        write_record(out / "summary.json", found)
-        (out / "summary.md").write_text(table.markdown(found), encoding="utf-8")
-        page = write_page(out / "report", found, single_file)
-        print(f"report: {page.resolve()}")
+    with ExitStack() as folder:  # let go of once all is written
+        rows = runner.run(
+            asked if router_option else chosen,
+            names(probes),
+            seeds,
+            out,
+            knobs=settings,
+            plugins=plugin,
+            carried_out=lambda units: _on_engine(engine, units, out, jobs or cores(), folder),
+            progress=lambda line: print(one_line(line), file=sys.stderr, flush=True),
+        )
+        found = summarise(rows, baseline, margin, swept)
+        print(table.terminal(found))
+        if out is not None:
+            write_record(out / "summary.json", found)
+            (out / "summary.md").write_text(table.markdown(found), encoding="utf-8")
+            page = write_page(out / "report", found, single_file)
+            print(f"report: {page.resolve()}")
+
+
+def _require_own(out: Path) -> None:
+    """Refuse a folder of something else: its summary and its report would be replaced."""
+    from rmoe.compare.plan import COMPARISON
+    from rmoe.probes.runner import RESULTS
+    from rmoe.training.run_folder import LOCK
+
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # The others are what a call leaves that was killed before its first results.
+    foreign = COMPARISON in found or (RESULTS not in found and found - {LOCK, "logs", "engine"})
+    require(not foreign, "--out", str(out), "a new or empty folder, or one of earlier probes")
 
 
 def _on_engine(
-    config: EngineConfig, units: Sequence[ProbeUnit], out: Path | None, jobs: int
+    config: EngineConfig, units: Sequence[ProbeUnit], out: Path | None, jobs: int, folder: ExitStack
 ) -> Iterator[list[ProbeRow]]:
-    """Every unit's rows, as they come; few units need no processes of their own. Holds the lock of `out`."""
+    """Every unit's rows, as they come; few units need no processes of their own. Gives `folder` the lock of `out`."""
     from rmoe.compare.engines import Wants, engine_of
     from rmoe.compare.engines.engine import named
     from rmoe.probes.runner import one_by_one
     from rmoe.training.run_folder import locked
 
     wants = Wants(cpus=config.cpus or 1, memory_gib=config.memory_gib)
-    lock = nullcontext() if out is None else locked(out)
     if config.kind == "local" and min(jobs, len(units)) < 2:
-        with lock:
-            yield from one_by_one(units)
+        if out is not None:
+            folder.enter_context(locked(out))
+        yield from one_by_one(units)
         return
     with (
         tempfile.TemporaryDirectory() as scratch,
         engine_of(config, out or Path(scratch), wants, min(jobs, len(units)), threads=1) as engine,
-        lock,
     ):
+        if out is not None:
+            folder.enter_context(locked(out))
         for _, answer in engine.answers({named("unit", unit): unit for unit in units}, wants):
             if answer.error is not None:
-                raise RunError(answer.error, "every other unit", "run the same command again")
+                saved = "nothing, without --out" if out is None else f"what finished before, in {out}"
+                raise RunError(answer.error, saved, "run the same command again")
             yield answer.value
 
 
@@ -153,4 +170,8 @@ def _swept(base: Knobs, asked: tuple[str, ...]) -> tuple[list[Knobs], str | None
     if len(asked) > 1:
         raise RequestError("--sweep", ", ".join(asked), "one knob")
     name, values = _pair("--sweep", asked[0])
-    return [knobs_with({name: value}, base) for value in dict.fromkeys(values.split(","))], name
+    settings = [knobs_with({name: value}, base) for value in dict.fromkeys(values.split(","))]
+    require(
+        all(getattr(k, name) is not None for k in settings), "--sweep", asked[0], "numbers: points on an axis"
+    )
+    return settings, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from rmoe.cli.models import Model, Plugins
@@ -58,17 +59,21 @@ def run(
     longest = getattr(served.config, "max_position_embeddings", 4096)
     limits = Limits(max_length=max_length or longest, concurrent=concurrent, waiting=waiting)
     app = build_app(served, tokenizer, name, limits)
-    if host not in LOOPBACK:
-        print(f"warning: listening on {host} without authentication", file=sys.stderr, flush=True)
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_keep_alive=5, access_log=False
     )
     server = uvicorn.Server(config)
     try:
-        with config.bind_socket() as listening:
-            address = f"[{host}]" if ":" in host else host  # IPv6
-            where = f"http://{address}:{listening.getsockname()[1]}"
-            print(f"serving {name} at {where}/v1", file=sys.stderr, flush=True)
-            server.run(sockets=[listening])
-    except SystemExit as stop:  # uvicorn's way to say that the port is taken
-        raise RequestError("--port", port, f"a free port of {host}") from stop
+        listening = config.bind_socket()
+    except SystemExit as stop:  # uvicorn's way to say that it cannot listen there
+        why = stop.__context__
+        if isinstance(why, OSError) and why.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise RequestError("--port", port, f"a free port of {host}") from stop
+        raise RequestError("--host", host, f"an address of this machine ({why})") from stop
+    with listening:
+        if host not in LOOPBACK:
+            print(f"warning: listening on {host} without authentication", file=sys.stderr, flush=True)
+        address = f"[{host}]" if ":" in host else host  # IPv6
+        where = f"http://{address}:{listening.getsockname()[1]}"
+        print(f"serving {name} at {where}/v1", file=sys.stderr, flush=True)
+        server.run(sockets=[listening])

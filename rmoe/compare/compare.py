@@ -94,42 +94,45 @@ def compare(
     )
     other = None if gate is None else read_other(gate, plan)
     setting, engine, notes = _set_up(plan, out, match_params, options)
-    try:
-        with ExitStack() as folder, engine:  # let go of once the engine has ended what runs
-            folder.enter_context(plans.held(out))
-            notes += _enter(setting)
-            setting = train_until_decided(setting, engine)
-            here = _here(setting)
-            with _near(here, engine) as near:
-                evaluate_chosen(here, near)
-                train_branches(setting, engine)
-                time_each_alone(setting, engine)
-                analysis = analyse(here, near)
-    except KeyboardInterrupt:
-        runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
-        saved = f"{runs}, and checkpoints of those under way, in {out}"
-        raise RunError("interrupted", saved, "run the same command again") from None
-    rows, problems = planned_rows(setting)
-    branches = {branch.key for branch, _ in setting.plan.branches()}
-    if not finished(rows):
-        error = rows[0].failure.error if rows[0].failure else None
-        raise RunError(f"every run failed, {rows[0].key} with: {error}", "no model", f"see {out / 'logs'}")
-    summary = summarise(
-        rows,
-        preset=config.preset,
-        baseline=setting.plan.baseline,
-        descriptions={name: row.summary for name, row in ZOO.items()},
-        notes=[*notes, *problems],
-        margin=options.margin,
-        looks=setting.plan.looks,
-        branches=[row for row in read_rows(out / plans.BRANCHES)[0] if row.key in branches],
-        planned=len(setting.plan.routers) - 1,
-    )
-    if other is not None:
-        summary = gated(summary, other)
-    write_record(out / plans.SUMMARY, summary)
-    (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
-    write_report(out / "report", summary, analysis, single_file=options.single_file)
+    with ExitStack() as folder:  # let go of once the engine has ended what runs, and all is written
+        try:
+            with engine:
+                folder.enter_context(plans.held(out))
+                notes += _enter(setting)
+                setting = train_until_decided(setting, engine)
+                here = _here(setting)
+                with _near(here, engine) as near:
+                    evaluate_chosen(here, near)
+                    train_branches(setting, engine)
+                    time_each_alone(setting, engine)
+                    analysis = analyse(here, near)
+        except KeyboardInterrupt:
+            runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
+            saved = f"{runs}, and checkpoints of those under way, in {out}"
+            raise RunError("interrupted", saved, "run the same command again") from None
+        rows, problems = planned_rows(setting)
+        branches = {branch.key for branch, _ in setting.plan.branches()}
+        if not finished(rows):
+            error = rows[0].failure.error if rows[0].failure else None
+            raise RunError(
+                f"every run failed, {rows[0].key} with: {error}", "no model", f"see {out / 'logs'}"
+            )
+        summary = summarise(
+            rows,
+            preset=config.preset,
+            baseline=setting.plan.baseline,
+            descriptions={name: row.summary for name, row in ZOO.items()},
+            notes=[*notes, *problems],
+            margin=options.margin,
+            looks=setting.plan.looks,
+            branches=[row for row in read_rows(out / plans.BRANCHES)[0] if row.key in branches],
+            planned=len(setting.plan.routers) - 1,
+        )
+        if other is not None:
+            summary = gated(summary, other)
+        write_record(out / plans.SUMMARY, summary)
+        (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
+        write_report(out / "report", summary, analysis, single_file=options.single_file)
     return summary
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -58,6 +59,23 @@ class DataConfig:
             raise RequestError(
                 "data.max_bytes", self.max_bytes, f"unset with the published split {self.split}"
             )
+
+    def require_read(self, given: Iterable[str]) -> None:
+        """Refuse options of a command line that nothing reads here; a stored configuration may have them.
+
+        Raises:
+            RequestError: one is among `given`, names of fields.
+        """
+        words = self.tokenizer == "words"
+        published = self.path is None and self.split in ("enwik8", "wikitext-103")
+        for name, is_read, allowed in (
+            ("max_vocab", words, "unset unless data.tokenizer is words"),
+            ("min_count", words, "unset unless data.tokenizer is words"),
+            ("download", published, "unset unless data.split is enwik8 or wikitext-103, and without --data"),
+        ):
+            value = getattr(self, name)
+            if name in given and not is_read and value != getattr(type(self), name):  # its default
+                raise RequestError(f"data.{name}", value, allowed)
 
     @property
     def cache_folder(self) -> Path:

@@ -6,7 +6,6 @@ be larger than the corpus can be. Imports no torch.
 
 from __future__ import annotations
 
-import os
 import urllib.error
 import urllib.request
 import zipfile
@@ -119,7 +118,7 @@ def _fetched(config: DataConfig) -> Path:
         what = f"the cache {target.parent} cannot be written ({error})"
         raise RunError(what, "nothing", config.another_cache) from None
     try:
-        with atomic_write(target, f".{os.getpid()}.part") as staged:
+        with atomic_write(target, alone=False) as staged:
             _download(wanted, staged)
             if sha256(staged) != wanted.sha256:
                 raise RunError(

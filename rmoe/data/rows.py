@@ -184,7 +184,7 @@ def _json_items(
 def _csv_rows(lines: Iterator[tuple[int, bytes]], name: str, allowed: str, tabs: bool) -> Iterator[Row]:
     header: list[str] | None = None
     texts = _decoded(lines, name)
-    first = next((line for line in texts if line.strip()), "")
+    blank, first = next((pair for pair in enumerate(texts) if pair[1].strip()), (0, ""))
     mark = "\t" if tabs else max(",;\t", key=first.count)
 
     def rest() -> Iterator[str]:
@@ -200,13 +200,13 @@ def _csv_rows(lines: Iterator[tuple[int, bytes]], name: str, allowed: str, tabs:
                     continue
                 if not cells:
                     continue
-                where = f"{name} line {reader.line_num}"
+                where = f"{name} line {blank + reader.line_num}"
                 if len(cells) != len(header):
                     problem = f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})"
                     raise RequestError(where, problem, allowed)
                 yield Row(where, dict(zip(header, cells, strict=True)), typed=False)
     except csv.Error as error:
-        raise RequestError(f"{name} line {reader.line_num}", str(error), f"csv: {allowed}") from None
+        raise RequestError(f"{name} line {blank + reader.line_num}", str(error), f"csv: {allowed}") from None
 
 
 def _decoded(lines: Iterator[tuple[int, bytes]], name: str) -> Iterator[str]:

@@ -40,8 +40,13 @@ def cut(text: mmap, rule: SplitRule) -> dict[SplitName, Range]:
             )
         cuts = [0, *ENWIK8_CUTS, size]
     else:
-        first = gap_after(text, size * 90 // 100)
-        cuts = [0, first, max(first, gap_after(text, size * 95 // 100)), size]
+        near, far = size * 90 // 100, size * 95 // 100
+        first = gap_after(text, near)
+        second = max(first, gap_after(text, far))
+        if not first < second < size:  # lines longer than a split: each cut stays before the next
+            first = gap_after(text, near, max(near, far - 1))
+            second = max(first, gap_after(text, far, max(far, size - 1)))
+        cuts = [0, first, second, size]
     return {split: (cuts[i], cuts[i + 1]) for i, split in enumerate(SPLITS)}
 
 
@@ -52,16 +57,16 @@ def gap_after(text: mmap, target: int, stop: int | None = None) -> int:
     does not continue a UTF-8 character.
 
     Args:
-        stop: where the text ends; None is all of it.
+        stop: the last place for a line or a word to start; None is the text's end. A character may go beyond it.
     """
     stop = len(text) if stop is None else stop
-    if target <= 0 or target >= stop:
-        return min(max(target, 0), stop)
+    if target <= 0 or target >= len(text):
+        return min(max(target, 0), len(text))
     for gap in (b"\n", b" "):
         found = text.find(gap, target - 1, min(target + _REACH, stop))
         if found >= 0:
             return found + 1
-    character_end = min(target + 3, stop)  # at most three bytes continue a character
+    character_end = min(target + 3, len(text))  # at most three bytes continue a character
     while target < character_end and text[target] & 0xC0 == 0x80:
         target += 1
     return target
@@ -72,5 +77,5 @@ def pieces(text: mmap, span: Range) -> list[Range]:
     start, stop = span
     ends = [start]
     while ends[-1] < stop:
-        ends.append(gap_after(text, ends[-1] + _REACH, stop))
+        ends.append(min(gap_after(text, ends[-1] + _REACH, stop), stop))
     return list(pairwise(ends))

@@ -107,8 +107,9 @@ def folder_text(
 
     Links count as what they lead to, so a folder of links (the Hub's cache) is the text of its files; a link to what
     the folder itself already contributes adds nothing, and a file in a linked folder counts once, however many links
-    lead there. Files come in the order of the sha256 of their relative paths: fixed, but mixed, so that the last 5 %
-    of the bytes are not the last letters of the alphabet.
+    lead there. What is no file (a pipe) is passed over. A document's byte order mark is left out. Files come in the
+    order of the sha256 of their relative paths: fixed, but mixed, so that the last 5 % of the bytes are not the last
+    letters of the alphabet.
 
     Args:
         name: what the text is called.
@@ -125,6 +126,8 @@ def folder_text(
     for relative in named:
         if not (root / relative).exists():
             raise RequestError("data.path", str(root / relative), "a link that leads to a file")
+    named = [relative for relative in named if (root / relative).is_file()]
+    named.sort(key=lambda relative: (root / relative).is_symlink())  # a link adds nothing to what it leads to
     whole, real = root.resolve(), {relative: (root / relative).resolve() for relative in named}
     counted = {target for relative, target in real.items() if target == whole / relative}
     found = []
@@ -139,7 +142,7 @@ def folder_text(
             "data.path", str(root), f"a folder that holds text files ({kinds}, each also as .gz)"
         )
     found.sort(key=lambda relative: hashlib.sha256(os.fsencode(relative)).digest())
-    return Text(name, lambda: join(read_file(root / relative, field) for relative in found))
+    return Text(name, lambda: join(_unmarked(read_file(root / relative, field)) for relative in found))
 
 
 def _files_below(folder: Path, above: tuple[Path, ...], keep: Callable[[str], bool]) -> Iterator[Path]:
@@ -159,6 +162,12 @@ def _files_below(folder: Path, above: tuple[Path, ...], keep: Callable[[str], bo
         within = any(target == one or one in target.parents or target in one.parents for one in above)
         if not entry.is_symlink() or not within:
             yield from _files_below(place, (*above, target), keep)
+
+
+def _unmarked(document: Iterable[bytes]) -> Iterator[bytes]:
+    """Without a byte order mark, which joined documents would have in the middle of their text."""
+    for number, chunk in enumerate(document):
+        yield chunk if number else chunk.removeprefix(codecs.BOM_UTF8)
 
 
 def join(documents: Iterable[Iterable[bytes]]) -> Iterator[bytes]:

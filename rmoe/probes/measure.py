@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from rmoe.probes.stack import Routed
 
 RIDGE = 1e-3  # times the mean variance of a state's features
+LEAST_SECOND = math.exp(
+    -30.0
+)  # of the first probability: an inner balance ends at e^30, as in `rmoe analyze`
 
 
 def measures(routed: Routed, classes: Tensor) -> dict[str, Any]:
@@ -33,12 +37,13 @@ def measures(routed: Routed, classes: Tensor) -> dict[str, Any]:
     joint = joint / joint.sum((1, 2), keepdim=True)
     top = probs.topk(2, -1).values
     tiny = torch.finfo(probs.dtype).tiny
+    second = torch.maximum(top[..., 1], top[..., 0] * LEAST_SECOND).clamp(min=tiny)
     load = used.sum(1).double()  # [L, E]
     return {
         "accuracy": [_best_naming(table[:, :experts]) for table in joint],
         "mutual_information": _mutual_information(joint).tolist(),
         "entropy": torch.special.entr(probs).sum(-1).mean(-1).tolist(),
-        "inner_balance": (top[..., 0] / top[..., 1].clamp(min=tiny)).median(-1).values.tolist(),
+        "inner_balance": (top[..., 0] / second).median(-1).values.tolist(),
         "outer_balance": (probs[..., :experts] * used).sum(-1).median(-1).values.tolist(),
         "load": (load.amax(-1) / load.mean(-1).clamp(min=tiny)).tolist(),
         "decodability": _decodability(routed.states, classes, experts) if routed.states.shape[-1] else None,

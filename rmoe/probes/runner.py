@@ -99,7 +99,7 @@ def run(
         knobs: one setting, or several for a sweep.
         plugins: modules or files that register routers, for worker processes too.
         carried_out: gives the units' rows in any order; results do not depend on where they come from.
-        progress: is given a line per finished unit.
+        progress: is given a line per finished unit, and one for each line of `results.jsonl` that cannot be read.
 
     Returns:
         A row per (router, probe, seed, knobs) asked for, in that order.
@@ -115,7 +115,7 @@ def run(
         raise RequestError("--seeds", seeds, "1 or more")
     asked = _asked(routers, settings)
     lanes = [(probe, seed) for probe in named_probes(tuple(probes)) for seed in chosen]
-    done = _finished(Path(out) / RESULTS if out is not None else None, asked, hashes)
+    done = _finished(Path(out) / RESULTS if out is not None else None, asked, hashes, progress)
     units = list(_units(asked, lanes, done, tuple(plugins)))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -152,11 +152,16 @@ def _asked(
 
 
 def _finished(
-    path: Path | None, asked: Mapping[tuple[str, Knobs], Asked], plugins: Mapping[str, str]
+    path: Path | None,
+    asked: Mapping[tuple[str, Knobs], Asked],
+    plugins: Mapping[str, str],
+    progress: Callable[[str], None],
 ) -> dict[tuple, ProbeRow]:
     if path is None or not path.exists():
         return {}
-    rows, _ = read_rows(path)
+    rows, problems = read_rows(path)
+    for problem in problems:
+        progress(f"note: {problem}")
     for row in rows:
         now = asked.get((row.router, row.knobs))
         # As specs: an option that has come since has its default.

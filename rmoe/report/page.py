@@ -59,9 +59,10 @@ def written(folder: Path, rendered: Callable[[str | None], str], single_file: bo
         if single_file:
             inlined = plotly.read_text(encoding="utf-8")
         else:
-            shutil.copyfile(plotly, folder / PLOTLY)
+            with atomic_write(folder / PLOTLY, alone=False) as staged:
+                shutil.copyfile(plotly, staged)
     page = folder / "index.html"
-    with atomic_write(page) as staged:
+    with atomic_write(page, alone=False) as staged:
         staged.write_text(rendered(inlined), encoding="utf-8")
     return page
 

@@ -329,7 +329,7 @@ class Analysis(Record, frozen=True, kw_only=True):
 def write_analysis(path: Path, analysis: Analysis) -> None:
     """Write `analysis.json`, whole or not at all."""
     tree = pack(msgspec.to_builtins(analysis), PACKED_FROM)
-    with atomic_write(path) as staged:
+    with atomic_write(path, alone=False) as staged:
         staged.write_bytes(indented(tree))
 
 

@@ -265,7 +265,7 @@ def write_vllm(path: Path, trace: Trace) -> None:
     whole = np.zeros((len(trace.experts), total, trace.experts.shape[2]), np.int32)
     whole[:, indices] = trace.experts
     ends = np.cumsum(trace.sequences)
-    with atomic_write(path) as staged, staged.open("w", encoding="utf-8") as file:
+    with atomic_write(path, alone=False) as staged, staged.open("w", encoding="utf-8") as file:
         for number, (start, end) in enumerate(zip(ends - trace.sequences, ends, strict=True)):
             buffer = io.BytesIO()
             np.save(buffer, whole[start:end])

@@ -110,6 +110,7 @@ class ProbeRow(Record, frozen=True, kw_only=True):
             A token without an expert is in nobody's class; rows of before 2026-11-27 count it as expert 0's.
         mutual_information: of class and first expert, nats; no expert is one more outcome.
         entropy, inner_balance, outer_balance: of the gate (Fig. 4, Table 8): mean, median and median over tokens.
+            An inner balance is at most e^30; rows of before 2026-11-28 have up to 1e38 where no second is left.
         load: busiest expert's assignments over the mean.
         recurrent_share: norm of the part of the routers' task gradient that comes through the state, over the norm of
             all of it, mean over the points of the curve; None without a state.

@@ -107,7 +107,7 @@ def write_trace(path: Path, trace: Trace) -> None:
     if trace.tokens is not None:
         tensors["tokens"] = trace.tokens.astype(np.int32)
     about = {"format": TRACE_FORMAT, "meta": msgspec.json.encode(trace.meta).decode()}
-    with atomic_write(path) as staged:
+    with atomic_write(path, alone=False) as staged:
         save_file(
             {name: np.ascontiguousarray(value) for name, value in tensors.items()}, staged, metadata=about
         )

@@ -5,6 +5,7 @@ A row is a name, a spec, its source, and what it is for. Variants are `vary(BASE
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,8 +74,10 @@ def register(name: str, row: ZooRow) -> None:
     """Name a router, here or from outside the package.
 
     Raises:
-        RequestError: the name is taken by another router.
+        RequestError: the name is taken by another router, or cannot be a folder's: runs are named by it.
     """
+    if not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
+        raise RequestError("router", name, "a name of letters, digits, `.`, `_`, `-` and `+`")
     if name in ZOO and ZOO[name] != row:
         raise RequestError("router", name, "a name that is not taken")
     ZOO[name] = row

@@ -206,6 +206,32 @@ class TestRefused:
         data = [] if option == "--data" else ["--data", str(text)]
         assert value in _refused(capsys, tmp_path / "out", str(folder), *data, option, value)
 
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (
+                ["--gradient-tokens", "64"],
+                "--gradient-tokens is 64; allowed: unset unless --measures has gradients",
+            ),
+            (["--gradient-tokens", "2048"], "--gradient-tokens is 2048; allowed: unset unless"),
+            (
+                ["--explored-tokens", "9"],
+                "--explored-tokens is 9; allowed: unset unless --measures has tokens",
+            ),
+        ],
+    )
+    def test_tokens_that_no_measure_reads(
+        self,
+        options: list[str],
+        said: str,
+        folder: Path,
+        text: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        given = [str(folder), "--data", str(text), "--measures", "load", *options]
+        assert said in _refused(capsys, tmp_path / "out", *given)
+
     def test_an_output_that_is_a_file(
         self, folder: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
@@ -213,6 +239,15 @@ class TestRefused:
         taken.write_text("mine")
         assert main(["analyze", str(folder), "--data", str(text), "--out", str(taken)]) == 2
         assert taken.read_text() == "mine"
+
+    @pytest.mark.parametrize("file", ["results.jsonl", "comparison.json", "config.json"])
+    def test_a_folder_of_another_verb(
+        self, file: str, folder: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / file).touch()
+        assert main(["analyze", str(folder), "--data", str(text), "--out", str(tmp_path)]) == 2
+        assert "allowed: a new folder, or one of an earlier analysis" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 def test_a_tokenizer_is_never_guessed_from_the_models_type(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.options import MEASURES as ALL
 from rmoe.analysis.options import AnalysisOptions
 from rmoe.data.blocks import BlockDataset
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
 from rmoe.moe.recorder import Recorder
 from rmoe.results.analysis import ModelAnalysis
 from rmoe.routing import ZOO
@@ -208,6 +208,15 @@ def test_checkpoints_of_different_shape_have_no_stability(blocks: np.ndarray) ->
 def test_an_id_beyond_the_vocabulary_is_refused(blocks: np.ndarray) -> None:
     with pytest.raises(RequestError, match=r"vocabulary size \(256\)"):
         analyze_models([Subject("a", tiny_rmoe())], blocks.astype(np.int64) + 200, chr)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_router_that_gives_nan_is_named(check: bool, blocks: np.ndarray) -> None:
+    model = tiny_rmoe()
+    model.routers[1].scorer.linear.weight.data[0, 0] = math.nan
+    name = Recorder(model).layers[1].name
+    with pytest.raises(RunError, match=f"^the router of {name} in a gives NaN or infinity; saved: nothing"):
+        analyze_models([Subject("a", model)], blocks, chr, AnalysisOptions(check=check))
 
 
 def test_training_mode_and_router_state_are_left_alone(blocks: np.ndarray) -> None:

@@ -188,3 +188,20 @@ def test_a_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keywords["prompt"] == "~/p"
     with pytest.raises(RequestError, match="--out is '~nobody-here/x'"):
         parse(verb, ["m", "--out=~nobody-here/x"], prog="rmoe do")()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("argv", "field"),
+    [
+        (["m", "--out", ""], "--out"),
+        (["m", "--out="], "--out"),
+        (["", "--out", "o"], "MODEL"),
+        (["--json", ""], "MODEL"),
+        (["--prompt", "p", ""], "MODEL"),
+    ],
+)
+def test_an_empty_path_is_refused(argv: list[str], field: str) -> None:
+    with pytest.raises(RequestError, match=f"^{field} is ''; allowed: a path$"):
+        parse(verb, argv, prog="rmoe do")
+    assert given("m", "--prompt", "", "--out", "o")["prompt"] == ""
+    assert given("m", "--prompt=", "--out=.")["out"] == Path()

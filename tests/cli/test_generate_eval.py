@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,24 @@ def test_a_text_shorter_than_the_context_is_one_pass(capsys, run, tmp_path):
     assert "10 tokens before it" in figures["context"]
 
 
+def test_a_model_that_gives_nan_has_no_figures(capsys, run, tmp_path):
+    import rmoe
+
+    model = rmoe.load(run / "model")
+    for weights in model.parameters():
+        weights.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    for file in (run / "model").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("some words " * 9)
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--json"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"error: the loss of {tmp_path / 'model'} on text.txt is nan; saved: nothing")
+    assert said.err.count("\n") == 1
+
+
 def test_a_model_of_words_has_no_bits_per_byte(capsys, tmp_path):
     """Untrained, on a text of which it knows no word: one token stands for any number of bytes."""
     from rmoe.data.encode import word_tokenizer
@@ -219,3 +238,27 @@ def test_a_metric_without_a_standard_error_is_printed(capsys, monkeypatch, run):
     monkeypatch.setattr("rmoe.evaluation.parse_benchmarks", lambda tasks: [tasks])
     said = output(capsys, "eval", run, "--tasks", "x")
     assert said == "x: acc 0.5000, word_perplexity 9.0000, f1 0.2500 ± 0.1250\n"
+
+
+def test_tasks_as_json_are_json(capsys, monkeypatch, run):
+    figures = {"acc,none": float("nan"), "ppl,none": float("inf"), "f1,none": 0.5, "at": Path("a")}
+    monkeypatch.setattr("rmoe.evaluation.run_benchmarks", lambda *_, **__: {"results": {"x": figures}})
+    monkeypatch.setattr("rmoe.evaluation.parse_benchmarks", lambda tasks: [tasks])
+    said = output(capsys, "eval", run, "--tasks", "x", "--json")
+    assert "NaN" not in said
+    assert "Infinity" not in said
+    expected = {"acc,none": None, "ppl,none": None, "f1,none": 0.5, "at": "a"}
+    assert json.loads(said) == {"results": {"x": expected}}
+
+
+def test_serve_names_what_is_wrong(capsys, run):
+    pytest.importorskip("fastapi", reason="needs the extra `serve`")
+    assert cli.main(["serve", str(run), "--host", "no such host.invalid", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: --host is 'no such host.invalid'; allowed: an address of this machine (")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", str(run), "--port", port, "--device", "cpu"]) == 2
+    assert f"error: --port is {port}; allowed: a free port of 127.0.0.1" in capsys.readouterr().err

@@ -42,11 +42,26 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *argv: str) -> str:
         (["--plugin", "no_such_module"], "--plugin is 'no_such_module'"),
         (["--training.device", "cuda"], "training.device is 'cuda'"),
         (["--logging.report-to", "pigeon"], "logging.report_to is 'pigeon'"),
+        (["--data.max-vocab", "9"], "data.max_vocab is 9; allowed: unset unless data.tokenizer is words"),
+        (["--data.min-count=2"], "data.min_count is 2; allowed: unset unless data.tokenizer is words"),
+        (["--data.download"], "data.download is True; allowed: unset unless data.split is enwik8"),
+        (["--data", ""], "data.path is ''; allowed: a path"),
+        (["--branch-of", ""], "--branch-of is ''; allowed: a path"),
     ],
 )
 def test_wrong_settings(capsys, monkeypatch, tmp_path, text, argv, said):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert said in refused(capsys, tmp_path / "run", "--data", str(text), *argv)
+
+
+def test_options_that_are_read_are_not_refused() -> None:
+    """Nor a stored configuration that has them: its run resumes."""
+    from rmoe.data import DataConfig
+
+    DataConfig(tokenizer="words", max_vocab=9, min_count=2).require_read(["max_vocab", "min_count"])
+    DataConfig(split="enwik8", download=True).require_read(["download"])
+    DataConfig(path="x", max_vocab=9, min_count=2, download=True).require_read(["path"])
+    DataConfig(path="x").require_read(["max_vocab", "min_count", "download"])
 
 
 def test_wrong_texts(capsys, tmp_path):

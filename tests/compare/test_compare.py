@@ -19,8 +19,10 @@ from rmoe.compare.engines import EngineConfig
 from rmoe.data.config import DataConfig
 from rmoe.errors import RequestError, RunError
 from rmoe.records import append_records
+from rmoe.report.page import write_report
 from rmoe.results.rows import Failure, read_rows
 from rmoe.training.config import LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+from rmoe.training.run_folder import locked
 
 MODEL = ModelConfig(
     hidden_size=16,
@@ -116,12 +118,25 @@ def test_runs_that_share_the_machine_have_the_bits_of_one_by_one_runs(shared):
         assert router.timing.rounds == 2
 
 
-def test_a_finished_comparison_is_not_trained_again(shared):
+def test_a_finished_comparison_is_not_trained_again(shared, monkeypatch):
+    """Its report is written again, with the folder still held."""
     folder, summary = shared
     before = (folder / "out" / "results.jsonl").read_bytes()
+    module, real, tried = sys.modules[compare.__module__], write_report, []
+
+    def while_held(*given, **named):
+        with pytest.raises(RequestError, match="no other run is writing to"), locked(folder / "out"):
+            pass
+        tried.append(True)
+        return real(*given, **named)
+
+    monkeypatch.setattr(module, "write_report", while_held)
     again = compare(config_of(folder), ["smoe", "rmoe"], 2, folder / "out", options=ONE_BY_ONE)
     assert (folder / "out" / "results.jsonl").read_bytes() == before
     assert again == summary
+    assert tried == [True]
+    with locked(folder / "out"):
+        pass
 
 
 def test_two_comparisons_never_go_on_in_one_folder(shared):

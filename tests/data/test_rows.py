@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -173,6 +174,18 @@ WRONG: dict[str, tuple[str, bytes, str, str]] = {
     "an empty array": ("a.json", b"[]", "PATH", "empty"),
     "required and null": ("a.jsonl", b'{"instruction": "a", "output": null}', "a.jsonl line 1", "$.output"),
     "too many cells": ("a.csv", b"instruction,output\na,b,c\n", "a.csv line 2", "3 cells under 2 columns"),
+    "after blank lines": (
+        "a.csv",
+        b"\n\r\n\ninstruction,output\na,b\n\na,b,c\n",
+        "a.csv line 7",
+        "3 cells under 2 columns",
+    ),
+    "a quote not closed after a blank line": (
+        "a.csv",
+        b'\ninstruction,output\na,"b\n',
+        "a.csv line 3",
+        "unexpected end of data",
+    ),
     "a quote not closed": ("a.csv", b'instruction,output\na,"b\n', "a.csv line 2", "unexpected end of data"),
     "csv in Latin-1": ("a.csv", b"instruction,output\na,\xe9\n", "a.csv line 2", "not UTF-8 (byte 0xe9)"),
     "csv without a column": ("a.csv", b"instruction,answer\na,b\n", "a.csv line 2", "field `output`"),
@@ -298,6 +311,25 @@ def test_a_file_in_a_linked_folder_counts_once(tmp_path: Path) -> None:
     assert sorted(text_of(links).split(b"\n\n\f\n")) == [b"a", b"b"]
     (tmp_path / "both").symlink_to(links)
     assert text_of(tmp_path / "both") == text_of(links)
+
+
+@pytest.mark.parametrize("name", ["b1.txt", "z1.txt"])
+def test_a_linked_file_counts_once_whatever_its_name(name: str, tmp_path: Path) -> None:
+    text, other = tmp_path / "text", tmp_path / "ext"
+    text.mkdir()
+    other.mkdir()
+    (text / "a.txt").write_text("a")
+    (other / "b.txt").write_text("b")
+    (text / "l1").symlink_to(other)
+    (text / name).symlink_to(other / "b.txt")
+    os.mkfifo(text / "pipe.txt")  # read, it would wait for ever
+    assert sorted(text_of(text).split(b"\n\n\f\n")) == [b"a", b"b"]
+
+
+def test_the_documents_of_a_folder_have_no_byte_order_mark(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8-sig")
+    assert sorted(text_of(tmp_path).split(b"\n\n\f\n")) == [b"a", b"b"]
 
 
 def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:

@@ -17,15 +17,54 @@ def mapped(data: bytes) -> mmap.mmap:
     return text
 
 
+def at_line_starts(data: bytes) -> tuple[int, int]:
+    """Where the two cuts fall if each is moved on to the next line's start, by a plain search."""
+    return tuple(data.find(b"\n", len(data) * share // 100 - 1) + 1 for share in (90, 95))  # type: ignore[return-value]
+
+
 @given(st.lists(st.binary(max_size=30), min_size=1, max_size=60))
 def test_three_splits_make_the_text_and_begin_lines(lines: list[bytes]) -> None:
     data = b"\n".join(lines) + b"\n"
     ranges = cut(mapped(data), "auto")
     assert b"".join(data[start:stop] for start, stop in ranges.values()) == data
-    for start, _ in ranges.values():
-        assert start in (0, len(data)) or data[start - 1 : start] == b"\n"
+    at_lines = at_line_starts(data)
+    if all(start < stop for start, stop in pairwise([0, *at_lines, len(data)])):
+        assert [start for start, _ in ranges.values()] == [0, *at_lines]
+    elif len(data) >= 100:  # a line longer than a split
+        assert all(start < stop for start, stop in ranges.values())
     assert ranges["valid"][0] >= len(data) * 90 // 100
     assert ranges["test"][0] >= len(data) * 95 // 100
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"yes word " * 20_000 + b"\n",
+        (b"x" * 2047 + b"\n") * 10,
+        (b"word " * 300 + b"\n") * 7,
+        "é".encode() * 60 + b"\n",
+        b"x" * 99 + b"\n",
+    ],
+)
+def test_lines_longer_than_a_split_leave_none_empty(data: bytes) -> None:
+    ranges = cut(mapped(data), "auto")
+    assert b"".join(data[start:stop] for start, stop in ranges.values()) == data
+    for start, stop in ranges.values():
+        assert start < stop
+        data[start:stop].decode()
+
+
+@given(
+    st.lists(st.sampled_from([b"a" * 70_000, b"b" * 9_000, b"c", b" ", b"\n", b"\xc3\xa9" * 40]), max_size=60)
+)
+def test_cuts_that_left_no_split_empty_stay(parts: list[bytes]) -> None:
+    """Also where the first cut, of a text without lines, is at a word beyond the second's share."""
+    data = b"".join([*parts, b"end"])
+    text = mapped(data)
+    first = gap_after(text, len(data) * 90 // 100)
+    second = max(first, gap_after(text, len(data) * 95 // 100))
+    if first < second < len(data):
+        assert [start for start, _ in cut(text, "auto").values()] == [0, first, second]
 
 
 def test_shares_of_a_long_text() -> None:

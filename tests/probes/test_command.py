@@ -145,7 +145,7 @@ def test_sweep_and_options(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_a_unit_has_one_name_whatever_else_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Slurm finds the job of an earlier call by its name."""
     asked: list[dict[str, Any]] = []
@@ -172,7 +172,10 @@ def test_a_unit_has_one_name_whatever_else_is_missing(
         "2",
     ]
     arguments += ["--sweep", "noise=0.5,1,2", "--out", str(tmp_path / "out")]
-    assert [main(arguments), main(arguments)] == [1, 0]
+    assert main(arguments) == 1
+    said = f"error: lost; saved: what finished before, in {tmp_path / 'out'}; to go on: run the same"
+    assert said in capsys.readouterr().err
+    assert main(arguments) == 0
     first, second = asked
     assert len(second) == len(first) - 1
     assert all(first[name] == unit for name, unit in second.items())
@@ -211,6 +214,7 @@ def test_one_process_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         (["--knob", "top_k=9"], "top_k is 9; allowed: 1 to experts (8)"),
         (["--knob", "experts=32", "--knob", "top_k=8"], "experts is 32"),
         (["--sweep", "noise"], "--sweep is 'noise'"),
+        (["--sweep", "noise=null,0.5"], "--sweep is 'noise=null,0.5'; allowed: numbers"),
         (["--sweep", "noise=1,2", "--sweep", "width=8"], "--sweep is"),
         (["--sweep", "width=8,16", "--router-option", "recurrence.normalize=true"], "--sweep is 'width'"),
         (["--router-option", "gate.nosuch=1"], "--router-option is"),
@@ -236,6 +240,57 @@ def test_bad_requests_are_one_line(
     assert error.count("\n") == 1
     assert said in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "files", [["comparison.json"], ["comparison.json", "results.jsonl"], ["config.json"], ["analysis.json"]]
+)
+def test_a_folder_of_something_else_is_left_alone(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    assert main(["probe", "--routers", "smoe", "--out", str(tmp_path)]) == 2
+    assert "allowed: a new or empty folder, or one of earlier probes" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
+def test_the_lock_is_held_until_all_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a folder of a call that was killed before its first results is gone on with; unreadable lines are said."""
+    from rmoe.report.probes import page
+
+    tried: list[bool] = []
+    real = page.write_page
+
+    def checked(*given: Any) -> Path:
+        with pytest.raises(RequestError, match="a folder no other run is writing to"), locked(tmp_path):
+            pass
+        tried.append(True)
+        return real(*given)
+
+    monkeypatch.setattr(page, "write_page", checked)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "engine").mkdir()
+    arguments = ["probe", "--routers", "smoe", "--probes", "lookup", "--seeds", "1", "--out", str(tmp_path)]
+    assert main([*arguments, *TINY]) == 0
+    assert tried == [True]
+    with locked(tmp_path):
+        pass
+
+
+def test_lines_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    run(["smoe"], ["lookup"], 1, tmp_path, knobs=FEW)
+    with (tmp_path / "results.jsonl").open("ab") as file:
+        file.write(b"{half\n")
+    said: list[str] = []
+    run(["smoe"], ["lookup"], 1, tmp_path, knobs=FEW, progress=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("note: results.jsonl line 2 cannot be read and is skipped")
+
+
+def test_single_file_needs_a_folder(capsys: pytest.CaptureFixture) -> None:
+    assert main(["probe", "--routers", "smoe", "--single-file"]) == 2
+    assert capsys.readouterr().err == "error: --single-file is True; allowed: unset without --out\n"
 
 
 def test_results_of_a_plugin_that_has_changed_are_refused(

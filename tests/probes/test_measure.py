@@ -89,3 +89,14 @@ def test_without_a_state_nothing_is_decoded() -> None:
     classes = torch.zeros(L, T, dtype=torch.int64)
     probs = torch.full((L, T, E), 1 / E)
     assert measures(routed(probs, probs, torch.zeros(L, T, 0)), classes)["decodability"] is None
+
+
+def test_an_inner_balance_ends_where_the_second_vanishes() -> None:
+    probs = torch.zeros(L, T, E)
+    probs[..., 0] = 1.0
+    probs[1, :, 1] = 1e-6
+    states = torch.zeros(L, T, 0)
+    found = measures(routed(probs, probs, states), torch.zeros(L, T, dtype=torch.int64))
+    assert found["inner_balance"] == pytest.approx([math.exp(30), 1e6], rel=1e-5)
+    nothing = measures(routed(0 * probs, 0 * probs, states), torch.zeros(L, T, dtype=torch.int64))
+    assert nothing["inner_balance"] == [0.0, 0.0]  # no expert at all

@@ -275,6 +275,10 @@ def test_a_csv_of_what_is_not_there(page):
         "report.charts.none = {layout: {}, data: []}"
     )
     assert csv_of(page, "odd") == [["x", "y", "low", "high"], ["0", "2", "1.5", "2.5"], ["1", "", "", ""]]
+    page.execute_script(
+        "report.charts.odd.data[0].y = [2, 3]; report.charts.odd.data[0].error_y.array = [0.5, null]"
+    )
+    assert csv_of(page, "odd") == [["x", "y", "low", "high"], ["0", "2", "1.5", "2.5"], ["1", "3", "", ""]]
     assert csv_of(page, "none") == [[]]
     page.execute_script("delete report.charts.odd; delete report.charts.none")
 

@@ -290,6 +290,13 @@ def test_outside_router_trains(capsys: pytest.CaptureFixture[str]) -> None:
         del ZOO[name]
 
 
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "a,b", "a b", "a\n", "", "a\\b"])
+def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
+    with pytest.raises(RequestError, match="allowed: a name of letters, digits"):
+        register(name, ZOO["smoe"])
+    assert name not in ZOO
+
+
 def test_a_taken_name_is_refused() -> None:
     with pytest.raises(RequestError, match="router is 'smoe'; allowed: a name that is not taken"):
         register("smoe", ZooRow(resolve("rmoe"), "x", "y"))

@@ -130,7 +130,7 @@ function* drawnRows(traces, layout, option) {
     else {
       const error = trace.error_x ?? trace.error_y, middle = trace.error_x ? trace.x : trace.y;
       for (const [i, y] of trace.y.entries()) {
-        const bars = middle[i] == null ? null : error;
+        const bars = middle[i] == null || error?.array[i] == null ? null : error; // no size, no interval
         const low = range ? range.at(-1 - i) : bars && middle[i] - (bars.arrayminus ?? bars.array)[i];
         const high = range ? range[i] : bars && middle[i] + bars.array[i];
         yield { option, panel, name, text: trace.text?.[i], x: trace.x[i], y, low, high };
