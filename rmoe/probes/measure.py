@@ -12,9 +12,8 @@ from torch import Tensor
 from rmoe.probes.stack import Routed
 
 RIDGE = 1e-3  # times the mean variance of a state's features
-LEAST_SECOND = math.exp(
-    -30.0
-)  # of the first probability: an inner balance ends at e^30, as in `rmoe analyze`
+# Of the first probability: an inner balance ends at e^30, as in `rmoe analyze`.
+LEAST_SECOND = math.exp(-30.0)
 
 
 def measures(routed: Routed, classes: Tensor) -> dict[str, Any]:
