@@ -25,7 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from rmoe.compat import CACHE
 from rmoe.model import RMoEForCausalLM
 from rmoe.model.head import count_next_tokens, next_token_loss
-from rmoe.parallel.fit import pipeline_misfit
+from rmoe.parallel.fit import pipeline_misfit, stage_layers
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, router_stats
 from rmoe.routing.noise import Noise
@@ -52,7 +52,7 @@ class PipelinePart(nn.Module):
         whole, layers = model.model, model.config.num_hidden_layers
         self.config, self.index, self.count = model.config, index, count
         self.num_layers = model.config.num_moe_layers
-        mine = range(index * layers // count, (index + 1) * layers // count)
+        mine = stage_layers(layers, count)[index]
         trunk: Any = nn.Module()
         trunk.layers = nn.ModuleDict({str(i): whole.layers[i] for i in mine})
         trunk.router_shared = whole.router_shared

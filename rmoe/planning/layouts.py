@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rmoe.model import RMoEConfig
 from rmoe.model.head import CHUNK_BYTES
 from rmoe.parallel import ParallelConfig
-from rmoe.parallel.fit import misfit
+from rmoe.parallel.fit import misfit, stage_layers
 from rmoe.planning.hardware import Cluster
 from rmoe.planning.trace import Needs, Parameters
 
@@ -78,14 +78,21 @@ class Memory:
 
 
 def parameters_per_device(own: Parameters, layout: ParallelConfig) -> float:
-    """Parameters that one device owns; of pipeline stages the fullest, which has an end of the model."""
+    """Parameters that one device owns; of pipeline stages the fullest."""
     ends = min(own.embedding + own.head, own.total - own.non_embedding)  # tied: counted once
-    layers = own.total - ends - own.shared_router
-    split = own.experts + own.tensor_parallel
-    per_layer_rest = layers - split
-    held = (split / layout.tensor + per_layer_rest) / layout.pipeline + own.shared_router
-    held += max(own.embedding, own.head) if layout.pipeline > 1 else ends / layout.tensor
-    return held / layout.fsdp
+    if layout.pipeline > 1:
+        stages = stage_layers(len(own.layers), layout.pipeline)
+        held = [sum(own.layers[index] for index in stage) for stage in stages]
+        held[0] += own.embedding
+        held[-1] += own.head + own.total - ends - own.shared_router - sum(own.layers)  # and the last norm
+        return max(held) + own.shared_router
+    split = own.experts + own.tensor_parallel + ends
+    return (split / layout.tensor + own.total - split) / layout.fsdp
+
+
+def longest_stage(layers: int, layout: ParallelConfig) -> int:
+    """Layers of the stage of a pipeline that has most; of a model in one piece all."""
+    return max(map(len, stage_layers(layers, layout.pipeline)))
 
 
 def memory_of(
@@ -105,13 +112,13 @@ def memory_of(
     """
     own, kept = needs.parameters, needs.activations
     parameters = parameters_per_device(own, layout)
-    layers = config.num_hidden_layers / layout.pipeline
+    layers = longest_stage(config.num_hidden_layers, layout)
     body = kept.layer
     if layout.tensor > 1:
         body = kept.boundary + (kept.layer - kept.boundary) * (0.5 + 0.5 / layout.tensor)
     held = batch * layout.pipeline
     activations = held * (layers * (kept.boundary if checkpointing else body) + kept.ends)
-    fixed = kept.fixed / layout.pipeline / layout.tensor
+    fixed = kept.fixed * layers / config.num_hidden_layers / layout.tensor
     gathered = reduced = 0.0
     if layout.fsdp > 1:
         elsewhere = 1 - 1 / layout.expert  # share of a layer's experts that other devices compute

@@ -9,7 +9,7 @@ from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig
 from rmoe.parallel import ParallelConfig
 from rmoe.planning.hardware import Cluster
-from rmoe.planning.layouts import Memory, layouts_for, memory_of, name_of, traffic_of
+from rmoe.planning.layouts import Memory, layouts_for, longest_stage, memory_of, name_of, traffic_of
 from rmoe.planning.trace import Needs, needs_of
 from rmoe.records import Record
 
@@ -169,8 +169,8 @@ def _evaluate(
     held = memory(checkpointing)
     traffic = traffic_of(needs, config, layout, micro, length, passes, bf16, checkpointing)
     flops = needs.flops.training + (needs.flops.forward if checkpointing else 0.0)
-    rate = cluster.flops_per_second(bf16) * layout.tensor * layout.pipeline
-    compute = passes * micro * length * flops / rate
+    part = longest_stage(config.num_hidden_layers, layout) / config.num_hidden_layers
+    compute = passes * micro * length * flops * part / (cluster.flops_per_second(bf16) * layout.tensor)
     bubble = compute * (layout.pipeline - 1) / passes
     optimizer = held.weights / 4 * ADAMW_BYTES / (cluster.accelerator.memory_gb_per_s * 1e9)
     hidden = sum(t.bytes / cluster.bandwidth(t.group) for t in traffic if t.hidden)

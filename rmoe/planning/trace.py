@@ -39,6 +39,7 @@ class Parameters(results.Parameters, frozen=True, kw_only=True):
         embedding: of the embedding; equal to `head` and counted once in `total` when they are tied.
         head: of the output matrix.
         tensor_parallel: of the other matrices that tensor parallelism splits (attention's projections).
+        layers: of each decoder layer, lowest first.
         layer: the largest decoder layer's, which FSDP gathers at a time.
         layer_experts: those of `layer` that are routed experts'.
     """
@@ -48,6 +49,7 @@ class Parameters(results.Parameters, frozen=True, kw_only=True):
     embedding: int
     head: int
     tensor_parallel: int
+    layers: list[int]
     layer: int
     layer_experts: int
 
@@ -141,6 +143,7 @@ def parameters_of(config: RMoEConfig) -> Parameters:
         embedding=embedding,
         head=model.lm_head.weight.numel(),
         tensor_parallel=sum(p.numel() for p in attention),
+        layers=[_size(layer) for layer in layers],
         layer=_size(largest),
         layer_experts=_size(_experts_of(largest)),
     )

@@ -12,9 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from rmoe.cli.main import main
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
-from rmoe.parallel import ParallelConfig
+from rmoe.parallel import ParallelConfig, PipelinePart
 from rmoe.planning.hardware import ACCELERATORS, Cluster
-from rmoe.planning.layouts import layouts_for, memory_of, name_of, parameters_per_device, traffic_of
+from rmoe.planning.layouts import (
+    layouts_for,
+    longest_stage,
+    memory_of,
+    name_of,
+    parameters_per_device,
+    traffic_of,
+)
 from rmoe.planning.plan import plan_of
 from rmoe.planning.trace import flops_of, needs_of, parameters_of
 from rmoe.training.config import RunConfig
@@ -105,6 +112,40 @@ def test_parameters_are_the_models(changes):
     found, counted = parameters_of(settings), count_parameters(RMoEForCausalLM(settings))
     assert {name: getattr(found, name) for name in counted} == counted
     assert parameters_per_device(found, ParallelConfig()) == counted["total"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"num_hidden_layers": 5}, 4),
+        (DENSE, 4),
+        ({"vocab_size": 64, **DENSE}, 3),
+        ({"num_hidden_layers": 2}, 2),
+    ],
+)
+def test_a_pipeline_is_planned_by_its_fullest_stage(changes: dict[str, Any], stages: int) -> None:
+    settings, layout = config(**changes), ParallelConfig(pipeline=stages)
+    with torch.device("meta"):
+        parts = [PipelinePart(RMoEForCausalLM(settings), index, stages) for index in range(stages)]
+    fullest = max(sum(p.numel() for p in part.parameters()) for part in parts)
+    assert parameters_per_device(parameters_of(settings), layout) == fullest
+    assert longest_stage(settings.num_hidden_layers, layout) == max(len(part.trunk.layers) for part in parts)
+
+
+def test_a_pipeline_waits_for_its_longest_stage() -> None:
+    settings, four = config(num_hidden_layers=5), Cluster(4, 4, ACCELERATORS["h100"])
+    plan = plan_of(settings, four, sequence_length=64, batch_size=8, gradient_checkpointing=False)
+    seconds = {item.layout: item.seconds["compute"] for item in plan.layouts}
+    assert seconds["PP 4"] == pytest.approx(seconds["DDP 4"] * 4 * 2 / 5)
+    needs = needs_of(settings, 64, bf16=True)
+    one, staged = (
+        memory_of(needs, settings, layout, 1, 64, bf16=True, checkpointing=False).activations
+        for layout in (ParallelConfig(), ParallelConfig(pipeline=4))
+    )
+    kept = needs.activations
+    assert staged - 4 * kept.ends == pytest.approx(
+        (one - kept.ends - kept.fixed) * 4 * 2 / 5 + kept.fixed * 2 / 5
+    )
 
 
 def test_what_layouts_send():
