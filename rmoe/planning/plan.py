@@ -24,7 +24,8 @@ class LayoutPlan(Record, frozen=True, kw_only=True):
         fits: its peak is within the usable memory.
         micro_batch_size: sequences of one forward pass of a device.
         accumulation: forward passes per optimizer step; in a pipeline the micro-batches that travel through it.
-        memory_gib: weights, gradients, optimizer, gathered, activations, loss, peak; on the fullest device.
+        memory_gib: weights, gradients, optimizer, standing, gathered, activations, loss, layer, peak; on the fullest
+            device, see `rmoe.planning.layouts.Memory`.
         activations_gib: `plain` and `checkpointed`, at this micro-batch.
         traffic: what one device sends per step, by collective.
         step_seconds: predicted.
@@ -164,7 +165,7 @@ def _evaluate(
     checkpointing: bool,
 ) -> LayoutPlan:
     def memory(with_checkpoints: bool) -> Memory:
-        return memory_of(needs, config, layout, micro, length, bf16, with_checkpoints)
+        return memory_of(needs, config, layout, micro, length, bf16, with_checkpoints, passes)
 
     held = memory(checkpointing)
     traffic = traffic_of(needs, config, layout, micro, length, passes, bf16, checkpointing)

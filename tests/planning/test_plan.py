@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from rmoe.planning.layouts import (
 from rmoe.planning.plan import plan_of
 from rmoe.planning.trace import flops_of, needs_of, parameters_of
 from rmoe.training.config import RunConfig
-from tests.planning.peak import peak_of_a_step
+from tests.planning.peak import allocated_in_a_step, peak_of_a_step
 from tests.versions import older
 
 POST = {"norm_position": "post", "norm_type": "layernorm", "mlp_gated": False, "hidden_act": "relu"}
@@ -65,6 +66,28 @@ def test_memory_of_a_small_batch_is_gradients():
     real = peak_of_a_step(model(settings, "sdpa", "grouped_mm"), 1, 32)
     assert planned.peak == pytest.approx(real, rel=0.1)
     assert planned.gradients > planned.activations
+
+
+@pytest.mark.parametrize(("batch", "length"), [(4, 256), (1, 32)])
+def test_memory_of_a_step_in_several_passes_has_the_sum_of_the_earlier_ones(batch: int, length: int) -> None:
+    settings = config(num_experts=16)
+    needs = needs_of(settings, length, bf16=False)
+    planned = memory_of(needs, settings, ParallelConfig(), batch, length, False, False, passes=2)
+
+    def begin() -> Callable[[], None]:
+        net = model(settings, "sdpa", "grouped_mm")
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        ids = torch.randint(0, 512, (batch, length))
+
+        def step() -> None:
+            for _ in range(2):
+                net(input_ids=ids, labels=ids, use_cache=False, output_logits=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    assert planned.peak == pytest.approx(allocated_in_a_step(begin), rel=0.1)
 
 
 @pytest.mark.parametrize(
