@@ -48,3 +48,10 @@ def test_equal_to_one_process(report, case, note):
     assert any("router_shared" in name for name in found["gradients"]) == (
         "rmoe" in case.split()[1].split("-")
     )
+
+
+def test_batches_that_a_pipeline_cannot_cut_are_refused(report):
+    assert report["refused"] == [
+        "micro_batches is 1; allowed: 2 or more, one for each stage",
+        "input_ids is 8; allowed: a multiple of micro_batches (3), in sequences",
+    ]
