@@ -107,8 +107,11 @@ def needs_of(config: RMoEConfig, sequence_length: int, bf16: bool) -> Needs:
         bf16: run under bfloat16 autocast, as training does on a GPU; else in float32.
 
     Raises:
-        RequestError: the router needs to see data to know its shapes.
+        RequestError: the router needs to see data to know its shapes, or layers draw whether they compete.
     """
+    if config.competition_rate:
+        allowed = "0 in a plan: which layers compete in a pass is drawn while training"
+        raise RequestError("model.competition_rate", config.competition_rate, allowed)
     try:
         return Needs(
             parameters_of(config),

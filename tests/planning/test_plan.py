@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from rmoe.cli.arguments import parse
 from rmoe.cli.main import main
+from rmoe.cli.train import run as train
+from rmoe.data import prepare
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
 from rmoe.parallel import ParallelConfig, PipelinePart
@@ -25,8 +30,10 @@ from rmoe.planning.layouts import (
 )
 from rmoe.planning.plan import plan_of
 from rmoe.planning.trace import flops_of, needs_of, parameters_of
+from rmoe.training.build import build_model, model_config
 from rmoe.training.config import RunConfig
 from tests.planning.peak import allocated_in_a_step, peak_of_a_step
+from tests.training.tiny import text
 from tests.versions import older
 
 POST = {"norm_position": "post", "norm_type": "layernorm", "mlp_gated": False, "hidden_act": "relu"}
@@ -283,6 +290,100 @@ def test_what_is_given_binds_also_where_the_preset_says_the_same(capsys):
     assert chosen[0] != {own}
     assert main([*base, "--engine", "slurm"]) == 2
     assert capsys.readouterr().err == "error: --engine is 'slurm'; allowed: unset without --grid\n"
+
+
+def told(preset: str, options: str) -> RunConfig:
+    """What `rmoe train --preset PRESET` makes of a plan's options."""
+    bound = parse(train, ["--preset", preset, "--out", "run", *options.split()], "rmoe train")
+    assert bound is not None
+    found: RunConfig = bound.keywords["config"]
+    return found
+
+
+OWN = """
+[training]
+batch_size = 16
+gradient_checkpointing = true
+[parallel]
+fsdp = 4
+expert = 2
+replicate = 2
+"""
+
+
+@pytest.mark.parametrize("preset", ["pretrain-0.9b", "quick", "own"])
+def test_the_printed_options_train_what_was_priced(preset: str, tmp_path: Path, capsys: Any) -> None:
+    if preset == "own":
+        preset = str(tmp_path / "own.toml")
+        Path(preset).write_text(OWN)
+    assert main(["plan", "--preset", preset, "--devices", "8", "--json"]) == 0
+    layouts = json.loads(capsys.readouterr().out)["layouts"]
+    assert len(layouts) > 3
+    for item in layouts:
+        run = told(preset, item["options"])
+        assert run.training.gradient_checkpointing == item["gradient_checkpointing"]
+        assert run.training.micro_batch_size == item["micro_batch_size"]
+        groups = item["groups"]
+        if groups["replicate"] == 8:  # DDP: any number of copies
+            groups = {**groups, "replicate": 1}
+        assert asdict(run.parallel) == groups
+
+
+def test_of_equally_fast_micro_batches_the_largest() -> None:
+    one = Cluster(1, 1, ACCELERATORS["h100"])
+    plan = plan_of(config(), one, sequence_length=64, batch_size=12, gradient_checkpointing=False)
+    assert [item.micro_batch_size for item in plan.layouts] == [12]
+    needs = needs_of(config(), 64, bf16=True)
+    four, six = (
+        memory_of(needs, config(), ParallelConfig(), micro, 64, True, False, passes=12 // micro).peak
+        for micro in (4, 6)
+    )
+    gib = (four + six) / 2 / 2**30 / one.usable_memory
+    small = replace(one, accelerator=replace(one.accelerator, memory_gib=gib))
+    plan = plan_of(config(), small, sequence_length=64, batch_size=12, gradient_checkpointing=False)
+    assert [item.micro_batch_size for item in plan.layouts] == [4]
+    assert plan.layouts[0].fits
+
+
+def test_a_plan_chooses_the_layout_itself(capsys: Any) -> None:
+    for value in ("4", "1"):
+        assert main(["plan", "--preset", "quick", "--parallel.fsdp", value, "--devices", "2"]) == 2
+        said = f"error: --parallel.fsdp is {value}; allowed: unset: the plan chooses the layout\n"
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("more", "offered"),
+    [
+        (["--training.router-learning-rate", "1e-3"], {"DDP 2"}),
+        (["--training.average", "2"], {"DDP 2"}),
+        (["--training.compile"], {"DDP 2", "FSDP2 2", "FSDP2 2 + EP 2", "TP 2"}),
+        (
+            ["--training.micro-batch-size", "8"],
+            {"TP 2"},
+        ),  # a pipeline would have one micro-batch for two stages
+        (["--training.micro-batch-size", "4"], {"DDP 2", "FSDP2 2", "FSDP2 2 + EP 2", "TP 2", "PP 2"}),
+    ],
+)
+def test_what_training_refuses_is_not_offered(more: list[str], offered: set[str], capsys: Any) -> None:
+    base = ["plan", "--preset", "quick", "--devices", "2", "--json", "--training.gradient-checkpointing"]
+    assert main([*base, *more]) == 0
+    assert {item["layout"] for item in json.loads(capsys.readouterr().out)["layouts"]} == offered
+
+
+def test_a_plan_of_bytes_counts_the_trained_models_parameters(tmp_path: Path, capsys: Any) -> None:
+    assert main(["plan", "--preset", "quick", "--devices", "1", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    preset = RunConfig.from_preset("quick")
+    corpus = prepare(replace(preset.data, path=str(text(tmp_path))), preset.training.sequence_length)
+    trained = build_model(model_config(preset, corpus.vocab_size), seed=0)
+    assert plan["parameters"]["total"] == count_parameters(trained)["total"]
+    assert plan["assumptions"]["vocab_size"] == corpus.vocab_size
+
+
+def test_a_plan_of_competition_names_it(capsys: Any) -> None:
+    assert main(["plan", "--preset", "quick", "--router", "smoe", "--model.competition-rate", "0.5"]) == 2
+    assert capsys.readouterr().err.startswith("error: model.competition_rate is 0.5; allowed: 0 in a plan")
 
 
 @pytest.mark.parametrize(
