@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,15 +45,16 @@ def run(
     device-hours and disk of a comparison, from the measured rate of one pilot run.
 
     Args:
-        config: see the tables below. Micro-batch size and gradient checkpointing are chosen for each layout, unless
-            they are given: values of the preset's own bind only with --as-set.
+        config: see the tables below. The layout is chosen: --parallel options are of --grid alone. Micro-batch size and
+            gradient checkpointing are chosen for each layout, unless they are given: values of the preset's own bind
+            only with --as-set.
         devices: accelerators in all.
         devices_per_node: of which so many are joined by the fast link.
         accelerator: the kind of each.
         efficiency: share of the peak FLOP/s that is reached. An assumption: 0.4 is a well-tuned run; the paper's
             0.91B run on 8 A100s reached 0.14.
-        vocab_size: rows of the embedding; 256 for --data.tokenizer bytes, else, and for the pretrain presets, which
-            leave the tokenizer open, 32,000 is assumed.
+        vocab_size: rows of the embedding; 320 for --data.tokenizer bytes (256 and two special tokens, up to a multiple
+            of 64), else, and for the pretrain presets, which leave the tokenizer open, 32,000 is assumed.
         as_set: keep the preset's micro-batch size and gradient checkpointing.
         grid: plan a comparison.
         routers: of the grid.
@@ -68,6 +70,10 @@ def run(
     require_unset(run, locals(), unread, where)
     if not grid and any(option.startswith("--engine") for option in GIVEN.get()):
         raise RequestError("--engine", engine.kind, "unset without --grid")
+    if not grid:
+        for name, size in asdict(config.parallel).items():
+            given = f"--parallel.{name}" in GIVEN.get()
+            require(not given, f"--parallel.{name}", size, "unset: the plan chooses the layout")
 
     import sys
 
@@ -93,6 +99,7 @@ def run(
         gradient_checkpointing=checkpointing,
         bf16=config.training.precision != "fp32",
         router=config.router,
+        run=config,
         assumptions={
             "vocab_size": rows,
             "vocab_size_from": origin,
@@ -168,12 +175,14 @@ def _print_grid(
 
 def _vocabulary(config: RunConfig, asked: int | None) -> tuple[int, str]:
     """(rows, where the number is from). Data is not read, so a tokenizer that is not built in is unknown here."""
+    from rmoe.data.encode import byte_tokenizer, padded, vocabulary_size
+
     if asked is not None:
         return asked, "--vocab-size"
     if config.data.tokenizer == "bytes" and not config.preset.startswith("pretrain"):
-        return 256, "the byte tokenizer"
+        return padded(vocabulary_size(byte_tokenizer())), "the byte tokenizer"
     if config.data.max_vocab is not None:
-        return -(-config.data.max_vocab // 64) * 64, "data.max_vocab"
+        return padded(config.data.max_vocab), "data.max_vocab"
     return ASSUMED_VOCABULARY, "assumed: give --vocab-size"
 
 

@@ -104,6 +104,20 @@ class _Known(dict[str, int]):
         return self[UNKNOWN]
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """Ids of a tokenizer, its special tokens among them."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of a model's embedding for so many ids: a multiple of 64.
+
+    >>> padded(258)
+    320
+    """
+    return -(-vocab_size // 64) * 64
+
+
 def byte_tokenizer() -> Any:
     """A byte-level BPE without merges whose ids are byte values; 256 and 257 are `<|endoftext|>` and `<|pad|>`.
 

@@ -19,7 +19,15 @@ import numpy as np
 from rmoe.data.cache import publish, read_entry, staging_folder
 from rmoe.data.config import SPLITS, DataConfig
 from rmoe.data.corpus import Corpus
-from rmoe.data.encode import Encoder, TokenizerChoice, decoded, folder_sha256, words
+from rmoe.data.encode import (
+    Encoder,
+    TokenizerChoice,
+    decoded,
+    folder_sha256,
+    padded,
+    vocabulary_size,
+    words,
+)
 from rmoe.data.hub import PREFIX, open_dataset
 from rmoe.data.manifest import MANIFEST_VERSION, CorpusManifest, Source, SplitEntry, TokenizerEntry
 from rmoe.data.published import enwik8_text, wikitext103_texts
@@ -157,7 +165,7 @@ def encode_into(
         }
     raw.unlink()
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
-    vocab_size = max(encoder.tokenizer.get_vocab().values()) + 1
+    vocab_size = vocabulary_size(encoder.tokenizer)
     return CorpusManifest(
         schema_version=MANIFEST_VERSION,
         key=key,
@@ -167,7 +175,7 @@ def encode_into(
             name=encoder.name,
             sha256=folder_sha256(folder / "tokenizer"),
             vocab_size=vocab_size,
-            padded_vocab_size=-(-vocab_size // 64) * 64,
+            padded_vocab_size=padded(vocab_size),
         ),
         dtype=dtype,
         unit=unit,

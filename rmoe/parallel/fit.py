@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rmoe.errors import RequestError
@@ -46,6 +47,12 @@ def pipeline_misfit(config: RMoEConfig, count: int) -> RequestError | None:
     if config.dense_gradients == "default":
         return RequestError("dense_gradients", "default", "null or densemixer, in a pipeline")
     return None
+
+
+def stage_layers(layers: int, count: int) -> list[range]:
+    """The layers of each of `count` stages of a pipeline: as even as they can be, later stages have the odd ones."""
+    ends = [index * layers // count for index in range(count + 1)]
+    return [range(start, stop) for start, stop in pairwise(ends)]
 
 
 def require_fit(config: RMoEConfig, parallel: ParallelConfig) -> None:

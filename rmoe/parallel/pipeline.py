@@ -25,10 +25,11 @@ from transformers.masking_utils import create_causal_mask
 from rmoe.compat import CACHE
 from rmoe.model import RMoEForCausalLM
 from rmoe.model.head import count_next_tokens, next_token_loss
-from rmoe.parallel.fit import pipeline_misfit
+from rmoe.parallel.fit import pipeline_misfit, stage_layers
 from rmoe.routing.balance import balance_loss
 from rmoe.routing.contract import RouterContext, RouterStats, router_stats
 from rmoe.routing.noise import Noise
+from rmoe.validation import require
 
 
 class PipelinePart(nn.Module):
@@ -52,7 +53,7 @@ class PipelinePart(nn.Module):
         whole, layers = model.model, model.config.num_hidden_layers
         self.config, self.index, self.count = model.config, index, count
         self.num_layers = model.config.num_moe_layers
-        mine = range(index * layers // count, (index + 1) * layers // count)
+        mine = stage_layers(layers, count)[index]
         trunk: Any = nn.Module()
         trunk.layers = nn.ModuleDict({str(i): whole.layers[i] for i in mine})
         trunk.router_shared = whole.router_shared
@@ -166,11 +167,14 @@ class Pipeline:
 
     Args:
         model: whole, equal on all processes.
-        micro_batches: a step's batch is cut into so many; more of them leave less of the time idle. A stage holds the
-            activations of as many as there are stages at most (1F1B).
+        micro_batches: a step's batch is cut into so many, one for each stage or more; more of them leave less of the
+            time idle. A stage holds the activations of as many as there are stages at most (1F1B).
         device: of this process.
         replicas: pipelines side by side; neighbouring processes are one pipeline.
         bf16: bfloat16 mixed precision.
+
+    Raises:
+        RequestError: fewer micro-batches than stages, or a model that cannot be cut.
     """
 
     def __init__(
@@ -183,6 +187,8 @@ class Pipeline:
     ) -> None:
         self.device, self.micro_batches, self.replicas = torch.device(device), micro_batches, replicas
         self.rank, self.count = dist.get_rank(), dist.get_world_size() // replicas
+        enough = micro_batches >= self.count
+        require(enough, "micro_batches", micro_batches, f"{self.count} or more, one for each stage")
         mesh = init_device_mesh(self.device.type, (replicas, self.count), mesh_dim_names=("replica", "stage"))
         self.stages, self.copies = mesh["stage"].get_group(), mesh["replica"].get_group()
         self.index = self.rank % self.count
@@ -205,7 +211,13 @@ class Pipeline:
         Args:
             input_ids, labels: `[B, S]` int64, the same on every stage, every batch of the same shape; labels are
                 shifted here, -100 ignored.
+
+        Raises:
+            RequestError: a batch that does not divide into the micro-batches; nothing was sent.
         """
+        sequences = len(input_ids)
+        allowed = f"a multiple of micro_batches ({self.micro_batches}), in sequences"
+        require(sequences % self.micro_batches == 0, "input_ids", sequences, allowed)
         if self._schedule is None:
             self._schedule = self._build(input_ids[: len(input_ids) // self.micro_batches])
         self.part.stats = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rmoe.model import RMoEConfig
 from rmoe.model.head import CHUNK_BYTES
 from rmoe.parallel import ParallelConfig
-from rmoe.parallel.fit import misfit
+from rmoe.parallel.fit import misfit, stage_layers
 from rmoe.planning.hardware import Cluster
 from rmoe.planning.trace import Needs, Parameters
 
@@ -50,18 +50,22 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: float32 master weights, their gradients, AdamW's two moments.
+        standing: gradients' worth that is there before a backward pass: DDP's buckets, which stay from step to step
+            (the gradients it has reduced lie in them), and the sum of the step's earlier forward passes.
         gathered: whole layers that FSDP has put together for computing, this one and the next, in float32.
         activations: what autograd keeps, autocast's copies of weights included: FSDP frees what it gathered, not these.
         loss: what is alive besides while the loss is taken and differentiated: a chunk's logits, or where they cannot
             be taken in chunks (TP, PP) float32 gradients of logits and of log-probabilities.
         layer: activations of the one layer that is being recomputed or differentiated, and gradients inside it:
             together 1.26 to 1.43 times the activations in real steps of three architectures. Under FSDP also that
-            layer's whole gradients before they are cut up, and under autocast its copies and theirs.
+            layer's whole gradients before they are cut up, and under autocast its copies and theirs. Before they are
+            added to what stands, a layer's gradients are there by themselves.
     """
 
     weights: float
     gradients: float
     optimizer: float
+    standing: float
     gathered: float
     activations: float
     loss: float
@@ -74,18 +78,26 @@ class Memory:
         In between, activations go as gradients come, both in equal steps, so one of the two ends is the peak.
         """
         held = self.weights + self.optimizer + self.gathered
-        return held + max(self.activations + self.loss, self.gradients + self.layer)
+        before, after = self.standing, max(self.standing, self.gradients)
+        return held + max(before + self.activations + self.loss, after + self.layer)
 
 
 def parameters_per_device(own: Parameters, layout: ParallelConfig) -> float:
-    """Parameters that one device owns; of pipeline stages the fullest, which has an end of the model."""
+    """Parameters that one device owns; of pipeline stages the fullest."""
     ends = min(own.embedding + own.head, own.total - own.non_embedding)  # tied: counted once
-    layers = own.total - ends - own.shared_router
-    split = own.experts + own.tensor_parallel
-    per_layer_rest = layers - split
-    held = (split / layout.tensor + per_layer_rest) / layout.pipeline + own.shared_router
-    held += max(own.embedding, own.head) if layout.pipeline > 1 else ends / layout.tensor
-    return held / layout.fsdp
+    if layout.pipeline > 1:
+        stages = stage_layers(len(own.layers), layout.pipeline)
+        held = [sum(own.layers[index] for index in stage) for stage in stages]
+        held[0] += own.embedding
+        held[-1] += own.head + own.total - ends - own.shared_router - sum(own.layers)  # and the last norm
+        return max(held) + own.shared_router
+    split = own.experts + own.tensor_parallel + ends
+    return (split / layout.tensor + own.total - split) / layout.fsdp
+
+
+def longest_stage(layers: int, layout: ParallelConfig) -> int:
+    """Layers of the stage of a pipeline that has most; of a model in one piece all."""
+    return max(map(len, stage_layers(layers, layout.pipeline)))
 
 
 def memory_of(
@@ -96,8 +108,9 @@ def memory_of(
     length: int,
     bf16: bool,
     checkpointing: bool,
+    passes: int = 1,
 ) -> Memory:
-    """Memory of a layout at `batch` sequences of `length` tokens per forward pass of a device.
+    """Memory of a layout at `batch` sequences of `length` tokens per forward pass of a device, `passes` in a step.
 
     Activations between TP's splits are whole on every device of its group: the experts' and attention's insides
     are a share, the rest is not, and is counted in full here, so TP's figure is an upper bound. The first of `p`
@@ -105,14 +118,16 @@ def memory_of(
     """
     own, kept = needs.parameters, needs.activations
     parameters = parameters_per_device(own, layout)
-    layers = config.num_hidden_layers / layout.pipeline
+    layers = longest_stage(config.num_hidden_layers, layout)
     body = kept.layer
     if layout.tensor > 1:
         body = kept.boundary + (kept.layer - kept.boundary) * (0.5 + 0.5 / layout.tensor)
     held = batch * layout.pipeline
     activations = held * (layers * (kept.boundary if checkpointing else body) + kept.ends)
-    fixed = kept.fixed / layout.pipeline / layout.tensor
-    gathered = reduced = 0.0
+    fixed = kept.fixed * layers / config.num_hidden_layers / layout.tensor
+    ddp = layout.replicate > 1 and not layout.shards and layout.pipeline == 1
+    standing = FULL * parameters * (ddp + (passes > 1))
+    gathered, reduced = 0.0, FULL * own.layer / layout.tensor if standing else 0.0
     if layout.fsdp > 1:
         elsewhere = 1 - 1 / layout.expert  # share of a layer's experts that other devices compute
         layer = own.layer - own.layer_experts * (1 - layout.tensor**-1) - own.layer_experts * elsewhere
@@ -127,6 +142,7 @@ def memory_of(
         weights=FULL * parameters,
         gradients=FULL * parameters,
         optimizer=2 * FULL * parameters,
+        standing=standing,
         gathered=gathered,
         activations=activations + fixed,
         loss=_loss_bytes(config, layout, batch * length),

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig
 from rmoe.parallel import ParallelConfig
 from rmoe.planning.hardware import Cluster
-from rmoe.planning.layouts import Memory, layouts_for, memory_of, name_of, traffic_of
+from rmoe.planning.layouts import Memory, layouts_for, longest_stage, memory_of, name_of, traffic_of
 from rmoe.planning.trace import Needs, needs_of
 from rmoe.records import Record
+from rmoe.training.config import RunConfig
 
 PLAN_VERSION = 1
 ADAMW_BYTES = 4 * 7  # per parameter and step: read weight, gradient, two moments, write three back
 
 
 class LayoutPlan(Record, frozen=True, kw_only=True):
-    """One layout, at the largest micro-batch that fits.
+    """One layout, at the fastest micro-batch that fits; of equally fast ones at the largest.
 
     Attributes:
         fits: its peak is within the usable memory.
         micro_batch_size: sequences of one forward pass of a device.
         accumulation: forward passes per optimizer step; in a pipeline the micro-batches that travel through it.
-        memory_gib: weights, gradients, optimizer, gathered, activations, loss, peak; on the fullest device.
+        memory_gib: weights, gradients, optimizer, standing, gathered, activations, loss, layer, peak; on the fullest
+            device, see `rmoe.planning.layouts.Memory`.
         activations_gib: `plain` and `checkpointed`, at this micro-batch.
         traffic: what one device sends per step, by collective.
         step_seconds: predicted.
         seconds: what each part would take alone: compute, optimizer, network hidden and exposed, pipeline bubble.
         bound: the part that decides: compute, network or memory.
         tokens_per_second: of the whole cluster.
-        options: what to give `rmoe train`.
+        options: what to give `rmoe train` besides what the plan was given.
     """
 
     layout: str
@@ -80,6 +82,7 @@ def plan_of(
     gradient_checkpointing: bool | None = None,
     bf16: bool = True,
     router: str = "",
+    run: RunConfig | None = None,
     assumptions: dict[str, Any] | None = None,
 ) -> ClusterPlan:
     """Plan one optimizer step of `batch_size` sequences of `sequence_length` tokens.
@@ -87,14 +90,18 @@ def plan_of(
     Args:
         config: the model; only its sizes matter.
         cluster: what it runs on.
-        micro_batch_size: sequences of one forward pass of a device; None takes the largest that fits.
+        micro_batch_size: sequences of one forward pass of a device; None takes the fastest that fits, and of equally
+            fast ones the largest.
         gradient_checkpointing: None takes what is faster among what fits.
         router: its name, to be shown.
+        run: the other settings of training, which not every layout accepts; `options` says how to change it. None is
+            the defaults.
         assumptions: further ones, to be shown.
 
     Raises:
         RequestError: a batch that no layout can share out, or a router that cannot be traced.
     """
+    run = run or RunConfig()
     needs = needs_of(config, sequence_length, bf16)
     candidates = []
     for layout in layouts_for(config, cluster):
@@ -104,9 +111,9 @@ def plan_of(
         micros = _divisors(share) if micro_batch_size is None else [micro_batch_size]
         modes = (False, True) if gradient_checkpointing is None else (gradient_checkpointing,)
         choices = [
-            _evaluate(needs, config, cluster, layout, micro, share // micro, sequence_length, bf16, mode)
+            _evaluate(needs, config, cluster, layout, micro, share // micro, sequence_length, bf16, mode, run)
             for micro in micros
-            if share % micro == 0
+            if share % micro == 0 and _accepts(run, layout, batch_size, micro)
             for mode in modes
         ]
         if choices:
@@ -139,13 +146,23 @@ def plan_of(
     )
 
 
-def _rank(plan: LayoutPlan) -> tuple[bool, float, float]:
-    """Fitting first, then the fastest; of those that do not fit the one that is closest."""
-    return (
-        not plan.fits,
-        plan.step_seconds if plan.fits else plan.memory_gib["peak"],
-        plan.memory_gib["peak"],
-    )
+def _rank(plan: LayoutPlan) -> tuple[bool, float, int, float]:
+    """Fitting first, then the fastest, then the largest micro-batch; of those that do not fit the closest."""
+    peak = plan.memory_gib["peak"]
+    return not plan.fits, plan.step_seconds if plan.fits else peak, -plan.micro_batch_size, peak
+
+
+def _accepts(run: RunConfig, layout: ParallelConfig, batch: int, micro: int) -> bool:
+    """Whether training with the settings of `run` takes this layout: it is asked itself."""
+    try:
+        replace(
+            run,
+            parallel=layout,
+            training=replace(run.training, batch_size=batch, micro_batch_size=micro),
+        )
+    except RequestError:
+        return False
+    return True
 
 
 def _divisors(number: int) -> list[int]:
@@ -162,15 +179,16 @@ def _evaluate(
     length: int,
     bf16: bool,
     checkpointing: bool,
+    run: RunConfig,
 ) -> LayoutPlan:
     def memory(with_checkpoints: bool) -> Memory:
-        return memory_of(needs, config, layout, micro, length, bf16, with_checkpoints)
+        return memory_of(needs, config, layout, micro, length, bf16, with_checkpoints, passes)
 
     held = memory(checkpointing)
     traffic = traffic_of(needs, config, layout, micro, length, passes, bf16, checkpointing)
     flops = needs.flops.training + (needs.flops.forward if checkpointing else 0.0)
-    rate = cluster.flops_per_second(bf16) * layout.tensor * layout.pipeline
-    compute = passes * micro * length * flops / rate
+    part = longest_stage(config.num_hidden_layers, layout) / config.num_hidden_layers
+    compute = passes * micro * length * flops * part / (cluster.flops_per_second(bf16) * layout.tensor)
     bubble = compute * (layout.pipeline - 1) / passes
     optimizer = held.weights / 4 * ADAMW_BYTES / (cluster.accelerator.memory_gb_per_s * 1e9)
     hidden = sum(t.bytes / cluster.bandwidth(t.group) for t in traffic if t.hidden)
@@ -204,22 +222,18 @@ def _evaluate(
         },
         bound=max(parts, key=lambda part: parts[part]),
         tokens_per_second=passes * micro * length * layout.data / step,
-        options=_options(layout, micro, checkpointing),
+        options=_options(run, layout, micro, checkpointing),
     )
 
 
-def _options(layout: ParallelConfig, micro: int, checkpointing: bool) -> str:
-    """The settings of `rmoe train` that ask for this layout; DDP is what several processes do by themselves."""
-    sizes = {
-        "fsdp": layout.fsdp,
-        "tensor": layout.tensor,
-        "expert": layout.expert,
-        "pipeline": layout.pipeline,
-    }
-    if layout.replicate > 1 and layout.fsdp * layout.pipeline > 1:
-        sizes["replicate"] = layout.replicate
-    asked = [f"--parallel.{name} {size}" for name, size in sizes.items() if size > 1]
+def _options(run: RunConfig, layout: ParallelConfig, micro: int, checkpointing: bool) -> str:
+    """The settings of `rmoe train` that make this layout of `run`."""
+    sizes = asdict(layout)
+    if layout.replicate == layout.processes:  # DDP is what several processes do by themselves
+        sizes["replicate"] = 1
+    had = asdict(run.parallel)
+    asked = [f"--parallel.{name} {size}" for name, size in sizes.items() if size != had[name]]
     asked.append(f"--training.micro-batch-size {micro}")
-    if checkpointing:
-        asked.append("--training.gradient-checkpointing")
+    if checkpointing != run.training.gradient_checkpointing:
+        asked.append(f"--training.{'' if checkpointing else 'no-'}gradient-checkpointing")
     return " ".join(asked)

@@ -39,6 +39,7 @@ class Parameters(results.Parameters, frozen=True, kw_only=True):
         embedding: of the embedding; equal to `head` and counted once in `total` when they are tied.
         head: of the output matrix.
         tensor_parallel: of the other matrices that tensor parallelism splits (attention's projections).
+        layers: of each decoder layer, lowest first.
         layer: the largest decoder layer's, which FSDP gathers at a time.
         layer_experts: those of `layer` that are routed experts'.
     """
@@ -48,6 +49,7 @@ class Parameters(results.Parameters, frozen=True, kw_only=True):
     embedding: int
     head: int
     tensor_parallel: int
+    layers: list[int]
     layer: int
     layer_experts: int
 
@@ -105,8 +107,11 @@ def needs_of(config: RMoEConfig, sequence_length: int, bf16: bool) -> Needs:
         bf16: run under bfloat16 autocast, as training does on a GPU; else in float32.
 
     Raises:
-        RequestError: the router needs to see data to know its shapes.
+        RequestError: the router needs to see data to know its shapes, or layers draw whether they compete.
     """
+    if config.competition_rate:
+        allowed = "0 in a plan: which layers compete in a pass is drawn while training"
+        raise RequestError("model.competition_rate", config.competition_rate, allowed)
     try:
         return Needs(
             parameters_of(config),
@@ -141,6 +146,7 @@ def parameters_of(config: RMoEConfig) -> Parameters:
         embedding=embedding,
         head=model.lm_head.weight.numel(),
         tensor_parallel=sum(p.numel() for p in attention),
+        layers=[_size(layer) for layer in layers],
         layer=_size(largest),
         layer_experts=_size(_experts_of(largest)),
     )

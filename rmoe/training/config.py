@@ -275,6 +275,8 @@ class RunConfig:
             require(
                 value == off or whole, f"training.{name}", value, f"{off} with a model cut up by `parallel`"
             )
+        if self.parallel.pipeline > 1:
+            self._check_pipeline()
         steps = self.average_steps
         require(
             not steps or min(steps) > 0,
@@ -282,6 +284,16 @@ class RunConfig:
             self.training.average,
             "fewer, or closer together",
         )
+
+    def _check_pipeline(self) -> None:
+        """What a pipeline refuses of a run's settings; what it refuses of a model is in `rmoe.parallel.fit`."""
+        require(not self.training.compile, "training.compile", True, "False with parallel.pipeline")
+        stages, copies = self.parallel.pipeline, self.parallel.replicate
+        batch, micro = self.training.batch_size, self.training.micro_batch_size
+        share, why = batch // copies, f"a micro-batch for each of {stages} stages"
+        require(share >= stages, "training.batch_size", batch, f"{stages * copies} or more: {why}")
+        fits = micro is None or share // micro >= stages
+        require(fits, "training.micro_batch_size", micro, f"at most {share // stages}: {why}")
 
     @property
     def average_steps(self) -> frozenset[int]:

@@ -26,10 +26,8 @@ def build_pipeline(model: RMoEForCausalLM, config: RunConfig, place: Place) -> P
     """The pipeline of a run; the model is used up by it.
 
     Raises:
-        RequestError: a model that cannot be cut, or `training.compile`.
+        RequestError: a model that cannot be cut, or a batch that cannot.
     """
-    if config.training.compile:
-        raise RequestError("training.compile", True, "False with parallel.pipeline")
     share = config.training.batch_size // place.ranks.data
     micro = config.training.micro_batch_size or max(1, share // config.parallel.pipeline)
     if share % micro:

@@ -159,9 +159,13 @@ def accelerator_of(config: RunConfig, out: Path, place: Place, unused: bool) -> 
         mixed_precision="bf16" if place.bf16 else "no",
         dynamo_backend="inductor" if config.training.compile else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop does it
-        # Buffers are equal on all ranks, but for the key of the routing noise, which must not be.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)
+            DistributedDataParallelKwargs(
+                find_unused_parameters=unused,
+                # Equal on all ranks, but for the key of the routing noise, which must not be.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,  # no second copy of what has been reduced
+            )
         ],
         log_with=list(config.logging.report_to) or None,
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "runs")),

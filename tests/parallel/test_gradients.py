@@ -89,3 +89,10 @@ def test_fsdp_takes_every_row(tmp_path):
             )
     finally:
         dist.destroy_process_group()
+
+
+def test_batches_that_a_pipeline_cannot_cut_are_refused(report):
+    assert report["refused"] == [
+        "micro_batches is 1; allowed: 2 or more, one for each stage",
+        "input_ids is 8; allowed: a multiple of micro_batches (3), in sequences",
+    ]

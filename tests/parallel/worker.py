@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, initialize
 from rmoe.parallel import ParallelConfig, Pipeline
 from rmoe.parallel.sharding import distribute, whole
@@ -81,9 +82,21 @@ LAYOUTS: dict[str, Callable[[str], tuple[float, dict[str, Tensor]]]] = {
 }
 
 
+def refused() -> list[str]:
+    """What is said of batches that no pipeline of two stages can cut."""
+    said = []
+    uneven = Pipeline(build("rmoe"), micro_batches=3)
+    for asked in (lambda: Pipeline(build("rmoe"), micro_batches=1), lambda: uneven.step(IDS, IDS)):
+        try:
+            asked()
+        except RequestError as error:
+            said.append(str(error))
+    return said
+
+
 def main(out: str) -> None:
     dist.init_process_group("gloo")
-    report = {}
+    report: dict[str, object] = {"refused": refused()}
     # The LSTM's state has two parts, which matters where it is sent from stage to stage. Empty slots matter where
     # tokens are sent to experts.
     more = [

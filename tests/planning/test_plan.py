@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from rmoe.cli.arguments import parse
 from rmoe.cli.main import main
+from rmoe.cli.train import run as train
+from rmoe.data import prepare
 from rmoe.errors import RequestError
 from rmoe.model import RMoEConfig, RMoEForCausalLM, count_parameters
-from rmoe.parallel import ParallelConfig
+from rmoe.parallel import ParallelConfig, PipelinePart
 from rmoe.planning.hardware import ACCELERATORS, Cluster
-from rmoe.planning.layouts import layouts_for, memory_of, name_of, parameters_per_device, traffic_of
+from rmoe.planning.layouts import (
+    layouts_for,
+    longest_stage,
+    memory_of,
+    name_of,
+    parameters_per_device,
+    traffic_of,
+)
 from rmoe.planning.plan import plan_of
 from rmoe.planning.trace import flops_of, needs_of, parameters_of
+from rmoe.training.build import build_model, model_config
 from rmoe.training.config import RunConfig
-from tests.planning.peak import peak_of_a_step
+from tests.planning.peak import allocated_in_a_step, peak_of_a_step
+from tests.training.tiny import text
 from tests.versions import older
 
 POST = {"norm_position": "post", "norm_type": "layernorm", "mlp_gated": False, "hidden_act": "relu"}
@@ -58,6 +73,28 @@ def test_memory_of_a_small_batch_is_gradients():
     real = peak_of_a_step(model(settings, "sdpa", "grouped_mm"), 1, 32)
     assert planned.peak == pytest.approx(real, rel=0.1)
     assert planned.gradients > planned.activations
+
+
+@pytest.mark.parametrize(("batch", "length"), [(4, 256), (1, 32)])
+def test_memory_of_a_step_in_several_passes_has_the_sum_of_the_earlier_ones(batch: int, length: int) -> None:
+    settings = config(num_experts=16)
+    needs = needs_of(settings, length, bf16=False)
+    planned = memory_of(needs, settings, ParallelConfig(), batch, length, False, False, passes=2)
+
+    def begin() -> Callable[[], None]:
+        net = model(settings, "sdpa", "grouped_mm")
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        ids = torch.randint(0, 512, (batch, length))
+
+        def step() -> None:
+            for _ in range(2):
+                net(input_ids=ids, labels=ids, use_cache=False, output_logits=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    assert planned.peak == pytest.approx(allocated_in_a_step(begin), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +142,40 @@ def test_parameters_are_the_models(changes):
     found, counted = parameters_of(settings), count_parameters(RMoEForCausalLM(settings))
     assert {name: getattr(found, name) for name in counted} == counted
     assert parameters_per_device(found, ParallelConfig()) == counted["total"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"num_hidden_layers": 5}, 4),
+        (DENSE, 4),
+        ({"vocab_size": 64, **DENSE}, 3),
+        ({"num_hidden_layers": 2}, 2),
+    ],
+)
+def test_a_pipeline_is_planned_by_its_fullest_stage(changes: dict[str, Any], stages: int) -> None:
+    settings, layout = config(**changes), ParallelConfig(pipeline=stages)
+    with torch.device("meta"):
+        parts = [PipelinePart(RMoEForCausalLM(settings), index, stages) for index in range(stages)]
+    fullest = max(sum(p.numel() for p in part.parameters()) for part in parts)
+    assert parameters_per_device(parameters_of(settings), layout) == fullest
+    assert longest_stage(settings.num_hidden_layers, layout) == max(len(part.trunk.layers) for part in parts)
+
+
+def test_a_pipeline_waits_for_its_longest_stage() -> None:
+    settings, four = config(num_hidden_layers=5), Cluster(4, 4, ACCELERATORS["h100"])
+    plan = plan_of(settings, four, sequence_length=64, batch_size=8, gradient_checkpointing=False)
+    seconds = {item.layout: item.seconds["compute"] for item in plan.layouts}
+    assert seconds["PP 4"] == pytest.approx(seconds["DDP 4"] * 4 * 2 / 5)
+    needs = needs_of(settings, 64, bf16=True)
+    one, staged = (
+        memory_of(needs, settings, layout, 1, 64, bf16=True, checkpointing=False).activations
+        for layout in (ParallelConfig(), ParallelConfig(pipeline=4))
+    )
+    kept = needs.activations
+    assert staged - 4 * kept.ends == pytest.approx(
+        (one - kept.ends - kept.fixed) * 4 * 2 / 5 + kept.fixed * 2 / 5
+    )
 
 
 def test_what_layouts_send():
@@ -219,6 +290,100 @@ def test_what_is_given_binds_also_where_the_preset_says_the_same(capsys):
     assert chosen[0] != {own}
     assert main([*base, "--engine", "slurm"]) == 2
     assert capsys.readouterr().err == "error: --engine is 'slurm'; allowed: unset without --grid\n"
+
+
+def told(preset: str, options: str) -> RunConfig:
+    """What `rmoe train --preset PRESET` makes of a plan's options."""
+    bound = parse(train, ["--preset", preset, "--out", "run", *options.split()], "rmoe train")
+    assert bound is not None
+    found: RunConfig = bound.keywords["config"]
+    return found
+
+
+OWN = """
+[training]
+batch_size = 16
+gradient_checkpointing = true
+[parallel]
+fsdp = 4
+expert = 2
+replicate = 2
+"""
+
+
+@pytest.mark.parametrize("preset", ["pretrain-0.9b", "quick", "own"])
+def test_the_printed_options_train_what_was_priced(preset: str, tmp_path: Path, capsys: Any) -> None:
+    if preset == "own":
+        preset = str(tmp_path / "own.toml")
+        Path(preset).write_text(OWN)
+    assert main(["plan", "--preset", preset, "--devices", "8", "--json"]) == 0
+    layouts = json.loads(capsys.readouterr().out)["layouts"]
+    assert len(layouts) > 3
+    for item in layouts:
+        run = told(preset, item["options"])
+        assert run.training.gradient_checkpointing == item["gradient_checkpointing"]
+        assert run.training.micro_batch_size == item["micro_batch_size"]
+        groups = item["groups"]
+        if groups["replicate"] == 8:  # DDP: any number of copies
+            groups = {**groups, "replicate": 1}
+        assert asdict(run.parallel) == groups
+
+
+def test_of_equally_fast_micro_batches_the_largest() -> None:
+    one = Cluster(1, 1, ACCELERATORS["h100"])
+    plan = plan_of(config(), one, sequence_length=64, batch_size=12, gradient_checkpointing=False)
+    assert [item.micro_batch_size for item in plan.layouts] == [12]
+    needs = needs_of(config(), 64, bf16=True)
+    four, six = (
+        memory_of(needs, config(), ParallelConfig(), micro, 64, True, False, passes=12 // micro).peak
+        for micro in (4, 6)
+    )
+    gib = (four + six) / 2 / 2**30 / one.usable_memory
+    small = replace(one, accelerator=replace(one.accelerator, memory_gib=gib))
+    plan = plan_of(config(), small, sequence_length=64, batch_size=12, gradient_checkpointing=False)
+    assert [item.micro_batch_size for item in plan.layouts] == [4]
+    assert plan.layouts[0].fits
+
+
+def test_a_plan_chooses_the_layout_itself(capsys: Any) -> None:
+    for value in ("4", "1"):
+        assert main(["plan", "--preset", "quick", "--parallel.fsdp", value, "--devices", "2"]) == 2
+        said = f"error: --parallel.fsdp is {value}; allowed: unset: the plan chooses the layout\n"
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("more", "offered"),
+    [
+        (["--training.router-learning-rate", "1e-3"], {"DDP 2"}),
+        (["--training.average", "2"], {"DDP 2"}),
+        (["--training.compile"], {"DDP 2", "FSDP2 2", "FSDP2 2 + EP 2", "TP 2"}),
+        (
+            ["--training.micro-batch-size", "8"],
+            {"TP 2"},
+        ),  # a pipeline would have one micro-batch for two stages
+        (["--training.micro-batch-size", "4"], {"DDP 2", "FSDP2 2", "FSDP2 2 + EP 2", "TP 2", "PP 2"}),
+    ],
+)
+def test_what_training_refuses_is_not_offered(more: list[str], offered: set[str], capsys: Any) -> None:
+    base = ["plan", "--preset", "quick", "--devices", "2", "--json", "--training.gradient-checkpointing"]
+    assert main([*base, *more]) == 0
+    assert {item["layout"] for item in json.loads(capsys.readouterr().out)["layouts"]} == offered
+
+
+def test_a_plan_of_bytes_counts_the_trained_models_parameters(tmp_path: Path, capsys: Any) -> None:
+    assert main(["plan", "--preset", "quick", "--devices", "1", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    preset = RunConfig.from_preset("quick")
+    corpus = prepare(replace(preset.data, path=str(text(tmp_path))), preset.training.sequence_length)
+    trained = build_model(model_config(preset, corpus.vocab_size), seed=0)
+    assert plan["parameters"]["total"] == count_parameters(trained)["total"]
+    assert plan["assumptions"]["vocab_size"] == corpus.vocab_size
+
+
+def test_a_plan_of_competition_names_it(capsys: Any) -> None:
+    assert main(["plan", "--preset", "quick", "--router", "smoe", "--model.competition-rate", "0.5"]) == 2
+    assert capsys.readouterr().err.startswith("error: model.competition_rate is 0.5; allowed: 0 in a plan")
 
 
 @pytest.mark.parametrize(

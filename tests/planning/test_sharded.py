@@ -1,4 +1,4 @@
-"""Plans of FSDP2 against real steps of two processes."""
+"""Plans of FSDP2 and DDP against real steps of two processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.planning.worker import CASES
+from tests.planning.worker import CASES, COPIED
 from tests.torchrun import report_of
 from tests.versions import since
 
@@ -22,12 +22,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.param(case, marks=since("transformers", "5.23", "it has no `ep_size`"))
         if "EP" in case
         else case
-        for case in CASES
+        for case in (*CASES, *COPIED)
     ],
 )
 def test_memory_is_within_a_tenth_of_a_real_step(case: str, report: dict[str, Any], note: Any) -> None:
     planned, real = report[case]["planned"], report[case]["real"]
-    note(kind=f"plan: FSDP2, {case}", ratio=planned / real)
+    note(kind=f"plan: {case}", ratio=planned / real)
     assert planned == pytest.approx(real, rel=0.1)
 
 

@@ -1,8 +1,10 @@
-"""What each of two gloo processes does: steps under FSDP2, their tensors counted. Run by test_sharded."""
+"""What each of two gloo processes does: steps under FSDP2 and DDP, their tensors counted. Run by test_sharded."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,10 @@ from rmoe.parallel.sharding import distribute
 from rmoe.planning.layouts import memory_of
 from rmoe.planning.trace import needs_of
 from rmoe.training.accounting import StepSums
+from rmoe.training.config import RunConfig
 from rmoe.training.learner import ModelLearner
-from rmoe.training.place import Ranks
-from tests.planning.peak import peak_of_a_step
+from rmoe.training.place import Place, Ranks, accelerator_of
+from tests.planning.peak import allocated_in_a_step, peak_of_a_step
 from tests.torchrun import end_with
 from tests.versions import older
 
@@ -33,6 +36,13 @@ CASES = {  # micro-batch, expert parallelism, bfloat16, gradient checkpointing
     "few tokens, bf16": (1, 1, True, False),
     "many tokens, bf16, checkpointing": (4, 1, True, True),
     "many tokens, bf16, EP": (4, 2, True, False),
+}
+
+COPIED = {  # micro-batch, tokens of a sequence, forward passes of a step
+    "DDP, many tokens": (4, 128, 1),
+    "DDP, few tokens": (1, 32, 1),
+    "DDP, many tokens, two passes": (4, 128, 2),
+    "DDP, few tokens, two passes": (1, 32, 2),
 }
 
 
@@ -51,6 +61,30 @@ def peak(batch: int, expert: int, bf16: bool, checkpointing: bool) -> int:
     if checkpointing:
         net.gradient_checkpointing_enable()
     return peak_of_a_step(net, batch, LENGTH, bf16)
+
+
+def copied(batch: int, length: int, passes: int) -> int:
+    """`allocated_in_a_step` of this process's copy under DDP, as training has it."""
+
+    def begin() -> Callable[[], None]:
+        net = RMoEForCausalLM._from_config(
+            RMoEConfig(**SIZES), attn_implementation="sdpa", experts_implementation="grouped_mm"
+        )
+        place = Place(cpu=True, bf16=False, ranks=Ranks(2, dist.get_rank()))
+        accelerator = accelerator_of(RunConfig(), Path(), place, unused=True)
+        learner = ModelLearner(net.train(), accelerator, place.ranks, passes)
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        ids = torch.randint(0, 512, (batch, length))
+
+        def step() -> None:
+            batches = [{"input_ids": ids, "labels": ids} for _ in range(passes)]
+            learner.accumulate(batches, StepSums(place.ranks))
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return allocated_in_a_step(begin)
 
 
 def cut_after_each_micro_batch() -> list[bool]:
@@ -82,6 +116,11 @@ def main(out: str) -> None:
             needs_of(config, LENGTH, bf16), config, layout, batch, LENGTH, bf16, checkpointing
         )
         report[case] = {"planned": planned.peak, "real": peak(batch, expert, bf16, checkpointing)}
+    for case, (batch, length, passes) in COPIED.items():
+        config, layout = RMoEConfig(**SIZES), ParallelConfig(replicate=2)
+        needs = needs_of(config, length, bf16=False)
+        planned = memory_of(needs, config, layout, batch, length, False, False, passes)
+        report[case] = {"planned": planned.peak, "real": copied(batch, length, passes)}
     end_with(report, out)
 
 

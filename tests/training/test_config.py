@@ -278,3 +278,20 @@ def test_a_runs_folder_decides_neither_code_nor_places(tmp_path, capsys):
     assert "error: plugin is []; allowed: [" in capsys.readouterr().err
     assert main([*command, "--plugin", str(plugin)]) == 0
     assert "finished already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parallel", "training", "said"),
+    [
+        ({"pipeline": 2}, {"batch_size": 8, "micro_batch_size": 8}, "training.micro_batch_size is 8; allowed: at most"),
+        ({"pipeline": 2, "replicate": 2}, {"batch_size": 8, "micro_batch_size": 4}, "training.micro_batch_size is 4"),
+        ({"pipeline": 4}, {"batch_size": 2}, "training.batch_size is 2; allowed: 4 or more"),
+        ({"pipeline": 4, "replicate": 2}, {"batch_size": 6}, "training.batch_size is 6; allowed: 8 or more"),
+        ({"pipeline": 2}, {"compile": True}, "training.compile is True; allowed: False with parallel.pipeline"),
+    ],
+)  # fmt: skip
+def test_what_a_pipeline_cannot_train_is_refused_with_the_configuration(parallel, training, said):
+    with pytest.raises(RequestError) as error:
+        RunConfig.from_dict({"parallel": parallel, "training": training})
+    assert str(error.value).startswith(said)
+    RunConfig.from_dict({"parallel": {"pipeline": 2}, "training": {"batch_size": 8, "micro_batch_size": 4}})
