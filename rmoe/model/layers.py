@@ -141,17 +141,23 @@ class RMoESparseMoeBlock(nn.Module):
         self.config = config
 
     def forward(
-        self, hidden_states: Tensor, routing: Routing, mask: Tensor | None = None
-    ) -> tuple[Tensor, Routing]:
+        self,
+        hidden_states: Tensor,
+        routing: Routing,
+        mask: Tensor | None = None,
+        observed: list[Tensor] | None = None,
+    ) -> Tensor:
         """Mix the experts' outputs (Eq. 1, 6: they read `x`, not the state).
 
         Args:
             hidden_states: `[B, S, d]`.
             routing: the decision for its tokens.
             mask: `[T]` bool, False at padding; None is no padding.
+            observed: gets, in training, the sums that the experts' default outputs are made of. Others' engines take
+                the block's one result for its output.
 
         Returns:
-            `[B, S, d]`, and the decision with what the experts' default outputs are made of.
+            `[B, S, d]`.
         """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, d]
         experts = dispatched_experts(routing, self.num_built_experts)
@@ -163,7 +169,7 @@ class RMoESparseMoeBlock(nn.Module):
             mix = self._weighed_inputs if self.weighs_inputs else self.experts
             out = mix(flat, experts, weights)
         else:
-            out, routing = self._with_defaults(flat, experts, weights, routing, mask)
+            out = self._with_defaults(flat, experts, weights, routing, mask, observed)
         if self.densemixer and torch.is_grad_enabled():
             out = out + densemixer(self.experts, flat, routing)
         if routing.passthrough is not None:
@@ -172,7 +178,7 @@ class RMoESparseMoeBlock(nn.Module):
             out = out + routing.added.to(flat.dtype)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat, routing.shared_weights)
-        return out.view_as(hidden_states), routing
+        return out.view_as(hidden_states)
 
     def in_training(
         self, x: Tensor, routing: Routing, shared: SharedRouter | None, context: RouterContext | None
@@ -213,20 +219,25 @@ class RMoESparseMoeBlock(nn.Module):
         return routing.with_penalty(config.erc_loss_coef * loss.to(routing.probs.dtype))
 
     def _with_defaults(
-        self, x: Tensor, experts: Tensor, weights: Tensor, routing: Routing, mask: Tensor | None
-    ) -> tuple[Tensor, Routing]:
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        routing: Routing,
+        mask: Tensor | None,
+        observed: list[Tensor] | None,
+    ) -> Tensor:
         assert self.default_outputs is not None
         added = self.default_outputs(x, routing)
         if not self.training:
-            return self.experts(x, experts, weights) + added, routing
+            return self.experts(x, experts, weights) + added
         # Each choice as a token of its own: its output is needed by itself.
         ones, slots = torch.ones_like(weights).view(-1, 1), experts.reshape(-1, 1)
         each = self.experts(x.repeat_interleave(experts.shape[1], 0), slots, ones).view(*experts.shape, -1)
-        observed = self.default_outputs.observe(each.detach(), experts, mask)
-        if routing.observed is not None:
-            observed = torch.cat((routing.observed.to(observed.dtype), observed))
+        if observed is not None:
+            observed.append(self.default_outputs.observe(each.detach(), experts, mask))
         mixed = torch.einsum("tkd,tk->td", each, weights.to(each.dtype)).to(x.dtype)
-        return mixed + added, routing._replace(observed=observed)
+        return mixed + added
 
     @torch.no_grad()
     def update(self, stats: RouterStats, step: int, total_steps: int) -> None:
@@ -284,7 +295,13 @@ class RMoEDecoderLayer(GradientCheckpointingLayer):
             flat = x.reshape(-1, x.shape[-1])
             routing, router_state = self.mlp.gate(flat, router_state, shared=shared, context=context)
             routing = self.mlp.in_training(flat, routing, shared, context)
-            mixed, routing = self.mlp(x, routing, None if context is None else context.mask)
+            observed: list[Tensor] = []
+            mixed = self.mlp(x, routing, None if context is None else context.mask, observed)
+            if observed:
+                seen = observed[0]
+                if routing.observed is not None:
+                    seen = torch.cat((routing.observed.to(seen.dtype), seen))
+                routing = routing._replace(observed=seen)
         hidden_states = hidden_states + self.dropout(mixed)
         hidden_states = hidden_states if self.pre_norm else self.post_attention_layernorm(hidden_states)
         return hidden_states, router_state, routing, attention

@@ -78,7 +78,7 @@ def test_it_equals_plain_loops(gated: bool, padded: bool) -> None:
 
     context = RouterContext(1, T, mask)
     routing = compete(part.experts, x, part.gate(x, (), None, context)[0], mask, 0.7)
-    got = part(x[None], routing)[0][0]
+    got = part(x[None], routing)[0]
     assert routing.penalty is not None
     found = gradients(got, routing.penalty)
     plain = part.gate(x, (), None, context)[0]
@@ -141,7 +141,7 @@ def test_padding_alone_teaches_nothing_and_a_penalty_that_is_there_stays() -> No
 def test_the_router_learns_from_its_loss_alone() -> None:
     part, (x, direction) = block(), data()
     routing = compete(part.experts, x, part.gate(x, (), None, RouterContext(1, T))[0], None, 0.0)
-    (part(x[None], routing)[0][0] * direction).sum().backward()
+    (part(x[None], routing)[0] * direction).sum().backward()
     assert all(p.grad is None for p in part.gate.parameters())
 
 

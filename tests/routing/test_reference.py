@@ -40,7 +40,7 @@ class Stack(torch.nn.Module):
         for block in self.blocks:
             routing, state = block.gate(x, state, self.router_shared, context)
             routings.append(routing)
-            x = x + block(x[None], routing)[0][0]
+            x = x + block(x[None], routing)[0]
         aux = balance_loss([b.gate for b in self.blocks], routings, context, 0.01)
         return x, aux
 
