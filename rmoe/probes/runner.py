@@ -130,7 +130,8 @@ def run(
     wanted = [(name, probe, seed, k) for name, k in asked for probe, seed in lanes]
     lost = [f"{key[0]} on {key[1]}, seed {key[2]}" for key in wanted if key not in done]
     if lost:
-        raise RunError(f"training diverged: {'; '.join(lost)}", "every other run", "a smaller learning_rate")
+        saved = "nothing, without a folder" if out is None else "every other run"
+        raise RunError(f"training diverged: {'; '.join(lost)}", saved, "a smaller learning_rate")
     return [done[key] for key in wanted]
 
 
