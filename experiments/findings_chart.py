@@ -54,6 +54,7 @@ CHART: dict[str, list[Asked]] = {
     ],
     "Other routers minus SMoE, logits at one scale": [
         Asked("gated linear", "std-1/gated-linear-p32"),
+        Asked("linear with a learned decay (EDA)", "std-1/eda-linear-p32"),
         Asked("a bottleneck of RMoE's width, no memory", "std-1/low-rank-norm-p32"),
         Asked("frozen at random: the positive control", "std-1/random-smoe"),
         Asked("the same, width 256", "std-1/random-smoe", file="gpu"),
