@@ -166,7 +166,7 @@ def _plain(argv: Sequence[str], run: Verb) -> list[str]:
     """
     hints = get_type_hints(run, include_extras=True)
     flags, paths = _options(hints, bool), _options(hints, Path, Path | None)
-    positional = [name for name, hint in hints.items() if tyro.conf.Positional in get_args(hint)]
+    positional = next((name for name, hint in hints.items() if tyro.conf.Positional in get_args(hint)), "")
     parameters = inspect.signature(run).parameters
     aliases = {
         short: whole for name in _ALIASES if name in parameters for short, whole in _ALIASES[name].items()
@@ -175,9 +175,8 @@ def _plain(argv: Sequence[str], run: Verb) -> list[str]:
     is_value, name = False, ""
     for token in argv:
         if is_value or not token.startswith("--"):
-            owner = name if is_value else "".join(f"--{one}" for one in positional)
-            if not token and owner in paths:
-                raise RequestError(owner if is_value else positional[0].upper(), "", "a path")
+            if not token and (name if is_value else f"--{positional}") in paths:
+                raise RequestError(name if is_value else positional.upper(), "", "a path")
             plain.append(token)
             is_value = False
             continue

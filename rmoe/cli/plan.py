@@ -68,9 +68,9 @@ def run(
     of_layouts = ("devices", "devices_per_node", "accelerator", "efficiency", "vocab_size", "as_set")
     unread, where = (of_layouts, "with --grid") if grid else (of_grid, "without --grid")
     require_unset(run, locals(), unread, where)
-    if not grid and any(option.startswith("--engine") for option in GIVEN.get()):
-        raise RequestError("--engine", engine.kind, "unset without --grid")
     if not grid:
+        if any(option.startswith("--engine") for option in GIVEN.get()):
+            raise RequestError("--engine", engine.kind, "unset without --grid")
         for name, size in asdict(config.parallel).items():
             given = f"--parallel.{name}" in GIVEN.get()
             require(not given, f"--parallel.{name}", size, "unset: the plan chooses the layout")

@@ -118,12 +118,11 @@ def _require_own(out: Path) -> None:
     """Refuse a folder of something else: its summary and its report would be replaced."""
     from rmoe.compare.plan import COMPARISON
     from rmoe.probes.runner import RESULTS
-    from rmoe.training.run_folder import LOCK
+    from rmoe.training.run_folder import LOCK, refuse_other
 
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    # The others are what a call leaves that was killed before its first results.
-    foreign = COMPARISON in found or (RESULTS not in found and found - {LOCK, "logs", "engine"})
-    require(not foreign, "--out", str(out), "a new or empty folder, or one of earlier probes")
+    allowed = "a new or empty folder, or one of earlier probes"
+    require(not (out / COMPARISON).exists(), "--out", str(out), allowed)  # which has results of that name too
+    refuse_other(out, RESULTS, {LOCK, "logs", "engine"}, allowed)
 
 
 def _on_engine(

@@ -31,6 +31,7 @@ from rmoe.places import require_writable
 from rmoe.records import write_record
 from rmoe.report import table
 from rmoe.report.page import write_report
+from rmoe.results.analysis import Analysis
 from rmoe.results.comparison import Summary
 from rmoe.results.rows import SweepValue, finished, read_rows
 from rmoe.results.run import CorpusInfo
@@ -110,29 +111,33 @@ def compare(
             runs = f"{len(setting.rows())} of {len(setting.plan.runs())} runs"
             saved = f"{runs}, and checkpoints of those under way, in {out}"
             raise RunError("interrupted", saved, "run the same command again") from None
-        rows, problems = planned_rows(setting)
-        branches = {branch.key for branch, _ in setting.plan.branches()}
-        if not finished(rows):
-            error = rows[0].failure.error if rows[0].failure else None
-            raise RunError(
-                f"every run failed, {rows[0].key} with: {error}", "no model", f"see {out / 'logs'}"
-            )
-        summary = summarise(
-            rows,
-            preset=config.preset,
-            baseline=setting.plan.baseline,
-            descriptions={name: row.summary for name, row in ZOO.items()},
-            notes=[*notes, *problems],
-            margin=options.margin,
-            looks=setting.plan.looks,
-            branches=[row for row in read_rows(out / plans.BRANCHES)[0] if row.key in branches],
-            planned=len(setting.plan.routers) - 1,
-        )
-        if other is not None:
-            summary = gated(summary, other)
-        write_record(out / plans.SUMMARY, summary)
-        (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
-        write_report(out / "report", summary, analysis, single_file=options.single_file)
+        return _written(setting, notes, other, analysis)
+
+
+def _written(setting: Setting, notes: list[str], other: Summary | None, analysis: Analysis | None) -> Summary:
+    """What a comparison has found, and the files that say it."""
+    out, options = setting.out, setting.options
+    rows, problems = planned_rows(setting)
+    branches = {branch.key for branch, _ in setting.plan.branches()}
+    if not finished(rows):
+        error = rows[0].failure.error if rows[0].failure else None
+        raise RunError(f"every run failed, {rows[0].key} with: {error}", "no model", f"see {out / 'logs'}")
+    summary = summarise(
+        rows,
+        preset=setting.plan.config.preset,
+        baseline=setting.plan.baseline,
+        descriptions={name: row.summary for name, row in ZOO.items()},
+        notes=[*notes, *problems],
+        margin=options.margin,
+        looks=setting.plan.looks,
+        branches=[row for row in read_rows(out / plans.BRANCHES)[0] if row.key in branches],
+        planned=len(setting.plan.routers) - 1,
+    )
+    if other is not None:
+        summary = gated(summary, other)
+    write_record(out / plans.SUMMARY, summary)
+    (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
+    write_report(out / "report", summary, analysis, single_file=options.single_file)
     return summary
 
 

@@ -27,7 +27,7 @@ from rmoe.records import Record, read_record, write_record
 from rmoe.results.rows import SweepValue, run_key
 from rmoe.routing.zoo import find
 from rmoe.training.config import RunConfig
-from rmoe.training.run_folder import LOCK, flat, locked, require_equal
+from rmoe.training.run_folder import LOCK, flat, locked, refuse_other, require_equal
 
 COMPARISON, RESULTS, SUMMARY, ANALYSIS = "comparison.json", "results.jsonl", "summary.json", "analysis.json"
 BRANCHES = "branches.jsonl"
@@ -232,14 +232,8 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _refuse_other(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise RequestError("--out", str(folder), "a folder")
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    # The other two are what a comparison leaves that was killed while it wrote its first file.
-    if COMPARISON not in found and found - {LOCK, f"{COMPARISON}.part"}:
-        raise RequestError(
-            "--out", str(folder), "a new or empty folder, or one with a comparison to go on with"
-        )
+    allowed = "a new or empty folder, or one with a comparison to go on with"
+    refuse_other(folder, COMPARISON, {LOCK, f"{COMPARISON}.part"}, allowed)
 
 
 def _require_same(

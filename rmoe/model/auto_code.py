@@ -73,9 +73,8 @@ def save_with_code(
     hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if uploads and name in kwargs}
     save(folder, **kwargs)
     if kwargs.get("is_main_process", True):
-        if (
-            folder / "config.json"
-        ).exists():  # of a model with an adapter transformers saves the adapter alone
+        # Of a model with an adapter of its own transformers saves the adapter alone.
+        if (folder / "config.json").exists():
             write_auto_code(folder, files, auto_map)
         if uploads:
             model.push_to_hub(hub.pop("repo_id", folder.name), **hub)

@@ -232,8 +232,7 @@ def _sorted_mm(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
         low = torch.get_autocast_dtype(kind)
         hidden_states, up, down = hidden_states.to(low), up.to(low), down.to(low)
     weights = top_k_weights.to(hidden_states.dtype)
-    eager = not torch.compiler.is_compiling()
-    if eager and hidden_states.shape[0] == 1 and not torch.is_grad_enabled() and has_values(hidden_states):
+    if hidden_states.shape[0] == 1 and not torch.is_grad_enabled() and has_values(hidden_states):
         return one_token_experts(hidden_states, top_k_index, weights, up, down, act)
     return sorted_experts(hidden_states, top_k_index, weights, up, down, act)[0]
 

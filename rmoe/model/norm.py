@@ -41,7 +41,7 @@ class _RMSNormCPU(torch.autograd.Function):
 
 def has_values(x: Tensor) -> bool:
     """Whether a number may be read out of it: a trace would keep it as a constant, a `FakeTensor` has none."""
-    return type(x) is Tensor and not torch.jit.is_tracing()
+    return not torch.compiler.is_compiling() and type(x) is Tensor and not torch.jit.is_tracing()
 
 
 class RMSNorm(nn.Module):

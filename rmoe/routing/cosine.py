@@ -62,9 +62,8 @@ class Cosine(Scorer):
             ProjectionFP32(features, width, start, options.projection_bias) if options.width else None
         )
         self.embeddings = nn.Parameter(torch.empty(geometry.num_experts, width))
-        self.log_inverse_temperature = nn.Parameter(
-            torch.empty(1)
-        )  # FSDP2 takes no parameter without a dimension
+        # Of one dimension: FSDP2 takes no parameter without.
+        self.log_inverse_temperature = nn.Parameter(torch.empty(1))
 
     def initializers(self) -> dict[str, Initializer]:
         embeddings = orthogonal(0.32) if self.options.embedding_init == "orthogonal" else normal(0.01)

@@ -111,6 +111,24 @@ def checkpoints_of(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name)))
 
 
+def refuse_other(folder: Path, own: str, leftovers: set[str], allowed: str) -> None:
+    """Refuse a folder that has something else in it.
+
+    Args:
+        own: the file that tells what it is.
+        leftovers: what a kill leaves before that file is there.
+        allowed: what the refusal says.
+
+    Raises:
+        RequestError: it is a file, or has neither `own` nor only `leftovers` in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError("--out", str(folder), "a folder")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if own not in found and found - leftovers:
+        raise RequestError("--out", str(folder), allowed)
+
+
 def refuse_used(folder: Path, first: str = CONFIG) -> None:
     """Refuse to start a new run in a folder that holds anything.
 
