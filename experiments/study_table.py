@@ -9,20 +9,23 @@ import msgspec
 import numpy as np
 
 from experiments.study_rows import StudyRow
+from rmoe.compare.sequential import sequential_p
 from rmoe.compare.statistics import compare_to_baseline, holm, seeds_needed, t_interval, text_interval
 from rmoe.results.comparison import Difference
 
 Arms = dict[tuple[str, str], dict[int, StudyRow]]
 
 LOOKS = (5, 8)  # pairs; fixed beforehand in study.md
-OWN_BASELINE = ("depth-", "proxy-", "long-")  # grids of another size: compared within themselves
+# Grids of another size or learning rate: compared within themselves.
+OWN_BASELINE = ("depth-", "proxy-", "long-", "rate-")
 
 
 class Contrast(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A difference between two arms, each `grid/router`.
 
     Attributes:
-        planned: fixed before its runs. Holm's correction is over all planned ones of a plan.
+        planned: fixed before its runs: judged at the looks that the arms have, with Holm's correction over all planned
+            ones of a plan.
     """
 
     question: str
@@ -56,8 +59,8 @@ def markdown(
         + ", ".join(f"{name} {version}" for name, version in first.versions.libraries.items())
         + f"; {on}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
         "lower is better. "
-        f"Differences are to `{baseline}` in `{reference}` (grids of another size: in the same grid), seed by seed; "
-        f"intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "
+        f"Differences are to `{baseline}` in `{reference}` (grids of another size or learning rate: in the same "
+        f"grid), seed by seed; intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "
         "decided, with an O'Brien-Fleming boundary over both looks and Holm's correction over all arms planned with "
         "a baseline. "
         f"Equivalent: within {margin:g} bits by two one-sided tests.",
@@ -101,19 +104,21 @@ def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
     for contrast in asked:
         differences = paired(tests, contrast.of, contrast.minus)
         if len(differences) >= LOOKS[0]:
-            found.append((contrast, differences, *t_interval(differences)))
+            found.append((contrast, differences))
     if not found:
         return ""
-    p_values = [p for contrast, _, _, p in found if contrast.planned]
+    p_values = [_over_looks(differences) for contrast, differences in found if contrast.planned]
     corrected = iter(holm(p_values, sum(contrast.planned for contrast in asked)))
     lines = [
         "**Between other arms.** The first less the second, seed by seed, with 95% t intervals over seeds. Only where "
-        "a p value stands was the difference planned as one; it has Holm's correction over the planned.",
+        f"a p value stands was the difference planned as one; it is over the looks at {LOOKS[0]} and {LOOKS[1]} pairs, "
+        "with Holm's correction over the planned.",
         "",
         "| question | first | second | pairs | difference | interval | each pair | p |",
         "|---|---|---|---:|---:|---|---|---:|",
     ]
-    for contrast, differences, interval, _ in found:
+    for contrast, differences in found:
+        interval, _ = t_interval(differences)
         lines.append(
             f"| {contrast.question} | `{contrast.of}` | `{contrast.minus}` | {len(differences)} "
             f"| {np.mean(differences):+.4f} | {interval.low:+.4f} to {interval.high:+.4f} "
@@ -121,6 +126,11 @@ def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
             f"| {f'{next(corrected):.3f}' if contrast.planned else ''} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _over_looks(differences: Sequence[float]) -> float:
+    """The p value over both looks, at those that have been taken."""
+    return sequential_p([t_interval(differences[:pairs])[1] for pairs in LOOKS if pairs <= len(differences)], LOOKS)
 
 
 def over_training(rows: Sequence[StudyRow], baseline: str, reference: str) -> str:
