@@ -60,8 +60,9 @@ def markdown(
         + f"; {on}, {first.hardware.threads} thread a run. Bits per byte on the test text, "
         "lower is better. "
         f"Differences are to `{baseline}` in `{reference}` (grids of another size or learning rate: in the same "
-        f"grid), seed by seed; intervals are 95%, t over seeds. Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not "
-        "decided, with an O'Brien-Fleming boundary over both looks and Holm's correction over all arms planned with "
+        "grid), seed by seed; intervals are 95%, t over seeds. "
+        f"Verdicts come at {LOOKS[0]} pairs, and at {LOOKS[1]} for what is then not decided, "
+        "with an O'Brien-Fleming boundary over both looks and Holm's correction over all arms planned with "
         "a baseline. "
         f"Equivalent: within {margin:g} bits by two one-sided tests.",
         "",
@@ -130,7 +131,9 @@ def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
 
 def _over_looks(differences: Sequence[float]) -> float:
     """The p value over both looks, at those that have been taken."""
-    return sequential_p([t_interval(differences[:pairs])[1] for pairs in LOOKS if pairs <= len(differences)], LOOKS)
+    return sequential_p(
+        [t_interval(differences[:pairs])[1] for pairs in LOOKS if pairs <= len(differences)], LOOKS
+    )
 
 
 def over_training(rows: Sequence[StudyRow], baseline: str, reference: str) -> str:
