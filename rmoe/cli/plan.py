@@ -146,14 +146,18 @@ def _print_grid(
     if pilot is None:
         raise RequestError("--pilot", None, "the folder of a finished run, with --grid")
     require(seeds >= 1, "--seeds", seeds, "1 or more")
-    require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
+    engine.require_jobs(jobs)
+    chosen = select(names(routers))
     wants, sharing = place(
         config, engine, jobs, torch.cuda.is_available() and config.training.device != "cpu"
     )
-    at_once = jobs or engine.at_once or sharing.jobs or len(slots_of(None, wants.gpus, engine.runs_per_gpu))
+    at_once = engine.at_once or len(chosen) * seeds
+    if engine.kind == "local":
+        slots = slots_of(jobs, wants.gpus, engine.runs_per_gpu) if wants.gpus else []
+        at_once = len(slots) or sharing.jobs or 1
     plan = plan_grid(
         config,
-        select(names(routers)),
+        chosen,
         seeds,
         pilots_in(pilot),
         at_once,

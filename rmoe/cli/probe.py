@@ -74,7 +74,12 @@ def run(
     from rmoe.routing.spec import with_options
     from rmoe.routing.zoo import find, select
 
-    require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
+    engine.require_jobs(jobs)
+    # Probes are too small for a GPU.
+    require(not engine.gpus, "--engine.gpus", engine.gpus, "unset: probes run on cores")
+    require(
+        engine.runs_per_gpu == 1, "--engine.runs-per-gpu", engine.runs_per_gpu, "unset: probes run on cores"
+    )
     require(0 <= margin < math.inf, "--margin", margin, "0 or more, and finite")
     require(out is not None or not single_file, "--single-file", True, "unset without --out")
     # Slurm's jobs stay when this process ends, and need a folder that does.
@@ -135,17 +140,16 @@ def _on_engine(
     from rmoe.training.run_folder import locked
 
     wants = Wants(cpus=config.cpus or 1, memory_gib=config.memory_gib)
-    if config.kind == "local" and min(jobs, len(units)) < 2:
-        if out is not None:
-            folder.enter_context(locked(out))
-        yield from one_by_one(units)
-        return
+    jobs = max(1, min(jobs, len(units)))
     with (
         tempfile.TemporaryDirectory() as scratch,
-        engine_of(config, out or Path(scratch), wants, min(jobs, len(units)), threads=1) as engine,
+        engine_of(config, out or Path(scratch), wants, jobs, threads=1) as engine,
     ):
         if out is not None:
             folder.enter_context(locked(out))
+        if config.kind == "local" and jobs < 2:
+            yield from one_by_one(units)
+            return
         for _, answer in engine.answers({named("unit", unit): unit for unit in units}, wants):
             if answer.error is not None:
                 saved = "nothing, without --out" if out is None else f"what finished before, in {out}"

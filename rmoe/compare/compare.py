@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from rmoe.compare.sharing import place
 from rmoe.compare.summary import summarise
 from rmoe.errors import RequestError, RunError
 from rmoe.places import require_writable
-from rmoe.records import write_record
+from rmoe.records import read_record, write_record
 from rmoe.report import table
 from rmoe.report.page import write_report
 from rmoe.results.analysis import Analysis
@@ -127,7 +127,7 @@ def _written(setting: Setting, notes: list[str], other: Summary | None, analysis
         preset=setting.plan.config.preset,
         baseline=setting.plan.baseline,
         descriptions={name: row.summary for name, row in ZOO.items()},
-        notes=[*notes, *problems],
+        notes=[*notes, *_of_earlier_calls(setting, {row.router: None for row in rows}), *problems],
         margin=options.margin,
         looks=setting.plan.looks,
         branches=[row for row in read_rows(out / plans.BRANCHES)[0] if row.key in branches],
@@ -139,6 +139,24 @@ def _written(setting: Setting, notes: list[str], other: Summary | None, analysis
     (out / "summary.md").write_text(table.markdown(summary), encoding="utf-8")
     write_report(out / "report", summary, analysis, single_file=options.single_file)
     return summary
+
+
+def _of_earlier_calls(setting: Setting, routers: Iterable[str]) -> list[str]:
+    """What a router of the table that this call did not ask for has that the others have not, or lacks."""
+    from rmoe.compare.match import KNOB
+
+    plan, notes = setting.plan, []
+    changes = read_record(
+        setting.out / plans.COMPARISON, plans.ComparisonRecord, plans.COMPARISON_VERSION
+    ).changes
+    matched = any(KNOB in own for own in plan.changes.values())
+    for router in routers:
+        own = changes.get(router, {})
+        if router in plan.routers or not (own or matched):
+            continue
+        said = ", ".join(f"{name} {value}" for name, value in own.items()) or "no matched parameters"
+        notes.append(f"{router}, of an earlier call, has {said}: it is no like-for-like comparison.")
+    return notes
 
 
 def _near(setting: Setting, engine: Engine) -> AbstractContextManager[Engine]:
@@ -205,7 +223,7 @@ def _set_up(
     training = plan.config.training
     on_gpu = torch.cuda.is_available() and training.device != "cpu"
     jobs, fetch = options.jobs, options.engine.fetch
-    require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
+    options.engine.require_jobs(jobs)
     lengths = " ".join(map(str, plan.lengths))
     allowed = "given with a shared folder, not engine.fetch"
     require(fetch == "no" or not lengths, "--lengths", lengths, allowed)

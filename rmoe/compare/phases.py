@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from rmoe.compare.jobs import EvaluateTest, MeasureRouting, Train
 from rmoe.compare.plan import ComparisonPlan, Run
 from rmoe.compare.progress import Progress
 from rmoe.compare.sharing import Sharing
-from rmoe.compare.statistics import MARGIN_BITS
-from rmoe.compare.summary import chosen_sweep, summarise, sweep_points, together
+from rmoe.compare.statistics import MARGIN_BITS, stands
+from rmoe.compare.summary import chosen_sweep, first_rows, summarise, sweep_points, together
 from rmoe.compare.timing import TimeAlone
 from rmoe.errors import RunError
 from rmoe.records import append_records
@@ -136,12 +136,7 @@ def _decided(setting: Setting, pairs: int) -> dict[str, int]:
     plan = setting.plan
     planned, margin = len(plan.routers) - 1, setting.options.margin
     summary = summarise(rows, "", plan.baseline, margin=margin, looks=plan.looks, planned=planned)
-    verdicts = {r.router: r.difference.verdict for r in summary.routers if r.difference is not None}
-    return {
-        name: pairs
-        for name, verdict in verdicts.items()
-        if verdict not in ("not decided", "one seed: no verdict")
-    }
+    return {r.router: pairs for r in summary.routers if r.difference is not None and stands(r.difference)}
 
 
 def planned_rows(setting: Setting) -> tuple[list[ResultRow], list[str]]:
@@ -229,7 +224,8 @@ def _trained(setting: Setting, engine: Engine, jobs: Mapping[str, Train]) -> Ite
         if answer.error is None:
             result, files = answer.value
             unpack(files, Path(jobs[name].folder))
-            place = {"folder": jobs[name].folder, "model": str(Path(jobs[name].folder, MODEL))}
+            model = str(Path(jobs[name].folder, MODEL)) if what == "model" else None
+            place = {"folder": jobs[name].folder, "model": model}
             answer = msgspec.structs.replace(answer, value=msgspec.structs.replace(result, **place))
         yield name, answer
 
@@ -281,7 +277,7 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
     """
     if not setting.options.timing_rounds:
         return
-    rows = _first_rows(setting)
+    rows = first_rows(planned_rows(setting)[0])
     if together(rows.values()):
         return
     print("timing each router alone ...", file=sys.stderr, flush=True)
@@ -301,18 +297,6 @@ def time_each_alone(setting: Setting, engine: Engine) -> None:
             append_records(setting.results, msgspec.structs.replace(rows[router], timing=timing))
 
 
-def _first_rows(setting: Setting, among: Container[str] | None = None) -> dict[str, ResultRow]:
-    """Router -> its first finished run at its chosen sweep point, of the table's or of those with these keys."""
-    rows = planned_rows(setting)[0]
-    chosen = chosen_sweep(sweep_points(rows))
-    found: dict[str, ResultRow] = {}
-    for row in sorted(rows, key=lambda row: row.seed):
-        counts = among is None or row.key in among
-        if counts and row.result is not None and row.sweep == chosen.get(row.router):
-            found.setdefault(row.router, row)
-    return found
-
-
 def _configs(plan: ComparisonPlan) -> dict[str, dict[str, Any]]:
     """Key -> configuration of the plan's own runs, whose text may lie elsewhere than that of earlier ones."""
     return {run.key: run.config.to_dict() for run in plan.runs()}
@@ -324,7 +308,7 @@ def analyse(setting: Setting, engine: Engine) -> Analysis | None:
         return None
     path = setting.out / plans.ANALYSIS
     configs = _configs(setting.plan)
-    rows = _first_rows(setting, configs)
+    rows = first_rows(planned_rows(setting)[0], configs)
 
     def rank(name: str) -> tuple[bool, float]:
         result = rows[name].result

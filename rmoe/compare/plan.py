@@ -116,8 +116,8 @@ def parse_sweep(config: RunConfig, asked: Sequence[str]) -> dict[str, tuple[Swee
     """`("learning_rate=1e-3,3e-3",)` as setting -> values of the setting's type.
 
     Raises:
-        RequestError: not of that form, an unknown setting, one given twice, one of the text, or a value that is not
-            allowed.
+        RequestError: not of that form, an unknown setting, one given twice, one that makes no other run or no run to
+            compare, or a value that is not allowed.
     """
     sweep: dict[str, tuple[SweepValue, ...]] = {}
     swept: set[str] = set()
@@ -132,6 +132,8 @@ def parse_sweep(config: RunConfig, asked: Sequence[str]) -> dict[str, tuple[Swee
         full, _ = config.setting(name)
         if full.startswith("data."):
             raise RequestError("--sweep", one, "a setting that leaves the text as it is")
+        if full.partition(".")[0] in ("preset", "plugin", "logging", "parallel", "checkpoints"):
+            raise RequestError("--sweep", one, "a setting of the model or its training")
         if full in swept:
             raise RequestError(
                 "--sweep", one, f"each setting once, with all its values: {full}=VALUE,VALUE,..."

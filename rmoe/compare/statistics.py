@@ -308,6 +308,11 @@ def compare_to_baseline(
     return {name: difference(name) for name in differences}
 
 
+def stands(difference: Difference) -> bool:
+    """Whether more pairs are not needed: it has a verdict."""
+    return difference.verdict not in ("not decided", "one seed: no verdict")
+
+
 def t_test(differences: Sequence[float], looks: Looks | None) -> tuple[Interval, float]:
     """`t_interval`; with looks, one that holds the mean at every look so far with `CONFIDENCE`."""
     if looks is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -422,7 +422,8 @@ def _look_notes(differences: Mapping[str, Difference], looks: Looks | None) -> l
     """How a sequential comparison came to its verdicts, and what it saved."""
     if looks is None:
         return []
-    saved = sum(looks[-1] - len(difference.values) for difference in differences.values())
+    # A router without a verdict that has fewer pairs has lost them: its runs failed.
+    saved = sum(looks[-1] - len(d.values) for d in differences.values() if statistics.stands(d))
     return [
         f"Pairs were added until a verdict stood, looking at {looks[0]} to {looks[-1]}: verdicts and intervals keep "
         f"their level over all looks (O'Brien-Fleming spending). Pairs not needed: {saved} of "
@@ -430,8 +431,24 @@ def _look_notes(differences: Mapping[str, Difference], looks: Looks | None) -> l
     ]
 
 
+def first_rows(rows: Sequence[ResultRow], among: Container[str] | None = None) -> dict[str, ResultRow]:
+    """Router -> its first finished run at its chosen sweep point, of all or of those with these keys.
+
+    Of all, it is the one that has the router's times.
+    """
+    chosen = chosen_sweep(sweep_points(rows))
+    found: dict[str, ResultRow] = {}
+    for row in sorted(rows, key=lambda row: row.seed):
+        counts = among is None or row.key in among
+        if counts and row.result is not None and row.sweep == chosen.get(row.router):
+            found.setdefault(row.router, row)
+    return found
+
+
 def one_timing_phase(rows: Sequence[ResultRow], baseline: str) -> tuple[list[ResultRow], list[str]]:
     """The rows with the times of one phase on one machine, the baseline's: others share no column with them.
+
+    Only a router's first row counts. Another has times where it was the first, before a run was added.
 
     Returns:
         The rows, and a note for what lost its times.
@@ -446,21 +463,22 @@ def one_timing_phase(rows: Sequence[ResultRow], baseline: str) -> tuple[list[Res
         (name, kind), (other_name, other_kind) = machine(one), machine(two)
         return kind == other_kind and (name == other_name or None in (name, other_name))
 
-    timed = [row for row in rows if row.timing is not None]
-    kept = next((row for row in timed if row.router == baseline), timed[0] if timed else None)
-    elsewhere = {row.key for row in timed if kept and not alike(row, kept)}
-    apart = {row.key for row in timed if kept and not together([row, kept])} - elsewhere
+    timed = {name: row for name, row in first_rows(rows).items() if row.timing is not None}
+    kept = timed.get(baseline) or next(iter(timed.values()), None)
+    elsewhere = {name for name, row in timed.items() if kept and not alike(row, kept)}
+    shown = {name for name, row in timed.items() if kept and together([row, kept])} - elsewhere
+    apart = {row.router for row in rows if row.timing is not None} - shown - elsewhere
     notes = [
-        f"No time and memory for {', '.join(sorted({row.router for row in timed if row.key in keys}))}: {why}"
-        for keys, why in (
+        f"No time and memory for {', '.join(sorted(names))}: {why}"
+        for names, why in (
             (elsewhere, f"timed on another machine than {baseline}. Call `rmoe compare` again with --engine.node "
              "to time all on one."),
             (apart, f"not timed together with {baseline}. Call `rmoe compare` again without --timing-rounds 0."),
         )
-        if keys
+        if names
     ]  # fmt: skip
-    lost = elsewhere | apart
-    return [msgspec.structs.replace(row, timing=None) if row.key in lost else row for row in rows], notes
+    keys = {timed[name].key for name in shown}
+    return [row if row.key in keys else msgspec.structs.replace(row, timing=None) for row in rows], notes
 
 
 def together(rows: Iterable[ResultRow]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from rmoe.compare.compare import _here, _near
+from rmoe.compare.compare import _here, _near, _of_earlier_calls
 from rmoe.compare.engines import Answer, Engine, EngineConfig, Wants
 from rmoe.compare.engines.engine import Job
 from rmoe.compare.jobs import EvaluateTest
@@ -22,7 +22,7 @@ from rmoe.compare.phases import (
     time_each_alone,
     train_until_decided,
 )
-from rmoe.compare.plan import ComparisonPlan
+from rmoe.compare.plan import ComparisonPlan, enter
 from rmoe.compare.sharing import Sharing
 from rmoe.records import append_records
 from rmoe.results.analysis import Analysis, ModelAnalysis
@@ -243,3 +243,35 @@ def test_a_router_that_joins_has_all_of_the_table_timed_again(tmp_path):
     )  # a call that was killed as it wrote
     append_records(setting.results, replace_begun(half, "another"))
     assert call(("smoe",), 40.0, "fourth") == (every, {40.0})
+
+
+@pytest.mark.parametrize("what", ["result", "model"])
+def test_a_model_that_was_not_fetched_is_nowhere(tmp_path, what):
+    class Fetching(Measured):
+        def answers(self, jobs: Mapping[str, Job], wants: Wants) -> Iterator[tuple[str, Answer]]:
+            for name in jobs:
+                yield name, Answer(value=(row("smoe", 0, 2.0).result, {}))
+
+    options = Options(engine=EngineConfig(kind="ray", fetch=what), timing_rounds=0)
+    setting = train_until_decided(setting_of(tmp_path, options), Fetching())
+    (found,) = setting.rows().values()
+    assert found.result.folder == str(tmp_path / "runs" / "smoe-seed0")
+    assert (found.result.model is None) == (what == "result")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "said"),
+    [
+        ({"rmoe": {"model.moe_intermediate_size": 40}}, {}, ["model.moe_intermediate_size 40"]),
+        ({}, {"np": {"model.moe_intermediate_size": 44}}, ["no matched parameters"]),
+        ({}, {}, []),
+        ({}, {"switch": {"model.num_experts_per_tok": 1}}, []),
+    ],
+)
+def test_a_router_of_an_earlier_call_with_other_settings_is_named(tmp_path, earlier, now, said):
+    enter(tmp_path, setting_of(tmp_path, routers=("smoe", "rmoe"), changes=earlier).plan, "x", {})
+    setting = setting_of(tmp_path, routers=("smoe", *now), changes=now)
+    enter(tmp_path, setting.plan, "x", {})
+    assert _of_earlier_calls(setting, ["smoe", "rmoe", *now]) == [
+        f"rmoe, of an earlier call, has {one}: it is no like-for-like comparison." for one in said
+    ]

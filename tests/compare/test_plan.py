@@ -64,6 +64,10 @@ def test_a_sweep_keeps_the_test_split_for_later():
         ("router=smoe,rmoe", "--routers"),
         ("data.max_bytes=1000", "a setting that leaves the text as it is"),
         ("tokenizer=words", "a setting that leaves the text as it is"),
+        ("preset=quick,small", "a setting of the model or its training"),
+        ("logging.test=true,false", "a setting of the model or its training"),
+        ("parallel.fsdp=1,2", "a setting of the model or its training"),
+        ("checkpoints.keep=1,2", "a setting of the model or its training"),
     ],
 )
 def test_a_wrong_sweep_is_refused(asked, said):

@@ -240,3 +240,61 @@ def test_times_of_unlike_machines_or_phases_share_no_column(machines, cpus, begu
     said = [note for note in summary.notes if note.startswith("No time and memory for ")]
     assert len(said) == bool(lost)
     assert all(note.startswith(f"No time and memory for rmoe: {lost}. ") for note in said)
+
+
+def _timed(router: str, seed: int, val: float, begun: str | None, rate: float | None = None) -> ResultRow:
+    own = {"machine": "m", "hardware": Hardware(cpu="x", cores=2, threads=1, memory_gib=4.0), "begun": begun}
+    timing = Timing(seconds_per_1k_steps=5.0, peak_mib=1.0, steps=24, rounds=3, **own) if begun else None
+    return row(
+        router, seed, val, test=val, sweep={} if rate is None else {"learning_rate": rate}, timing=timing
+    )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(  # a second seed moved the baseline's choice, and both were timed again
+            [
+                _timed("smoe", 0, 2.00, "A", 1e-3),
+                _timed("rmoe", 0, 2.00, "B", 1e-3),
+                _timed("smoe", 0, 2.01, "B", 3e-3),
+                _timed("rmoe", 0, 2.05, None, 3e-3),
+                _timed("smoe", 1, 2.10, None, 1e-3),
+                _timed("rmoe", 1, 2.00, None, 1e-3),
+                _timed("smoe", 1, 2.01, None, 3e-3),
+                _timed("rmoe", 1, 2.05, None, 3e-3),
+            ],
+            id="sweep",
+        ),
+        pytest.param(
+            [_timed(name, 5, 2.0, "A") for name in ("smoe", "rmoe")]
+            + [_timed(name, 0, 2.0, "B") for name in ("smoe", "rmoe", "np")],
+            id="an earlier seed",
+        ),
+        pytest.param(  # smoe-seed0 failed at first
+            [
+                _timed("smoe", 1, 2.0, "A"),
+                _timed("smoe", 0, 2.0, "B"),
+                _timed("rmoe", 0, 2.0, "B"),
+                _timed("rmoe", 1, 2.0, None),
+            ],
+            id="a failed run",
+        ),
+    ],
+)
+def test_times_are_those_of_the_runs_that_come_first_now(rows):
+    summary = summarise(rows, preset="small", baseline="smoe")
+    assert {r.timing.begun for r in summary.routers if r.timing} == {"B"}
+    assert all(r.timing for r in summary.routers)
+    assert not [note for note in summary.notes if note.startswith("No time and memory")]
+
+
+def test_pairs_that_failed_are_not_pairs_saved():
+    spread = [2.0 + wobble for wobble in (-0.01, 0.012, 0.001, 0.0, 0.02, -0.02, 0.01, -0.01)]
+    rows = [row("smoe", s, 2.0, test=2.0) for s in range(8)] + [
+        row("rmoe", s, v, test=v) for s, v in enumerate(spread[:3])
+    ]
+    failed = [row("rmoe", s, None, status="failed") for s in range(3, 8)]
+    worse = [row("np", s, 3.0 + v / 1000, test=3.0 + v / 1000) for s, v in enumerate(spread[:5])]
+    summary = summarise([*rows, *failed, *worse], "small", "smoe", looks=(5, 8))
+    assert any(note.endswith("Pairs not needed: 3 of 16.") for note in summary.notes)

@@ -61,10 +61,23 @@ def test_each_run_goes_to_the_first_worker_that_is_free(tmp_path):
     assert plan.hours == pytest.approx((8 + 6) / 3600)
 
 
+def test_a_cluster_has_its_own_gpus_and_takes_all_runs(pilot, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    grid = ["plan", "--grid", "--pilot", str(pilot / "pilot"), "--routers", "smoe", "--seeds", "50"]
+    slurm = ["--engine", "slurm", "--engine.gpus", "1"]
+    for limit, at_once in ([], 50), (["--engine.at-once", "7"], 7):
+        assert main([*grid, *slurm, *limit, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["at_once"] == at_once
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--grid"], "--pilot is None"),
+        (
+            ["--grid", "--pilot", "x", "--jobs", "2", "--engine", "slurm"],
+            "--jobs is 2; allowed: unset with --engine",
+        ),
         (["--grid", "--pilot", "nowhere"], "nowhere"),
         (["--grid", "--pilot", "nowhere", "--seeds", "0"], "--seeds is 0"),
         (["--grid", "--pilot", "nowhere", "--jobs", "0"], "--jobs is 0"),

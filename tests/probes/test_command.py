@@ -392,3 +392,20 @@ def test_summary_statistics_are_compares() -> None:
         (regret["rmoe", "lookup", 1] + regret["rmoe", "carry", 1]) / 2
     )
     assert summary.cards == sorted(summary.cards, key=lambda c: c.scores[MEAN].mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--engine.gpus", "1"), "--engine.gpus is 1; allowed: unset: probes run on cores"),
+        (("--engine.runs-per-gpu", "3"), "--engine.runs-per-gpu is 3; allowed: unset"),
+        (("--engine.node", "nosuch"), "engine.node is 'nosuch'; allowed: "),
+        (("--engine.cpus", "9999"), "engine.cpus is 9999; allowed: at most "),
+    ],
+)
+def test_engine_options_that_one_process_does_not_read_are_refused_too(
+    options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    asked = ("--routers", "smoe", "--probes", "carry", "--seeds", "1")
+    assert main(["probe", *asked, *TINY, *options]) == 2
+    assert said in capsys.readouterr().err

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from rmoe.errors import RequestError
 from rmoe.training.config import read_preset
-from rmoe.validation import AtLeastOne, NotNegativeInt, build, check_fields
+from rmoe.validation import AtLeastOne, NotNegativeInt, build, check_fields, require
 
 Kind = Literal["local", "ray", "slurm"]
 _MOST = sys.float_info.max
@@ -87,6 +87,16 @@ class EngineConfig:
             if name in _KINDS and self.kind not in _KINDS[name] and value is not None:
                 allowed = f"unset with --engine {self.kind}"
                 raise RequestError(f"engine.{name}", value, allowed)
+
+    def require_jobs(self, jobs: int | None) -> None:
+        """Check `--jobs`, runs at once on this machine.
+
+        Raises:
+            RequestError: it is no number of runs, or the engine does not read it.
+        """
+        require(jobs is None or jobs >= 1, "--jobs", jobs, "1 or more")
+        allowed = f"unset with --engine {self.kind}, where --engine.at-once limits the runs at the same time"
+        require(jobs is None or self.kind == "local", "--jobs", jobs, allowed)
 
     @classmethod
     def from_preset(cls, name: str) -> EngineConfig:

@@ -17,17 +17,22 @@ class Fetched(Record, frozen=True, kw_only=True):
 
     Attributes:
         job: of which only `folder` is changed.
+        processes: that it runs as; all have the one scratch folder.
         what: `result` leaves out the model and the checkpoints, `model` the checkpoints alone.
     """
 
     job: Any
     what: Literal["result", "model"]
+    processes: int = 1
 
     def carry_out(self) -> tuple[Any, dict[str, bytes]]:
         """(value, path in the folder -> bytes)."""
+        from rmoe.compare.engines.torchrun import Spread
+
         with tempfile.TemporaryDirectory(prefix="rmoe-run-") as scratch:
             folder = Path(scratch, "run")
-            value = msgspec.structs.replace(self.job, folder=str(folder)).carry_out()
+            job = msgspec.structs.replace(self.job, folder=str(folder))
+            value = (job if self.processes == 1 else Spread(job=job, processes=self.processes)).carry_out()
             skipped = ("checkpoints", "staging", *(() if self.what == "model" else ("model",)))
             files = {
                 str(path.relative_to(folder)): path.read_bytes()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,16 @@ def require_answer(address: str) -> None:
     except (OSError, ValueError) as error:
         said = str(error)
     raise RequestError("engine.address", address, f"HOST:PORT of a Ray cluster that runs ({said})")
+
+
+def _asked(wants: Wants) -> dict[str, tuple[str, float, int]]:
+    """Ray's name of a resource -> (ours, how much, its unit)."""
+    memory = {} if wants.memory_gib is None else {"memory": ("memory_gib", wants.memory_gib * 2**30, 2**30)}
+    return {"CPU": ("cpus", wants.cpus, 1), "GPU": ("gpus", wants.gpus, 1), **memory}
+
+
+def _has_room(node: Mapping[str, Any], wants: Wants) -> bool:
+    return all(node["Resources"].get(kind, 0.0) >= value for kind, (_, value, _) in _asked(wants).items())
 
 
 def _carried(
@@ -118,8 +128,8 @@ class RayEngine(Engine):
         else:  # "local": not the cluster that RAY_ADDRESS names
             ray.init("local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
         try:
-            self._node(config.node)
-            self._require_room(wants)
+            node = self._node(config.node)
+            self._require_room(wants, self._nodes() if node is None else [node])
             self._require_shared()
             self.at_once = f"on {len(self._nodes())} Ray node(s)"
         except RequestError:
@@ -149,23 +159,16 @@ class RayEngine(Engine):
         allowed = ", ".join(sorted(node["NodeName"] for node in self._nodes()))
         raise RequestError("engine.node", name, f"a node of the cluster: {allowed}")
 
-    def _require_room(self, wants: Wants) -> None:
-        memory = None if wants.memory_gib is None else wants.memory_gib * 2**30
-        asked: dict[str, tuple[str, float, int]] = {
-            "CPU": ("cpus", wants.cpus, 1),
-            "GPU": ("gpus", wants.gpus, 1),
-        }
-        asked |= {"memory": ("memory_gib", memory, 2**30)} if memory else {}
-        rooms = [node["Resources"] for node in self._nodes()]
+    def _require_room(self, wants: Wants, nodes: Sequence[Mapping[str, Any]]) -> None:
+        asked = _asked(wants)
         for kind, (field, value, unit) in asked.items():
-            most = max(room.get(kind, 0.0) for room in rooms)
+            most = max(node["Resources"].get(kind, 0.0) for node in nodes)
             if value > most:
+                where = "on one node" if self.config.node is None else f"on {self.config.node}"
                 raise RequestError(
-                    f"engine.{field}", getattr(wants, field), f"at most {most / unit:g} on one node"
+                    f"engine.{field}", getattr(wants, field), f"at most {most / unit:g} {where}"
                 )
-        if not any(
-            all(room.get(kind, 0.0) >= value for kind, (_, value, _) in asked.items()) for room in rooms
-        ):
+        if not any(_has_room(node, wants) for node in nodes):
             said = ", ".join(f"{field} {value / unit:g}" for field, value, unit in asked.values())
             raise RequestError("engine", said, "what one node has at once")
 
@@ -212,7 +215,7 @@ class RayEngine(Engine):
             options["memory"] = int(wants.memory_gib * 2**30)
         node = self._node(wants.node)
         if wants.alone:
-            node = node or next(n for n in self._nodes() if n["Resources"].get("GPU", 0) >= wants.gpus)
+            node = node or next(n for n in self._nodes() if _has_room(n, wants))
             options["num_cpus"] = node["Resources"]["CPU"]
         return options if node is None else options | {"scheduling_strategy": self._on(node)}
 

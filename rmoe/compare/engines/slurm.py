@@ -111,13 +111,10 @@ class SlurmEngine(Engine):
         if self._waiting:
             print(f"jobs found again: {len(self._waiting)}", file=sys.stderr, flush=True)
         todo = [name for name in jobs if name not in self._waiting]
-        # Slurm gets all at once; submitit's local executor would start all at once.
-        here = self.config.at_once or max(1, cores() // wants.cpus)
-        most = len(jobs) if self.config.submitit == "slurm" else here
         left = dict.fromkeys(jobs, self.config.retries)
         asked = time.monotonic()
         while todo or self._waiting:
-            room = max(0, most - len(self._waiting))
+            room = max(0, self._most(len(jobs), wants) - len(self._waiting))
             self._submit({name: jobs[name] for name in todo[:room]}, wants)
             del todo[:room]
             ask_state = time.monotonic() - asked > STATE_SECONDS or self.config.submitit == "local"
@@ -129,12 +126,19 @@ class SlurmEngine(Engine):
                 if answer.lost and left[name]:
                     left[name] -= 1
                     note(self.out, name, "lost", "slurm", submitted.job_id)
-                    self._submit({name: jobs[name]}, wants)
+                    todo.append(name)
+                    del self._waiting[name]
                     continue
                 del self._waiting[name]
                 note(self.out, name, state_of(answer), "slurm", submitted.job_id)
                 yield name, answer
             time.sleep(POLL_SECONDS)
+
+    def _most(self, jobs: int, wants: Wants) -> int:
+        """Jobs that may wait or run: submitit's local executor would start all at once, and an array limits itself."""
+        if self.config.submitit == "local":
+            return self.config.at_once or max(1, cores() // wants.cpus)
+        return (self.config.at_once or jobs) if self._waiting else jobs
 
     def close(self, interrupted: bool) -> None:
         """Jobs stay in the queue: the same command finds them."""

@@ -84,3 +84,30 @@ class Rank(Record, frozen=True, kw_only=True):
             return dist.get_world_size(), int(total)
         finally:
             dist.destroy_process_group()
+
+
+class OneRankFails(Record, frozen=True, kw_only=True):
+    """Fails on its second rank, for which the first would wait a minute."""
+
+    def carry_out(self) -> str:
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("CUDA out of memory")
+        time.sleep(60)
+        return "value of rank 0"
+
+
+class RankFiles(Record, frozen=True, kw_only=True):
+    """Every rank writes a file; the first gives what it sees of the others'."""
+
+    folder: str
+
+    def carry_out(self) -> int:
+        folder, rank = Path(self.folder), os.environ["RANK"]
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank-{rank}").write_text(rank)
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("rank-*"))) < int(os.environ["WORLD_SIZE"]):
+            if time.monotonic() > deadline:
+                raise RunError("ranks have folders of their own", "nothing", "no")
+            time.sleep(0.05)
+        return len(list(folder.glob("rank-*")))

@@ -17,10 +17,11 @@ from rmoe.compare.engines import Wants
 from rmoe.compare.engines.child import _say, answer_to
 from rmoe.compare.engines.devices import slots_of
 from rmoe.compare.engines.engine import Answer, Failed
+from rmoe.compare.engines.fetch import Fetched
 from rmoe.compare.engines.local import LocalEngine
 from rmoe.compare.engines.process import CHILD, Process
 from rmoe.errors import RequestError
-from tests.compare.engines.jobs import Count, Crash, Environment, Fail, Rank
+from tests.compare.engines.jobs import Count, Crash, Environment, Fail, OneRankFails, Rank, RankFiles
 
 ROOT = Path(__file__).parents[3]
 
@@ -203,6 +204,23 @@ def test_a_job_of_two_processes(tmp_path):
         answers = dict(engine.answers({"sum": Rank(), "fail": Fail()}, Wants(processes=2)))
     assert answers["sum"].value == (2, 1)
     assert "the loss is NaN" in answers["fail"].error
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_others_and_says_why(tmp_path):
+    begun = time.monotonic()
+    with LocalEngine([[]], 1, tmp_path) as engine:
+        ((_, answer),) = engine.answers({"run": OneRankFails()}, Wants(processes=2))
+    assert answer.error == "RuntimeError: CUDA out of memory"
+    assert time.monotonic() - begun < 55
+
+
+@pytest.mark.slow
+def test_ranks_whose_run_is_fetched_have_one_folder(tmp_path):
+    job = Fetched(job=RankFiles(folder=""), what="result")
+    with LocalEngine([[]], 1, tmp_path) as engine:
+        ((_, answer),) = engine.answers({"run": job}, Wants(processes=2))
+    assert answer.value == (2, {"rank-0": b"0", "rank-1": b"1"})
 
 
 def test_the_line_of_a_job_inside_a_job_is_said_once():

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -212,3 +213,31 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RequestError, match=re.escape("local, or `pip install rmoe[ray]`")):
         RayEngine(EngineConfig(kind="ray"), tmp_path, Wants(), threads=1)
+
+
+def _node(name: str, **resources: float) -> dict[str, object]:
+    names = dict.fromkeys(("NodeID", "NodeName", "NodeManagerHostname", "NodeManagerAddress"), name * 56)
+    return names | {"Alive": True, "Resources": resources}
+
+
+def _engine_on(*nodes: dict[str, object], **options: object) -> RayEngine:
+    engine = RayEngine.__new__(RayEngine)
+    engine.config = EngineConfig(kind="ray", **options)
+    engine.ray = SimpleNamespace(nodes=lambda: list(nodes))
+    return engine
+
+
+def test_routers_are_timed_on_a_node_that_has_what_a_run_wants():
+    """Not on a head node without CPUs (`ray start --num-cpus=0`), nor on a small one."""
+    wants = Wants(cpus=8, memory_gib=32, alone=True)
+    for head in (_node("a", memory=1e9), _node("a", CPU=1.0, memory=4e9)):
+        options = _engine_on(head, _node("b", CPU=16.0, memory=64e9))._options(wants)
+        assert options["num_cpus"] == 16.0
+        assert options["scheduling_strategy"].node_id == "b" * 56
+
+
+def test_a_node_to_time_on_that_is_too_small_is_refused_at_once():
+    nodes = _node("a", CPU=4.0), _node("b", CPU=16.0, GPU=8.0)
+    engine = _engine_on(*nodes, node="a" * 56)
+    with pytest.raises(RequestError, match=r"engine\.gpus is 1; allowed: at most 0 on aaa"):
+        engine._require_room(Wants(gpus=1), [nodes[0]])

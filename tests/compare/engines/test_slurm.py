@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ pytest.importorskip("submitit")
 from rmoe.cli.main import main
 from rmoe.compare.engines import EngineConfig, Wants
 from rmoe.compare.engines import slurm as engine_module
+from rmoe.compare.engines.engine import Answer
 from rmoe.compare.engines.journal import read_journal
 from rmoe.compare.engines.slurm import SlurmEngine
 from rmoe.errors import RequestError
@@ -230,3 +232,26 @@ def test_without_submitit_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(RequestError, match=re.escape("local, or `pip install rmoe[slurm]`")):
         SlurmEngine(LOCAL, tmp_path, Wants(), threads=1)
+
+
+def test_a_lost_job_waits_until_one_of_the_others_has_ended(slurm, tmp_path, monkeypatch):
+    """Submitted again it is an array of its own, which knows no other's limit."""
+    submitted: list[tuple[list[str], int]] = []
+    said = {
+        "a": [Answer(error="its node died", lost=True), Answer(value=1)],
+        "b": [None, None, Answer(value=2)],
+    }
+    said["c"] = [None, None, None, None, Answer(value=3)]
+
+    def submit(engine, jobs, wants):
+        if jobs:
+            submitted.append((list(jobs), len(engine._waiting)))
+        engine._waiting |= {name: SimpleNamespace(job_id=name) for name in jobs}
+
+    monkeypatch.setattr(SlurmEngine, "_submit", submit)
+    monkeypatch.setattr(SlurmEngine, "_answer_of", lambda engine, job, ask: said[job.job_id].pop(0))
+    monkeypatch.setattr(engine_module, "POLL_SECONDS", 0.0)
+    with SlurmEngine(ON_SLURM, tmp_path, Wants(), threads=1) as engine:
+        answers = dict(engine.answers(dict.fromkeys("abc", Fail()), Wants()))
+    assert {name: answer.value for name, answer in answers.items()} == {"a": 1, "b": 2, "c": 3}
+    assert submitted == [(["a", "b", "c"], 0), (["a"], 1)]
