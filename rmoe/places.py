@@ -21,6 +21,16 @@ from typing import Any
 from rmoe.errors import RequestError, one_line
 
 PREFIX = "hf:"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 # What makes a model: no pickles, no weights of other frameworks, no code.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -85,9 +95,19 @@ def model_folder(name: str | Path, field: str = "MODEL") -> Path:
     path = model_place(name, field)
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
-        raise RequestError(field, str(path), "a finished run, or one of its checkpoints")
+    of_run = (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir()
+    if of_run and not any(path.glob("*.safetensors")):
+        raise RequestError(field, str(path), "a finished run, or a checkpoint of one")
     return path
+
+
+def tokenizer_place(folder: Path) -> Path | None:
+    """Where a model's tokenizer is: with the model, or, for a checkpoint of a finished run, in the run's `model/`."""
+    whole = folder.resolve()
+    places = [folder, *([whole.parent.parent / "model"] if whole.parent.name == "checkpoints" else [])]
+    return next(
+        (place for place in places if any((place / name).is_file() for name in TOKENIZER_FILES)), None
+    )
 
 
 def require_writable(out: Path) -> None:

@@ -30,6 +30,12 @@ def load_plugins(plugins: tuple[str, ...]) -> dict[str, str]:
     return {plugin: _load_plugin(plugin) for plugin in plugins}
 
 
+def loaded() -> list[str]:
+    """sha256 of the source of every plugin that this process has imported."""
+    hashes = (getattr(module, "__rmoe_sha256__", None) for module in list(sys.modules.values()))
+    return sorted({found for found in hashes if isinstance(found, str)})
+
+
 def _load_plugin(plugin: str) -> str:
     try:
         module = _from_file(expand(plugin, "--plugin")) if plugin.endswith(".py") else import_module(plugin)

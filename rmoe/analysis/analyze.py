@@ -283,7 +283,8 @@ class _Pass:
             self.notes.append(f"no regret of {self.subject.name}: {why}")
             return None
         exchanges = own.isfinite().sum(-1)
-        error = (own - own.nanmean(-1, keepdim=True)).square().nansum(-1).sqrt() / exchanges
+        variance = (own - own.nanmean(-1, keepdim=True)).square().nansum(-1) / (exchanges - 1)
+        error = (variance / exchanges).sqrt()
         error[exchanges < 2] = math.nan
         better = ((own + later) < 0).sum(-1) / exchanges
         means = (own.nanmean(-1), error, later.nanmean(-1), better.double())

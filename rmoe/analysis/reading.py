@@ -13,18 +13,9 @@ from rmoe.analysis.options import TextOptions
 from rmoe.analysis.token_text import TokenText
 from rmoe.data import DataConfig, prepare
 from rmoe.errors import RequestError
+from rmoe.places import tokenizer_place
 from rmoe.results.analysis import TextInfo
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
 _MAX_BYTES_PER_TOKEN = 16  # of text read per token wanted: a tokenizer that needs more gives fewer tokens
 
 
@@ -61,19 +52,12 @@ def choose_tokenizer(model: str, vocab_size: int) -> tuple[str, str | None]:
         RequestError: a folder without tokenizer files whose model cannot read bytes.
     """
     folder = Path(model)
-    if _has_tokenizer(folder):
-        return model, None
-    of_run = folder.resolve().parent.parent / "model"
-    if folder.resolve().parent.name == "checkpoints" and _has_tokenizer(of_run):
-        return str(of_run), None
+    if (place := tokenizer_place(folder)) is not None:
+        return str(place), None
     if vocab_size < 256:
         allowed = f"a folder with tokenizer files, or a vocabulary of at least 256 read as bytes (it has {vocab_size})"
         raise RequestError("MODEL", model, allowed)
     return "bytes", f"{folder.name} has no tokenizer files: the text is read as bytes"
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_text(folder: Path, model: PreTrainedModel, text: TextOptions, sequence_length: int) -> Reading:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rmoe.cli.arguments import require_unset
 from rmoe.cli.models import Model, Plugins, open_model
 from rmoe.errors import RequestError, RunError
+from rmoe.places import tokenizer_place
 
 
 def run(
@@ -64,6 +65,8 @@ def _benchmarks(
 ) -> None:
     if limit is not None and limit < 1:
         raise RequestError("--limit", limit, "1 or more")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise RequestError("--num-fewshot", num_fewshot, "0 or more")
 
     from rmoe.evaluation import parse_benchmarks, run_benchmarks
 
@@ -97,7 +100,9 @@ def _text(model: Path, plugin: Plugins, data: str, context: int | None, overlap:
     from rmoe.training.evaluation import evaluate
 
     language_model, _, folder = open_model(model, plugin)
-    corpus = prepare(DataConfig(path=data, tokenizer=str(folder), split="whole"), 2)
+    corpus = prepare(
+        DataConfig(path=data, tokenizer=str(tokenizer_place(folder) or folder), split="whole"), 2
+    )
     tokens = corpus.manifest.splits["test"].tokens
     if context is None:
         context = min(getattr(language_model.config, "max_position_embeddings", 4096), 4096, tokens)

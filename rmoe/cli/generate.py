@@ -45,6 +45,8 @@ def run(
 
     language_model, tokenizer, _ = open_model(model, plugin)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].shape[-1]:
+        raise RequestError("--prompt", prompt, "a text of one token or more: this one has none")
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         if temperature

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 
-from rmoe.places import model_folder
+from rmoe.places import model_folder, tokenizer_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def set_up(plugins: tuple[str, ...]) -> None:
 def open_model(
     model: Path, plugins: tuple[str, ...], device: str | None = None
 ) -> tuple[PreTrainedModel, Any, Path]:
-    """A language model, its tokenizer, and the folder of both.
+    """A language model, its tokenizer, and the model's folder; `tokenizer_place` says where the tokenizer is.
 
     Raises:
         RequestError: whatever is wrong with one of them, or they do not fit each other.
@@ -53,6 +53,7 @@ def open_model(
 
     set_up(plugins)
     folder = model_folder(model)
-    language_model, tokenizer = load_language_model(folder, device=device), load_tokenizer(folder)
+    language_model = load_language_model(folder, device=device)
+    tokenizer = load_tokenizer(tokenizer_place(folder) or folder)
     require_rows(language_model, tokenizer, folder)
     return language_model, tokenizer, folder

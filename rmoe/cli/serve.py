@@ -9,6 +9,7 @@ from rmoe.cli.models import Model, Plugins
 from rmoe.errors import RequestError
 from rmoe.validation import require
 
+SECONDS_TO_FINISH = 5  # for the requests at work when the server is told to end; then they are given up
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -56,11 +57,17 @@ def run(
     on = device_of(None if device == "auto" else device)
     served, tokenizer, folder = open_model(model, plugin, str(on))
     name = name or display_name(folder)
-    longest = getattr(served.config, "max_position_embeddings", 4096)
+    longest = getattr(served.config.get_text_config(), "max_position_embeddings", 4096)
     limits = Limits(max_length=max_length or longest, concurrent=concurrent, waiting=waiting)
     app = build_app(served, tokenizer, name, limits)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_keep_alive=5, access_log=False
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=SECONDS_TO_FINISH,
+        access_log=False,
     )
     server = uvicorn.Server(config)
     try:
@@ -71,6 +78,7 @@ def run(
             raise RequestError("--port", port, f"a free port of {host}") from stop
         raise RequestError("--host", host, f"an address of this machine ({why})") from stop
     with listening:
+        listening.listen(config.backlog)  # before anybody is told that it serves
         if host not in LOOPBACK:
             print(f"warning: listening on {host} without authentication", file=sys.stderr, flush=True)
         address = f"[{host}]" if ":" in host else host  # IPv6

@@ -87,7 +87,7 @@ def run_benchmarks(
             raise RequestError("--tasks", name, f"a task of the harness, such as {', '.join(near)}")
     with TemporaryDirectory(prefix="rmoe-tasks-") as folder:
         tasks: list[Any] = [
-            name if file is None else local_task(name, file, Path(folder))
+            name if file is None else local_task(name, file, Path(folder), num_fewshot)
             for name, file in benchmarks.items()
         ]
         language_model = HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=8)

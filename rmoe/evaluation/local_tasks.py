@@ -49,23 +49,29 @@ _FOLDERS = {
 }
 
 
-def local_task(name: str, file: Path, folder: Path) -> dict[str, Any]:
+def local_task(name: str, file: Path, folder: Path, num_fewshot: int | None = None) -> dict[str, Any]:
     """The harness's configuration of a task over a local file.
 
     Args:
         file: JSON lines; see `rmoe.data.tasks`.
+        num_fewshot: examples in the prompt; None is the task's own number.
         folder: where the items are written under the task's column names, and cached.
 
     Raises:
-        RequestError: no local form of this task, or a bad line (named).
+        RequestError: no local form of this task, a bad line (named), or fewer lines than the prompts take.
     """
     if name not in LOCAL:
         raise RequestError("--tasks", f"{name}={file}", f"a file for one of {', '.join(LOCAL)}")
     kind, columns = LOCAL[name]
     rows = [columns(item) for item in read_tasks(file, kind, field="--tasks")]
+    shipped = _shipped(name)
+    shots = (shipped.get("num_fewshot") or 0) if num_fewshot is None else num_fewshot
+    if shots and len(rows) <= shots:
+        allowed = f"a file of {shots + 1} lines or more, or --num-fewshot below {len(rows)}"
+        raise RequestError("--tasks", f"{name}={file} of {len(rows)} lines, with {shots} examples", allowed)
     written = folder / f"{name}.jsonl"
     written.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return _shipped(name) | {
+    return shipped | {
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"test": str(written)}, "cache_dir": str(folder / "cache")},

@@ -48,8 +48,11 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @classmethod
     def of(cls, weights: WeightFolder) -> Base:
-        """The pointer to a model folder, or to the Hub where the folder is one of the Hub's cache."""
+        """The pointer to a model folder, or to the Hub where the folder is that of this process's Hub cache."""
         cached = hub_name(weights.path)
+        # Another cache, or a copy of one, has the same layout; `cached_folder` would not find the model in it.
+        if cached is not None and cached_folder(*cached) != weights.path.absolute():
+            cached = None
         name, revision = (None, None) if cached is None else cached
         return cls(
             path=str(weights.path.absolute()) if cached is None else None,

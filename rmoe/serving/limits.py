@@ -167,7 +167,7 @@ class Message(Strict):
     function_call: Empty = Field(None, exclude=True)
     tool_calls: Empty = Field(None, exclude=True)
     annotations: Empty = Field(None, exclude=True)
-    reasoning_content: Empty = Field(None, exclude=True)
+    reasoning_content: str | None = Field(None, exclude=True)  # templates leave out what was thought before
 
 
 MESSAGES = (
@@ -288,14 +288,17 @@ def tokens_asked(body: dict[str, Any], prompt_tokens: int, limits: Limits) -> in
     """How many tokens to generate at most.
 
     Raises:
-        Refused: prompt and answer together are too long.
+        Refused: there is no prompt, or prompt and answer together are too long.
     """
+    prompt = "messages" if "messages" in body else "prompt"
+    if prompt_tokens < 1:
+        raise Refused(400, "this prompt has no tokens: its text is none of this model's", prompt)
     field = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     asked = body.get(field)
     room = limits.max_length - prompt_tokens
     if room < 1:
         said = f"prompt of {prompt_tokens} tokens: with an answer over the limit of {limits.max_length}"
-        raise Refused(400, said, "messages" if "messages" in body else "prompt")
+        raise Refused(400, said, prompt)
     if asked is not None and asked > room:
         said = f"prompt of {prompt_tokens} tokens and {field} {asked}: over the limit of {limits.max_length} together"
         raise Refused(400, said, field)

@@ -3,27 +3,36 @@
 transformers' own server also loads any model a client names, unloads them, and takes any generation setting; and it
 looks classes up inside transformers, where ours are not. Here the model is loaded once, by `rmoe.load`, strictly and
 from safetensors only, and handed to the handlers as loaded.
+
+The handlers always stream: an answer that is asked for whole is put together from the same parts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.utils import DirectStreamer, GenerateManager, GenerationState
+from transformers.cli.serving.utils import (
+    DirectStreamer,
+    GenerateManager,
+    GenerationState,
+    get_response_template,
+)
 
 from rmoe.compat import decode_by, stream_error
 from rmoe.errors import one_line
@@ -45,32 +54,41 @@ class _Answer(asyncio.Queue[Any]):
         tokenizer: with which the whole answer is decoded.
         config: of the generation.
         stops: the stop strings.
-        parsed: the streamer tells reasoning and tool calls from text: the text is not the whole answer.
+        parsed: the streamer tells reasoning from text: the text is not the whole answer.
     """
 
     def __init__(self, tokenizer: Any, config: Any, stops: Sequence[str] = (), parsed: bool = False) -> None:
         super().__init__()
         self.ids: list[int] = []
         self._tokenizer, self._config, self._stops, self._parsed = tokenizer, config, stops, parsed
-        self._text, self._text_stops = "", StopText(stops)
+        self._text = ""
+        self._held = (
+            StopText(stops),
+            str,
+        )  # of the field that is being sent, and its class: reasoning has its own
 
     def put_nowait(self, item: Any) -> None:
         """Called in the loop's thread for each item, None last."""
-        if type(item) is str:  # not reasoning, which is a str of its own class
-            item = self._text_stops.feed(item)
+        if isinstance(item, str):
+            if type(item) is not self._held[1]:
+                self._send_rest()
+                self._held = (StopText(self._stops), type(item))
+            item = type(item)(self._held[0].feed(item))
             self._text += item
-        elif item is None and (rest := self._rest()):
-            super().put_nowait(rest)
+        elif item is None:
+            self._send_rest()
         if item != "":
             super().put_nowait(item)
 
-    def _rest(self) -> str:
-        """What is missing of the answer at its end."""
+    def _send_rest(self) -> None:
+        """What is missing of the field that ends, or of the answer."""
         whole = self._tokenizer.decode(self.ids, skip_special_tokens=True)
         whole = _whole_answer(whole, self.ids, self._stops, self._config)
+        rest = whole[len(self._text) :] if whole.startswith(self._text) else ""
         if self._parsed:
-            return self._text_stops.rest()
-        return whole[len(self._text) :] if whole.startswith(self._text) else ""
+            rest = self._held[1](self._held[0].rest())
+        if rest:
+            super().put_nowait(rest)
 
 
 class _Streamer(DirectStreamer):
@@ -92,7 +110,15 @@ class _Streamer(DirectStreamer):
 
 
 class _Manager(GenerateManager):
-    """Generation that stops when nobody waits for it any more, streamed or not."""
+    """Generation that stops when nobody waits for it any more.
+
+    Args:
+        parses: answers of this model have a place for reasoning; see `_parsing`.
+    """
+
+    def __init__(self, parses: bool) -> None:
+        super().__init__()
+        self._parses = parses
 
     def generate_streaming(
         self,
@@ -105,6 +131,7 @@ class _Manager(GenerateManager):
     ) -> tuple[asyncio.Queue, DirectStreamer]:
         """As transformers', with our streamer."""
         loop = asyncio.get_running_loop()
+        response_parser = response_parser if self._parses else None
         own = _taken(gen_config)
         answer = _Answer(processor, gen_config, own.stops, parsed=response_parser is not None)
         streamer = _Streamer(processor, loop, answer, response_parser=response_parser)
@@ -118,23 +145,6 @@ class _Manager(GenerateManager):
 
         self.submit(work)
         return answer, streamer
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, torch.Tensor]:
-        gone = threading.Event()
-        try:
-            own = _taken(gen_config)
-            # Shielded: the worker sets the result also of a request whose client has gone.
-            answer = self.async_submit(_generate, model, processor, inputs, gen_config, own, gone)
-            sequences = await asyncio.shield(answer)
-        except asyncio.CancelledError:
-            gone.set()
-            raise
-        length = inputs["input_ids"].shape[-1]
-        generated = sequences[0, length:]
-        text = processor.decode(generated, skip_special_tokens=True)
-        return _whole_answer(text, generated.tolist(), own.stops, gen_config), length, generated
 
 
 def _whole_answer(text: str, ids: list[int], stops: Sequence[str], config: Any) -> str:
@@ -199,9 +209,9 @@ class _OneModel(ModelManager):
 class _State(GenerationState):
     """One manager, for the one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, parses: bool) -> None:
         super().__init__()
-        self._one = _Manager()
+        self._one = _Manager(parses)
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
         return self._one
@@ -249,6 +259,30 @@ class _Completion(_Sampling, CompletionHandler):
     pass
 
 
+def _parsing(tokenizer: Any, model: PreTrainedModel) -> Any:
+    """The tokenizer with the response template by which reasoning is told from the answer; None where it cannot be.
+
+    transformers picks a template by the model's type. Where the chat template has not the mark at which that one's
+    answers begin, it would take the prompt for a part of the answer. Tools are not offered, so a tool call is text.
+    """
+    template = get_response_template(tokenizer, model)
+    if template is None or not getattr(tokenizer, "chat_template", None):
+        return None
+    begins = template.get("start_anchor") or []
+    try:
+        asked: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception:  # a template refuses by raising what it likes
+        return None
+    if not any(mark in asked for mark in ([begins] if isinstance(begins, str) else begins)):
+        return None
+    fields = {name: field for name, field in template["fields"].items() if name != "tool_calls"}
+    own = copy.copy(tokenizer)
+    own.response_template = {**template, "fields": fields}
+    return own
+
+
 def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits) -> FastAPI:
     """The endpoint.
 
@@ -260,12 +294,13 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
     """
     manager = _OneModel(device="cpu")
     manager.force_model = name
-    manager.loaded_models[name] = TimedModel(model, -1, tokenizer)
-    state = _State()
+    parsing = _parsing(tokenizer, model)
+    manager.loaded_models[name] = TimedModel(model, -1, tokenizer if parsing is None else parsing)
+    state = _State(parses=parsing is not None)
     handlers: dict[str, Any] = {"chat": _Chat(manager, state), "completion": _Completion(manager, state)}
     slots = Slots(limits)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    vocabulary = int(model.config.vocab_size)
+    vocabulary = int(model.config.get_text_config().vocab_size)
 
     async def answer(request: Request, kind: str) -> Any:
         body = parse(await _read(request, limits), kind, name, vocabulary)
@@ -274,17 +309,20 @@ def build_app(model: PreTrainedModel, tokenizer: Any, name: str, limits: Limits)
         body.pop("max_completion_tokens", None)
         include_usage = body.pop("stream_options", {}).get("include_usage")
         identity = request.headers.get("x-request-id", "")[:64] or f"rmoe-{id(body):x}"
+        streamed, body["stream"] = body.get("stream", False), True
         slot = slots.one()
         await _unless_gone(request, slot.__aenter__())
         try:
             response = await _unless_gone(request, handlers[kind].handle_request(body, identity))
+            chunks = _chunks(response.body_iterator, include_usage if streamed else None)
+            if streamed:
+                response.body_iterator = _as_events(chunks, slot)
+                return response
+            response = await _unless_gone(request, _joined(chunks, kind))
         except BaseException:
             await slot.__aexit__(None, None, None)
             raise
-        if isinstance(response, StreamingResponse):
-            response.body_iterator = _as_openai(response.body_iterator, include_usage, slot)
-        else:
-            await slot.__aexit__(None, None, None)
+        await slot.__aexit__(None, None, None)
         return response
 
     @app.post("/v1/completions")
@@ -359,6 +397,8 @@ async def _read(request: Request, limits: Limits) -> bytes:
 
     try:
         return await asyncio.wait_for(collect(), limits.body_seconds)
+    except ClientDisconnect:
+        raise Refused(499, "the client has gone") from None
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
 
@@ -388,18 +428,17 @@ def _log_failure(error: Exception) -> None:
     print(f"request failed: {said}", file=sys.stderr, flush=True)
 
 
-async def _as_openai(parts: Any, include_usage: bool | None, slot: Any) -> AsyncIterator[str]:
-    """Events as OpenAI sends them: errors as objects, `[DONE]` last, and usage where it was asked for.
+async def _chunks(parts: Any, include_usage: bool | None) -> AsyncGenerator[list[dict[str, Any]]]:
+    """Chunks as OpenAI sends them, errors as objects, and usage where it was asked for; those of a part together.
 
     Args:
         parts: transformers' events, one or more to a part.
         include_usage: True puts the usage into an event of its own without choices; False leaves it out; None leaves
             it in the last event, where transformers puts it.
-        slot: free again when the stream ends, however it ends.
     """
     try:
         async for part in parts:
-            events = []
+            found = []
             for event in filter(None, part.split("\n\n")):
                 chunk = json.loads(event.removeprefix("data: "))
                 if "error" in chunk:
@@ -409,11 +448,51 @@ async def _as_openai(parts: Any, include_usage: bool | None, slot: Any) -> Async
                 usage = chunk.get("usage")
                 if include_usage is not None and "choices" in chunk:
                     chunk["usage"] = None
-                events.append(chunk)
+                found.append(chunk)
                 if include_usage and usage is not None:
-                    events.append({**chunk, "choices": [], "usage": usage})
-            yield "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in events)
-        yield "data: [DONE]\n\n"
+                    found.append({**chunk, "choices": [], "usage": usage})
+            yield found
     finally:
         await parts.aclose()
+
+
+async def _as_events(chunks: AsyncGenerator[list[dict[str, Any]]], slot: Any) -> AsyncIterator[str]:
+    """As a client that asked for a stream reads them, `[DONE]` last.
+
+    Args:
+        slot: free again when the stream ends, however it ends.
+    """
+    try:
+        async for found in chunks:
+            yield "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in found)
+        yield "data: [DONE]\n\n"
+    finally:
+        await chunks.aclose()
         await slot.__aexit__(None, None, None)
+
+
+async def _joined(chunks: AsyncGenerator[list[dict[str, Any]]], kind: str) -> JSONResponse:
+    """The answer as a whole.
+
+    Raises:
+        Refused: it failed on the way.
+    """
+    text = dict.fromkeys(("text", "content", "reasoning_content"), "")
+    whole: dict[str, Any] = {}
+    try:
+        async for chunk in (chunk async for found in chunks for chunk in found):
+            if "error" in chunk:
+                raise Refused(500, chunk["error"]["message"])
+            (choice,) = chunk["choices"]
+            for name in text:
+                text[name] += choice.get("delta", choice).get(name) or ""
+            whole = chunk | {"finish_reason": choice["finish_reason"]}  # the last one has the usage
+    finally:
+        await chunks.aclose()
+    answer: dict[str, Any] = {"text": text["text"]}
+    if kind == "chat":
+        thought = {"reasoning_content": text["reasoning_content"]} if text["reasoning_content"] else {}
+        answer = {"message": {"role": "assistant", "content": text["content"]} | thought}
+    choice = {"index": 0, **answer, "finish_reason": whole.pop("finish_reason")}
+    named = {"chat": "chat.completion", "completion": "text_completion"}
+    return JSONResponse({**whole, "object": named[kind], "choices": [choice]})

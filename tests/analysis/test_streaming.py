@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import numpy as np
@@ -444,3 +445,15 @@ def test_a_second_precision_is_streamed_as_it_is_loaded(tmp_path: Path) -> None:
         flips.append((first.flips.values, second.frequency))
     assert flips[0] == flips[1]
     assert sum(flips[0][0]) > 0
+
+
+def test_a_run_of_another_plugin_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, kill = saved("olmoe", tmp_path / "m"), _stop_after(2)
+    with pytest.raises(Killed):
+        stream_routing(
+            StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s", "auto", lambda progress: next(kill)
+        )
+    plugin = ModuleType("a_plugin")
+    plugin.__rmoe_sha256__ = "a" * 64
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    assert stream_routing(StreamedModel(folder, CPU), BLOCKS, 3, tmp_path / "s").resumed == 0

@@ -213,6 +213,14 @@ def test_unfinished_or_without_tokenizer(capsys, run, tmp_path):
     assert cli.main(["generate", str(tmp_path / "cut"), "--prompt", "x"]) == 2
     assert "a finished run" in capsys.readouterr().err
 
+    checkpoint = next((run / "checkpoints").glob("checkpoint-*"))  # its tokenizer is that of the run's model
+    assert output(capsys, "generate", checkpoint, "--prompt", "import", "--max-new-tokens", "2")
+    assert output(capsys, "eval", checkpoint, "--data", run.parent / "text.txt", "--context", "64")
+
+    shutil.copytree(run / "model", tmp_path / "whole")
+    (tmp_path / "whole" / "checkpoints").mkdir()
+    assert output(capsys, "generate", tmp_path / "whole", "--prompt", "import", "--max-new-tokens", "2")
+
     shutil.copytree(run / "model", tmp_path / "model")
     for path in (tmp_path / "model").glob("tokenizer*"):
         path.unlink()

@@ -404,3 +404,13 @@ def test_a_base_where_there_is_none_to_give(
     assert "--base" in refused(capsys, tmp_path / "out", *undo)
     missing = ("graft", str(tmp_path / "standalone"), "--base", str(tmp_path / "nowhere"))
     assert "--base" in refused(capsys, tmp_path / "out", *missing)
+
+
+def test_a_base_in_another_hub_cache_is_found_by_its_path(base: Path, tmp_path: Path) -> None:
+    """Such a folder has a Hub cache's layout and is not in this process's."""
+    source = tmp_path / "models--org--base" / "snapshots" / ("a" * 40)
+    shutil.copytree(base, source)
+    graft_folder(source, tmp_path / "made", SPEC)
+    pointer = json.loads((tmp_path / "made" / "config.json").read_text())["rmoe_graft"]["base"]
+    assert (pointer["path"], pointer["hub"]) == (str(source), None)
+    assert rmoe.load(tmp_path / "made").graft_place == source

@@ -9,7 +9,10 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -84,20 +87,43 @@ def test_there_are_plans_to_shard_by():
     assert "layers.*.mlp.experts" in config.base_model_ep_plan
 
 
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and its address."""
     pytest.importorskip("uvicorn", reason="needs the extra `serve`")
-    command = [sys.executable, "-m", "rmoe.cli.main", "serve", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "rmoe.cli.main", "serve", str(folder), "--port", "0", *options]
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.search(r"serving tiny at (\S+)", line):
-            yield found[1]
+            yield process, found[1]
             break
     process.terminate()
     assert process.wait(timeout=30) in (0, -15)
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with serving(folder) as (_, address):
+        yield address
+
+
+@pytest.mark.slow
+def test_a_server_that_is_told_to_end_does_not_wait_for_long_answers(folder):
+    """Of those at work and in line; `serving` waits for its end."""
+    with serving(folder, "--max-length", "200000") as (process, address):
+        host, _, port = address.removeprefix("http://").partition("/")[0].rpartition(":")
+        body = json.dumps({"prompt": "abc", "max_tokens": 150_000})
+        clients = [HTTPConnection(host, int(port)) for _ in range(2)]
+        for client in clients:
+            client.request("POST", "/v1/completions", body)
+        time.sleep(2)
+        begun = time.monotonic()
+        process.terminate()
+        process.wait(timeout=60)
+        assert time.monotonic() - begun < 20
 
 
 @pytest.mark.slow

@@ -253,6 +253,22 @@ def test_what_is_too_long_is_named_as_it_was_asked_for() -> None:
         assert refusal.value.body()["error"]["param"] == name
 
 
+def test_a_prompt_without_a_token_is_refused() -> None:
+    for body, name in (({"prompt": " "}, "prompt"), ({"messages": []}, "messages")):
+        with pytest.raises(Refused, match="this prompt has no tokens") as refusal:
+            tokens_asked(body, 0, Limits(max_length=10))
+        assert refusal.value.body()["error"]["param"] == name
+
+
+def test_a_client_that_hangs_up_while_it_sends_is_no_error(port: int, capfd: pytest.CaptureFixture) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as gone:
+        gone.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{"prom')
+        time.sleep(0.2)
+    until_free(port)
+    assert post(port, {"prompt": "abc", "max_tokens": 1})[0] == 200
+    assert "request failed" not in capfd.readouterr().err
+
+
 def test_models_and_nothing_else(port):
     assert [item["id"] for item in get(port, "/v1/models")["data"]] == ["tiny"]
     for path in ("/load_model", "/reset", "/v1/responses", "/docs", "/openapi.json"):

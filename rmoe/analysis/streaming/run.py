@@ -35,6 +35,7 @@ from rmoe.analysis.weights import layer_weights
 from rmoe.errors import RunError
 from rmoe.moe import Recorder, RoutedLayer, RoutingBatch, RoutingRecord, listen
 from rmoe.moe.recorder import require_each_token
+from rmoe.plugins import loaded
 
 Hidden = Literal["auto", "memory", "disk"]
 _SHARE_OF_MEMORY = 0.25  # that hidden states may take before they go to disk
@@ -306,4 +307,5 @@ def _identity(model: StreamedModel, blocks: np.ndarray, batch_size: int) -> dict
         "versions": f"rmoe {rmoe.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{model.device.type}",
         "dtype": str(model.model.dtype),
+        "plugins": " ".join(loaded()),
     }
