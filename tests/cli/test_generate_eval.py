@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rmoe.cli import main as cli
+from rmoe.data.encode import word_tokenizer
 from tests.training import tiny
 
 
@@ -270,3 +271,12 @@ def test_serve_names_what_is_wrong(capsys, run):
         port = str(taken.getsockname()[1])
         assert cli.main(["serve", str(run), "--port", port, "--device", "cpu"]) == 2
     assert f"error: --port is {port}; allowed: a free port of 127.0.0.1" in capsys.readouterr().err
+
+
+def test_a_prompt_of_no_tokens_is_refused(capsys, run, tmp_path):
+    shutil.copytree(run / "model", tmp_path / "words")
+    for file in (tmp_path / "words").glob("tokenizer*"):
+        file.unlink()
+    word_tokenizer({"<unk>": 0, "<eos>": 1, "a": 2}).save_pretrained(tmp_path / "words")
+    assert cli.main(["generate", str(tmp_path / "words"), "--prompt", "  "]) == 2
+    assert "--prompt is '  '; allowed: a text of one token or more" in capsys.readouterr().err
