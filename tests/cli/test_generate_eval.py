@@ -278,5 +278,5 @@ def test_a_prompt_of_no_tokens_is_refused(capsys, run, tmp_path):
     for file in (tmp_path / "words").glob("tokenizer*"):
         file.unlink()
     word_tokenizer({"<unk>": 0, "<eos>": 1, "a": 2}).save_pretrained(tmp_path / "words")
-    assert cli.main(["generate", str(tmp_path / "words"), "--prompt", "  "]) == 2
-    assert "--prompt is '  '; allowed: a text of one token or more" in capsys.readouterr().err
+    assert cli.main(["generate", str(tmp_path / "words"), "--prompt", " "]) == 2
+    assert "--prompt is ' '; allowed: a text of one token or more" in capsys.readouterr().err
