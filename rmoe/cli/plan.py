@@ -200,7 +200,8 @@ def _table(plan: ClusterPlan) -> str:
         f"FLOPs per token  forward {f['forward']:.3e}  training {f['training']:.3e}  router {f['router']:.3e} "
         f"({share['flops']:.2%} of forward)",
         f"assumed: {a['compute_efficiency']:.0%} of peak FLOP/s, {a['network_efficiency']:.0%} of link bandwidth, "
-        f"{a['usable_memory']:.0%} of memory usable; {a['precision']}",
+        f"{a['usable_memory']:.0%} of memory usable; {a['precision']}"
+        + (f"; slots of a token: {a['slots']}" if "slots" in a else ""),
         "",
         f"{'layout':<20} {'micro':>5} {'ckpt':>4} {'weights':>8} {'grads':>6} {'optim':>6} {'activ.':>7} "
         f"{'peak GiB':>8} {'sent GB':>8} {'router':>7} {'step s':>8} {'tokens/s':>10}  bound",

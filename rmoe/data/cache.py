@@ -69,7 +69,7 @@ def publish(staging: Path, entry: Path, key: str) -> None:
         with suppress(OSError, ValueError):
             _checked(entry, key)
             return
-        with staging_folder(entry.parent) as away:
+        with staging_folder(entry.parent) as away, suppress(FileNotFoundError):
             entry.rename(away / "damaged")
     try:
         durable_rename(staging, entry)

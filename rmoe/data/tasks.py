@@ -230,6 +230,7 @@ def _read_cells(row: Row, kind: type[Task]) -> dict[str, Any]:
 
 
 def _read_cell(cell: str) -> Any:
+    cell = cell.strip()
     if not cell:
         return None
     if cell[0] in "[{" or cell.removeprefix("-").isdecimal():

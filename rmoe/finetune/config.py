@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rmoe.errors import RequestError
 from rmoe.training.config import CheckpointConfig, LoggingConfig, RunConfig, TrainingConfig, require
 
+MOST_EPOCHS = 1_000_000
 TRAINING_OPTIONS = {option.name for option in fields(TrainingConfig)}
 """Of these, the ones that `FinetuneConfig` has too mean the same there."""
 
@@ -42,6 +43,7 @@ class FinetuneConfig:
             trained in float32 and saved in the dtype they came in. With LoRA those that are not trained stay
             in half precision if they came in it, and then it is always bfloat16 mixed precision.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        deterministic: the same bits each time; some families' layers have no such kernel on a GPU.
     """
 
     task: Literal["instruction", "classification"] = "instruction"
@@ -63,13 +65,23 @@ class FinetuneConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
-        require(0 < self.epochs < math.inf, "--epochs", self.epochs, "a number above 0")
+        require(0 < self.epochs <= MOST_EPOCHS, "--epochs", self.epochs, f"above 0, at most {MOST_EPOCHS:,}")
         require(0 <= self.warmup_ratio < 1, "--warmup-ratio", self.warmup_ratio, "0 to below 1")
         require(self.lora_rank >= 0, "--lora-rank", self.lora_rank, "0 or more")
         require(self.lora_alpha is None or self.lora_alpha > 0, "--lora-alpha", self.lora_alpha, "1 or more")
+        used = self.lora_alpha is None or self.lora_rank > 0
+        require(used, "--lora-alpha", self.lora_alpha, "unset without --lora-rank")
+        packed = self.packing or self.task == "instruction"
+        require(
+            packed,
+            "--packing",
+            self.packing,
+            "left out with --task classification, whose texts are not packed",
+        )
         alone = self.train == "all" or (self.freeze == "none" and not self.lora_rank)
         require(alone, "--train", self.train, "all, together with --freeze or --lora-rank")
         self.run_config(self.batch_size)  # the rest is checked there

@@ -59,7 +59,7 @@ from rmoe.training import run_folder
 from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.config import RunConfig
 from rmoe.training.evaluation import Evaluation, inference
-from rmoe.training.flow import carry_out, enter
+from rmoe.training.flow import carry_out, disk_trouble, enter
 from rmoe.training.language_model import load_language_model, load_tokenizer, require_rows
 from rmoe.training.learner import ModelLearner
 from rmoe.training.loop import Loop
@@ -172,6 +172,7 @@ def finetune(
             valid_sha256=None if config.valid is None else sha256(config.valid),
         )
         same = partial(_same, out, request) if resume else None
+        stack.enter_context(disk_trouble(out))
         request = enter(stack, out, REQUEST, request, same) or request
         if not (out / run_folder.RESULT).exists():
             loop = _train(job, run, request, out, place, resume, progress)

@@ -170,13 +170,21 @@ class RMoEConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         resolved = isinstance(self.__dict__.get("router"), dict)
+        before = dict(self.__dict__)
         super().__setattr__(name, value)
-        if resolved and name == "router":
-            self._take_router(resolve(value))
-        elif resolved and name in ("erc_loss_coef", "competition_rate", "dense_gradients"):
-            self.check_router()
-        elif resolved and name == "norm_topk_prob" and value is not None:
-            self._take_router(_renormalising(self.router_spec, value))
+        if not resolved:
+            return
+        try:
+            if name == "router":
+                self._take_router(resolve(value))
+            elif name in ("erc_loss_coef", "competition_rate", "dense_gradients"):
+                self.check_router()
+            elif name == "norm_topk_prob" and value is not None:
+                self._take_router(_renormalising(self.router_spec, value))
+        except BaseException:  # what is refused does not stay
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
 
     def _take_router(self, spec: RouterSpec) -> None:
         """Store a router, and what follows from it; not through `__setattr__`, which calls this."""

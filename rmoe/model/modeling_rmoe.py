@@ -137,6 +137,8 @@ class RMoEPreTrainedModel(NonReentrant, PreTrainedModel):
         """
         assert outputs.routing is not None
         assert outputs.context is not None
+        if not outputs.routing:  # a draft of the first layers may have none that route
+            return outputs.last_hidden_state.new_zeros((), dtype=torch.float32)
         return balance_loss(
             self.routers,
             outputs.routing,
@@ -390,13 +392,25 @@ class RMoEForCausalLM(RMoEPreTrainedModel, GenerationMixin):
             RequestError: which experts a token gets depends on later tokens (expert choice), or on earlier ones that
                 a cache does not hold.
         """
+        self._require_generates()
+        return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which `generate_batch` calls.
+
+        Raises:
+            RequestError: as `generate`.
+        """
+        self._require_generates()
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _require_generates(self) -> None:
         spec = self.config.router_spec
         if spec.gate is not None and not spec.gate.is_causal:
             raise RequestError("gate.kind", spec.gate.kind, "a causal gate, to generate text")
         if not spec.generates:
             allowed = "a router that needs no other tokens, to generate text"
             raise RequestError("router.kind", spec.router.kind, allowed)
-        return super().generate(*args, **kwargs)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature `generate` reads
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

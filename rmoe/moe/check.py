@@ -109,7 +109,7 @@ def _silence_some(
         if not changed[uses].all():
             with scaled(layer, expert, LOUDER):
                 changed |= (_output(block, args, kwargs) != whole).any(-1)
-        sizes = (difference / scale)[uses]
+        sizes = (difference / scale)[uses & (scale > 0)]  # an output of 0 has no part that is an expert's
         yield ExpertCheck(
             layer=layer.name,
             expert=expert,

@@ -27,6 +27,26 @@ from rmoe.parallel.fit import require_fit
 T = TypeVar("T", bound=Tensor)
 
 
+# How accelerate is told to cut a model up, by what starts the processes.
+_ACCELERATES = {
+    "ACCELERATE_USE_FSDP": "ask for FSDP2 with --parallel.fsdp N",
+    "ACCELERATE_USE_DEEPSPEED": "ask for sharding with --parallel",
+    "ACCELERATE_USE_MEGATRON_LM": "ask for sharding with --parallel",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "ask for sharding with --parallel",
+}
+
+
+def require_own_layout() -> None:
+    """Refuse accelerate's own sharding: dropped on a CPU, and behind our checkpoints' back on a GPU.
+
+    Raises:
+        RequestError: the environment asks for it, as `accelerate launch` sets it.
+    """
+    for name, instead in _ACCELERATES.items():
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise RequestError(name, os.environ[name], f"unset: {instead}")
+
+
 def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int) -> RMoEForCausalLM:
     """Shard a model that every process holds with equal weights; each keeps its part.
 
@@ -38,9 +58,7 @@ def distribute(model: RMoEForCausalLM, parallel: ParallelConfig, world_size: int
     Raises:
         RequestError: sizes that do not multiply to the number of processes, or that do not fit the model.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        # On a CPU accelerate would run DDP without a word; on a GPU it would shard behind our checkpoints' back.
-        raise RequestError("ACCELERATE_USE_FSDP", "true", "unset: ask for FSDP2 with --parallel.fsdp N")
+    require_own_layout()
     parallel.require_processes(world_size)
     if not parallel.shards:
         return model

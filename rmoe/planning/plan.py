@@ -103,11 +103,12 @@ def plan_of(
     """
     run = run or RunConfig()
     needs = needs_of(config, sequence_length, bf16)
-    candidates = []
+    candidates, shared = [], set[int]()
     for layout in layouts_for(config, cluster):
         if batch_size % layout.data:
             continue
         share = batch_size // layout.data
+        shared.add(share)
         micros = _divisors(share) if micro_batch_size is None else [micro_batch_size]
         modes = (False, True) if gradient_checkpointing is None else (gradient_checkpointing,)
         choices = [
@@ -119,6 +120,13 @@ def plan_of(
         if choices:
             candidates.append(min(choices, key=_rank))
     if not candidates:
+        if (
+            micro_batch_size is not None
+            and shared
+            and not any(each % micro_batch_size == 0 for each in shared)
+        ):
+            allowed = f"a divisor of a device's share, {' or '.join(map(str, sorted(shared)))}"
+            raise RequestError("training.micro_batch_size", micro_batch_size, allowed)
         raise RequestError("training.batch_size", batch_size, f"shareable among {cluster.devices} devices")
     candidates.sort(key=_rank)
     parameters, flops = needs.parameters, needs.flops
@@ -140,10 +148,17 @@ def plan_of(
             "network_efficiency": cluster.network_efficiency,
             "usable_memory": cluster.usable_memory,
             "precision": "bf16 autocast, float32 master weights" if bf16 else "float32",
+            **_slots(config),
             **(assumptions or {}),
         },
         layouts=candidates,
     )
+
+
+def _slots(config: RMoEConfig) -> dict[str, str]:
+    """What is said of a router that may leave slots of a token empty: shapes are traced, not choices."""
+    said = "all are counted as used; this router may leave some empty, and then needs less"
+    return {"slots": said} if config.router_spec.leaves_empty_slots else {}
 
 
 def _rank(plan: LayoutPlan) -> tuple[bool, float, int, float]:

@@ -221,15 +221,15 @@ class TopK(Gate):
         if may_be_empty:
             weights = weights.masked_fill(experts >= self.num_experts, 0.0)
         if options.renormalize:
-            # Where scores alone choose, the sum is never 0; a bias may choose experts whose scores are.
-            weights = weights / self._total(weights, may_be_empty or not_by_score)
+            # Where a softmax alone chooses, the sum is never 0; sigmoids may all be, and a bias may choose others.
+            may_be_zero = may_be_empty or not_by_score or options.scores == "sigmoid"
+            weights = weights / self._total(weights, may_be_zero)
         if options.scale != 1:
             used = self.top_k if k is None else k
             weights = weights / used if options.scale == "inverse_k" else weights * options.scale
         if self.expert_scale is not None:
             weights = weights * self.expert_scale[experts.clamp(max=self.num_experts - 1)]
-        probs = p if options.scores == "softmax" else p / p.sum(-1, keepdim=True)
-        return Routing(logits, probs, weights, experts)
+        return Routing(logits, p if options.scores == "softmax" else shares(p), weights, experts)
 
     def _beyond(self, k: int | Tensor, s: Tensor) -> Tensor:
         """`[T, K]`, the slots beyond the k of this step or of this layer."""
@@ -296,6 +296,11 @@ class TopK(Gate):
         if self.current_k is not None and self.options.start_k is not None:
             grown = round((self.top_k - self.options.start_k) * min(step / total_steps, 1.0))
             self.current_k.fill_(self.options.start_k + grown)
+
+
+def shares(scores: Tensor) -> Tensor:
+    """Scores `[T, C]`, none negative, over their sum; 0 where all of a token's are, as far-off sigmoids may be."""
+    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 class NamedTopK(TopK):

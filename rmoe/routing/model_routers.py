@@ -59,6 +59,10 @@ class SharedInSoftmax(Router):
         _require_top_k(self)
         empty = self.gate.options.leaves_empty_slots or spec.skips
         require(not empty, "router.gate", self.gate.options.kind, f"a fixed k with router {options.kind}")
+        unread = TopK.Config()
+        for name in ("scale", "multiplier", "softcap", "expert_scale"):  # the weights are this router's own
+            value, default = getattr(self.gate.options, name, None), getattr(unread, name)
+            require(value in (None, default), f"gate.{name}", value, f"{default} with router {options.kind}")
         self.global_scale = nn.Parameter(torch.empty(1))
 
     def initializers(self) -> dict[str, Initializer]:

@@ -13,7 +13,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from rmoe.routing.contract import RouterContext, RouterStats, Routing
-from rmoe.routing.gate import Gate, slots_of
+from rmoe.routing.gate import Gate, shares, slots_of
 from rmoe.routing.initial import Initializer, constant
 from rmoe.routing.options import Geometry
 from rmoe.validation import Share
@@ -96,7 +96,7 @@ class ExpertThreshold(Gate):
                 real = torch.full((), logits.shape[0]) if context.mask is None else context.mask.sum()
                 share = 1 - self.top_k / self.num_experts
                 observed = quantile(logits.detach(), share, context.mask) * real.to(logits.device)
-        probs = scores / scores.sum(-1, keepdim=True)
+        probs = shares(scores)
         return Routing(logits, probs, scores * chosen, slots_of(chosen), observed=observed)
 
     @torch.no_grad()
@@ -139,4 +139,4 @@ class TopAny(Gate):
             best = torch.zeros_like(chosen).scatter(-1, scores.argmax(-1, keepdim=True), True)
             chosen = chosen | (best & ~chosen.any(-1, keepdim=True))
         weights = (chosen + through) / chosen.sum(-1, keepdim=True).clamp(min=1)
-        return Routing(logits, scores / scores.sum(-1, keepdim=True), weights, slots_of(chosen))
+        return Routing(logits, shares(scores), weights, slots_of(chosen))

@@ -137,6 +137,8 @@ class Stable(TokenRouter):
         """New tokens' embeddings start as the others did."""
         super().resize_vocabulary(vocab_size)
         old = self.word_embeddings
+        if vocab_size == old.shape[0]:
+            return  # an optimizer may have it
         new = old.new_empty(vocab_size, old.shape[1])
         self.initializers()["word_embeddings"](new, None)
         kept = min(vocab_size, old.shape[0])

@@ -108,7 +108,7 @@ class TrainingConfig:
         branch_points: steps of the constant part of `wsd` whose checkpoint stays, for shorter runs to branch from.
         warmup_steps: steps of linear growth from 0 (`wsd`: from `min_learning_rate`); in a run that has no more
             steps than these the rate does not reach its peak, which is said.
-        weight_decay: on matrices; never on norms and biases.
+        weight_decay: of all but norms and biases, as under transformers' Trainer; a router's temperature has it too.
         adam_beta1, adam_beta2, adam_epsilon: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         seed: of the initial weights, the order of the data, dropout, and routing noise (a stream each).
@@ -439,10 +439,12 @@ def _found_again(data: DataConfig, folder: Path, record: RunRecord) -> DataConfi
             return [path]
         return [str(place) for place in places_of(path, folder, record)] or [path]
 
+    # A tokenizer of the Hub has a name that may be a folder's, too.
+    tokenizers = list(dict.fromkeys([*places(data.tokenizer), data.tokenizer]))
     found = [
         replace(data, path=path, tokenizer=str(tokenizer))
         for path in places(data.path)
-        for tokenizer in places(data.tokenizer)
+        for tokenizer in tokenizers
     ]
     if len(found) == 1:
         return found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,11 +16,29 @@ from accelerate.utils import broadcast_object_list
 from rmoe.errors import RequestError, RunError, Stopped
 from rmoe.records import Record, write_record
 from rmoe.training import resume
+from rmoe.training.checkpoint import CheckpointStore
 from rmoe.training.loop import Loop
 from rmoe.training.place import say
 from rmoe.training.run_folder import locked, refuse_used
 
 T = TypeVar("T")
+DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
+
+
+@contextmanager
+def disk_trouble(out: Path) -> Iterator[None]:
+    """Say in one line what a disk that is full or broken has left of a run.
+
+    Raises:
+        RunError: in the place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        saved = CheckpointStore(out, "").saved()
+        raise RunError(f"could not write {out}: {error}", saved, "free disk space, then --resume") from error
 
 
 def enter(stack: ExitStack, out: Path, file: str, record: Record, same: Callable[[], T] | None) -> T | None:

@@ -29,7 +29,9 @@ def build_pipeline(model: RMoEForCausalLM, config: RunConfig, place: Place) -> P
         RequestError: a model that cannot be cut, or a batch that cannot.
     """
     share = config.training.batch_size // place.ranks.data
-    micro = config.training.micro_batch_size or max(1, share // config.parallel.pipeline)
+    most = max(1, share // config.parallel.pipeline)
+    largest = max(size for size in range(1, most + 1) if share % size == 0)
+    micro = config.training.micro_batch_size or largest
     if share % micro:
         allowed = f"a divisor of {share}, a pipeline's share of a batch"
         raise RequestError("training.micro_batch_size", micro, allowed)

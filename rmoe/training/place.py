@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from rmoe.compat import forget_accelerators, kept_accelerators
 from rmoe.errors import RequestError, one_line
+from rmoe.parallel.sharding import require_own_layout
 from rmoe.training.config import RunConfig
 
 _DETERMINISTIC: Any = torch.utils.deterministic  # type checkers do not know its property
@@ -111,8 +112,10 @@ def place_of(config: RunConfig) -> Place:
     """Resolve device and precision.
 
     Raises:
-        RequestError: no GPU, no bfloat16 there, a batch that cannot be shared out, or a tracker not installed.
+        RequestError: no GPU, no bfloat16 there, sharding by accelerate, a batch that cannot be shared out, or a
+            tracker not installed.
     """
+    require_own_layout()
     training = config.training
     trackers = sorted(str(tracker) for tracker in get_available_trackers())
     for name in config.logging.report_to:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from rmoe.compat import enable_checkpointing
 from rmoe.data import Corpus, prepare
 from rmoe.data.config import SplitName
-from rmoe.errors import RequestError, RunError
+from rmoe.errors import RequestError
 from rmoe.errors import Stopped as Stopped
 from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.parallel import Pipeline
@@ -41,7 +40,7 @@ from rmoe.training.config import RunConfig
 from rmoe.training.disk import require_space
 from rmoe.training.environment import hardware, versions
 from rmoe.training.evaluation import Evaluation, context_of, evaluate, summarize_routing
-from rmoe.training.flow import carry_out, enter, on_first_rank
+from rmoe.training.flow import carry_out, disk_trouble, enter, on_first_rank
 from rmoe.training.hooks import Hook, Trackers
 from rmoe.training.initial_scale import fixed_batch, start_at
 from rmoe.training.learner import Learner, ModelLearner
@@ -57,8 +56,6 @@ from rmoe.training.run_folder import RunRecord, fingerprint
 from rmoe.training.run_folder import read_result as read_result
 
 MOST_STRETCHES = 10_000  # of the test split in a result
-
-DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
 
 def train(
@@ -138,18 +135,11 @@ def train(
         if config.training.gradient_checkpointing:
             enable_checkpointing(model)
         spread = spread_model(model, config, place)
+        stack.enter_context(disk_trouble(out))
         enter(stack, out, run_folder.CONFIG, record, same)
         if branch is not None and on_first_rank(partial(begin_branch, branch, out, record)):
             resume = True
-        try:
-            return _run(config, out, corpus, spread, record, place, resume, progress, profile)
-        except OSError as error:
-            if error.errno not in DISK_TROUBLE:
-                raise
-            saved = CheckpointStore(out, "").saved()
-            raise RunError(
-                f"could not write {out}: {error}", saved, "free disk space, then --resume"
-            ) from error
+        return _run(config, out, corpus, spread, record, place, resume, progress, profile)
 
 
 # --- before training -----------------------------------------------------------------------------

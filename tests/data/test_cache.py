@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rmoe.data import DataConfig, prepare
+from rmoe.data import cache as cache_module
 from tests.data.texts import TEXT, everything, files_below
 
 
@@ -125,3 +126,25 @@ def test_default_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert DataConfig().cache_folder == tmp_path / "rmoe"
     assert DataConfig(cache_dir="/x").cache_folder == Path("/x")
+
+
+def test_a_damaged_entry_that_another_process_has_moved_away_is_no_error(
+    request_for, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = prepare(request_for(), 32)
+    cut_short(corpus.folder / "test.bin")
+    checked, seen = cache_module._checked, []
+
+    def and_gone(entry: Path, key: str):
+        """As it is; but when it is looked at again, before it is moved, another process has moved it."""
+        try:
+            return checked(entry, key)
+        except ValueError:
+            seen.append(entry)
+            if len(seen) == 2:
+                shutil.rmtree(entry)
+            raise
+
+    monkeypatch.setattr(cache_module, "_checked", and_gone)
+    assert everything(prepare(request_for(), 32)) == TEXT
+    assert len(seen) == 2

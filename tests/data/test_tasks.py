@@ -116,3 +116,11 @@ def test_published_files(shared_data: Path, name: str, kind: type[Task], count: 
 def test_alpaca_has_an_empty_answer_and_the_line_is_named(shared_data: Path) -> None:
     with pytest.raises(RequestError, match=r"alpaca_5000\.jsonl\.gz line 2336 is '`output` is empty'"):
         read_tasks(shared_data / "tasks" / "alpaca_5000.jsonl.gz", Instruction)
+
+
+def test_cells_of_a_csv_may_be_padded(tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("text, label\n good , 1\nbad, -1\nodd, a name \n")
+    items = read_tasks(file, Labelled)
+    assert [item.label for item in items] == [1, -1, "a name"]
+    assert items[0].text == " good "

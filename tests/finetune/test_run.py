@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import rmoe
 from rmoe.cli.main import main
 from rmoe.data.encode import byte_tokenizer
-from rmoe.errors import RequestError
+from rmoe.errors import RequestError, RunError
 from rmoe.finetune.config import FinetuneConfig
 from rmoe.finetune.run import FinetuneResult, finetune
 from rmoe.graft import undo_folder
@@ -390,3 +392,41 @@ def test_a_frozen_router_keeps_its_biases(lora: int, alpaca: Path, tmp_path: Pat
             with torch.no_grad():
                 torch.testing.assert_close(tuned(ids).logits, adapted(input_ids=ids).logits)
     assert found == {"none": True, "router": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_alpha": 16}, "--lora-alpha is 16; allowed: unset without --lora-rank"),
+        ({"epochs": 1e308}, "--epochs is 1e+308; allowed: above 0, at most 1,000,000"),
+        ({"task": "classification", "packing": False}, "--packing is False; allowed: left out with --task"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(said)):
+        FinetuneConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"]
+)
+def test_sharding_by_accelerate_is_refused(
+    name: str, models: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(RequestError, match=f"{name} is 'true'; allowed: unset: ask for"):
+        tune(models / "rmoe", alpaca, tmp_path / "out", epochs=1)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_full_disk_is_one_line_that_says_what_is_saved(
+    models: Path, alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rmoe.training.metrics.MetricsLog.append", full)
+    with pytest.raises(
+        RunError, match=r"could not write .*No space left on device.*free disk space, then --resume"
+    ):
+        tune(models / "rmoe", alpaca, tmp_path / "out", epochs=1)

@@ -95,6 +95,17 @@ def test_fields_set_after_the_checks_are_checked_when_a_model_is_built() -> None
         RMoEForCausalLM(built)
 
 
+def test_what_is_refused_does_not_stay() -> None:
+    for name, value in (("erc_loss_coef", 0.1), ("router", "olmoee")):
+        config = RMoEConfig(router="rmoe" if name == "erc_loss_coef" else "smoe")
+        before = config.to_dict()
+        with pytest.raises(RequestError):
+            setattr(config, name, value)
+        assert config.to_dict() == before
+    config.router = "olmoe"  # after a name that was wrong
+    assert config.norm_topk_prob is False
+
+
 def test_the_router_is_stored_resolved() -> None:
     built = config(router="rmoe")
     assert built.router_spec == resolve("rmoe")

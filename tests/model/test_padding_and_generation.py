@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import GenerationConfig, StaticCache
 
 from rmoe.errors import RequestError
+from rmoe.model import RMoEConfig, RMoEForCausalLM
 from tests.model.small import POST, PRE, model, tokens
 
 
@@ -118,3 +119,22 @@ def test_hash_needs_token_ids() -> None:
     net = model(router="hash")
     with pytest.raises(ValueError, match="reads token ids"):
         net(inputs_embeds=net.model.embed_tokens(tokens()))
+
+
+@pytest.mark.parametrize("router", ["expert-choice", "acmoe"])
+def test_what_cannot_generate_cannot_in_batches_either(router):
+    config = RMoEConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_experts=4, router=router)
+    small = RMoEForCausalLM(config).eval()
+    with pytest.raises(RequestError, match=r"(gate|router)\.kind is .*, to generate text"):
+        small.generate_batch(inputs=[[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2))
+
+
+def test_a_draft_of_layers_that_do_not_route():
+    config = RMoEConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_experts=4, router="smoe", first_k_dense_replace=1,
+        output_router_logits=True,
+    )  # fmt: skip
+    small = RMoEForCausalLM(config).eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    plain = small.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(small.generate(ids, max_new_tokens=3, do_sample=False, assistant_early_exit=1), plain)

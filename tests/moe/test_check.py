@@ -14,6 +14,7 @@ from rmoe.analysis.analyze import Subject, analyze_models
 from rmoe.analysis.options import AnalysisOptions
 from rmoe.errors import RequestError
 from rmoe.graft import graft
+from rmoe.model import RMoEConfig, RMoEForCausalLM
 from rmoe.model.layers import RMoESparseMoeBlock
 from rmoe.moe import Recorder, check_reading, routed_layers
 from rmoe.moe.reading import ExpertsReader
@@ -130,3 +131,15 @@ def test_an_encoder_decoder_is_two_stacks_and_a_loop_counts_its_passes() -> None
         recorder.names.count("layers.1.mlp (pass 2)") + recorder.names.count("model.layers.1.mlp (pass 2)")
         == 1
     )
+
+
+def test_a_token_whose_output_is_nothing_has_no_share_of_it() -> None:
+    """ReLU experts without a gate give 0 where all their units are dead."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        config = RMoEConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_experts=4, num_experts_per_tok=1,
+            moe_intermediate_size=6, hidden_act="relu", mlp_gated=False, router="smoe",
+        )  # fmt: skip
+        check = check_reading(RMoEForCausalLM(config).eval(), torch.randint(0, 64, (1, 64)))
+        assert all(np.isfinite(one.change) for one in check.experts)

@@ -400,6 +400,20 @@ def test_a_batch_nobody_can_share():
         plan_of(config(num_hidden_layers=2), CLUSTER, sequence_length=16, batch_size=3, micro_batch_size=2)
 
 
+def test_a_micro_batch_that_no_share_is_a_multiple_of_is_named():
+    with pytest.raises(
+        RequestError, match=r"training\.micro_batch_size is 7; allowed: a divisor of a device's share, 2"
+    ):
+        plan_of(config(num_hidden_layers=2), CLUSTER, sequence_length=16, batch_size=16, micro_batch_size=7)
+
+
+def test_slots_that_may_stay_empty_are_said_to_be_counted():
+    for router, said in (("smoe", False), ("top-p", True)):
+        model = config(num_hidden_layers=2, router=router)
+        plan = plan_of(model, CLUSTER, sequence_length=16, batch_size=16)
+        assert ("slots" in plan.assumptions) == said
+
+
 @pytest.mark.parametrize(
     ("fsdp", "tensor", "over_nodes"), [(8, 1, False), (4, 2, False), (8, 2, True), (2, 8, True)]
 )

@@ -10,11 +10,13 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from transformers.models.zaya.modeling_zaya import ZayaRouter
 
+from rmoe.errors import RequestError
 from rmoe.model.configuration_rmoe import RMoEConfig
 from rmoe.model.layers import RMoESparseMoeBlock
 from rmoe.routing import Geometry, RouterContext, build_router, resolve, vary
 from rmoe.routing.gate import Softmax
 from rmoe.routing.losses import LoadBalance
+from rmoe.routing.zoo import find
 
 
 class TorchNoise:
@@ -166,3 +168,22 @@ def test_the_aux_loss_differs_from_transformers_by_the_stated_factor() -> None:
         ours = balance_loss([router], [routing], context, 0.01)
         theirs = load_balancing_loss_func((routing.logits,), 8, 3)
         assert abs(float(ours) * factor - float(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "kolibri", "llama-4", "flint", "expert-threshold", "dynmoe"])
+def test_sigmoids_that_are_all_nothing_give_no_nan(name):
+    router = build_router(
+        find(name).spec, Geometry(hidden_size=8, num_experts=4, top_k=find(name).top_k or 2)
+    )
+    gate = router.gate.eval()
+    routing = gate(torch.full((3, 4), -200.0), None, RouterContext(1, 3))
+    for values in (routing.probs, routing.weights):
+        assert values.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "option", [{"scale": 3.0}, {"multiplier": 10.0}, {"softcap": 5.0}, {"expert_scale": True}]
+)
+def test_gate_options_that_inkling_does_not_read_are_refused(option):
+    with pytest.raises(RequestError, match=r"gate\.\w+ is .* with router"):
+        build_router(vary(resolve("inkling"), gate=option), Geometry(hidden_size=8, num_experts=4, top_k=2))

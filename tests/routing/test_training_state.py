@@ -316,3 +316,18 @@ def test_default_model_initialises_from_a_seed() -> None:
         initialize(net, 3)
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_vocabulary_that_keeps_its_size_keeps_its_parameter():
+    """An optimizer may have it."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+    }
+    model = RMoEForCausalLM(RMoEConfig(**sizes, router="stable-moe"))
+    before = [parameter for _, parameter in model.named_parameters()]
+    model.resize_token_embeddings(64)
+    assert all(one is other for one, (_, other) in zip(before, model.named_parameters(), strict=True))

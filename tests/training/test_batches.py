@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from rmoe.data.blocks import BlockSampler
 from rmoe.training.batches import step_batches
+from rmoe.training.config import RunConfig
+from rmoe.training.pipelined import build_pipeline
 from rmoe.training.place import Ranks
 
 BLOCKS, SEED, STEPS, BATCH = 17, 5, 6, 24
@@ -50,3 +54,19 @@ def test_a_step_sees_the_same_sequences_however_many_processes_there_are() -> No
         for step, expected in enumerate(alone):
             seen = [s for rank in dealt for micro in rank[step * parts : (step + 1) * parts] for s in micro]
             assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize(("batch", "stages", "micro_batches"), [(9, 2, 3), (8, 2, 2), (7, 2, 7)])
+def test_the_default_micro_batch_of_a_pipeline_divides_its_share(
+    batch: int, stages: int, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmoe.training.pipelined.Pipeline", lambda model, number, *_: number)
+    config = RunConfig.from_dict(
+        {
+            "training": {"batch_size": batch},
+            "model": {"num_hidden_layers": 4},
+            "parallel": {"pipeline": stages},
+        }
+    )
+    place = SimpleNamespace(ranks=SimpleNamespace(data=1), bf16=False)
+    assert build_pipeline(None, config, place) == micro_batches

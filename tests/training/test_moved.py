@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rmoe.cli.main import main
+from rmoe.data import DataConfig
 from rmoe.data.encode import byte_tokenizer
+from rmoe.training.config import _found_again
 from rmoe.training.run import read_result
 from tests.training import tiny
 
@@ -99,3 +102,12 @@ def test_a_text_that_is_nowhere_is_named(
     assert main(resume) == 2
     assert "data.path is 'texts/text.txt'" in capsys.readouterr().err
     assert main([*resume, f"--data={text}"]) == 0
+
+
+def test_a_folder_that_is_called_as_a_tokenizer_of_the_hub_is_not_taken_for_it(tmp_path: Path) -> None:
+    out = tmp_path / "gpt2" / "runs" / "a"
+    out.mkdir(parents=True)
+    text = tiny.text(tmp_path)
+    record = SimpleNamespace(started_in=str(tmp_path / "elsewhere"), data_sha256="0" * 64)
+    found = _found_again(DataConfig(path=str(text), tokenizer="gpt2"), out, record)
+    assert found.tokenizer == "gpt2"
