@@ -62,18 +62,17 @@ class _Answer(asyncio.Queue[Any]):
         self.ids: list[int] = []
         self._tokenizer, self._config, self._stops, self._parsed = tokenizer, config, stops, parsed
         self._text = ""
-        self._held = (
-            StopText(stops),
-            str,
-        )  # of the field that is being sent, and its class: reasoning has its own
+        # Of the field that is being sent: reasoning is a str of a class of its own.
+        self._field: type[str] = str
+        self._held = StopText(stops)
 
     def put_nowait(self, item: Any) -> None:
         """Called in the loop's thread for each item, None last."""
         if isinstance(item, str):
-            if type(item) is not self._held[1]:
+            if type(item) is not self._field:
                 self._send_rest()
-                self._held = (StopText(self._stops), type(item))
-            item = type(item)(self._held[0].feed(item))
+                self._field, self._held = type(item), StopText(self._stops)
+            item = self._field(self._held.feed(item))
             self._text += item
         elif item is None:
             self._send_rest()
@@ -86,7 +85,7 @@ class _Answer(asyncio.Queue[Any]):
         whole = _whole_answer(whole, self.ids, self._stops, self._config)
         rest = whole[len(self._text) :] if whole.startswith(self._text) else ""
         if self._parsed:
-            rest = self._held[1](self._held[0].rest())
+            rest = self._field(self._held.rest())
         if rest:
             super().put_nowait(rest)
 
@@ -275,9 +274,9 @@ def _parsing(tokenizer: Any, model: PreTrainedModel) -> Any:
         )
     except Exception:  # a template refuses by raising what it likes
         return None
-    if not any(mark in asked for mark in ([begins] if isinstance(begins, str) else begins)):
+    if begins and not any(mark in asked for mark in ([begins] if isinstance(begins, str) else begins)):
         return None
-    fields = {name: field for name, field in template["fields"].items() if name != "tool_calls"}
+    fields = {name: field for name, field in template.get("fields", {}).items() if name != "tool_calls"}
     own = copy.copy(tokenizer)
     own.response_template = {**template, "fields": fields}
     return own
