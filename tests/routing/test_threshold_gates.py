@@ -191,3 +191,9 @@ def test_a_loss_of_expert_vectors_refuses_a_router_without_them() -> None:
 def test_quantile_balance_refuses_what_it_does_not_balance(changes: dict) -> None:
     with pytest.raises(RequestError, match=r"gate|bias_update_rate"):
         build_router(vary(resolve("quantile-balance"), **changes), SIZES)
+
+
+@pytest.mark.parametrize("option", [{"start_k": 1}, {"layer_k": (1, 2)}])
+def test_a_quantile_of_one_k_has_one(option):
+    with pytest.raises(RequestError, match="allowed: top_k by plain logits, with one k"):
+        build_router(vary(resolve("quantile-balance"), gate=option), Geometry(8, 4, 2))
