@@ -59,6 +59,13 @@ CHART: dict[str, list[Asked]] = {
         Asked("frozen at random: the positive control", "std-1/random-smoe"),
         Asked("the same, width 256", "std-1/random-smoe", file="gpu"),
     ],
+    "Minus SMoE at the learning rate its trial prefers (6e-3)": [
+        Asked("gated linear, at 3e-3", "std-1/gated-linear-p32", "rate-6e-3/smoe"),
+        Asked("linear with a learned decay (EDA), at 3e-3", "std-1/eda-linear-p32", "rate-6e-3/smoe"),
+        Asked("RMoE, at 3e-3", "std-1/rmoe-norm-p32", "rate-6e-3/smoe"),
+        Asked("SMoE, at 3e-3", "std-1/smoe", "rate-6e-3/smoe"),
+        Asked("frozen at random, at 6e-3: the positive control", "rate-6e-3/random-smoe", "rate-6e-3/smoe"),
+    ],
     "SMoE's initial logits, minus those of 1": [
         Asked("0.16", "as-they-stand/smoe"),
         Asked("0.5", "std-0.5/smoe"),
