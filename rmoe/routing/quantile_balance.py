@@ -48,8 +48,8 @@ class QuantileBalanced(Router):
         gate = spec.gate
         by_logits = isinstance(gate, TopK.Config) and gate.choose_by == "logits" and gate.groups == 1
         plain = by_logits and gate.softcap is None and gate.multiplier == 1  # type: ignore[union-attr]
-        plain = plain and gate.start_k is None and not gate.layer_k  # type: ignore[union-attr]
-        allowed = "top_k by plain logits, with one k, with router quantile_balanced"
+        plain = plain and gate.start_k is None  # type: ignore[union-attr]
+        allowed = "top_k by plain logits, with a k that stays, with router quantile_balanced"
         require(plain, "router.gate", gate.described() if gate is not None else None, allowed)
         one = spec.balance.bias_update_rate == 0 and not spec.skips
         rate = spec.balance.bias_update_rate
