@@ -10,7 +10,6 @@ from pathlib import Path
 from rmoe.cli.arguments import require_unset
 from rmoe.cli.models import Model, Plugins, open_model
 from rmoe.errors import RequestError, RunError
-from rmoe.places import tokenizer_place
 
 
 def run(
@@ -99,10 +98,8 @@ def _text(model: Path, plugin: Plugins, data: str, context: int | None, overlap:
     from rmoe.data import DataConfig, prepare
     from rmoe.training.evaluation import evaluate
 
-    language_model, _, folder = open_model(model, plugin)
-    corpus = prepare(
-        DataConfig(path=data, tokenizer=str(tokenizer_place(folder) or folder), split="whole"), 2
-    )
+    language_model, tokenizer, folder = open_model(model, plugin)
+    corpus = prepare(DataConfig(path=data, tokenizer=tokenizer.name_or_path, split="whole"), 2)
     tokens = corpus.manifest.splits["test"].tokens
     if context is None:
         context = min(getattr(language_model.config, "max_position_embeddings", 4096), 4096, tokens)

@@ -44,7 +44,7 @@ def set_up(plugins: tuple[str, ...]) -> None:
 def open_model(
     model: Path, plugins: tuple[str, ...], device: str | None = None
 ) -> tuple[PreTrainedModel, Any, Path]:
-    """A language model, its tokenizer, and the model's folder; `tokenizer_place` says where the tokenizer is.
+    """A language model, its tokenizer, whose `name_or_path` is where it lies, and the model's folder.
 
     Raises:
         RequestError: whatever is wrong with one of them, or they do not fit each other.

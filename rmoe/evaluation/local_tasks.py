@@ -54,8 +54,8 @@ def local_task(name: str, file: Path, folder: Path, num_fewshot: int | None = No
 
     Args:
         file: JSON lines; see `rmoe.data.tasks`.
-        num_fewshot: examples in the prompt; None is the task's own number.
         folder: where the items are written under the task's column names, and cached.
+        num_fewshot: examples in the prompt; None is the task's own number.
 
     Raises:
         RequestError: no local form of this task, a bad line (named), or fewer lines than the prompts take.

@@ -170,16 +170,18 @@ class RMoEConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         resolved = isinstance(self.__dict__.get("router"), dict)
-        before = dict(self.__dict__)
-        super().__setattr__(name, value)
-        if not resolved:
+        checked = ("router", "erc_loss_coef", "competition_rate", "dense_gradients", "norm_topk_prob")
+        if not resolved or name not in checked:
+            super().__setattr__(name, value)
             return
+        before = dict(self.__dict__)
         try:
+            super().__setattr__(name, value)
             if name == "router":
                 self._take_router(resolve(value))
-            elif name in ("erc_loss_coef", "competition_rate", "dense_gradients"):
+            elif name != "norm_topk_prob":
                 self.check_router()
-            elif name == "norm_topk_prob" and value is not None:
+            elif value is not None:
                 self._take_router(_renormalising(self.router_spec, value))
         except BaseException:  # what is refused does not stay
             self.__dict__.clear()

@@ -137,7 +137,7 @@ class _Manager(GenerateManager):
 
         def work() -> None:
             try:
-                _generate(model, processor, inputs, gen_config, own, streamer.gone, streamer)
+                _generate(model, processor, inputs, gen_config, own, streamer)
             except Exception as error:
                 _log_failure(error)
                 loop.call_soon_threadsafe(answer.put_nowait, stream_error(FAILED))
@@ -177,9 +177,8 @@ def _generate(
     inputs: Any,
     config: Any,
     own: _Own,
-    gone: threading.Event,
-    streamer: _Streamer | None = None,
-) -> torch.Tensor:
+    streamer: _Streamer,
+) -> None:
     """One answer, in the worker's thread. A seed holds for this answer alone: others may be asked for meanwhile."""
     processors, length = LogitsProcessorList(), inputs["input_ids"].shape[-1]
     if own.frequency or own.presence:
@@ -187,10 +186,10 @@ def _generate(
     with torch.random.fork_rng(enabled=own.seed is not None):
         if own.seed is not None:
             torch.manual_seed(own.seed)
-        return model.generate(
+        model.generate(
             **inputs,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([Until(gone, processor, own.stops, length)]),
+            stopping_criteria=StoppingCriteriaList([Until(streamer.gone, processor, own.stops, length)]),
             logits_processor=processors,
             streamer=streamer,
             tokenizer=processor,  # for a model's own stop strings
