@@ -9,8 +9,7 @@ import msgspec
 import numpy as np
 
 from experiments.study_rows import StudyRow
-from rmoe.compare.sequential import sequential_p
-from rmoe.compare.statistics import compare_to_baseline, holm, seeds_needed, t_interval, text_interval
+from rmoe.compare.statistics import compare_to_baseline, decide, seeds_needed, t_interval, text_interval
 from rmoe.results.comparison import Difference
 
 Arms = dict[tuple[str, str], dict[int, StudyRow]]
@@ -108,8 +107,9 @@ def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
             found.append((contrast, differences))
     if not found:
         return ""
-    p_values = [_over_looks(differences) for contrast, differences in found if contrast.planned]
-    corrected = iter(holm(p_values, sum(contrast.planned for contrast in asked)))
+    planned = {c.question: dict(enumerate(differences)) for c, differences in found if c.planned}
+    # No verdict is taken from it, so the margin is none.
+    judged = decide(planned, 0.0, LOOKS, sum(contrast.planned for contrast in asked))
     lines = [
         "**Between other arms.** The first less the second, seed by seed, with 95% t intervals over seeds. Only where "
         f"a p value stands was the difference planned as one; it is over the looks at {LOOKS[0]} and {LOOKS[1]} pairs, "
@@ -124,16 +124,9 @@ def contrasts(rows: Sequence[StudyRow], asked: Sequence[Contrast]) -> str:
             f"| {contrast.question} | `{contrast.of}` | `{contrast.minus}` | {len(differences)} "
             f"| {np.mean(differences):+.4f} | {interval.low:+.4f} to {interval.high:+.4f} "
             f"| {', '.join(f'{value:+.4f}' for value in differences)} "
-            f"| {f'{next(corrected):.3f}' if contrast.planned else ''} |"
+            f"| {f'{judged[contrast.question].p_holm:.3f}' if contrast.planned else ''} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _over_looks(differences: Sequence[float]) -> float:
-    """The p value over both looks, at those that have been taken."""
-    return sequential_p(
-        [t_interval(differences[:pairs])[1] for pairs in LOOKS if pairs <= len(differences)], LOOKS
-    )
 
 
 def over_training(rows: Sequence[StudyRow], baseline: str, reference: str) -> str:
